@@ -1,0 +1,281 @@
+//! A tensor of the checkpoint as it was, in its own dtype, bit for bit.
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use half::{bf16, f16};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
+use super::{Method, Output, read_config};
+use crate::error::{Error, Result};
+use crate::linalg::matmul_nt;
+
+/// An element type, by its safetensors name.
+pub use safetensors::Dtype as DType;
+
+/// A dense layer `[out, in]`, or any other tensor that a checkpoint holds.
+#[derive(Debug, Clone)]
+pub struct DenseLayer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: DenseConfig,
+    raw: Bytes,
+    bias: Option<Tensor>,
+    /// Made at the first forward pass.
+    floats: OnceLock<Array2<f32>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct DenseConfig {
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+impl DenseConfig {
+    /// The bytes that dtype and shape call for; nothing where that overflows or is no whole number.
+    fn byte_len(&self) -> Option<usize> {
+        let bits = self.shape.iter().try_fold(self.dtype.bitsize(), |n, &d| n.checked_mul(d))?;
+        bits.is_multiple_of(8).then_some(bits / 8)
+    }
+
+    /// Stored row by row, or as one small tensor.
+    fn in_rows(&self) -> bool {
+        let row_bits: usize = self.shape.iter().skip(1).product::<usize>() * self.dtype.bitsize();
+        self.shape.len() >= 2 && self.shape[0] > 0 && row_bits > 0 && row_bits.is_multiple_of(8)
+    }
+}
+
+impl DenseLayer {
+    /// A layer of `raw` little-endian elements, row-major, with an optional bias kept in its own dtype.
+    ///
+    /// # Errors
+    /// When the number of bytes does not follow from dtype and shape.
+    pub fn new(dtype: DType, shape: Vec<usize>, raw: Bytes, bias: Option<Tensor>) -> Result<Self> {
+        let config = DenseConfig { dtype, shape };
+        match config.byte_len() {
+            Some(expected) if expected == raw.len() => {}
+            Some(expected) => {
+                return Err(Error::expected(
+                    format!("bytes of a {dtype:?} tensor of shape {:?}", config.shape),
+                    raw.len(),
+                    expected,
+                ));
+            }
+            None => {
+                return Err(Error::expected(
+                    "shape of a tensor",
+                    format!("{:?} of {dtype:?}", config.shape),
+                    "one whose bytes can be counted",
+                ));
+            }
+        }
+        Ok(DenseLayer { inner: Arc::new(Inner { config, raw, bias, floats: OnceLock::new() }) })
+    }
+
+    /// An F32 layer from arrays: weight `[out, in]`, bias `[out]`.
+    pub fn from_f32(weight: ArrayView2<f32>, bias: Option<ArrayView1<f32>>) -> Self {
+        let raw = f32_bytes(weight.as_standard_layout().as_slice().expect("standard layout"));
+        let bias = bias.map(|b| Tensor::vector("bias", &b.to_vec()));
+        let config = DenseConfig { dtype: DType::F32, shape: vec![weight.nrows(), weight.ncols()] };
+        DenseLayer { inner: Arc::new(Inner { config, raw, bias, floats: OnceLock::new() }) }
+    }
+
+    /// First dimension; 1 for a scalar.
+    pub fn out_features(&self) -> usize {
+        self.shape().first().copied().unwrap_or(1)
+    }
+
+    /// Product of the other dimensions; 1 for a vector.
+    pub fn in_features(&self) -> usize {
+        self.shape().iter().skip(1).product()
+    }
+
+    /// Element type of the tensor.
+    pub fn dtype(&self) -> DType {
+        self.inner.config.dtype
+    }
+
+    /// Shape of the tensor.
+    pub fn shape(&self) -> &[usize] {
+        &self.inner.config.shape
+    }
+
+    /// The elements, little-endian and row-major, as the checkpoint had them.
+    pub fn raw(&self) -> &Bytes {
+        &self.inner.raw
+    }
+
+    /// The bias as the checkpoint had it.
+    pub fn raw_bias(&self) -> Option<&Tensor> {
+        self.inner.bias.as_ref()
+    }
+
+    pub(super) fn config(&self) -> Value {
+        json!(self.inner.config)
+    }
+
+    pub(super) fn require_matrix(&self) -> Result<()> {
+        if self.shape().len() == 2 {
+            return Ok(());
+        }
+        Err(Error::expected(
+            "a layer to run",
+            format!("a tensor of shape {:?}", self.shape()),
+            "a matrix [out_features, in_features]",
+        ))
+    }
+
+    /// The elements as f32, `[out_features, in_features]`; a vector is one column.
+    ///
+    /// # Errors
+    /// When the dtype is not F32, F16, BF16 or F64.
+    pub fn weight(&self) -> Result<&Array2<f32>> {
+        if let Some(floats) = self.inner.floats.get() {
+            return Ok(floats);
+        }
+        let values = to_f32(self.dtype(), &self.inner.raw)?;
+        let array = Array2::from_shape_vec((self.out_features(), self.in_features()), values)
+            .map_err(|e| Error::expected("elements of a dense tensor", e, format!("{:?}", self.shape())))?;
+        Ok(self.inner.floats.get_or_init(|| array))
+    }
+
+    pub(super) fn bias(&self) -> Result<Option<Array1<f32>>> {
+        let Some(bias) = &self.inner.bias else { return Ok(None) };
+        Ok(Some(Array1::from(to_f32(dtype_named(&bias.dtype)?, &bias.data)?)))
+    }
+
+    pub(super) fn linear(&self, x: ArrayView2<f32>) -> Result<Output> {
+        Ok(Output { y: matmul_nt(x, self.weight()?.view()), relative_error_bound: None })
+    }
+
+    pub(super) fn to_parts(&self) -> Parts {
+        let mut parts = Parts::new(Method::Dense, self.config());
+        let config = &self.inner.config;
+        if config.in_rows() {
+            parts.weights =
+                Some(WeightRows { rows: config.shape[0], packed: self.inner.raw.clone(), ..WeightRows::default() });
+        } else {
+            parts.tensors.push(Tensor {
+                name: "weight".into(),
+                dtype: dtype_name(config.dtype),
+                shape: config.shape.clone(),
+                data: self.inner.raw.clone(),
+            });
+        }
+        parts.tensors.extend(self.inner.bias.clone());
+        parts
+    }
+
+    pub(super) fn from_parts(parts: &Parts) -> Result<Self> {
+        let config: DenseConfig = read_config(parts.method, &parts.config)?;
+        let raw = match (&parts.weights, parts.tensor("weight")) {
+            (Some(rows), _) => rows.packed.clone(),
+            (None, Some(tensor)) => tensor.data.clone(),
+            (None, None) => {
+                return Err(Error::expected(
+                    "parts of a dense layer",
+                    "neither weight rows nor a weight tensor",
+                    "one of them",
+                ));
+            }
+        };
+        DenseLayer::new(config.dtype, config.shape, raw, parts.tensor("bias").cloned())
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        // The floats are counted from the start: a cache has to know what a layer may grow to.
+        let elements: usize = self.shape().iter().product();
+        self.inner.raw.len() + 4 * elements
+    }
+}
+
+/// Little-endian elements as f32.
+///
+/// # Errors
+/// When the dtype is not F32, F16, BF16 or F64.
+pub(crate) fn to_f32(dtype: DType, raw: &[u8]) -> Result<Vec<f32>> {
+    Ok(match dtype {
+        DType::F32 => super::parts::bytes_f32(raw),
+        DType::F16 => raw.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+        DType::BF16 => raw.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        DType::F64 => raw.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+        other => return Err(Error::expected("dtype to compute with", format!("{other:?}"), "F32, F16, BF16 or F64")),
+    })
+}
+
+/// f32 values as little-endian elements of `dtype`.
+///
+/// # Errors
+/// When the dtype is not F32, F16, BF16 or F64.
+pub(crate) fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
+    Ok(match dtype {
+        DType::F32 => f32_bytes(values),
+        DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        DType::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        DType::F64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
+        other => return Err(Error::expected("dtype to compute with", format!("{other:?}"), "F32, F16, BF16 or F64")),
+    })
+}
+
+/// The safetensors name of a dtype.
+pub(crate) fn dtype_name(dtype: DType) -> String {
+    // serde is the crate's own table of names.
+    match serde_json::to_value(dtype) {
+        Ok(Value::String(name)) => name,
+        _ => format!("{dtype:?}"),
+    }
+}
+
+pub(crate) fn dtype_named(name: &str) -> Result<DType> {
+    serde_json::from_value(Value::String(name.to_owned()))
+        .map_err(|_| Error::expected("dtype", name, "a safetensors dtype"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{Accuracy, Layer};
+    use ndarray::array;
+
+    #[test]
+    fn every_dtype_comes_back_bit_exact() {
+        for (dtype, raw) in [
+            (DType::F32, f32::NAN.to_le_bytes().to_vec()),
+            (DType::F16, vec![1, 2, 3, 4]),
+            (DType::I64, vec![7; 16]),
+            (DType::BOOL, vec![1, 0, 1]),
+        ] {
+            let elements = raw.len() * 8 / dtype.bitsize();
+            for shape in [vec![elements], vec![1, elements], vec![elements, 1, 1], vec![elements, 0]] {
+                let raw = if shape.contains(&0) { Bytes::new() } else { Bytes::from(raw.clone()) };
+                let layer = DenseLayer::new(dtype, shape.clone(), raw.clone(), None).unwrap();
+                let back = DenseLayer::from_parts(&layer.to_parts()).unwrap();
+                assert_eq!((back.dtype(), back.shape(), back.raw()), (dtype, shape.as_slice(), &raw));
+            }
+        }
+    }
+
+    #[test]
+    fn lengths_are_checked() {
+        assert!(DenseLayer::new(DType::F32, vec![2, 2], Bytes::from_static(&[0; 15]), None).is_err());
+        assert!(DenseLayer::new(DType::F32, vec![usize::MAX, 2], Bytes::new(), None).is_err());
+    }
+
+    #[test]
+    fn runs_and_refuses() {
+        let layer =
+            Layer::Dense(DenseLayer::from_f32(array![[1.0, 2.0], [0.0, -1.0]].view(), Some(array![10.0, 0.0].view())));
+        let y = layer.forward(array![[1.0, 1.0]].view(), Accuracy::Approximate).unwrap().y;
+        assert_eq!(y, array![[13.0, -1.0]]);
+        assert!(layer.forward(array![[1.0]].view(), Accuracy::Full).is_err());
+        assert!(layer.forward(array![[1.0, f32::INFINITY]].view(), Accuracy::Full).is_err());
+        let vector = Layer::Dense(DenseLayer::new(DType::F32, vec![1], f32_bytes(&[1.0]), None).unwrap());
+        assert!(vector.forward(array![[1.0]].view(), Accuracy::Full).unwrap_err().to_string().contains("matrix"));
+    }
+}

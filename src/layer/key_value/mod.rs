@@ -1,0 +1,488 @@
+//! `W x` as retrieval: the layer's components are keys, a query uses those that matter to it.
+//!
+//! With μ and C the inputs' mean and covariance, C + ridge·I = L Lᵀ and z = L⁻¹(x − μ):
+//!
+//! * `svd`: W = U S Vᵀ, key k_i = S_i v_i, Lᵀk_i = s_i k̃_i with ‖k̃_i‖ = 1;
+//! * `whitened_svd`: W L = U S Vᵀ, k̃_i = v_i, s_i = S_i.
+//!
+//! score_i = ⟨k̃_i, z⟩ has unit variance, contribution c_i = s_i·score_i, and y = b + W μ + Σ c_i u_i exactly. The
+//! whitening is folded into the stored key once, κ_i = L⁻ᵀk̃_i, so score_i = ⟨κ_i, x − μ⟩ and a query is never whitened.
+//! The u_i are orthonormal, so the squared error of leaving keys out is Σ c_i² over them: each answer's error is known.
+//!
+//! After AXL's `ApproximateLinear`, which multiplies keys by L⁻ᵀ where Lᵀ is right, forgets s_i, and keeps one sign only.
+
+mod config;
+mod search;
+mod threshold;
+
+use std::sync::Arc;
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+pub use config::{Backend, Decomposition, KeyType, KeyValueConfig, Limit, Ranking, SearchSettings, Sides, ValueType};
+pub use search::{Hit, QueryHits};
+
+use self::search::{Certificate, SelectLimit, select};
+use self::threshold::{Curves, gaussian, rank_value};
+use super::parts::{Keys, Parts, Tensor};
+use super::{Accuracy, Method, Output, read_config, require_finite};
+use crate::error::{Error, Result};
+use crate::index::{FlatIndex, SearchIndex};
+use crate::linalg::{Moments, cholesky, kept_rank, matmul, matmul_f64, matmul_nt, solve_lower_transposed, svd};
+
+/// From this batch on, kept contributions go through one matrix product instead of a gather for each row.
+const PRODUCT_FROM: usize = 8;
+
+/// A key–value layer.
+#[derive(Debug, Clone)]
+pub struct KeyValueLayer {
+    core: Arc<Core>,
+    settings: SearchSettings,
+    limit: SelectLimit,
+}
+
+/// What is stored, and what follows from it.
+#[derive(Debug)]
+struct Core {
+    config: StoredConfig,
+    index: FlatIndex,
+    scales: Vec<f32>,
+    /// `[keys, out]`, orthonormal rows.
+    values: Array2<f32>,
+    /// μ `[in]`.
+    mean: Array1<f32>,
+    /// W μ `[out]`.
+    mean_output: Array1<f32>,
+    bias: Option<Array1<f32>>,
+    curves: Option<Curves>,
+    /// ⟨u_i, W μ⟩ `[keys]`.
+    values_on_mean: Vec<f64>,
+    mean_output_norm: f64,
+    /// f32 rounding of one output, for an input of unit distance to the mean.
+    rounding: f64,
+}
+
+/// The settings that the arrays depend on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct StoredConfig {
+    decomposition: Decomposition,
+    energy_keep: f64,
+    min_singular_value: f64,
+    ridge_regularization: f64,
+    ridge_relative: f64,
+    use_bias: bool,
+    backend: Backend,
+    values: ValueType,
+    /// Whether mean and covariance come from calibration inputs, or are 0 and I.
+    calibrated: bool,
+    in_features: usize,
+    out_features: usize,
+    /// Keys kept.
+    rank: usize,
+    /// Spectral norm of the part of W that `energy_keep` and `min_singular_value` cut off.
+    truncation: f64,
+}
+
+impl KeyValueLayer {
+    /// Factors `weight` `[out, in]`. Settings and shapes have been checked.
+    pub(super) fn build(
+        config: &KeyValueConfig,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<ArrayView2<f32>>,
+    ) -> Result<Self> {
+        let (out_features, in_features) = weight.dim();
+        let w = weight.mapv(f64::from);
+        let (mean, covariance) = match calibration {
+            Some(inputs) => {
+                let moments = Moments::of(inputs)?;
+                (moments.mean, Some(config.ridge().added_to(moments.covariance)))
+            }
+            None => (Array1::zeros(in_features), None),
+        };
+        let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
+        let factored = match (&factor, config.decomposition) {
+            (Some(l), Decomposition::WhitenedSvd) => svd(matmul_f64(w.view(), l.view()).view())?,
+            _ => svd(w.view())?,
+        };
+        let singular = factored.s.to_vec();
+        let rank = kept_rank(&singular, config.energy_keep, config.min_singular_value);
+        if rank == 0 {
+            return Err(Error::expected(
+                "min_singular_value",
+                config.min_singular_value,
+                format!("at most {}, the layer's largest singular value", singular.first().copied().unwrap_or(0.0)),
+            ));
+        }
+        let kept = factored.truncated(rank);
+        // Right singular vectors as rows, whitened or plain; then κ and s as the module says.
+        let (folded, scales): (Array2<f64>, Vec<f64>) = match (&factor, config.decomposition) {
+            (Some(l), Decomposition::WhitenedSvd) => {
+                (solve_lower_transposed(l.view(), kept.vt.t()).reversed_axes(), kept.s.to_vec())
+            }
+            (Some(l), Decomposition::Svd) => {
+                let keys = &kept.vt * &kept.s.view().insert_axis(Axis(1));
+                let scales: Vec<f64> =
+                    matmul_f64(keys.view(), l.view()).rows().into_iter().map(|k| k.dot(&k).sqrt()).collect();
+                let folded = Array2::from_shape_fn(keys.dim(), |(i, j)| {
+                    if scales[i] > 0.0 { keys[[i, j]] / scales[i] } else { kept.vt[[i, j]] }
+                });
+                (folded, scales)
+            }
+            (None, _) => (kept.vt.clone(), kept.s.to_vec()),
+        };
+        let truncation = if rank == singular.len() {
+            0.0
+        } else {
+            let stored =
+                matmul_f64((&kept.u * &Array1::from(scales.clone()).view().insert_axis(Axis(0))).view(), folded.view());
+            svd((&w - &stored).view())?.s[0]
+        };
+        let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
+        require_finite("the folded keys", keys.iter())?;
+        let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
+        let index = FlatIndex::new(keys);
+        let mean32 = mean.mapv(|v| v as f32);
+        let curves =
+            calibration.map(|inputs| Curves::measure(index.scores((&inputs - &mean32).view()).view(), &scales));
+        let stored = StoredConfig {
+            decomposition: config.decomposition,
+            energy_keep: config.energy_keep,
+            min_singular_value: config.min_singular_value,
+            ridge_regularization: config.ridge_regularization,
+            ridge_relative: config.ridge_relative,
+            use_bias: config.use_bias,
+            backend: config.backend,
+            values: config.values,
+            calibrated: calibration.is_some(),
+            in_features,
+            out_features,
+            rank,
+            truncation,
+        };
+        let core = Core::new(
+            stored,
+            index,
+            scales,
+            kept.u.t().mapv(|v| v as f32),
+            mean32,
+            w.dot(&mean).mapv(|v| v as f32),
+            bias.filter(|_| config.use_bias).map(|b| b.to_owned()),
+            curves,
+        )?;
+        Self::with_settings(Arc::new(core), config.search())
+    }
+
+    fn with_settings(core: Arc<Core>, settings: SearchSettings) -> Result<Self> {
+        settings.validate()?;
+        config::check_keys(settings.expected_keys_per_query, core.config.in_features.min(core.config.out_features))?;
+        let limit = core.resolve(settings.limit(core.scales.len()), &settings)?;
+        Ok(KeyValueLayer { core, settings, limit })
+    }
+
+    /// Length of an output row.
+    pub fn out_features(&self) -> usize {
+        self.core.config.out_features
+    }
+
+    /// Length of an input row.
+    pub fn in_features(&self) -> usize {
+        self.core.config.in_features
+    }
+
+    /// Number of keys.
+    pub fn rank(&self) -> usize {
+        self.core.scales.len()
+    }
+
+    /// How the layer runs.
+    pub fn settings(&self) -> &SearchSettings {
+        &self.settings
+    }
+
+    /// The folded keys κ, `[keys, in_features]`.
+    pub fn keys(&self) -> ArrayView2<'_, f32> {
+        self.core.index.keys()
+    }
+
+    /// The scales s, `[keys]`.
+    pub fn scales(&self) -> &[f32] {
+        &self.core.scales
+    }
+
+    /// The values u, `[keys, out_features]`.
+    pub fn values(&self) -> ArrayView2<'_, f32> {
+        self.core.values.view()
+    }
+
+    /// The same arrays, run with other settings.
+    ///
+    /// # Errors
+    /// When the settings are out of range or exclude each other.
+    pub fn with_search(&self, settings: SearchSettings) -> Result<Self> {
+        Self::with_settings(self.core.clone(), settings)
+    }
+
+    pub(super) fn configured(&self, config: &Value) -> Result<Self> {
+        self.with_search(read_config(Method::KeyValue, config)?)
+    }
+
+    pub(super) fn config(&self) -> Value {
+        let mut all = match json!(self.core.config) {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        };
+        if let Value::Object(map) = json!(self.settings) {
+            all.extend(map);
+        }
+        Value::Object(all)
+    }
+
+    pub(super) fn bias(&self) -> Option<&Array1<f32>> {
+        self.core.bias.as_ref()
+    }
+
+    /// The hits of each row of `x` `[batch, in_features]`, under `limit` or the layer's own settings.
+    ///
+    /// # Errors
+    /// When the width of `x` is another, a value is not finite, or the limit is out of range.
+    pub fn search(&self, x: ArrayView2<f32>, limit: Option<Limit>) -> Result<Vec<QueryHits>> {
+        if x.ncols() != self.in_features() {
+            return Err(Error::expected(
+                "width of the query",
+                x.ncols(),
+                format!("{}, the layer's in_features", self.in_features()),
+            ));
+        }
+        require_finite("the query", x.iter())?;
+        let limit = limit.map_or(Ok(self.limit), |l| self.core.resolve(l, &self.settings))?;
+        let centred = &x - &self.core.mean;
+        let scores = self.core.index.scores(centred.view());
+        let rank =
+            |h: &Hit| rank_value(h.score, self.core.scales[h.key as usize], self.settings.ranking, self.settings.sides);
+        let answers = centred.rows().into_iter().zip(scores.rows()).map(|(x, scores)| {
+            let certificate = self.core.certificate(x, scores);
+            let (mut hits, threshold) = select(scores, &self.core.scales, &self.settings, limit, &certificate);
+            hits.sort_by(|a, b| rank(b).total_cmp(&rank(a)).then(a.key.cmp(&b.key)));
+            QueryHits { threshold, certified_error: certificate.bound(self.core.dropped(scores, &hits)), hits }
+        });
+        Ok(answers.collect())
+    }
+
+    /// `x · Wᵀ` for a checked `x`.
+    pub(super) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Output {
+        let core = &*self.core;
+        let centred = &x - &core.mean;
+        let scores = core.index.scores(centred.view());
+        let every_key = accuracy == Accuracy::Full || !self.settings.use_approximate_inference;
+        let mut bound = Some(0f64);
+        let mut weigh = |dropped: f64, certificate: Certificate| {
+            bound = bound.zip(certificate.bound(dropped)).map(|(a, b)| a.max(b));
+        };
+        let mut y = Array2::from_shape_fn((x.nrows(), core.config.out_features), |(_, j)| core.mean_output[j]);
+        if every_key || x.nrows() >= PRODUCT_FROM {
+            let mut contributions = Array2::zeros(scores.dim());
+            for ((x, scores), mut kept) in centred.rows().into_iter().zip(scores.rows()).zip(contributions.rows_mut()) {
+                let certificate = core.certificate(x, scores);
+                if every_key {
+                    kept.iter_mut()
+                        .zip(scores.iter().zip(&core.scales))
+                        .for_each(|(k, (score, scale))| *k = score * scale);
+                    weigh(0.0, certificate);
+                } else {
+                    let (hits, _) = select(scores, &core.scales, &self.settings, self.limit, &certificate);
+                    hits.iter().for_each(|h| kept[h.key as usize] = h.contribution);
+                    weigh(core.dropped(scores, &hits), certificate);
+                }
+            }
+            y += &matmul(contributions.view(), core.values.view());
+        } else {
+            for ((x, scores), mut y) in centred.rows().into_iter().zip(scores.rows()).zip(y.rows_mut()) {
+                let certificate = core.certificate(x, scores);
+                let (hits, _) = select(scores, &core.scales, &self.settings, self.limit, &certificate);
+                hits.iter().for_each(|h| y.scaled_add(h.contribution, &core.values.row(h.key as usize)));
+                weigh(core.dropped(scores, &hits), certificate);
+            }
+        }
+        Output { y, relative_error_bound: bound }
+    }
+
+    /// Σ s_i u_i κ_iᵀ, `[out, in]`.
+    pub(super) fn weight(&self) -> Array2<f32> {
+        let scaled = &self.core.index.keys() * &ArrayView1::from(&self.core.scales).insert_axis(Axis(1));
+        matmul(self.core.values.t(), scaled.view())
+    }
+
+    pub(super) fn to_parts(&self) -> Parts {
+        let core = &*self.core;
+        let mut parts = Parts::new(Method::KeyValue, json!(core.config));
+        parts.keys = Some(Keys { vectors: core.index.keys().to_owned(), scales: core.scales.clone() });
+        parts.values = Some(core.values.clone());
+        parts.tensors.push(Tensor::vector("mean", &core.mean.to_vec()));
+        parts.tensors.push(Tensor::vector("mean_output", &core.mean_output.to_vec()));
+        if let Some(bias) = &core.bias {
+            parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
+        }
+        if let Some(curves) = &core.curves {
+            parts.tensors.push(Tensor {
+                name: "calibration_thresholds".into(),
+                shape: curves.thresholds.shape().to_vec(),
+                ..Tensor::vector("", curves.thresholds.as_slice().expect("built in standard layout"))
+            });
+        }
+        parts
+    }
+
+    pub(super) fn from_parts(parts: &Parts) -> Result<Self> {
+        let config: StoredConfig = read_config(parts.method, &parts.config)?;
+        let missing = |what: &str| Error::expected("parts of a key–value layer", format!("no {what}"), what);
+        let keys = parts.keys.as_ref().ok_or_else(|| missing("keys"))?;
+        let values = parts.values.as_ref().ok_or_else(|| missing("values"))?;
+        let vector = |name: &str| parts.tensor(name).ok_or_else(|| missing(name))?.to_vector();
+        let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
+        let curves = parts
+            .tensor("calibration_thresholds")
+            .map(|t| {
+                Array2::from_shape_vec((4, config.rank), super::parts::bytes_f32(&t.data))
+                    .map(|thresholds| Curves { thresholds })
+                    .map_err(|_| {
+                        Error::expected(
+                            "calibration_thresholds",
+                            format!("{} bytes", t.data.len()),
+                            format!("[4, {}] of F32", config.rank),
+                        )
+                    })
+            })
+            .transpose()?;
+        let core = Core::new(
+            config,
+            FlatIndex::new(keys.vectors.clone()),
+            keys.scales.clone(),
+            values.clone(),
+            vector("mean")?,
+            vector("mean_output")?,
+            bias,
+            curves,
+        )?;
+        Self::with_settings(Arc::new(core), SearchSettings::default())
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        let core = &*self.core;
+        4 * (core.index.keys().len()
+            + core.values.len()
+            + core.mean.len()
+            + core.mean_output.len()
+            + 7 * core.scales.len())
+    }
+}
+
+impl Core {
+    #[allow(clippy::too_many_arguments)] // Private, and each is one stored array.
+    fn new(
+        config: StoredConfig,
+        index: FlatIndex,
+        scales: Vec<f32>,
+        values: Array2<f32>,
+        mean: Array1<f32>,
+        mean_output: Array1<f32>,
+        bias: Option<Array1<f32>>,
+        curves: Option<Curves>,
+    ) -> Result<Self> {
+        let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
+        let found = [
+            index.len(),
+            index.dimension(),
+            scales.len(),
+            values.nrows(),
+            values.ncols(),
+            mean.len(),
+            mean_output.len(),
+            bias.as_ref().map_or(outputs, |b| b.len()),
+        ];
+        let expected = [rank, inputs, rank, rank, outputs, inputs, outputs, outputs];
+        if found != expected {
+            return Err(Error::expected(
+                "lengths of keys, scales, values, mean, mean output and bias",
+                format!("{found:?}"),
+                format!("{expected:?}"),
+            ));
+        }
+        let values = if values.is_standard_layout() { values } else { values.as_standard_layout().to_owned() };
+        let on_mean = matmul_nt(mean_output.view().insert_axis(Axis(0)), values.view());
+        let rounding: f64 = index
+            .keys()
+            .rows()
+            .into_iter()
+            .zip(&scales)
+            .map(|(key, &s)| f64::from(s).powi(2) * f64::from(key.dot(&key)))
+            .sum::<f64>()
+            .sqrt()
+            * f64::from(f32::EPSILON);
+        Ok(Core {
+            values_on_mean: on_mean.iter().map(|&v| f64::from(v)).collect(),
+            mean_output_norm: mean_output.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
+            rounding,
+            config,
+            index,
+            scales,
+            values,
+            mean,
+            mean_output,
+            bias,
+            curves,
+        })
+    }
+
+    /// K as a threshold: from the calibration inputs where the layer has them, else for normal scores.
+    fn resolve(&self, limit: Limit, settings: &SearchSettings) -> Result<SelectLimit> {
+        limit.validate(settings.sides)?;
+        let keys = self.scales.len();
+        if let Limit::Keys(k) = limit {
+            config::check_keys(Some(k), self.config.in_features.min(self.config.out_features))?;
+            if k >= keys as f64 && settings.sides == Sides::Both {
+                return Ok(SelectLimit::Threshold(0.0));
+            }
+        }
+        Ok(SelectLimit::resolve(limit, |k| {
+            let k = k.min(keys as f64);
+            match &self.curves {
+                Some(curves) => curves.threshold(k, settings.ranking, settings.sides),
+                None => gaussian(&self.scales, k, settings.ranking, settings.sides),
+            }
+        }))
+    }
+
+    fn certificate(&self, centred: ArrayView1<f32>, scores: ArrayView1<f32>) -> Certificate {
+        let distance = centred.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        // ‖W μ + Σ c_i u_i‖² for orthonormal u_i.
+        let squared = self.mean_output_norm.powi(2)
+            + scores
+                .iter()
+                .zip(&self.scales)
+                .zip(&self.values_on_mean)
+                .map(|((&score, &scale), on_mean)| {
+                    let c = f64::from(score) * f64::from(scale);
+                    c * (c + 2.0 * on_mean)
+                })
+                .sum::<f64>();
+        Certificate {
+            norm: squared.max(0.0).sqrt(),
+            truncated: self.config.truncation * distance,
+            rounding: self.rounding * distance + f64::from(f32::EPSILON) * self.mean_output_norm,
+        }
+    }
+
+    /// Σ c_i² over the keys that are no hits.
+    fn dropped(&self, scores: ArrayView1<f32>, hits: &[Hit]) -> f64 {
+        let mut squares: Vec<f64> =
+            scores.iter().zip(&self.scales).map(|(&a, &s)| (f64::from(a) * f64::from(s)).powi(2)).collect();
+        hits.iter().for_each(|h| squares[h.key as usize] = 0.0);
+        squares.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,157 @@
+use ndarray::{Array1, Array2, s};
+use proptest::prelude::*;
+
+use super::*;
+use crate::layer::{Layer, MethodConfig};
+use crate::linalg::relative_error;
+
+fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+    Array2::from_shape_fn((rows, columns), |(_, j)| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // Columns of different spread and a common offset, so that whitening has something to do.
+        ((state >> 33) as f32 / (1u32 << 31) as f32 * 2.0 - 1.0) * (1.0 + (j % 5) as f32) + 0.3
+    })
+}
+
+fn configs() -> impl Strategy<Value = KeyValueConfig> {
+    (any::<bool>(), any::<bool>(), prop_oneof![Just(1.0), Just(0.9)]).prop_map(|(whitened, by_score, energy_keep)| {
+        KeyValueConfig {
+            decomposition: if whitened { Decomposition::WhitenedSvd } else { Decomposition::Svd },
+            ranking: if by_score { Ranking::Score } else { Ranking::Contribution },
+            energy_keep,
+            expected_keys_per_query: Some(2.0),
+            ..KeyValueConfig::default()
+        }
+    })
+}
+
+fn build(config: &KeyValueConfig, w: &Array2<f32>, b: Option<&Array1<f32>>, x: Option<&Array2<f32>>) -> KeyValueLayer {
+    match MethodConfig::KeyValue(config.clone()).compress(w.view(), b.map(|b| b.view()), x.map(|x| x.view())).unwrap() {
+        Layer::KeyValue(layer) => layer,
+        other => panic!("built {other:?}"),
+    }
+}
+
+proptest! {
+    /// With every key and nothing cut, the layer is the dense layer; parts bring it back as it was.
+    #[test]
+    fn exact_with_every_key(config in configs(), out in 2usize..12, inputs in 2usize..12, calibrated in any::<bool>(), seed in 0u64..200) {
+        let config = KeyValueConfig { energy_keep: 1.0, ..config };
+        let w = sample(out, inputs, seed);
+        let b = Array1::from_shape_fn(out, |i| i as f32);
+        let calibration = sample(3 * inputs, inputs, seed + 1);
+        let layer = build(&config, &w, Some(&b), calibrated.then_some(&calibration));
+        let x = sample(10, inputs, seed + 2);
+        let exact = x.dot(&w.t()) + &b;
+        let all = Layer::KeyValue(layer.clone());
+        let full = all.forward(x.view(), Accuracy::Full).unwrap();
+        prop_assert!(relative_error(full.y.view(), exact.view()) < 1e-5);
+        prop_assert!(full.relative_error_bound.unwrap() < 1e-3);
+        prop_assert!(relative_error(all.weight().unwrap().view(), w.view()) < 1e-5);
+        let back = Layer::from_parts(&all.to_parts()).unwrap().configured(&all.config()).unwrap();
+        prop_assert_eq!(back.to_parts(), all.to_parts());
+        prop_assert_eq!(back.config(), all.config());
+        let (a, b) = (back.forward(x.view(), Accuracy::Approximate).unwrap(), all.forward(x.view(), Accuracy::Approximate).unwrap());
+        prop_assert_eq!(a.y, b.y);
+    }
+
+    /// The bound is above the true error, and close to it where nothing was truncated.
+    #[test]
+    fn certified_error_holds(config in configs(), out in 3usize..12, inputs in 3usize..12, seed in 0u64..200) {
+        let w = sample(out, inputs, seed);
+        let calibration = sample(3 * inputs, inputs, seed + 1);
+        let layer = build(&config, &w, None, Some(&calibration));
+        for batch in [1, PRODUCT_FROM] {
+            let x = sample(batch, inputs, seed + 2);
+            let out = layer.linear(x.view(), Accuracy::Approximate);
+            let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t());
+            let hits = layer.search(x.view(), None).unwrap();
+            for i in 0..batch {
+                let difference = (&out.y.row(i).mapv(f64::from) - &exact.row(i)).mapv(|v| v * v).sum().sqrt();
+                let relative = difference / exact.row(i).mapv(|v| v * v).sum().sqrt();
+                if let Some(bound) = hits[i].certified_error {
+                    prop_assert!(relative <= bound, "true {} certified {}", relative, bound);
+                    if config.energy_keep == 1.0 && relative > 1e-2 {
+                        prop_assert!(bound <= relative * 1.01);
+                    }
+                    prop_assert!(out.relative_error_bound.is_none_or(|b| b >= bound * 0.999));
+                }
+            }
+        }
+    }
+
+    /// A demanded error is met with as few of the highest ranked keys as meet it.
+    #[test]
+    fn demanded_error_is_met(by_score in any::<bool>(), max_error in 0.05f64..0.9, seed in 0u64..200) {
+        let config = KeyValueConfig { ranking: if by_score { Ranking::Score } else { Ranking::Contribution }, ..KeyValueConfig::default() };
+        let w = sample(10, 8, seed);
+        let layer = build(&config, &w, None, Some(&sample(40, 8, seed + 1)));
+        let x = sample(6, 8, seed + 2);
+        for (x, answer) in x.rows().into_iter().zip(layer.search(x.view(), Some(Limit::MaxError(max_error))).unwrap()) {
+            prop_assert!(answer.certified_error.unwrap() <= max_error * (1.0 + 1e-9));
+            if let Some(weakest) = answer.hits.last() {
+                let fewer = layer.search(x.insert_axis(Axis(0)), Some(Limit::Threshold(answer.threshold * 1.0001 + f32::MIN_POSITIVE))).unwrap();
+                prop_assert!(fewer[0].hits.iter().all(|h| h.key != weakest.key));
+                prop_assert!(fewer[0].certified_error.unwrap() > max_error);
+            }
+        }
+    }
+
+    /// One row at a time and a batch give the same.
+    #[test]
+    fn gather_equals_product(config in configs(), seed in 0u64..200) {
+        let w = sample(7, 9, seed);
+        let layer = build(&config, &w, None, Some(&sample(30, 9, seed + 1)));
+        let x = sample(PRODUCT_FROM, 9, seed + 2);
+        let together = layer.linear(x.view(), Accuracy::Approximate).y;
+        for i in 0..x.nrows() {
+            let alone = layer.linear(x.slice(s![i..=i, ..]), Accuracy::Approximate).y;
+            prop_assert!(relative_error(alone.view(), together.slice(s![i..=i, ..])) < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn expected_keys_are_met_on_the_calibration_inputs() {
+    let calibration = sample(400, 12, 5);
+    let layer = build(
+        &KeyValueConfig { expected_keys_per_query: Some(3.0), ..KeyValueConfig::default() },
+        &sample(20, 12, 4),
+        None,
+        Some(&calibration),
+    );
+    let hits: usize = layer.search(calibration.view(), None).unwrap().iter().map(|q| q.hits.len()).sum();
+    assert!((hits as f64 / 400.0 - 3.0).abs() < 0.05, "{hits}");
+}
+
+#[test]
+fn capacity_keeps_the_highest_ranked() {
+    let layer = build(
+        &KeyValueConfig { expected_keys_per_query: Some(12.0), max_ids_capacity: Some(2), ..KeyValueConfig::default() },
+        &sample(20, 12, 4),
+        None,
+        None,
+    );
+    let x = sample(3, 12, 9);
+    let all = layer.with_search(SearchSettings { max_ids_capacity: None, ..layer.settings().clone() }).unwrap();
+    for (few, many) in layer.search(x.view(), None).unwrap().iter().zip(all.search(x.view(), None).unwrap()) {
+        assert_eq!(few.hits, many.hits[..2]);
+        assert_eq!(many.hits.len(), 12);
+    }
+}
+
+#[test]
+fn zero_weights_and_bad_queries() {
+    let layer = build(&KeyValueConfig::default(), &Array2::zeros((3, 4)), None, None);
+    let y = layer.linear(sample(2, 4, 1).view(), Accuracy::Approximate);
+    assert_eq!(y.y, Array2::<f32>::zeros((2, 3)));
+    assert_eq!(y.relative_error_bound, None);
+    assert!(layer.search(sample(1, 5, 1).view(), None).unwrap_err().to_string().contains("found 5"));
+    assert!(layer.search(sample(1, 4, 1).view(), Some(Limit::Keys(99.0))).is_err());
+    assert!(
+        MethodConfig::KeyValue(KeyValueConfig { min_singular_value: 9.0, ..KeyValueConfig::default() })
+            .compress(Array2::<f32>::eye(3).view(), None, None)
+            .is_err()
+    );
+}

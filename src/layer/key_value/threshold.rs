@@ -1,0 +1,134 @@
+//! The threshold at which K keys are expected.
+
+use ndarray::{Array2, ArrayView2};
+
+use super::config::{Ranking, Sides};
+use crate::linalg::{normal_quantile, normal_survival};
+
+/// Tokens that a calibration curve is taken over, evenly spaced: quantiles settle long before all of them are used.
+const CURVE_TOKENS: usize = 1024;
+
+/// The threshold for `expected` hits when every score is standard normal.
+///
+/// By score: Φ⁻¹(1 − K/2r), one-sided Φ⁻¹(1 − K/r). By contribution: the root of Σ 2(1 − Φ(t/s_i)) = K, one-sided
+/// Σ (1 − Φ(t/s_i)) = K, by bisection.
+pub fn gaussian(scales: &[f32], expected: f64, ranking: Ranking, sides: Sides) -> f32 {
+    let keys = scales.len() as f64;
+    if sides == Sides::Both && expected >= keys {
+        return 0.0;
+    }
+    let doubled = if sides == Sides::Both { 2.0 } else { 1.0 };
+    match ranking {
+        Ranking::Score => normal_quantile(1.0 - expected / (doubled * keys)) as f32,
+        Ranking::Contribution => {
+            let hits = |t: f64| {
+                scales.iter().map(|&s| doubled * normal_survival(t / f64::from(s).max(f64::MIN_POSITIVE))).sum::<f64>()
+            };
+            let largest = scales.iter().fold(0f64, |m, &s| m.max(s.into()));
+            let (mut low, mut high) = (if sides == Sides::Both { 0.0 } else { -40.0 * largest }, 40.0 * largest);
+            for _ in 0..200 {
+                let middle = 0.5 * (low + high);
+                if hits(middle) > expected { low = middle } else { high = middle }
+            }
+            high as f32
+        }
+    }
+}
+
+/// A layer's own answer: `curve[k − 1]` is the threshold that lets `k` keys through on average over the calibration
+/// inputs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Curves {
+    /// `[4, keys]`: contribution both, contribution positive, score both, score positive.
+    pub thresholds: Array2<f32>,
+}
+
+impl Curves {
+    /// From the scores of calibration inputs, `[tokens, keys]`.
+    pub fn measure(scores: ArrayView2<f32>, scales: &[f32]) -> Self {
+        let keys = scales.len();
+        let step = scores.nrows().div_ceil(CURVE_TOKENS).max(1);
+        let rows: Vec<_> = scores.rows().into_iter().step_by(step).collect();
+        let mut thresholds = Array2::zeros((4, keys));
+        let mut values = Vec::with_capacity(rows.len() * keys);
+        for (curve, (ranking, sides)) in KINDS.into_iter().enumerate() {
+            values.clear();
+            for row in &rows {
+                values.extend(row.iter().zip(scales).map(|(&score, &scale)| rank_value(score, scale, ranking, sides)));
+            }
+            values.sort_unstable_by(|a, b| b.total_cmp(a));
+            for k in 1..=keys {
+                thresholds[[curve, k - 1]] = values[k * rows.len() - 1];
+            }
+        }
+        Curves { thresholds }
+    }
+
+    /// The threshold for `expected` hits, between two whole numbers by interpolation.
+    pub fn threshold(&self, expected: f64, ranking: Ranking, sides: Sides) -> f32 {
+        let kind = KINDS.iter().position(|k| *k == (ranking, sides)).expect("KINDS lists every pair");
+        let row = self.thresholds.row(kind);
+        let position = (expected - 1.0).clamp(0.0, (row.len() - 1) as f64);
+        let (low, part) = (position.floor() as usize, position.fract());
+        let high = (low + 1).min(row.len() - 1);
+        (f64::from(row[low]) * (1.0 - part) + f64::from(row[high]) * part) as f32
+    }
+}
+
+const KINDS: [(Ranking, Sides); 4] = [
+    (Ranking::Contribution, Sides::Both),
+    (Ranking::Contribution, Sides::Positive),
+    (Ranking::Score, Sides::Both),
+    (Ranking::Score, Sides::Positive),
+];
+
+/// What a key is ranked by.
+pub fn rank_value(score: f32, scale: f32, ranking: Ranking, sides: Sides) -> f32 {
+    let value = match ranking {
+        Ranking::Contribution => score * scale,
+        Ranking::Score => score,
+    };
+    match sides {
+        Sides::Both => value.abs(),
+        Sides::Positive => value,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// At the threshold, the expected number of normal scores passes.
+        #[test]
+        fn gaussian_threshold_expects_k(scales in proptest::collection::vec(0.01f32..5.0, 2..40), share in 0.02f64..0.98) {
+            let expected = share * scales.len() as f64;
+            for (ranking, sides) in KINDS {
+                let t = f64::from(gaussian(&scales, expected, ranking, sides));
+                let doubled = if sides == Sides::Both { 2.0 } else { 1.0 };
+                let passing: f64 = scales.iter().map(|&s| {
+                    let unit = if ranking == Ranking::Score { 1.0 } else { f64::from(s) };
+                    doubled * normal_survival(t / unit)
+                }).sum();
+                prop_assert!((passing - expected).abs() < 1e-3 * expected.max(1.0), "{:?} {:?}: {} for {}", ranking, sides, passing, expected);
+            }
+        }
+
+        /// On the inputs it was measured on, the curve lets k keys through on average.
+        #[test]
+        fn curve_lets_k_through(tokens in 1usize..20, keys in 1usize..12, seed in 0u32..1000) {
+            let scores = Array2::from_shape_fn((tokens, keys), |(i, j)| ((i * 7919 + j * 104_729 + seed as usize * 31) % 1009) as f32 / 500.0 - 1.0);
+            let scales: Vec<f32> = (0..keys).map(|j| 1.0 + j as f32 * 0.37).collect();
+            let curves = Curves::measure(scores.view(), &scales);
+            for (ranking, sides) in KINDS {
+                for k in 1..=keys {
+                    let t = curves.threshold(k as f64, ranking, sides);
+                    let passing = scores.indexed_iter().filter(|((_, j), s)| rank_value(**s, scales[*j], ranking, sides) >= t).count();
+                    // Ties at the threshold may let more through.
+                    prop_assert!(passing >= k * tokens);
+                }
+            }
+        }
+    }
+}

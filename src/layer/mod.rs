@@ -1,0 +1,357 @@
+//! Compressed layers: built from a weight, run in memory, turned into [`Parts`] and back.
+//!
+//! A layer kind knows its parts and no table; the store moves parts and knows no layer kind. Inputs are
+//! `[batch, in_features]`, outputs `[batch, out_features]`, f32, and `y = x · Wᵀ + b`.
+
+mod dense;
+mod key_value;
+mod low_rank;
+pub mod parts;
+
+use std::fmt;
+use std::str::FromStr;
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use dense::{DType, DenseLayer};
+pub use key_value::{
+    Backend, Decomposition, Hit, KeyType, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, SearchSettings,
+    Sides, ValueType,
+};
+pub use low_rank::{LowRankConfig, LowRankLayer, Scaling};
+pub use parts::{ArtifactId, Parts};
+
+use crate::error::{Error, Result};
+
+/// How a layer is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// The checkpoint's own numbers.
+    Dense,
+    /// Keys and values: only the components that matter to a query are used.
+    KeyValue,
+    /// Quantised weights and a low-rank correction of their error.
+    LowRank,
+}
+
+impl Method {
+    /// Every method, in the order they are documented.
+    pub const ALL: [Method; 3] = [Method::Dense, Method::KeyValue, Method::LowRank];
+
+    /// The name in rules, tables and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Method::Dense => "dense",
+            Method::KeyValue => "key_value",
+            Method::LowRank => "low_rank",
+        }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Method {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        Method::ALL
+            .into_iter()
+            .find(|m| m.as_str() == name)
+            .ok_or_else(|| Error::expected("method", format!("'{name}'"), Method::ALL.map(Method::as_str).join(", ")))
+    }
+}
+
+/// A method and its settings: what a rule asks for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "method", rename_all = "snake_case")]
+pub enum MethodConfig {
+    Dense,
+    KeyValue(KeyValueConfig),
+    LowRank(LowRankConfig),
+}
+
+impl MethodConfig {
+    /// The method alone.
+    pub fn method(&self) -> Method {
+        match self {
+            MethodConfig::Dense => Method::Dense,
+            MethodConfig::KeyValue(_) => Method::KeyValue,
+            MethodConfig::LowRank(_) => Method::LowRank,
+        }
+    }
+
+    /// Checks the settings by themselves.
+    ///
+    /// # Errors
+    /// When a setting is out of its range, or two exclude each other.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            MethodConfig::Dense => Ok(()),
+            MethodConfig::KeyValue(config) => config.validate(),
+            MethodConfig::LowRank(config) => config.validate(),
+        }
+    }
+
+    /// Checks the settings against a layer's shape and whether calibration inputs are at hand, before any work is done.
+    ///
+    /// # Errors
+    /// When a group, rank or number of keys does not fit, or calibration is needed and missing.
+    pub fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+        self.validate()?;
+        match self {
+            MethodConfig::Dense => Ok(()),
+            MethodConfig::KeyValue(config) => config.check(out_features, in_features),
+            MethodConfig::LowRank(config) => config.check(out_features, in_features, calibrated),
+        }
+    }
+
+    /// Compresses `weight` `[out_features, in_features]` with its bias `[out_features]`, for inputs like `calibration`
+    /// `[tokens, in_features]`.
+    ///
+    /// # Errors
+    /// As [`MethodConfig::check`], and when a number is not finite or a factorisation fails. `Dense` is refused: a
+    /// dense layer keeps the checkpoint's bytes and has nothing to compute, see [`DenseLayer`].
+    pub fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<ArrayView2<f32>>,
+    ) -> Result<Layer> {
+        let (out_features, in_features) = weight.dim();
+        self.check(out_features, in_features, calibration.is_some())?;
+        check_inputs(weight, bias, calibration)?;
+        match self {
+            MethodConfig::Dense => Ok(Layer::Dense(DenseLayer::from_f32(weight, bias))),
+            MethodConfig::KeyValue(config) => {
+                Ok(Layer::KeyValue(KeyValueLayer::build(config, weight, bias, calibration)?))
+            }
+            MethodConfig::LowRank(config) => {
+                Ok(Layer::LowRank(LowRankLayer::build(config, weight, bias, calibration)?))
+            }
+        }
+    }
+}
+
+fn check_inputs(
+    weight: ArrayView2<f32>,
+    bias: Option<ArrayView1<f32>>,
+    calibration: Option<ArrayView2<f32>>,
+) -> Result<()> {
+    let (out_features, in_features) = weight.dim();
+    if let Some(bias) = bias {
+        if bias.len() != out_features {
+            return Err(Error::expected(
+                "length of the bias",
+                bias.len(),
+                format!("{out_features}, the weight's rows"),
+            ));
+        }
+        require_finite("the bias", bias.iter())?;
+    }
+    if let Some(inputs) = calibration
+        && inputs.ncols() != in_features
+    {
+        return Err(Error::expected(
+            "width of the calibration inputs",
+            inputs.ncols(),
+            format!("{in_features}, the layer's in_features"),
+        ));
+    }
+    require_finite("the weight", weight.iter())
+}
+
+pub(crate) fn require_finite<'a>(what: &str, values: impl Iterator<Item = &'a f32>) -> Result<()> {
+    for (index, value) in values.enumerate() {
+        if !value.is_finite() {
+            return Err(Error::NotFinite { what: what.to_owned(), value: f64::from(*value), index });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a forward pass may leave out what matters little.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Accuracy {
+    /// As the layer's settings say.
+    #[default]
+    Approximate,
+    /// Everything that the layer stores is used.
+    Full,
+}
+
+/// What a forward pass gives.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// `[batch, out_features]`.
+    pub y: Array2<f32>,
+    /// Where the method can certify it: no row's ‖ŷ − y‖ / ‖y‖ (bias left out) exceeds this.
+    pub relative_error_bound: Option<f64>,
+}
+
+/// A layer in memory, ready to run. Cloning shares the arrays.
+#[derive(Debug, Clone)]
+pub enum Layer {
+    Dense(DenseLayer),
+    KeyValue(KeyValueLayer),
+    LowRank(LowRankLayer),
+}
+
+impl Layer {
+    /// How the layer is compressed.
+    pub fn method(&self) -> Method {
+        match self {
+            Layer::Dense(_) => Method::Dense,
+            Layer::KeyValue(_) => Method::KeyValue,
+            Layer::LowRank(_) => Method::LowRank,
+        }
+    }
+
+    /// Length of an output row; for a dense tensor that is no matrix, its first dimension.
+    pub fn out_features(&self) -> usize {
+        match self {
+            Layer::Dense(l) => l.out_features(),
+            Layer::KeyValue(l) => l.out_features(),
+            Layer::LowRank(l) => l.out_features(),
+        }
+    }
+
+    /// Length of an input row; for a dense tensor that is no matrix, the product of its other dimensions.
+    pub fn in_features(&self) -> usize {
+        match self {
+            Layer::Dense(l) => l.in_features(),
+            Layer::KeyValue(l) => l.in_features(),
+            Layer::LowRank(l) => l.in_features(),
+        }
+    }
+
+    /// The full configuration: what the parts hold and how the layer runs.
+    pub fn config(&self) -> Value {
+        match self {
+            Layer::Dense(l) => l.config(),
+            Layer::KeyValue(l) => l.config(),
+            Layer::LowRank(l) => l.config(),
+        }
+    }
+
+    /// `y = x · Wᵀ + b` for `x` `[batch, in_features]`.
+    ///
+    /// # Errors
+    /// When the width of `x` is another, a value is not finite, or the layer is a tensor that is no matrix.
+    pub fn forward(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
+        let mut output = self.linear(x, accuracy)?;
+        if let Some(bias) = self.bias()? {
+            crate::linalg::add_outer(&mut output.y, bias.view());
+        }
+        Ok(output)
+    }
+
+    /// [`Layer::forward`] for one input `[in_features]`.
+    ///
+    /// # Errors
+    /// As [`Layer::forward`].
+    pub fn forward_vector(&self, x: ArrayView1<f32>, accuracy: Accuracy) -> Result<Array1<f32>> {
+        let y = self.forward(x.insert_axis(ndarray::Axis(0)), accuracy)?.y;
+        Ok(y.index_axis_move(ndarray::Axis(0), 0))
+    }
+
+    /// `x · Wᵀ`, the bias left out: what relative errors are measured on.
+    ///
+    /// # Errors
+    /// As [`Layer::forward`].
+    pub fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
+        if let Layer::Dense(layer) = self {
+            layer.require_matrix()?;
+        }
+        if x.ncols() != self.in_features() {
+            return Err(Error::expected(
+                "width of the input",
+                x.ncols(),
+                format!("{}, the layer's in_features", self.in_features()),
+            ));
+        }
+        require_finite("the input", x.iter())?;
+        match self {
+            Layer::Dense(l) => l.linear(x),
+            Layer::KeyValue(l) => Ok(l.linear(x, accuracy)),
+            Layer::LowRank(l) => Ok(Output { y: l.linear(x), relative_error_bound: None }),
+        }
+    }
+
+    /// The bias `[out_features]`, if the layer has one.
+    ///
+    /// # Errors
+    /// When a dense layer's bias is of a dtype that cannot be computed with.
+    pub fn bias(&self) -> Result<Option<Array1<f32>>> {
+        match self {
+            Layer::Dense(l) => l.bias(),
+            Layer::KeyValue(l) => Ok(l.bias().cloned()),
+            Layer::LowRank(l) => Ok(l.bias().cloned()),
+        }
+    }
+
+    /// The weight that the layer stands for, `[out_features, in_features]`, everything stored counted.
+    ///
+    /// # Errors
+    /// When the layer is a dense tensor that is no matrix, or of a dtype that cannot be computed with.
+    pub fn weight(&self) -> Result<Array2<f32>> {
+        match self {
+            Layer::Dense(l) => Ok(l.weight()?.clone()),
+            Layer::KeyValue(l) => Ok(l.weight()),
+            Layer::LowRank(l) => Ok(l.weight()),
+        }
+    }
+
+    /// The stored form.
+    pub fn to_parts(&self) -> Parts {
+        match self {
+            Layer::Dense(l) => l.to_parts(),
+            Layer::KeyValue(l) => l.to_parts(),
+            Layer::LowRank(l) => l.to_parts(),
+        }
+    }
+
+    /// A layer from its stored form, run as its defaults say until [`Layer::configured`].
+    ///
+    /// # Errors
+    /// When an array is missing, or its shape does not follow from the config.
+    pub fn from_parts(parts: &Parts) -> Result<Self> {
+        match parts.method {
+            Method::Dense => Ok(Layer::Dense(DenseLayer::from_parts(parts)?)),
+            Method::KeyValue => Ok(Layer::KeyValue(KeyValueLayer::from_parts(parts)?)),
+            Method::LowRank => Ok(Layer::LowRank(LowRankLayer::from_parts(parts)?)),
+        }
+    }
+
+    /// The same arrays, run as `config` (a full configuration, as the catalogue keeps it) says.
+    ///
+    /// # Errors
+    /// When the settings are not valid for the layer.
+    pub fn configured(&self, config: &Value) -> Result<Self> {
+        match self {
+            Layer::Dense(_) | Layer::LowRank(_) => Ok(self.clone()),
+            Layer::KeyValue(l) => Ok(Layer::KeyValue(l.configured(config)?)),
+        }
+    }
+
+    /// Memory that the arrays take, in bytes.
+    pub fn memory_bytes(&self) -> usize {
+        match self {
+            Layer::Dense(l) => l.memory_bytes(),
+            Layer::KeyValue(l) => l.memory_bytes(),
+            Layer::LowRank(l) => l.memory_bytes(),
+        }
+    }
+}
+
+/// A stored config as the type a layer kind reads it into.
+pub(crate) fn read_config<T: serde::de::DeserializeOwned>(method: Method, config: &Value) -> Result<T> {
+    T::deserialize(config).map_err(|e| {
+        Error::expected(format!("stored config of a {method} layer"), e, "the settings that this version writes")
+    })
+}

@@ -1,0 +1,247 @@
+//! Factorisations in f64: thin SVD, the leading part of one, Cholesky, and triangular solves.
+
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
+use faer::{MatMut, Side};
+use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+
+use super::product::{matmul_f64, parallelism, view};
+use crate::error::{Error, Result};
+
+/// `matrix = u · diag(s) · vt`, singular values descending.
+#[derive(Debug, Clone)]
+pub struct Svd {
+    /// Left singular vectors, one a column: `[rows, k]`.
+    pub u: Array2<f64>,
+    /// Singular values, descending: `[k]`.
+    pub s: Array1<f64>,
+    /// Right singular vectors, one a row: `[k, columns]`.
+    pub vt: Array2<f64>,
+}
+
+/// The thin SVD, `k = min(rows, columns)`.
+///
+/// # Errors
+/// When the matrix holds a value that is not finite, or the iteration does not converge.
+pub fn svd(matrix: ArrayView2<f64>) -> Result<Svd> {
+    require_finite("the matrix to decompose", &matrix)?;
+    if matrix.is_empty() {
+        let (rows, columns) = matrix.dim();
+        return Ok(Svd { u: Array2::zeros((rows, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, columns)) });
+    }
+    let parts = view(&matrix)
+        .thin_svd()
+        .map_err(|e| Error::Numeric(format!("the SVD of a {:?} matrix did not converge: {e:?}", matrix.dim())))?;
+    let (u, s, v) = (parts.U(), parts.S(), parts.V());
+    let k = u.ncols();
+    Ok(Svd {
+        u: Array2::from_shape_fn((u.nrows(), k), |(i, j)| u[(i, j)]),
+        s: Array1::from_shape_fn(k, |i| s[i]),
+        vt: Array2::from_shape_fn((k, v.nrows()), |(i, j)| v[(j, i)]),
+    })
+}
+
+/// The `k` leading singular triplets, from the eigenvectors of the smaller Gram matrix.
+///
+/// Much cheaper than [`svd`] for a rectangular matrix. Squaring costs half the digits: singular values below about
+/// 1e-8 of the largest are noise, which is far below what a leading component is used for.
+///
+/// # Errors
+/// When `k` exceeds the smaller side, a value is not finite, or the iteration does not converge.
+pub fn leading_svd(matrix: ArrayView2<f64>, k: usize) -> Result<Svd> {
+    let (rows, columns) = matrix.dim();
+    if k > rows.min(columns) {
+        return Err(Error::expected(
+            "rank",
+            k,
+            format!("at most {} for a {rows} × {columns} matrix", rows.min(columns)),
+        ));
+    }
+    require_finite("the matrix to decompose", &matrix)?;
+    if k == 0 {
+        return Ok(Svd { u: Array2::zeros((rows, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, columns)) });
+    }
+    if rows > columns {
+        let t = leading_svd(matrix.reversed_axes(), k)?;
+        return Ok(Svd {
+            u: t.vt.reversed_axes().as_standard_layout().to_owned(),
+            s: t.s,
+            vt: t.u.reversed_axes().as_standard_layout().to_owned(),
+        });
+    }
+    let gram = matmul_f64(matrix, matrix.reversed_axes());
+    let gram_view = gram.view();
+    let eigen = view(&gram_view).self_adjoint_eigen(Side::Lower).map_err(|e| {
+        Error::Numeric(format!("the eigenvalues of a {rows} × {rows} Gram matrix did not converge: {e:?}"))
+    })?;
+    // faer sorts ascending; the leading ones are the last.
+    let u = Array2::from_shape_fn((rows, k), |(i, j)| eigen.U()[(i, rows - 1 - j)]);
+    let mut vt = matmul_f64(u.t(), matrix);
+    let mut s = Array1::zeros(k);
+    for (mut row, value) in vt.rows_mut().into_iter().zip(s.iter_mut()) {
+        let norm = row.dot(&row).sqrt();
+        *value = norm;
+        if norm > 0.0 {
+            row /= norm;
+        }
+    }
+    Ok(Svd { u, s, vt })
+}
+
+/// How many components to keep: enough for the share `energy_keep` of Σs², and none below `min_singular_value`
+/// (AXL's rule: the first component that passes the share is kept too).
+pub fn kept_rank(singular_values: &[f64], energy_keep: f64, min_singular_value: f64) -> usize {
+    let total: f64 = singular_values.iter().map(|s| s * s).sum();
+    let above = singular_values.iter().filter(|&&s| s >= min_singular_value).count();
+    let mut cumulative = 0.0;
+    let within = singular_values
+        .iter()
+        .take_while(|&&s| {
+            cumulative += s * s;
+            total > 0.0 && cumulative / total <= energy_keep
+        })
+        .count();
+    (within + 1).min(singular_values.len()).min(above)
+}
+
+/// The lower-triangular L with `matrix = L · Lᵀ`.
+///
+/// # Errors
+/// When the matrix is not symmetric positive definite: the message says at which row and what to do.
+pub fn cholesky(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
+    require_finite("the covariance matrix", &matrix)?;
+    let n = matrix.nrows();
+    if n != matrix.ncols() {
+        return Err(Error::expected(
+            "the shape of a covariance matrix",
+            format!("{n} × {}", matrix.ncols()),
+            "a square matrix",
+        ));
+    }
+    if n == 0 {
+        return Ok(Array2::zeros((0, 0)));
+    }
+    let factor = view(&matrix).llt(Side::Lower).map_err(|_| {
+        Error::Numeric(format!(
+            "the {n} × {n} covariance matrix is not positive definite: raise ridge_regularization or ridge_relative"
+        ))
+    })?;
+    let l = factor.L();
+    Ok(Array2::from_shape_fn((n, n), |(i, j)| if j <= i { l[(i, j)] } else { 0.0 }))
+}
+
+/// `L⁻¹ · rhs` for a lower-triangular `l` `[n, n]` and `rhs` `[n, m]`.
+pub fn solve_lower(l: ArrayView2<f64>, rhs: ArrayView2<f64>) -> Array2<f64> {
+    let mut out = rhs.as_standard_layout().to_owned();
+    let (n, m) = out.dim();
+    let target = MatMut::from_row_major_slice_mut(out.as_slice_mut().expect("standard layout"), n, m);
+    solve_lower_triangular_in_place(view(&l), target, parallelism(n * n * m));
+    out
+}
+
+/// `L⁻ᵀ · rhs` for a lower-triangular `l` `[n, n]` and `rhs` `[n, m]`.
+pub fn solve_lower_transposed(l: ArrayView2<f64>, rhs: ArrayView2<f64>) -> Array2<f64> {
+    let mut out = rhs.as_standard_layout().to_owned();
+    let (n, m) = out.dim();
+    let target = MatMut::from_row_major_slice_mut(out.as_slice_mut().expect("standard layout"), n, m);
+    let upper = l.reversed_axes();
+    solve_upper_triangular_in_place(view(&upper), target, parallelism(n * n * m));
+    out
+}
+
+/// `L⁻¹` for a lower-triangular `l`.
+pub fn inverse_lower(l: ArrayView2<f64>) -> Array2<f64> {
+    solve_lower(l, Array2::eye(l.nrows()).view())
+}
+
+fn require_finite(what: &str, matrix: &ArrayView2<f64>) -> Result<()> {
+    match matrix.iter().position(|v| !v.is_finite()) {
+        Some(index) => Err(Error::NotFinite {
+            what: what.to_owned(),
+            value: matrix.iter().nth(index).copied().unwrap_or(f64::NAN),
+            index,
+        }),
+        None => Ok(()),
+    }
+}
+
+impl Svd {
+    /// The first `k` triplets.
+    pub fn truncated(&self, k: usize) -> Svd {
+        Svd {
+            u: self.u.slice(s![.., ..k]).to_owned(),
+            s: self.s.slice(s![..k]).to_owned(),
+            vt: self.vt.slice(s![..k, ..]).to_owned(),
+        }
+    }
+
+    /// `u · diag(s) · vt`.
+    pub fn product(&self) -> Array2<f64> {
+        let scaled = &self.u * &self.s.view().insert_axis(Axis(0));
+        matmul_f64(scaled.view(), self.vt.view())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::matmul_nt_f64;
+    use proptest::prelude::*;
+
+    fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
+        let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        Array2::from_shape_fn((rows, columns), |_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as f64 / f64::from(1u32 << 31) * 2.0 - 1.0
+        })
+    }
+
+    fn largest(a: &Array2<f64>) -> f64 {
+        a.iter().fold(0.0, |m, v| m.max(v.abs()))
+    }
+
+    proptest! {
+        #[test]
+        fn svd_rebuilds_its_matrix(rows in 1usize..24, columns in 1usize..24, seed in 0u64..500) {
+            let a = sample(rows, columns, seed);
+            let full = svd(a.view()).unwrap();
+            prop_assert!(largest(&(full.product() - &a)) < 1e-12);
+            let k = rows.min(columns);
+            let gram = matmul_f64(full.u.t(), full.u.view());
+            prop_assert!(largest(&(gram - Array2::<f64>::eye(k))) < 1e-12);
+            let leading = leading_svd(a.view(), k.div_ceil(2)).unwrap();
+            for (a, b) in leading.s.iter().zip(&full.s) {
+                prop_assert!((a - b).abs() < 1e-7);
+            }
+            prop_assert!(largest(&(leading.product() - full.truncated(k.div_ceil(2)).product())) < 1e-5);
+        }
+
+        #[test]
+        fn cholesky_and_its_solves(n in 1usize..20, seed in 0u64..500) {
+            let a = sample(n, n + 3, seed);
+            let spd = matmul_nt_f64(a.view(), a.view()) + Array2::<f64>::eye(n) * 0.1;
+            let l = cholesky(spd.view()).unwrap();
+            prop_assert!(largest(&(matmul_nt_f64(l.view(), l.view()) - &spd)) < 1e-12);
+            let b = sample(n, 4, seed + 1);
+            prop_assert!(largest(&(matmul_f64(l.view(), solve_lower(l.view(), b.view()).view()) - &b)) < 1e-10);
+            prop_assert!(largest(&(matmul_f64(l.t(), solve_lower_transposed(l.view(), b.view()).view()) - &b)) < 1e-10);
+            prop_assert!(largest(&(matmul_f64(l.view(), inverse_lower(l.view()).view()) - Array2::<f64>::eye(n))) < 1e-10);
+        }
+    }
+
+    #[test]
+    fn bad_matrices_are_refused() {
+        let mut a = Array2::<f64>::eye(3);
+        a[[1, 1]] = -1.0;
+        assert!(cholesky(a.view()).unwrap_err().to_string().contains("ridge"));
+        a[[1, 1]] = f64::NAN;
+        assert!(svd(a.view()).is_err());
+        assert!(leading_svd(Array2::<f64>::eye(2).view(), 3).is_err());
+    }
+
+    #[test]
+    fn empty_and_zero_matrices() {
+        assert_eq!(svd(Array2::zeros((3, 0)).view()).unwrap().s.len(), 0);
+        let zero = leading_svd(Array2::zeros((3, 2)).view(), 1).unwrap();
+        assert_eq!(zero.s[0], 0.0);
+    }
+}

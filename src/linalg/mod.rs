@@ -1,0 +1,15 @@
+//! Linear algebra and statistics, in memory, on `ndarray` arrays (row-major, `[rows, columns]`).
+//!
+//! Decompositions run in f64 inside [`faer`], which stays private to this module; products of activations run in f32.
+
+mod convert;
+mod decompose;
+mod normal;
+mod product;
+mod statistics;
+
+pub use convert::{from_dmatrix, from_dvector, to_dmatrix, to_dvector};
+pub use decompose::{Svd, cholesky, inverse_lower, kept_rank, leading_svd, solve_lower, solve_lower_transposed, svd};
+pub use normal::{normal_cdf, normal_pdf, normal_quantile, normal_survival};
+pub use product::{add_outer, matmul, matmul_f64, matmul_nt, matmul_nt_f64, relative_error};
+pub use statistics::{Moments, Ridge};

@@ -1,0 +1,90 @@
+//! Matrix products, handed to faer's blocked kernels with rayon's threads.
+
+use faer::linalg::matmul::matmul as faer_matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use ndarray::{Array2, ArrayView1, ArrayView2};
+
+/// Below this many multiply-adds a product stays on one thread: starting threads would cost more than it saves.
+const PARALLEL_FROM: usize = 1 << 20;
+
+pub(super) fn parallelism(operations: usize) -> Par {
+    if operations >= PARALLEL_FROM { Par::rayon(0) } else { Par::Seq }
+}
+
+macro_rules! products {
+    ($t:ty, $plain:ident, $transposed:ident) => {
+        /// `a · b` for `a` `[m, k]` and `b` `[k, n]`.
+        ///
+        /// # Panics
+        /// When the inner lengths differ, as `ndarray`'s own `dot` does.
+        pub fn $plain(a: ArrayView2<$t>, b: ArrayView2<$t>) -> Array2<$t> {
+            assert_eq!(a.ncols(), b.nrows(), "inner lengths of a product");
+            let (m, n) = (a.nrows(), b.ncols());
+            let mut out = Array2::<$t>::zeros((m, n));
+            if m == 0 || n == 0 || a.ncols() == 0 {
+                return out;
+            }
+            let par = parallelism(m * n * a.ncols());
+            let target =
+                MatMut::from_row_major_slice_mut(out.as_slice_mut().expect("fresh arrays are contiguous"), m, n);
+            faer_matmul(target, Accum::Replace, view(&a), view(&b), 1.0, par);
+            out
+        }
+
+        /// `a · bᵀ` for `a` `[m, k]` and `b` `[n, k]`: the forward pass `x · Wᵀ` of a weight `[out, in]`.
+        ///
+        /// # Panics
+        /// When the inner lengths differ.
+        pub fn $transposed(a: ArrayView2<$t>, b: ArrayView2<$t>) -> Array2<$t> {
+            $plain(a, b.reversed_axes())
+        }
+    };
+}
+
+products!(f32, matmul, matmul_nt);
+products!(f64, matmul_f64, matmul_nt_f64);
+
+/// An ndarray view as faer sees it, without a copy, whatever its strides.
+pub(super) fn view<'a, T>(a: &'a ArrayView2<'_, T>) -> MatRef<'a, T> {
+    let (rows, cols) = a.dim();
+    let strides = a.strides();
+    // SAFETY: the pointer, shape and strides describe the live view `a`, which outlives the result.
+    unsafe { MatRef::from_raw_parts(a.as_ptr(), rows, cols, strides[0], strides[1]) }
+}
+
+/// Adds `row` to every row of `out`.
+pub fn add_outer(out: &mut Array2<f32>, row: ArrayView1<f32>) {
+    for mut r in out.rows_mut() {
+        r += &row;
+    }
+}
+
+/// `‖approx − exact‖_F / ‖exact‖_F`, summed in f64; 0 when both are zero, infinite when only `exact` is.
+pub fn relative_error(approx: ArrayView2<f32>, exact: ArrayView2<f32>) -> f64 {
+    let mut difference = 0f64;
+    let mut norm = 0f64;
+    ndarray::Zip::from(approx).and(exact).for_each(|&a, &e| {
+        difference += (f64::from(a) - f64::from(e)).powi(2);
+        norm += f64::from(e).powi(2);
+    });
+    if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn products_agree_with_the_definition(m in 0usize..6, k in 0usize..7, n in 0usize..6, seed in 0u32..1000) {
+            let cell = |i: usize, j: usize, s: u32| ((i * 31 + j * 17 + s as usize) % 23) as f32 - 11.0;
+            let a = Array2::from_shape_fn((m, k), |(i, j)| cell(i, j, seed));
+            let b = Array2::from_shape_fn((k, n), |(i, j)| cell(i, j, seed + 5));
+            let expected = Array2::from_shape_fn((m, n), |(i, j)| (0..k).map(|l| a[[i, l]] * b[[l, j]]).sum::<f32>());
+            prop_assert_eq!(&matmul(a.view(), b.view()), &expected);
+            let bt = b.t().as_standard_layout().to_owned();
+            prop_assert_eq!(&matmul_nt(a.view(), bt.view()), &expected);
+        }
+    }
+}
