@@ -95,6 +95,10 @@ pub enum Error {
 
     #[error("cancelled: nothing was committed")]
     Cancelled,
+
+    /// An error that several callers wait for.
+    #[error(transparent)]
+    Shared(std::sync::Arc<Error>),
 }
 
 impl Error {
@@ -111,6 +115,7 @@ impl Error {
             Error::Io { .. } | Error::Storage { .. } => ErrorKind::Storage,
             Error::Cancelled => ErrorKind::Cancelled,
             Error::Layer { source, .. } => source.kind(),
+            Error::Shared(source) => source.kind(),
             Error::InvalidName { .. }
             | Error::NotAStore { .. }
             | Error::File { .. }

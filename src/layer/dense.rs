@@ -172,7 +172,7 @@ impl DenseLayer {
         parts
     }
 
-    pub(super) fn from_parts(parts: &Parts) -> Result<Self> {
+    pub(super) fn from_parts(parts: Parts) -> Result<Self> {
         let config: DenseConfig = read_config(parts.method, &parts.config)?;
         let raw = match (&parts.weights, parts.tensor("weight")) {
             (Some(rows), _) => rows.packed.clone(),
@@ -255,7 +255,7 @@ mod tests {
             for shape in [vec![elements], vec![1, elements], vec![elements, 1, 1], vec![elements, 0]] {
                 let raw = if shape.contains(&0) { Bytes::new() } else { Bytes::from(raw.clone()) };
                 let layer = DenseLayer::new(dtype, shape.clone(), raw.clone(), None).unwrap();
-                let back = DenseLayer::from_parts(&layer.to_parts()).unwrap();
+                let back = DenseLayer::from_parts(layer.to_parts()).unwrap();
                 assert_eq!((back.dtype(), back.shape(), back.raw()), (dtype, shape.as_slice(), &raw));
             }
         }

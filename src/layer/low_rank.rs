@@ -283,7 +283,7 @@ impl LowRankLayer {
         parts
     }
 
-    pub(super) fn from_parts(parts: &Parts) -> Result<Self> {
+    pub(super) fn from_parts(mut parts: Parts) -> Result<Self> {
         let config: StoredConfig = read_config(parts.method, &parts.config)?;
         let (outputs, inputs) = (config.out_features, config.in_features);
         let rows = parts
@@ -297,12 +297,12 @@ impl LowRankLayer {
             bytes_f32(&rows.scales),
             rows.zeros.to_vec(),
         )?;
-        let factor = |side: Side, length: usize| {
-            let found = parts.factors.iter().find(|f| f.side == side);
-            found.map_or_else(
-                || (Array2::zeros((0, length)), vec![]),
-                |f| (f.vectors.clone(), f.singular_values.clone()),
-            )
+        let mut factor = |side: Side, length: usize| match parts.factors.iter().position(|f| f.side == side) {
+            Some(place) => {
+                let factor = parts.factors.swap_remove(place);
+                (factor.vectors, factor.singular_values)
+            }
+            None => (Array2::zeros((0, length)), vec![]),
         };
         let (a, singular) = factor(Side::A, outputs);
         let (b, _) = factor(Side::B, inputs);
@@ -396,7 +396,7 @@ mod tests {
             let y = layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
             let reference = x.dot(&layer.weight().unwrap().t()) + 1.0;
             prop_assert!(relative_error(y.view(), reference.view()) < 1e-5);
-            let back = Layer::from_parts(&layer.to_parts()).unwrap();
+            let back = Layer::from_parts(layer.to_parts()).unwrap();
             prop_assert_eq!(back.to_parts(), layer.to_parts());
             prop_assert_eq!(back.forward(x.view(), Accuracy::Full).unwrap().y, y);
         }

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use dense::{DType, DenseLayer};
+pub(crate) use dense::{dtype_name, from_f32, to_f32};
 pub use key_value::{
     Backend, Decomposition, Hit, KeyType, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, SearchSettings,
     Sides, ValueType,
@@ -320,7 +321,7 @@ impl Layer {
     ///
     /// # Errors
     /// When an array is missing, or its shape does not follow from the config.
-    pub fn from_parts(parts: &Parts) -> Result<Self> {
+    pub fn from_parts(parts: Parts) -> Result<Self> {
         match parts.method {
             Method::Dense => Ok(Layer::Dense(DenseLayer::from_parts(parts)?)),
             Method::KeyValue => Ok(Layer::KeyValue(KeyValueLayer::from_parts(parts)?)),

@@ -335,11 +335,11 @@ impl KeyValueLayer {
         parts
     }
 
-    pub(super) fn from_parts(parts: &Parts) -> Result<Self> {
+    pub(super) fn from_parts(mut parts: Parts) -> Result<Self> {
         let config: StoredConfig = read_config(parts.method, &parts.config)?;
         let missing = |what: &str| Error::expected("parts of a key–value layer", format!("no {what}"), what);
-        let keys = parts.keys.as_ref().ok_or_else(|| missing("keys"))?;
-        let values = parts.values.as_ref().ok_or_else(|| missing("values"))?;
+        let keys = parts.keys.take().ok_or_else(|| missing("keys"))?;
+        let values = parts.values.take().ok_or_else(|| missing("values"))?;
         let vector = |name: &str| parts.tensor(name).ok_or_else(|| missing(name))?.to_vector();
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
         let curves = parts
@@ -358,9 +358,9 @@ impl KeyValueLayer {
             .transpose()?;
         let core = Core::new(
             config,
-            FlatIndex::new(keys.vectors.clone()),
-            keys.scales.clone(),
-            values.clone(),
+            FlatIndex::new(keys.vectors),
+            keys.scales,
+            values,
             vector("mean")?,
             vector("mean_output")?,
             bias,

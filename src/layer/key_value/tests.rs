@@ -49,7 +49,7 @@ proptest! {
         prop_assert!(relative_error(full.y.view(), exact.view()) < 1e-5);
         prop_assert!(full.relative_error_bound.unwrap() < 1e-3);
         prop_assert!(relative_error(all.weight().unwrap().view(), w.view()) < 1e-5);
-        let back = Layer::from_parts(&all.to_parts()).unwrap().configured(&all.config()).unwrap();
+        let back = Layer::from_parts(all.to_parts()).unwrap().configured(&all.config()).unwrap();
         prop_assert_eq!(back.to_parts(), all.to_parts());
         prop_assert_eq!(back.config(), all.config());
         let (a, b) = (back.forward(x.view(), Accuracy::Approximate).unwrap(), all.forward(x.view(), Accuracy::Approximate).unwrap());

@@ -1,0 +1,234 @@
+//! Arrays in files: `.npy`, or one tensor of a `.safetensors` (`file.safetensors:name`), f32 or f16.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write};
+use std::path::Path;
+
+use half::f16;
+use ndarray::{Array2, ArrayView2};
+use npyz::{DType as NpyType, NpyFile, Order, TypeChar, WriterBuilder};
+use safetensors::tensor::TensorView;
+
+use super::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::layer::{DType, to_f32};
+
+/// Reads a vector (one row) or a matrix `[batch, features]`, and says which of the two it was.
+///
+/// # Errors
+/// When the file cannot be read, is of another kind, dtype or number of dimensions, or a value is not finite.
+pub fn read_array(location: &str) -> Result<(Array2<f32>, bool)> {
+    let (shape, values) = match split_location(location)? {
+        Location::Npy(path) => read_npy(path)?,
+        Location::Safetensors(path, name) => read_tensor(path, name)?,
+    };
+    if let Some(index) = values.iter().position(|v| !v.is_finite()) {
+        return Err(Error::NotFinite { what: location.to_owned(), value: f64::from(values[index]), index });
+    }
+    let (dimensions, is_vector) = match shape[..] {
+        [features] => ((1, features), true),
+        [batch, features] => ((batch, features), false),
+        _ => {
+            return Err(Error::expected(
+                location,
+                format!("shape {shape:?}"),
+                "a vector [features] or a matrix [batch, features]",
+            ));
+        }
+    };
+    let array =
+        Array2::from_shape_vec(dimensions, values).map_err(|e| Error::expected(location, e, format!("{shape:?}")))?;
+    Ok((array, is_vector))
+}
+
+/// Writes a matrix as f32, or its one row as a vector; the file appears whole or not at all.
+///
+/// # Errors
+/// When the name is of another kind, or the file cannot be written.
+pub fn write_array(location: &str, array: ArrayView2<f32>, as_vector: bool) -> Result<()> {
+    let shape: Vec<usize> = if as_vector { vec![array.ncols()] } else { array.shape().to_vec() };
+    let values = array.as_standard_layout();
+    let values = values.as_slice().expect("standard layout");
+    let (path, name) = match split_location(location) {
+        Ok(Location::Npy(path)) => (path, None),
+        Ok(Location::Safetensors(path, name)) => (path, Some(name.unwrap_or("output"))),
+        Err(e) => return Err(e),
+    };
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let staged = parent.join(format!(
+        ".{}.{}.partial",
+        path.file_name().unwrap_or_default().to_string_lossy(),
+        std::process::id()
+    ));
+    let written = match name {
+        None => write_npy(&staged, &shape, values),
+        Some(name) => write_tensor(&staged, name, shape, values),
+    };
+    written.and_then(|()| std::fs::rename(&staged, path).map_err(|e| Error::io(path, e))).inspect_err(|_| {
+        let _ = std::fs::remove_file(&staged);
+    })
+}
+
+enum Location<'a> {
+    Npy(&'a Path),
+    Safetensors(&'a Path, Option<&'a str>),
+}
+
+fn split_location(location: &str) -> Result<Location<'_>> {
+    const MARK: &str = ".safetensors";
+    if location.ends_with(".npy") {
+        return Ok(Location::Npy(Path::new(location)));
+    }
+    if location.ends_with(MARK) {
+        return Ok(Location::Safetensors(Path::new(location), None));
+    }
+    if let Some(at) = location.find(&format!("{MARK}:")) {
+        let (path, name) = location.split_at(at + MARK.len());
+        return Ok(Location::Safetensors(Path::new(path), Some(&name[1..])));
+    }
+    Err(Error::expected(
+        "array file",
+        format!("'{location}'"),
+        "a name ending in .npy or .safetensors, or FILE.safetensors:TENSOR",
+    ))
+}
+
+fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
+    let wrong = |reason: String| Error::file(path, format!("not an .npy array that can be read: {reason}"));
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
+    let npy = NpyFile::new(BufReader::new(file)).map_err(|e| wrong(e.to_string()))?;
+    let shape = npy.shape().to_vec();
+    if npy.order() != Order::C && shape.len() > 1 {
+        return Err(wrong("it is in Fortran order; save it with numpy.ascontiguousarray".into()));
+    }
+    let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+    let kind = match npy.dtype() {
+        NpyType::Plain(kind) => kind,
+        other => return Err(wrong(format!("its dtype is {}, expected <f4 or <f2", other.descr()))),
+    };
+    let width = kind.size_field();
+    // Before anything is allocated: the header may claim any shape.
+    if elements.and_then(|n| n.checked_mul(width)).is_none_or(|bytes| bytes > size) {
+        return Err(wrong(format!("its header claims shape {shape:?} in a file of {size} bytes")));
+    }
+    let values = match (kind.type_char(), width) {
+        (TypeChar::Float, 4) => npy.into_vec::<f32>().map_err(|e| wrong(e.to_string()))?,
+        (TypeChar::Float, 2) => {
+            npy.into_vec::<f16>().map_err(|e| wrong(e.to_string()))?.into_iter().map(f16::to_f32).collect()
+        }
+        _ => return Err(wrong(format!("its dtype is {kind}, expected <f4 or <f2"))),
+    };
+    Ok((shape.into_iter().map(|n| n as usize).collect(), values))
+}
+
+fn read_tensor(path: &Path, name: Option<&str>) -> Result<(Vec<usize>, Vec<f32>)> {
+    let file = Checkpoint::open(path)?;
+    let names: Vec<&str> = file.tensors().map(|t| t.name.as_str()).collect();
+    let entry = match name {
+        Some(name) => file.tensor(name),
+        None if names.len() == 1 => file.tensor(names[0]),
+        None => None,
+    };
+    let Some(entry) = entry else {
+        let wanted = name.map_or("no tensor named in FILE.safetensors:TENSOR".to_owned(), |n| format!("'{n}'"));
+        return Err(Error::expected(
+            format!("tensor of {}", path.display()),
+            wanted,
+            format!("one of {}", names.join(", ")),
+        ));
+    };
+    if !matches!(entry.dtype, DType::F32 | DType::F16) {
+        return Err(Error::expected(
+            format!("dtype of tensor '{}'", entry.name),
+            format!("{:?}", entry.dtype),
+            "F32 or F16",
+        ));
+    }
+    Ok((entry.shape.clone(), to_f32(entry.dtype, file.bytes(entry))?))
+}
+
+fn write_npy(path: &Path, shape: &[usize], values: &[f32]) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let mut file = BufWriter::new(File::create(path)?);
+        let shape: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
+        let mut npy = npyz::WriteOptions::new().default_dtype().shape(&shape).writer(&mut file).begin_nd()?;
+        npy.extend(values.iter().copied())?;
+        npy.finish()?;
+        file.flush()
+    };
+    write().map_err(|e| Error::io(path, e))
+}
+
+fn write_tensor(path: &Path, name: &str, shape: Vec<usize>, values: &[f32]) -> Result<()> {
+    let bytes: &[u8] = bytemuck::cast_slice(values);
+    let view = TensorView::new(DType::F32, shape, bytes).map_err(|e| Error::file(path, e.to_string()))?;
+    safetensors::serialize_to_file([(name, view)], None, path).map_err(|e| Error::file(path, e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+    use proptest::prelude::*;
+
+    #[test]
+    fn both_kinds_round_trip() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        let matrix = array![[1.0, -2.5], [0.0, 1e-8]];
+        for name in ["x.npy", "x.safetensors", "x.safetensors:q"] {
+            write_array(&at(name), matrix.view(), false).unwrap();
+            assert_eq!(read_array(&at(name)).unwrap(), (matrix.clone(), false), "{name}");
+        }
+        let row = array![[1.0, 2.0, 3.0]];
+        write_array(&at("v.npy"), row.view(), true).unwrap();
+        assert_eq!(read_array(&at("v.npy")).unwrap(), (row, true));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn half_precision_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("h.npy");
+        let mut file = File::create(&path).unwrap();
+        let mut npy = npyz::WriteOptions::new().default_dtype().shape(&[2]).writer(&mut file).begin_nd().unwrap();
+        npy.extend([f16::from_f32(0.5), f16::from_f32(-2.0)]).unwrap();
+        npy.finish().unwrap();
+        assert_eq!(read_array(&path.display().to_string()).unwrap(), (array![[0.5, -2.0]], true));
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        write_array(&at("x.safetensors:q"), array![[f32::NAN]].view(), false).unwrap();
+        let refuse = |location: &str, expected: &str| {
+            let message = read_array(location).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        };
+        refuse(&at("x.safetensors:q"), "NaN");
+        refuse(&at("x.safetensors:k"), "one of q");
+        refuse(&at("missing.npy"), "missing.npy");
+        refuse("x.csv", ".npy");
+        std::fs::write(folder.path().join("bad.npy"), b"\x93NUMPY\x01\x00garbage").unwrap();
+        refuse(&at("bad.npy"), "not an .npy array");
+        let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (4000000000000, 4), }\n";
+        let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+        bytes.extend((header.len() as u16).to_le_bytes());
+        bytes.extend(header.as_bytes());
+        std::fs::write(folder.path().join("huge.npy"), &bytes).unwrap();
+        refuse(&at("huge.npy"), "claims shape");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..120)) {
+            let file = tempfile::Builder::new().suffix(".npy").tempfile().unwrap();
+            let mut all = b"\x93NUMPY\x01\x00".to_vec();
+            all.extend(bytes);
+            std::fs::write(file.path(), all).unwrap();
+            let _ = read_array(&file.path().display().to_string());
+        }
+    }
+}

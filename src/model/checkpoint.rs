@@ -1,0 +1,577 @@
+//! Safetensors checkpoints: one file, a sharded index, or a folder; memory-mapped, so that only what is read is loaded.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use memmap2::Mmap;
+use ndarray::{Array1, Array2};
+use safetensors::SafeTensors;
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::layer::{DType, to_f32};
+
+const INDEX: &str = "model.safetensors.index.json";
+
+/// An open checkpoint. Dropping it closes its files.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<MappedFile>,
+    /// In the order of their names.
+    tensors: BTreeMap<String, TensorEntry>,
+    metadata: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+struct MappedFile {
+    name: String,
+    map: Mmap,
+}
+
+/// Where a tensor lies in its checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorEntry {
+    pub name: String,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    file: usize,
+    start: usize,
+    end: usize,
+}
+
+impl TensorEntry {
+    /// Bytes of the tensor's elements.
+    pub fn byte_len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Whether it is a matrix of a float type that can be compressed.
+    pub fn is_float_matrix(&self) -> bool {
+        self.shape.len() == 2
+            && self.shape.iter().all(|&n| n > 0)
+            && matches!(self.dtype, DType::F32 | DType::F16 | DType::BF16)
+    }
+}
+
+/// One layer of a checkpoint: a tensor, and its bias where it has one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerSource {
+    /// The tensor's name less its `.weight`.
+    pub layer: String,
+    pub weight: TensorEntry,
+    /// `NAME.bias` beside `NAME.weight`, a vector as long as the weight's first dimension.
+    pub bias: Option<TensorEntry>,
+}
+
+impl LayerSource {
+    /// Bytes in the checkpoint, the bias counted.
+    pub fn byte_len(&self) -> usize {
+        self.weight.byte_len() + self.bias.as_ref().map_or(0, TensorEntry::byte_len)
+    }
+}
+
+impl Checkpoint {
+    /// Opens a `.safetensors` file, a `.index.json` of shards, or a folder that holds either.
+    ///
+    /// The files must not be changed while the checkpoint is open, since they are memory-mapped.
+    ///
+    /// # Errors
+    /// When a file is missing, truncated, or not what safetensors allows: the message names the file and what was
+    /// found. Nothing beyond the headers is read.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let kind = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        let files = if kind.is_dir() {
+            let index = path.join(INDEX);
+            if index.is_file() { shards(&index)? } else { files_in(path)? }
+        } else if path.extension().is_some_and(|e| e == "json") {
+            shards(path)?
+        } else {
+            vec![path.to_owned()]
+        };
+        let mut checkpoint =
+            Checkpoint { path: path.to_owned(), files: vec![], tensors: BTreeMap::new(), metadata: BTreeMap::new() };
+        for file in files {
+            checkpoint.add_file(&file)?;
+        }
+        if checkpoint.tensors.is_empty() {
+            return Err(Error::file(path, "the checkpoint holds no tensor"));
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<()> {
+        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        // SAFETY: the caller is told not to change the files while they are mapped.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let (tensors, metadata) = read_header(&map).map_err(|reason| Error::file(path, reason))?;
+        let index = self.files.len();
+        for (name, dtype, shape, start, end) in tensors {
+            let entry = TensorEntry { name: name.clone(), dtype, shape, file: index, start, end };
+            if let Some(other) = self.tensors.insert(name.clone(), entry) {
+                let other = &self.files[other.file].name;
+                return Err(Error::file(path, format!("tensor '{name}' is in this file and in {other}")));
+            }
+        }
+        self.metadata.extend(metadata);
+        let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
+        self.files.push(MappedFile { name, map });
+        Ok(())
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The `__metadata__` of the files' headers.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Every tensor, by name.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
+        self.tensors.values()
+    }
+
+    /// The tensor of that name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
+        self.tensors.get(name)
+    }
+
+    /// The name of the file that a tensor lies in.
+    pub fn file_name(&self, entry: &TensorEntry) -> &str {
+        &self.files[entry.file].name
+    }
+
+    /// The tensor's elements, little-endian and row-major, in place.
+    pub fn bytes(&self, entry: &TensorEntry) -> &[u8] {
+        &self.files[entry.file].map[entry.start..entry.end]
+    }
+
+    /// The tensor's elements, copied.
+    pub fn to_bytes(&self, entry: &TensorEntry) -> Bytes {
+        Bytes::copy_from_slice(self.bytes(entry))
+    }
+
+    /// A matrix `[rows, columns]` as f32.
+    ///
+    /// # Errors
+    /// When the tensor is no matrix, its dtype cannot be computed with, or a value is not finite.
+    pub fn matrix(&self, entry: &TensorEntry) -> Result<Array2<f32>> {
+        let [rows, columns] = entry.shape[..] else {
+            return Err(Error::expected(
+                format!("shape of tensor '{}'", entry.name),
+                format!("{:?}", entry.shape),
+                "a matrix",
+            ));
+        };
+        let values = self.finite(entry)?;
+        Array2::from_shape_vec((rows, columns), values).map_err(|e| {
+            Error::expected(format!("elements of tensor '{}'", entry.name), e, format!("{rows} × {columns}"))
+        })
+    }
+
+    /// A vector as f32.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::matrix`].
+    pub fn vector(&self, entry: &TensorEntry) -> Result<Array1<f32>> {
+        Ok(Array1::from(self.finite(entry)?))
+    }
+
+    fn finite(&self, entry: &TensorEntry) -> Result<Vec<f32>> {
+        let values = to_f32(entry.dtype, self.bytes(entry))?;
+        match values.iter().position(|v| !v.is_finite()) {
+            Some(index) => {
+                let what = format!("tensor '{}' of {}", entry.name, self.file_name(entry));
+                Err(Error::NotFinite { what, value: f64::from(values[index]), index })
+            }
+            None => Ok(values),
+        }
+    }
+
+    /// Refuses a tensor that holds NaN, whatever will be done with it.
+    ///
+    /// # Errors
+    /// When one is found: the message names the tensor and the index.
+    pub fn refuse_nan(&self, entry: &TensorEntry) -> Result<()> {
+        let bytes = self.bytes(entry);
+        let found = match entry.dtype {
+            DType::F32 => bytes.as_chunks().0.iter().position(|b| f32::from_le_bytes(*b).is_nan()),
+            DType::F64 => bytes.as_chunks().0.iter().position(|b| f64::from_le_bytes(*b).is_nan()),
+            DType::F16 => bytes.as_chunks().0.iter().position(|b| half::f16::from_le_bytes(*b).is_nan()),
+            DType::BF16 => bytes.as_chunks().0.iter().position(|b| half::bf16::from_le_bytes(*b).is_nan()),
+            _ => None,
+        };
+        match found {
+            Some(index) => {
+                let what = format!("tensor '{}' of {}", entry.name, self.file_name(entry));
+                Err(Error::NotFinite { what, value: f64::NAN, index })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Every tensor, grouped into layers: together they hold each tensor exactly once.
+    pub fn layers(&self) -> Vec<LayerSource> {
+        let bias_of = |weight: &TensorEntry| {
+            let stem = weight.name.strip_suffix(".weight")?;
+            let bias = self.tensors.get(&format!("{stem}.bias"))?;
+            (bias.shape.len() == 1 && weight.shape.first() == bias.shape.first()).then(|| bias.clone())
+        };
+        let taken: HashSet<String> = self.tensors.values().filter_map(bias_of).map(|b| b.name).collect();
+        let whole: HashSet<&str> = self
+            .tensors
+            .keys()
+            .map(String::as_str)
+            .filter(|n| !n.ends_with(".weight") && !taken.contains(*n))
+            .collect();
+        self.tensors
+            .values()
+            .filter(|t| !taken.contains(&t.name))
+            .map(|weight| {
+                // A tensor that bears the bare name keeps it.
+                let stem = weight.name.strip_suffix(".weight").filter(|s| !s.is_empty() && !whole.contains(s));
+                let layer = stem.unwrap_or(&weight.name).to_owned();
+                LayerSource { layer, bias: bias_of(weight), weight: weight.clone() }
+            })
+            .collect()
+    }
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: HashMap<String, String>,
+}
+
+/// The shard files that an index names, in order.
+fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+    let text = std::fs::read_to_string(index).map_err(|e| Error::io(index, e))?;
+    let parsed: ShardIndex = serde_json::from_str(&text)
+        .map_err(|e| Error::file(index, format!("not an index of safetensors shards: {e}")))?;
+    let mut names: Vec<&String> = parsed.weight_map.values().collect();
+    names.sort();
+    names.dedup();
+    if names.is_empty() {
+        return Err(Error::file(index, "the index's weight_map names no shard"));
+    }
+    let folder = index.parent().unwrap_or(Path::new("."));
+    let mut files = Vec::with_capacity(names.len());
+    for name in names {
+        // A shard lies beside its index: anything else is a mistake or an attempt to read other files.
+        if Path::new(name).file_name().is_none_or(|n| n != name.as_str()) {
+            return Err(Error::file(index, format!("shard '{name}' is not a plain file name")));
+        }
+        let file = folder.join(name);
+        if !file.is_file() {
+            return Err(Error::file(index, format!("shard '{name}' is missing from {}", folder.display())));
+        }
+        files.push(file);
+    }
+    let mut open =
+        Checkpoint { path: index.to_owned(), files: vec![], tensors: BTreeMap::new(), metadata: BTreeMap::new() };
+    for file in &files {
+        open.add_file(file)?;
+    }
+    for (tensor, shard) in &parsed.weight_map {
+        let found = open.tensors.get(tensor).map(|t| open.file_name(t));
+        if found != Some(shard.as_str()) {
+            let found = found.map_or("in no shard".to_owned(), |f| format!("in {f}"));
+            return Err(Error::file(
+                index,
+                format!("the index says that tensor '{tensor}' is in {shard}; it is {found}"),
+            ));
+        }
+    }
+    Ok(files)
+}
+
+/// All safetensors files of a folder, in order.
+fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
+        let path = entry.map_err(|e| Error::io(folder, e))?.path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    if files.is_empty() {
+        return Err(Error::file(folder, format!("the folder holds neither {INDEX} nor a .safetensors file")));
+    }
+    Ok(files)
+}
+
+type Header = (Vec<(String, DType, Vec<usize>, usize, usize)>, HashMap<String, String>);
+
+/// Reads and checks a header; the reason why not, if it cannot be used.
+fn read_header(bytes: &[u8]) -> std::result::Result<Header, String> {
+    let size = bytes.len();
+    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
+        return Err(format!("the file has {size} bytes; a safetensors file has at least 8"));
+    };
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err("the file is a Git LFS pointer, not the checkpoint: fetch it with git lfs pull".into());
+    }
+    let length = u64::from_le_bytes(*length);
+    let header = match usize::try_from(length).ok().and_then(|n| rest.get(..n)) {
+        Some(header) => header,
+        None => {
+            return Err(format!(
+                "the header claims {length} bytes in a file of {size}: the file is truncated, or not safetensors"
+            ));
+        }
+    };
+    // The library adds offsets without a check for overflow, so hold them to the file first.
+    let data = (rest.len() - header.len()) as u64;
+    #[derive(Deserialize)]
+    struct Offsets {
+        data_offsets: (u64, u64),
+    }
+    let claims: HashMap<String, serde_json::Value> =
+        serde_json::from_slice(header).map_err(|e| format!("the header is not JSON: {e}"))?;
+    for (name, claim) in &claims {
+        if name == "__metadata__" {
+            continue;
+        }
+        let Offsets { data_offsets: (start, end) } =
+            Offsets::deserialize(claim).map_err(|e| format!("the header's entry '{name}' is malformed: {e}"))?;
+        if start > end || end > data {
+            return Err(format!(
+                "tensor '{name}' lies at bytes {start} to {end}, but the file holds {data} bytes of data"
+            ));
+        }
+    }
+    let parsed = SafeTensors::deserialize(bytes).map_err(|e| format!("not a valid safetensors file: {e}"))?;
+    let start_of_data = 8 + header.len();
+    let mut tensors = Vec::with_capacity(parsed.len());
+    for (name, view) in parsed.iter() {
+        let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
+        debug_assert!(start >= start_of_data || view.data().is_empty());
+        tensors.push((name.to_owned(), view.dtype(), view.shape().to_vec(), start, start + view.data().len()));
+    }
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
+    Ok((tensors, metadata.metadata().clone().unwrap_or_default()))
+}
+
+/// Inputs of layers, a tensor `[tokens, in_features]` named after each layer.
+#[derive(Debug)]
+pub struct Activations {
+    checkpoint: Checkpoint,
+}
+
+impl Activations {
+    /// Opens an activations file (safetensors; F32, F16 or BF16).
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Activations { checkpoint: Checkpoint::open(path)? })
+    }
+
+    /// The names of the layers whose inputs it holds.
+    pub fn layers(&self) -> impl Iterator<Item = &str> {
+        self.checkpoint.tensors().map(|t| t.name.as_str())
+    }
+
+    /// Refuses inputs for `layer` that could not be used, without reading them. `false` where there are none.
+    ///
+    /// # Errors
+    /// When they are not `[tokens, in_features]` of a float type, or there are no tokens.
+    pub fn check(&self, layer: &str, in_features: usize) -> Result<bool> {
+        let Some(entry) = self.checkpoint.tensor(layer) else { return Ok(false) };
+        let what = || format!("activations of '{layer}' in {}", self.checkpoint.path().display());
+        if !matches!(entry.dtype, DType::F32 | DType::F16 | DType::BF16) {
+            return Err(Error::expected(what(), format!("{:?}", entry.dtype), "F32, F16 or BF16"));
+        }
+        match entry.shape[..] {
+            [tokens, features] if tokens > 0 && features == in_features => Ok(true),
+            _ => Err(Error::expected(
+                what(),
+                format!("shape {:?}", entry.shape),
+                format!("[tokens, {in_features}] with at least one token"),
+            )),
+        }
+    }
+
+    /// The inputs of `layer`, `[tokens, in_features]`; `None` where there are none.
+    ///
+    /// # Errors
+    /// As [`Activations::check`], and when a value is not finite.
+    pub fn get(&self, layer: &str, in_features: usize) -> Result<Option<Array2<f32>>> {
+        if !self.check(layer, in_features)? {
+            return Ok(None);
+        }
+        self.checkpoint.tensor(layer).map(|entry| self.checkpoint.matrix(entry)).transpose()
+    }
+
+    /// The bytes that [`Activations::get`] reads, for naming what a layer was calibrated with.
+    pub fn bytes(&self, layer: &str) -> Option<&[u8]> {
+        self.checkpoint.tensor(layer).map(|entry| self.checkpoint.bytes(entry))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use safetensors::tensor::TensorView;
+
+    fn write(folder: &Path, name: &str, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> PathBuf {
+        let raw: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+            .iter()
+            .map(|(n, s, v)| ((*n).to_owned(), s.clone(), v.iter().flat_map(|f| f.to_le_bytes()).collect()))
+            .collect();
+        let views = raw.iter().map(|(n, s, b)| (n.as_str(), TensorView::new(DType::F32, s.clone(), b).unwrap()));
+        let path = folder.join(name);
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        path
+    }
+
+    #[test]
+    fn layers_hold_every_tensor_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write(
+            folder.path(),
+            "m.safetensors",
+            &[
+                ("a.weight", vec![2, 3], vec![0.0; 6]),
+                ("a.bias", vec![2], vec![0.0; 2]),
+                ("b.weight", vec![2, 3], vec![0.0; 6]),
+                ("b.bias", vec![3], vec![0.0; 3]), // Not as long as the rows: a tensor of its own.
+                ("c", vec![1], vec![0.0]),
+                ("c.weight", vec![1], vec![0.0]),
+                ("d.bias", vec![1], vec![0.0]),
+                ("norm.weight", vec![4], vec![0.0; 4]),
+                ("norm.bias", vec![4], vec![0.0; 4]),
+            ],
+        );
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let layers = checkpoint.layers();
+        let names: Vec<&str> = layers.iter().map(|l| l.layer.as_str()).collect();
+        assert_eq!(names, ["a", "b.bias", "b", "c", "c.weight", "d.bias", "norm"]);
+        let held: usize = layers.iter().map(|l| 1 + usize::from(l.bias.is_some())).sum();
+        assert_eq!(held, checkpoint.tensors().count());
+    }
+
+    #[test]
+    fn shards_and_folders() {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "s1.safetensors", &[("a.weight", vec![1, 1], vec![1.0])]);
+        write(folder.path(), "s2.safetensors", &[("b.weight", vec![1, 1], vec![2.0])]);
+        assert_eq!(Checkpoint::open(folder.path()).unwrap().tensors().count(), 2);
+        let index = folder.path().join(INDEX);
+        let say = |map: &str| {
+            std::fs::write(&index, format!(r#"{{"weight_map":{{{map}}}}}"#)).unwrap();
+            Checkpoint::open(folder.path()).map(|c| c.tensors().count()).map_err(|e| e.to_string())
+        };
+        assert_eq!(say(r#""a.weight":"s1.safetensors","b.weight":"s2.safetensors""#), Ok(2));
+        assert_eq!(say(r#""a.weight":"s1.safetensors""#), Ok(1));
+        for (map, expected) in [
+            (r#""a.weight":"s2.safetensors""#, "in no shard"),
+            (r#""a.weight":"s3.safetensors""#, "is missing"),
+            (r#""a.weight":"../s1.safetensors""#, "plain file name"),
+            ("", "no shard"),
+        ] {
+            assert!(say(map).unwrap_err().contains(expected), "{map}");
+        }
+        write(folder.path(), "s2.safetensors", &[("a.weight", vec![1, 1], vec![2.0])]);
+        std::fs::remove_file(&index).unwrap();
+        assert!(Checkpoint::open(folder.path()).unwrap_err().to_string().contains("in this file and in s1"));
+    }
+
+    fn open_bytes(bytes: &[u8]) -> Result<Checkpoint> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        Checkpoint::open(file.path())
+    }
+
+    fn with_header(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.resize(bytes.len() + data, 0);
+        bytes
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let entry = |shape: &str, offsets: &str| {
+            format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#)
+        };
+        let two = r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}"#;
+        for (bytes, expected) in [
+            (vec![], "0 bytes"),
+            (vec![1, 2, 3], "3 bytes"),
+            (u64::MAX.to_le_bytes().to_vec(), "claims"),
+            (with_header("nonsense", 0), "not JSON"),
+            (with_header(&entry("[2]", "[0,8]"), 4), "4 bytes of data"),
+            (with_header(&entry("[2]", "[0,8]"), 12), "not a valid"),
+            (with_header(&entry("[4294967296,4294967296,4]", "[0,8]"), 8), "not a valid"),
+            (with_header(&entry("[2]", "[0,18446744073709551615]"), 8), "18446744073709551615"),
+            (with_header(&entry("[2]", "[8,0]"), 8), "8 to 0"),
+            (with_header(two, 6), "not a valid"),
+            (with_header(r#"{"a":1}"#, 0), "malformed"),
+            (with_header("{}", 0), "no tensor"),
+            (b"version https://git-lfs.github.com/spec/v1".to_vec(), "LFS"),
+        ] {
+            let message = open_bytes(&bytes).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write(folder.path(), "m.safetensors", &[("a.weight", vec![1, 3], vec![0.0, f32::NAN, 0.0])]);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let entry = checkpoint.tensor("a.weight").unwrap();
+        for message in
+            [checkpoint.matrix(entry).unwrap_err().to_string(), checkpoint.refuse_nan(entry).unwrap_err().to_string()]
+        {
+            assert!(
+                message.contains("a.weight") && message.contains("NaN") && message.contains("index 1"),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn activations_are_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path =
+            write(folder.path(), "x.safetensors", &[("a", vec![2, 3], vec![0.0; 6]), ("b", vec![3], vec![0.0; 3])]);
+        let activations = Activations::open(&path).unwrap();
+        assert_eq!(activations.get("a", 3).unwrap().unwrap().dim(), (2, 3));
+        assert!(activations.get("c", 3).unwrap().is_none());
+        assert!(activations.get("a", 4).unwrap_err().to_string().contains("[2, 3]"));
+        assert!(activations.check("b", 3).is_err());
+    }
+
+    proptest! {
+        /// Whatever the bytes, an answer and no panic.
+        #[test]
+        fn any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = open_bytes(&bytes);
+        }
+
+        /// A valid file with a few bytes changed or cut off.
+        #[test]
+        fn damaged_files(cut in 0usize..200, at in 0usize..200, byte in any::<u8>()) {
+            let header = r#"{"a.weight":{"dtype":"F16","shape":[3,2],"data_offsets":[0,12]},"b":{"dtype":"I8","shape":[],"data_offsets":[12,13]}}"#;
+            let mut bytes = with_header(header, 13);
+            let length = bytes.len();
+            bytes[at % length] = byte;
+            bytes.truncate(length - cut.min(length) * usize::from(cut < 20));
+            if let Ok(checkpoint) = open_bytes(&bytes) {
+                for layer in checkpoint.layers() {
+                    let _ = checkpoint.matrix(&layer.weight);
+                    let _ = checkpoint.bytes(&layer.weight);
+                }
+            }
+        }
+    }
+}

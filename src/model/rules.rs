@@ -1,0 +1,260 @@
+//! Rules files: which layers are compressed how. First match wins; what no rule matches stays dense.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use toml::Spanned;
+
+use crate::error::{Error, Result};
+use crate::layer::{Method, MethodConfig};
+
+/// One rule: layers whose whole path matches are compressed by a method.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    pattern: Regex,
+    /// The pattern as it was written.
+    pub layers: String,
+    pub method: MethodConfig,
+    /// Where the rule starts in its file.
+    pub line: usize,
+}
+
+impl Rule {
+    /// Whether the rule takes a layer.
+    pub fn matches(&self, layer: &str) -> bool {
+        self.pattern.is_match(layer)
+    }
+}
+
+/// The rules of one file, in order.
+#[derive(Debug, Clone, Default)]
+pub struct Rules {
+    rules: Vec<Rule>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    rule: Vec<Spanned<BTreeMap<Spanned<String>, Spanned<toml::Value>>>>,
+}
+
+impl Rules {
+    /// Reads a rules file.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not TOML, or holds a rule that cannot be used: the message gives the line.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        let name = path.display().to_string();
+        match String::from_utf8(bytes) {
+            Ok(text) => Self::parse(&text, &name),
+            Err(e) => {
+                let valid = e.utf8_error().valid_up_to();
+                let line = 1 + e.as_bytes()[..valid].iter().filter(|b| **b == b'\n').count();
+                Err(Error::Rules { file: name, line, message: "the file is not UTF-8".into() })
+            }
+        }
+    }
+
+    /// Reads rules from `text`; `file` is the name for messages.
+    ///
+    /// # Errors
+    /// As [`Rules::open`].
+    pub fn parse(text: &str, file: &str) -> Result<Self> {
+        let line_of =
+            |offset: usize| 1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|b| **b == b'\n').count();
+        let fail =
+            |offset: usize, message: String| Error::Rules { file: file.to_owned(), line: line_of(offset), message };
+        let parsed: File = toml::from_str(text).map_err(|e| {
+            let mut message = e.message().to_owned();
+            if message.starts_with("unknown field") {
+                message.push_str(": rules are [[rule]] tables");
+            }
+            fail(e.span().map_or(0, |s| s.start), message)
+        })?;
+        let mut rules = Vec::with_capacity(parsed.rule.len());
+        for table in parsed.rule {
+            let start = table.span().start;
+            let mut layers = None;
+            let mut settings = serde_json::Map::new();
+            let mut places = BTreeMap::new();
+            for (key, value) in table.into_inner() {
+                places.insert(key.get_ref().clone(), key.span().start);
+                if key.get_ref() == "layers" {
+                    let at = value.span().start;
+                    match value.into_inner() {
+                        toml::Value::String(pattern) => layers = Some((pattern, at)),
+                        other => {
+                            return Err(fail(
+                                at,
+                                format!("layers is a {}; expected a regular expression in quotes", other.type_str()),
+                            ));
+                        }
+                    }
+                } else {
+                    let at = value.span().start;
+                    let json = serde_json::to_value(value.into_inner()).map_err(|e| fail(at, e.to_string()))?;
+                    settings.insert(key.into_inner(), json);
+                }
+            }
+            let Some((layers, at)) = layers else {
+                return Err(fail(
+                    start,
+                    "the rule has no 'layers': give a regular expression for the layers it takes".into(),
+                ));
+            };
+            // Anchored: a rule names whole paths, as the examples in the documentation do with their '.*'.
+            let pattern = Regex::new(&format!("^(?:{layers})$")).map_err(|e| {
+                // The regex crate draws the pattern with our anchors in it; say what is wrong in its last line alone.
+                let reason = Regex::new(&layers).err().unwrap_or(e).to_string();
+                fail(
+                    at,
+                    format!(
+                        "layers = '{layers}' is not a regular expression: {}",
+                        reason.lines().last().unwrap_or_default()
+                    ),
+                )
+            })?;
+            let method = read_method(&settings)
+                .map_err(|(key, message)| fail(key.and_then(|k| places.get(&k).copied()).unwrap_or(start), message))?;
+            rules.push(Rule { pattern, layers, method, line: line_of(start) });
+        }
+        Ok(Rules { rules })
+    }
+
+    /// The rules, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Rule> {
+        self.rules.iter()
+    }
+
+    /// The rule that takes a layer: its place in the file's order, and itself.
+    pub fn find(&self, layer: &str) -> Option<(usize, &Rule)> {
+        self.rules.iter().enumerate().find(|(_, r)| r.matches(layer))
+    }
+}
+
+/// The method of a rule's table; on failure, the key to blame where there is one, and the message.
+fn read_method(
+    settings: &serde_json::Map<String, Value>,
+) -> std::result::Result<MethodConfig, (Option<String>, String)> {
+    let names = || Method::ALL.map(Method::as_str).join(", ");
+    let method = match settings.get("method") {
+        Some(Value::String(name)) => name.parse::<Method>().map_err(|e| (Some("method".into()), e.to_string()))?,
+        Some(_) => return Err((Some("method".into()), format!("method must be one of {}, in quotes", names()))),
+        None => return Err((None, format!("the rule has no 'method': give one of {}", names()))),
+    };
+    let mut fields = settings.clone();
+    fields.remove("method");
+    let config = read_fields(method, &fields).map_err(|message| {
+        // The key to blame is the one without which the complaint goes away.
+        let blamed = fields.keys().find(|key| {
+            let mut without = fields.clone();
+            without.remove(*key);
+            read_fields(method, &without).err().as_ref() != Some(&message)
+        });
+        let shown = blamed
+            .filter(|key| !message.contains(key.as_str()))
+            .map_or(message.clone(), |key| format!("{key}: {message}"));
+        (blamed.cloned(), shown)
+    })?;
+    Ok(config)
+}
+
+fn read_fields(method: Method, fields: &serde_json::Map<String, Value>) -> std::result::Result<MethodConfig, String> {
+    #[derive(Deserialize, Serialize)]
+    #[serde(deny_unknown_fields)]
+    struct Nothing {}
+    let value = Value::Object(fields.clone());
+    let config = match method {
+        Method::Dense => Nothing::deserialize(value).map(|_| MethodConfig::Dense),
+        Method::KeyValue => serde_json::from_value(value).map(MethodConfig::KeyValue),
+        Method::LowRank => serde_json::from_value(value).map(MethodConfig::LowRank),
+    };
+    let config = config.map_err(|e| format!("{method}: {e}"))?;
+    config.validate().map_err(|e| e.to_string())?;
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GOOD: &str = r#"
+# comment
+[[rule]]
+layers = 'encoder\.layer\.\d+\.attention\..*'
+method = "low_rank"
+weight = { type = "int4", group = 64, symmetric = false }
+rank = 32
+scaling = "exact"
+
+[[rule]]
+layers = '.*\.intermediate\.dense'
+method = "key_value"
+decomposition = "whitened_svd"
+energy_keep = 1.0
+expected_keys_per_query = 64
+backend = { type = "flat" }
+values = "f32"
+
+[[rule]]
+layers = '.*'
+method = "dense"
+"#;
+
+    #[test]
+    fn first_match_wins_and_paths_match_whole() {
+        let rules = Rules::parse(GOOD, "r.toml").unwrap();
+        let (place, rule) = rules.find("encoder.layer.0.attention.self.query").unwrap();
+        assert_eq!((place, rule.method.method(), rule.line), (0, Method::LowRank, 3));
+        assert_eq!(rules.find("encoder.layer.11.intermediate.dense").unwrap().0, 1);
+        assert_eq!(rules.find("x.encoder.layer.0.attention.self.query").unwrap().0, 2);
+        assert!(Rules::default().find("a").is_none());
+        assert!(Rules::parse("", "r.toml").unwrap().find("a").is_none());
+    }
+
+    #[test]
+    fn mistakes_are_shown_with_their_line() {
+        let rule = |rest: &str| format!("[[rule]]\nlayers = '.*'\n{rest}\n");
+        for (text, line, expected) in [
+            ("[[rule]]\nlayers = ", 2, ""),
+            ("[[rules]]\nlayers = '.*'", 1, "[[rule]]"),
+            ("rule = 3", 1, "expected"),
+            ("\n[[rule]]\nmethod = 'dense'", 2, "no 'layers'"),
+            ("[[rule]]\nlayers = 4\nmethod = 'dense'", 2, "regular expression"),
+            ("[[rule]]\nmethod = 'dense'\nlayers = 'a('", 3, "not a regular expression"),
+            (&rule(""), 1, "no 'method'"),
+            (&rule("method = 'magic'"), 3, "low_rank"),
+            (&rule("method = 7"), 3, "in quotes"),
+            (&rule("method = 'dense'\nrank = 4"), 4, "rank"),
+            (&rule("method = 'low_rank'\nrank = -4"), 4, "rank"),
+            (&rule("method = 'low_rank'\n\nscaling = 'best'"), 5, "exact"),
+            (&rule("method = 'low_rank'\nrank = 4\nweight = { type = 'int5' }"), 5, "int4"),
+            (&rule("method = 'key_value'\nbackend = { type = 'annoy' }"), 4, "flat"),
+            (&rule("method = 'key_value'\nthreshold = 1.0\nexpected_keys_per_query = 2"), 5, "one of them"),
+            (&rule("method = 'key_value'\nenergy_keep = 2.0"), 4, "energy_keep"),
+        ] {
+            match Rules::parse(text, "r.toml") {
+                Err(Error::Rules { line: found, message, .. }) => {
+                    assert_eq!(found, line, "{text}: {message}");
+                    assert!(message.contains(expected), "{text}: {message}");
+                }
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
+
+    proptest! {
+        /// Whatever the text, an answer and no panic.
+        #[test]
+        fn any_text(text in "(\\[\\[rule\\]\\]\n)?(layers|method|rank|weight|threshold)? ?=? ?('[a-z(\\[\\\\*.]*'|[0-9.e-]{0,9}|\\{ ?type ?= ?'int4' ?\\})?\n?\\PC{0,20}") {
+            let _ = Rules::parse(&text, "r.toml");
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Rows of the catalogue and of the table of artifacts, to and from Arrow.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::array::{
+    Array, ArrayRef, AsArray, FixedSizeBinaryArray, Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+    UInt64Array,
+};
+use arrow::datatypes::{Float64Type, TimestampMicrosecondType, UInt64Type};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::schema;
+use crate::error::{Error, Result};
+use crate::layer::{ArtifactId, Method};
+
+/// What a relative error was measured over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorBasis {
+    /// ‖ŷ − y‖ / ‖y‖ over inputs, bias left out.
+    Activations,
+    /// ‖Ŵ − W‖_F / ‖W‖_F.
+    Weights,
+}
+
+impl ErrorBasis {
+    /// The name in tables and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ErrorBasis::Activations => "activations",
+            ErrorBasis::Weights => "weights",
+        }
+    }
+}
+
+/// Where a tensor of a layer came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceTensor {
+    /// The tensor's name in its checkpoint.
+    pub tensor: String,
+    /// Its safetensors dtype.
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    /// BLAKE3 of dtype, shape and bytes, in hex.
+    pub hash: String,
+}
+
+/// Where a layer came from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Source {
+    /// The checkpoint's file name.
+    pub file: String,
+    /// The layer's tensor, then its bias where it has one.
+    pub tensors: Vec<SourceTensor>,
+    /// The checkpoint's own metadata.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// One row of the catalogue: a layer of a model.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LayerRecord {
+    pub model: String,
+    pub layer: String,
+    pub method: Method,
+    pub in_features: u64,
+    pub out_features: u64,
+    #[serde(serialize_with = "hex")]
+    pub artifact: ArtifactId,
+    /// `null` where no finite number describes it.
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
+    pub dense_bytes: u64,
+    pub stored_bytes: u64,
+    pub config: Value,
+    pub source: Source,
+    pub created_at: DateTime<Utc>,
+}
+
+fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(id)
+}
+
+impl LayerRecord {
+    /// Whether both say the same of the layer, the time aside.
+    pub(crate) fn same_as(&self, other: &LayerRecord) -> bool {
+        *self == LayerRecord { created_at: self.created_at, ..other.clone() }
+    }
+}
+
+/// Consecutive rows of one fragment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    pub fragment: u64,
+    pub offset: u64,
+    pub rows: u64,
+}
+
+/// The rows of one table that belong to an artifact: how many, and where they were written.
+///
+/// Fragments are renamed by a compaction, so the place is a hint: a reader checks the rows and falls back to a search.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rows {
+    pub rows: u64,
+    pub runs: Vec<Run>,
+}
+
+/// One row of the table of artifacts: its data rows are all there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ArtifactRecord {
+    pub artifact: ArtifactId,
+    pub method: Method,
+    pub config: Value,
+    pub tables: BTreeMap<String, Rows>,
+    pub stored_bytes: u64,
+    /// What it was made from and how: BLAKE3 of source, settings and calibration inputs.
+    pub recipe: [u8; 32],
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
+    pub created_at: DateTime<Utc>,
+}
+
+fn ids<'a>(names: impl Iterator<Item = &'a [u8]> + Clone) -> Result<ArrayRef> {
+    // try_from_iter cannot tell the width of nothing.
+    let array = if names.clone().next().is_none() {
+        FixedSizeBinaryArray::try_new(32, Default::default(), None)
+    } else {
+        FixedSizeBinaryArray::try_from_iter(names)
+    };
+    array.map(|a| Arc::new(a) as ArrayRef).map_err(|e| Error::Numeric(e.to_string()))
+}
+
+fn strings<'a>(values: impl Iterator<Item = &'a str>) -> ArrayRef {
+    Arc::new(StringArray::from_iter_values(values))
+}
+
+fn numbers(values: impl Iterator<Item = u64>) -> ArrayRef {
+    Arc::new(UInt64Array::from_iter_values(values))
+}
+
+fn times(values: impl Iterator<Item = DateTime<Utc>>) -> ArrayRef {
+    Arc::new(TimestampMicrosecondArray::from_iter_values(values.map(|t| t.timestamp_micros())).with_timezone("UTC"))
+}
+
+fn json_texts<'a, T: Serialize + 'a>(values: impl Iterator<Item = &'a T>) -> Result<ArrayRef> {
+    let texts: std::result::Result<Vec<String>, _> = values.map(serde_json::to_string).collect();
+    texts
+        .map(|t| strings(t.iter().map(String::as_str)))
+        .map_err(|e| Error::Numeric(format!("the record is no JSON: {e}")))
+}
+
+/// Catalogue rows as a batch.
+pub fn layers_batch(records: &[LayerRecord]) -> Result<RecordBatch> {
+    let columns = vec![
+        ids(records.iter().map(|r| r.artifact.0.as_slice()))?,
+        strings(records.iter().map(|r| r.model.as_str())),
+        strings(records.iter().map(|r| r.layer.as_str())),
+        strings(records.iter().map(|r| r.method.as_str())),
+        numbers(records.iter().map(|r| r.in_features)),
+        numbers(records.iter().map(|r| r.out_features)),
+        json_texts(records.iter().map(|r| &r.config))?,
+        json_texts(records.iter().map(|r| &r.source))?,
+        numbers(records.iter().map(|r| r.dense_bytes)),
+        numbers(records.iter().map(|r| r.stored_bytes)),
+        Arc::new(Float64Array::from_iter(records.iter().map(|r| r.relative_error))),
+        strings(records.iter().map(|r| r.error_basis.as_str())),
+        times(records.iter().map(|r| r.created_at)),
+    ];
+    RecordBatch::try_new(schema::layers(), columns).map_err(|e| Error::Numeric(e.to_string()))
+}
+
+/// Rows of the table of artifacts as a batch.
+pub fn artifacts_batch(records: &[ArtifactRecord]) -> Result<RecordBatch> {
+    let columns = vec![
+        ids(records.iter().map(|r| r.artifact.0.as_slice()))?,
+        strings(records.iter().map(|r| r.method.as_str())),
+        json_texts(records.iter().map(|r| &r.config))?,
+        json_texts(records.iter().map(|r| &r.tables))?,
+        numbers(records.iter().map(|r| r.stored_bytes)),
+        ids(records.iter().map(|r| r.recipe.as_slice()))?,
+        Arc::new(Float64Array::from_iter(records.iter().map(|r| r.relative_error))),
+        strings(records.iter().map(|r| r.error_basis.as_str())),
+        times(records.iter().map(|r| r.created_at)),
+    ];
+    RecordBatch::try_new(schema::artifacts(), columns).map_err(|e| Error::Numeric(e.to_string()))
+}
+
+/// Reads typed columns of one table's batch; a column of another type is a table of another program.
+struct Reader<'a> {
+    table: &'static str,
+    batch: &'a RecordBatch,
+}
+
+impl<'a> Reader<'a> {
+    fn wrong(&self, column: &str, found: impl ToString) -> Error {
+        Error::expected(format!("column '{column}' of the {} table", self.table), found, "what this version writes")
+    }
+
+    fn column(&self, name: &str) -> Result<&'a ArrayRef> {
+        self.batch.column_by_name(name).ok_or_else(|| self.wrong(name, "no such column"))
+    }
+
+    fn text(&self, name: &str, row: usize) -> Result<&'a str> {
+        let array = self.column(name)?.as_string_opt::<i32>().ok_or_else(|| self.wrong(name, "another type"))?;
+        Ok(array.value(row))
+    }
+
+    fn parsed<T: serde::de::DeserializeOwned>(&self, name: &str, row: usize) -> Result<T> {
+        serde_json::from_str(self.text(name, row)?).map_err(|e| self.wrong(name, e))
+    }
+
+    fn number(&self, name: &str, row: usize) -> Result<u64> {
+        let array =
+            self.column(name)?.as_primitive_opt::<UInt64Type>().ok_or_else(|| self.wrong(name, "another type"))?;
+        Ok(array.value(row))
+    }
+
+    fn hash(&self, name: &str, row: usize) -> Result<[u8; 32]> {
+        let array = self.column(name)?.as_fixed_size_binary_opt().ok_or_else(|| self.wrong(name, "another type"))?;
+        array.value(row).try_into().map_err(|_| self.wrong(name, format!("{} bytes", array.value_length())))
+    }
+
+    fn error(&self, row: usize) -> Result<Option<f64>> {
+        let name = "relative_error";
+        let array =
+            self.column(name)?.as_primitive_opt::<Float64Type>().ok_or_else(|| self.wrong(name, "another type"))?;
+        Ok(array.is_valid(row).then(|| array.value(row)))
+    }
+
+    fn basis(&self, row: usize) -> Result<ErrorBasis> {
+        match self.text("error_basis", row)? {
+            "activations" => Ok(ErrorBasis::Activations),
+            "weights" => Ok(ErrorBasis::Weights),
+            other => Err(self.wrong("error_basis", other)),
+        }
+    }
+
+    fn time(&self, row: usize) -> Result<DateTime<Utc>> {
+        let name = "created_at";
+        let array = self
+            .column(name)?
+            .as_primitive_opt::<TimestampMicrosecondType>()
+            .ok_or_else(|| self.wrong(name, "another type"))?;
+        DateTime::from_timestamp_micros(array.value(row)).ok_or_else(|| self.wrong(name, array.value(row)))
+    }
+}
+
+/// Catalogue rows of a batch.
+pub fn read_layers(batch: &RecordBatch) -> Result<Vec<LayerRecord>> {
+    let r = Reader { table: schema::LAYERS, batch };
+    (0..batch.num_rows())
+        .map(|row| {
+            Ok(LayerRecord {
+                model: r.text("model", row)?.to_owned(),
+                layer: r.text("layer", row)?.to_owned(),
+                method: r.text("method", row)?.parse()?,
+                in_features: r.number("in_features", row)?,
+                out_features: r.number("out_features", row)?,
+                artifact: ArtifactId(r.hash("artifact", row)?),
+                relative_error: r.error(row)?,
+                error_basis: r.basis(row)?,
+                dense_bytes: r.number("dense_bytes", row)?,
+                stored_bytes: r.number("stored_bytes", row)?,
+                config: r.parsed("config", row)?,
+                source: r.parsed("source", row)?,
+                created_at: r.time(row)?,
+            })
+        })
+        .collect()
+}
+
+/// Rows of the table of artifacts in a batch.
+pub fn read_artifacts(batch: &RecordBatch) -> Result<Vec<ArtifactRecord>> {
+    let r = Reader { table: schema::ARTIFACTS, batch };
+    (0..batch.num_rows())
+        .map(|row| {
+            Ok(ArtifactRecord {
+                artifact: ArtifactId(r.hash("artifact", row)?),
+                method: r.text("method", row)?.parse()?,
+                config: r.parsed("config", row)?,
+                tables: r.parsed("tables", row)?,
+                stored_bytes: r.number("stored_bytes", row)?,
+                recipe: r.hash("recipe", row)?,
+                relative_error: r.error(row)?,
+                error_basis: r.basis(row)?,
+                created_at: r.time(row)?,
+            })
+        })
+        .collect()
+}

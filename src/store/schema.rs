@@ -1,0 +1,247 @@
+//! The tables: their names, and their Arrow schemas as `schemas/*.json` releases them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+
+/// The format that this build writes and reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Where the catalogue's schema metadata keeps the format version.
+pub const FORMAT_KEY: &str = "layerstore:format";
+
+pub const LAYERS: &str = "layers";
+pub const ARTIFACTS: &str = "artifacts";
+pub const WEIGHTS: &str = "weights";
+pub const TENSORS: &str = "tensors";
+
+/// A data table, by what its rows are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Table {
+    /// Keys of this length.
+    Keys(usize),
+    /// Values of this length.
+    Values(usize),
+    /// Codewords of this length.
+    Codebooks(usize),
+    /// Vectors of this many codes.
+    Codes(usize),
+    /// Components of this length.
+    Factors(usize),
+    Weights,
+    Tensors,
+}
+
+impl Table {
+    /// The table's name: its directory less `.lance`.
+    pub fn name(self) -> String {
+        match self {
+            Table::Keys(d) => format!("keys_d{d}"),
+            Table::Values(d) => format!("values_d{d}"),
+            Table::Codebooks(d) => format!("codebooks_d{d}"),
+            Table::Codes(m) => format!("codes_m{m}"),
+            Table::Factors(d) => format!("factors_d{d}"),
+            Table::Weights => WEIGHTS.into(),
+            Table::Tensors => TENSORS.into(),
+        }
+    }
+
+    /// The table of that name, if it is one.
+    pub fn named(name: &str) -> Option<Table> {
+        match name {
+            WEIGHTS => return Some(Table::Weights),
+            TENSORS => return Some(Table::Tensors),
+            _ => {}
+        }
+        let (kind, width) = name.split_once("_d").or_else(|| name.split_once("_m"))?;
+        let width: usize = width.parse().ok()?;
+        let table = match kind {
+            "keys" => Table::Keys(width),
+            "values" => Table::Values(width),
+            "codebooks" => Table::Codebooks(width),
+            "codes" => Table::Codes(width),
+            "factors" => Table::Factors(width),
+            _ => return None,
+        };
+        (table.name() == name).then_some(table)
+    }
+
+    /// The Arrow schema.
+    pub fn schema(self) -> SchemaRef {
+        let mut fields = vec![artifact()];
+        fields.extend(match self {
+            Table::Keys(d) => {
+                vec![required("key", DataType::UInt32), required("scale", DataType::Float32), vector("vector", d)]
+            }
+            Table::Values(d) => vec![required("key", DataType::UInt32), vector("vector", d)],
+            Table::Codebooks(d) => vec![
+                required("role", DataType::Utf8),
+                required("subspace", DataType::UInt32),
+                required("code", DataType::UInt32),
+                vector("vector", d),
+            ],
+            Table::Codes(m) => vec![
+                required("role", DataType::Utf8),
+                required("key", DataType::UInt32),
+                fixed_list("codes", DataType::UInt8, m),
+            ],
+            Table::Factors(d) => vec![
+                required("side", DataType::Utf8),
+                required("component", DataType::UInt32),
+                required("singular_value", DataType::Float32),
+                vector("vector", d),
+            ],
+            Table::Weights => vec![
+                required("row", DataType::UInt32),
+                plain_binary("packed"),
+                plain_binary("scales"),
+                plain_binary("zeros"),
+            ],
+            Table::Tensors => vec![
+                required("name", DataType::Utf8),
+                required("dtype", DataType::Utf8),
+                required("shape", DataType::List(Arc::new(required("item", DataType::UInt64)))),
+                required("data", DataType::LargeBinary),
+            ],
+        });
+        Arc::new(Schema::new(fields))
+    }
+}
+
+/// The catalogue's schema; its metadata names the format.
+pub fn layers() -> SchemaRef {
+    let key = |field: Field, position: &str| {
+        let metadata =
+            HashMap::from([("lance-schema:unenforced-primary-key:position".to_owned(), position.to_owned())]);
+        field.with_metadata(metadata)
+    };
+    let fields = vec![
+        artifact(),
+        key(required("model", DataType::Utf8), "1"),
+        key(required("layer", DataType::Utf8), "2"),
+        required("method", DataType::Utf8),
+        required("in_features", DataType::UInt64),
+        required("out_features", DataType::UInt64),
+        required("config", DataType::Utf8),
+        required("source", DataType::Utf8),
+        required("dense_bytes", DataType::UInt64),
+        required("stored_bytes", DataType::UInt64),
+        Field::new("relative_error", DataType::Float64, true),
+        required("error_basis", DataType::Utf8),
+        required("created_at", time()),
+    ];
+    let metadata = HashMap::from([(FORMAT_KEY.to_owned(), FORMAT_VERSION.to_string())]);
+    Arc::new(Schema::new_with_metadata(fields, metadata))
+}
+
+/// The schema of the table of complete artifacts.
+pub fn artifacts() -> SchemaRef {
+    Arc::new(Schema::new(vec![
+        artifact(),
+        required("method", DataType::Utf8),
+        required("config", DataType::Utf8),
+        required("tables", DataType::Utf8),
+        required("stored_bytes", DataType::UInt64),
+        required("recipe", DataType::FixedSizeBinary(32)),
+        Field::new("relative_error", DataType::Float64, true),
+        required("error_basis", DataType::Utf8),
+        required("created_at", time()),
+    ]))
+}
+
+fn artifact() -> Field {
+    required("artifact", DataType::FixedSizeBinary(32))
+}
+
+fn required(name: &str, kind: DataType) -> Field {
+    Field::new(name, kind, false)
+}
+
+fn time() -> DataType {
+    DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
+}
+
+// Child fields are required too: nullable ones take a slow path through Lance.
+fn fixed_list(name: &str, item: DataType, length: usize) -> Field {
+    let length = i32::try_from(length).unwrap_or(i32::MAX);
+    required(name, DataType::FixedSizeList(Arc::new(required("item", item)), length))
+}
+
+fn vector(name: &str, length: usize) -> Field {
+    fixed_list(name, DataType::Float32, length)
+}
+
+/// Packed numbers do not compress; trying would only slow the load.
+fn plain_binary(name: &str) -> Field {
+    let metadata = HashMap::from([("lance-encoding:compression".to_owned(), "none".to_owned())]);
+    required(name, DataType::Binary).with_metadata(metadata)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn described(schema: &Schema) -> Value {
+        let fields: Vec<Value> = schema
+            .fields()
+            .iter()
+            .map(|f| {
+                let mut field =
+                    json!({"name": f.name(), "type": f.data_type().to_string(), "nullable": f.is_nullable()});
+                if !f.metadata().is_empty() {
+                    field["metadata"] = json!(f.metadata());
+                }
+                field
+            })
+            .collect();
+        json!({"metadata": schema.metadata(), "fields": fields})
+    }
+
+    /// A released schema is frozen: a change here needs a new format version and a new file.
+    #[test]
+    fn schemas_are_as_released() {
+        let tables = [
+            ("layers", layers()),
+            ("artifacts", artifacts()),
+            ("keys_d384", Table::Keys(384).schema()),
+            ("values_d384", Table::Values(384).schema()),
+            ("codebooks_d8", Table::Codebooks(8).schema()),
+            ("codes_m48", Table::Codes(48).schema()),
+            ("factors_d384", Table::Factors(384).schema()),
+            ("weights", Table::Weights.schema()),
+            ("tensors", Table::Tensors.schema()),
+        ];
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
+        for (name, schema) in &tables {
+            let path = folder.join(format!("{name}.v{FORMAT_VERSION}.json"));
+            let now = json!({"table": name, "format": FORMAT_VERSION, "schema": described(schema)});
+            if std::env::var_os("LAYERSTORE_WRITE_SCHEMAS").is_some() {
+                std::fs::write(&path, serde_json::to_string_pretty(&now).unwrap() + "\n").unwrap();
+            }
+            let released: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            assert_eq!(released, now, "{name} is not what {} releases", path.display());
+        }
+        let files = std::fs::read_dir(&folder).unwrap().count();
+        assert_eq!(files, tables.len(), "schemas/ holds a file that no table of this format has");
+    }
+
+    #[test]
+    fn names_lead_back_to_tables() {
+        for table in [
+            Table::Keys(3),
+            Table::Values(4),
+            Table::Codebooks(5),
+            Table::Codes(6),
+            Table::Factors(7),
+            Table::Weights,
+            Table::Tensors,
+        ] {
+            assert_eq!(Table::named(&table.name()), Some(table));
+        }
+        for other in ["layers", "artifacts", "keys_d", "keys_d03", "keys_m3", "codes_d4", "notes", "x_d4"] {
+            assert_eq!(Table::named(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The store at one version: a consistent whole, whatever is committed meanwhile.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use lance::Dataset;
+use serde::Serialize;
+
+use super::catalog::{self, quoted};
+use super::handle::LayerHandle;
+use super::record::LayerRecord;
+use super::{ArtifactId, Store};
+use crate::error::{Error, Result, closest};
+use crate::layer::Method;
+
+/// A version of the store, open for reading.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    store: Store,
+    dataset: Arc<Dataset>,
+    label: String,
+}
+
+/// One model of a snapshot.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ModelSummary {
+    pub model: String,
+    pub layers: u64,
+    /// Layers by method.
+    pub methods: BTreeMap<String, u64>,
+    pub dense_bytes: u64,
+    pub stored_bytes: u64,
+    /// When its newest layer was stored.
+    pub created_at: DateTime<Utc>,
+}
+
+/// How two versions differ.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct Diff {
+    pub added: Vec<LayerState>,
+    pub removed: Vec<LayerState>,
+    pub changed: Vec<LayerChange>,
+}
+
+/// A layer as one version has it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LayerState {
+    pub model: String,
+    pub layer: String,
+    #[serde(flatten)]
+    pub state: State,
+}
+
+/// A layer that both versions have, differently.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LayerChange {
+    pub model: String,
+    pub layer: String,
+    pub before: State,
+    pub after: State,
+}
+
+/// What `diff` tells of a layer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct State {
+    pub method: Method,
+    pub artifact: String,
+    pub relative_error: Option<f64>,
+    pub stored_bytes: u64,
+    pub config: serde_json::Value,
+}
+
+impl From<&LayerRecord> for State {
+    fn from(r: &LayerRecord) -> Self {
+        State {
+            method: r.method,
+            artifact: r.artifact.to_string(),
+            relative_error: r.relative_error,
+            stored_bytes: r.stored_bytes,
+            config: r.config.clone(),
+        }
+    }
+}
+
+impl Snapshot {
+    pub(super) fn new(store: Store, dataset: Dataset, label: Option<&str>) -> Self {
+        let label = label.map_or_else(|| format!("version {}", dataset.version_id()), |l| format!("'{l}'"));
+        Snapshot { store, dataset: Arc::new(dataset), label }
+    }
+
+    /// The version's number.
+    pub fn version(&self) -> u64 {
+        self.dataset.version_id()
+    }
+
+    pub(super) fn dataset(&self) -> &Dataset {
+        &self.dataset
+    }
+
+    /// Every layer, by model and name.
+    ///
+    /// # Errors
+    /// When the catalogue cannot be read.
+    pub async fn records(&self) -> Result<Vec<LayerRecord>> {
+        catalog::rows(&self.dataset, None).await
+    }
+
+    /// Every model, by name.
+    ///
+    /// # Errors
+    /// When the catalogue cannot be read.
+    pub async fn models(&self) -> Result<Vec<ModelSummary>> {
+        let mut models: BTreeMap<String, ModelSummary> = BTreeMap::new();
+        for r in self.records().await? {
+            let model = models.entry(r.model.clone()).or_insert_with(|| ModelSummary {
+                model: r.model.clone(),
+                layers: 0,
+                methods: BTreeMap::new(),
+                dense_bytes: 0,
+                stored_bytes: 0,
+                created_at: r.created_at,
+            });
+            model.layers += 1;
+            *model.methods.entry(r.method.to_string()).or_default() += 1;
+            model.dense_bytes += r.dense_bytes;
+            model.stored_bytes += r.stored_bytes;
+            model.created_at = model.created_at.max(r.created_at);
+        }
+        Ok(models.into_values().collect())
+    }
+
+    /// The layers of a model, by name.
+    ///
+    /// # Errors
+    /// When there is no such model.
+    pub async fn layers(&self, model: &str) -> Result<Vec<LayerRecord>> {
+        let rows = catalog::rows(&self.dataset, Some(&format!("model = {}", quoted(model)))).await?;
+        if rows.is_empty() {
+            return Err(self.unknown_model(model).await?);
+        }
+        Ok(rows)
+    }
+
+    /// A layer, to be opened when it is used.
+    ///
+    /// # Errors
+    /// When there is no such model or layer: the message gives the closest names.
+    pub async fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
+        let filter = format!("model = {} AND layer = {}", quoted(model), quoted(layer));
+        match catalog::rows(&self.dataset, Some(&filter)).await?.pop() {
+            Some(record) => Ok(self.handle(record)),
+            None => {
+                let names = catalog::texts(&self.dataset, "layer", Some(&format!("model = {}", quoted(model)))).await?;
+                if names.is_empty() {
+                    return Err(self.unknown_model(model).await?);
+                }
+                Err(Error::UnknownLayer {
+                    model: model.to_owned(),
+                    layer: layer.to_owned(),
+                    at: self.label.clone(),
+                    closest: closest(layer, names.iter().map(String::as_str), 5),
+                })
+            }
+        }
+    }
+
+    /// A handle for a row of this snapshot.
+    pub fn handle(&self, record: LayerRecord) -> LayerHandle {
+        LayerHandle::new(self.store.clone(), record)
+    }
+
+    async fn unknown_model(&self, model: &str) -> Result<Error> {
+        let mut known = catalog::texts(&self.dataset, "model", None).await?;
+        known.sort();
+        known.dedup();
+        Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
+    }
+
+    /// How `newer` differs from this version.
+    ///
+    /// # Errors
+    /// When a catalogue cannot be read.
+    pub async fn diff(&self, newer: &Snapshot) -> Result<Diff> {
+        let keyed = |rows: Vec<LayerRecord>| {
+            rows.into_iter().map(|r| ((r.model.clone(), r.layer.clone()), r)).collect::<BTreeMap<_, _>>()
+        };
+        let (before, after) = (keyed(self.records().await?), keyed(newer.records().await?));
+        let state = |r: &LayerRecord| LayerState { model: r.model.clone(), layer: r.layer.clone(), state: r.into() };
+        let mut diff = Diff::default();
+        for (key, old) in &before {
+            match after.get(key) {
+                None => diff.removed.push(state(old)),
+                Some(new) if new.artifact != old.artifact || new.config != old.config => {
+                    diff.changed.push(LayerChange {
+                        model: key.0.clone(),
+                        layer: key.1.clone(),
+                        before: old.into(),
+                        after: new.into(),
+                    });
+                }
+                Some(_) => {}
+            }
+        }
+        diff.added.extend(after.iter().filter(|(key, _)| !before.contains_key(*key)).map(|(_, r)| state(r)));
+        Ok(diff)
+    }
+
+    /// The artifacts that it needs.
+    pub(super) async fn artifacts(&self) -> Result<std::collections::HashSet<ArtifactId>> {
+        Ok(self.records().await?.into_iter().map(|r| r.artifact).collect())
+    }
+}

@@ -1,0 +1,300 @@
+//! Writing artifacts: gathered, then appended table by table in few large fragments, then listed as complete.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use arrow::array::{RecordBatch, RecordBatchIterator};
+use chrono::Utc;
+use lance::Dataset;
+use lance::dataset::transaction::Operation;
+use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
+
+use super::catalog::{create_table, replace_model};
+use super::data::Data;
+use super::location::{Location, storage_error};
+use super::lock::{self, Guard};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, Rows, Run, artifacts_batch};
+use super::schema::{self, ARTIFACTS, Table};
+use super::tables::to_batches;
+use crate::error::{Error, Result};
+use crate::layer::{ArtifactId, Method, Parts};
+
+/// Parts gathered before they are written: the memory that an import takes beside the layer at work.
+const PENDING_BYTES: u64 = 256 << 20;
+
+/// What an artifact was made from, and how well it stands for it.
+#[derive(Debug, Clone, Copy)]
+pub struct Made {
+    /// BLAKE3 of source, settings and calibration inputs.
+    pub recipe: [u8; 32],
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
+}
+
+/// An artifact that the store holds already.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stored {
+    pub artifact: ArtifactId,
+    pub method: Method,
+    pub stored_bytes: u64,
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
+}
+
+/// One change of a model, from its first artifact to its commit. Nobody sees any of it before [`Writer::commit`];
+/// dropping it leaves the catalogue as it was.
+#[derive(Debug)]
+pub struct Writer {
+    location: Location,
+    _guard: Guard,
+    /// Artifacts that are complete in the store, by recipe.
+    recipes: HashMap<[u8; 32], Stored>,
+    known: HashSet<ArtifactId>,
+    pending: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
+    pending_bytes: u64,
+    written_bytes: u64,
+}
+
+impl Writer {
+    pub(super) async fn begin(location: &Location, data: &Data) -> Result<Self> {
+        let guard = lock::importing(location.local()).await?;
+        let mut recipes = HashMap::new();
+        let mut known = HashSet::new();
+        for record in data.records().await? {
+            known.insert(record.artifact);
+            let stored = Stored {
+                artifact: record.artifact,
+                method: record.method,
+                stored_bytes: record.stored_bytes,
+                relative_error: record.relative_error,
+                error_basis: record.error_basis,
+            };
+            recipes.insert(record.recipe, stored);
+        }
+        let location = location.clone();
+        Ok(Writer { location, _guard: guard, recipes, known, pending: vec![], pending_bytes: 0, written_bytes: 0 })
+    }
+
+    /// The artifact that was made by this recipe, if the store has it.
+    pub fn made_by(&self, recipe: &[u8; 32]) -> Option<&Stored> {
+        self.recipes.get(recipe)
+    }
+
+    /// Bytes of parts written so far; what the store held already is not counted.
+    pub fn written_bytes(&self) -> u64 {
+        self.written_bytes + self.pending_bytes
+    }
+
+    /// Adds an artifact, unless the store has it. Says whether it was new.
+    ///
+    /// # Errors
+    /// When the parts do not fit the tables, or writing a full buffer fails.
+    pub async fn add(&mut self, parts: &Parts, made: Made) -> Result<(ArtifactId, bool)> {
+        let id = parts.id();
+        let stored_bytes = parts.stored_bytes();
+        let stored = Stored {
+            artifact: id,
+            method: parts.method,
+            stored_bytes,
+            relative_error: made.relative_error,
+            error_basis: made.error_basis,
+        };
+        self.recipes.insert(made.recipe, stored);
+        if !self.known.insert(id) {
+            return Ok((id, false));
+        }
+        let record = ArtifactRecord {
+            artifact: id,
+            method: parts.method,
+            config: parts.config.clone(),
+            tables: BTreeMap::new(),
+            stored_bytes,
+            recipe: made.recipe,
+            relative_error: made.relative_error,
+            error_basis: made.error_basis,
+            created_at: Utc::now(),
+        };
+        self.pending.push((record, to_batches(id, parts)?));
+        self.pending_bytes += stored_bytes;
+        if self.pending_bytes >= PENDING_BYTES {
+            self.flush().await?;
+        }
+        Ok((id, true))
+    }
+
+    /// Writes what was gathered: data rows first, then the list of complete artifacts.
+    ///
+    /// # Errors
+    /// When the storage refuses. Rows that were written stay unseen, for gc.
+    pub async fn flush(&mut self) -> Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let mut pending = std::mem::take(&mut self.pending);
+        let mut by_table: BTreeMap<Table, Vec<(usize, Vec<RecordBatch>)>> = BTreeMap::new();
+        for (place, (_, tables)) in pending.iter_mut().enumerate() {
+            for (table, batches) in std::mem::take(tables) {
+                by_table.entry(table).or_default().push((place, batches));
+            }
+        }
+        for (table, owned) in by_table {
+            let name = table.name();
+            let counts: Vec<(usize, u64)> = owned
+                .iter()
+                .map(|(place, batches)| (*place, batches.iter().map(|b| b.num_rows() as u64).sum()))
+                .collect();
+            let batches = owned.into_iter().flat_map(|(_, batches)| batches).collect();
+            let written = append(&self.location, &name, table.schema(), batches).await?;
+            let mut places = Places::new(written);
+            for (place, rows) in counts {
+                let runs = places.take(rows).ok_or_else(|| Error::Storage {
+                    action: format!("appending to table '{name}'"),
+                    message: "fewer rows were written than given".into(),
+                })?;
+                pending[place].0.tables.insert(name.clone(), Rows { rows, runs });
+            }
+        }
+        let records: Vec<ArtifactRecord> = pending.into_iter().map(|(record, _)| record).collect();
+        append(&self.location, ARTIFACTS, schema::artifacts(), vec![artifacts_batch(&records)?]).await?;
+        self.written_bytes += std::mem::take(&mut self.pending_bytes);
+        Ok(())
+    }
+
+    /// Makes `records` all that the store holds of `model`, as one new version, and gives its number. Where that is so
+    /// already, no version is made and the latest one's number is given.
+    ///
+    /// # Errors
+    /// When a record names an artifact that is not in the store, or the storage refuses: then nothing has changed.
+    pub async fn commit(mut self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
+        check_model_name(model)?;
+        if let Some(record) = records.iter().find(|r| r.model != model) {
+            return Err(Error::expected(format!("model of layer '{}'", record.layer), &record.model, model));
+        }
+        if let Some(record) = records.iter().find(|r| !self.known.contains(&r.artifact)) {
+            return Err(Error::expected(
+                format!("artifact of layer '{}'", record.layer),
+                record.artifact,
+                "one that was added",
+            ));
+        }
+        self.flush().await?;
+        let operation = if records.is_empty() { "remove" } else { "import" };
+        replace_model(&self.location, model, records, operation, message).await
+    }
+}
+
+/// Refuses names that would be trouble in a table, a shell or a log.
+pub fn check_model_name(name: &str) -> Result<()> {
+    let reason = if name.is_empty() || name.len() > 256 {
+        "it has to have 1 to 256 bytes"
+    } else if name.chars().any(char::is_control) {
+        "it holds a control character"
+    } else if name.trim() != name {
+        "it starts or ends with a space"
+    } else {
+        return Ok(());
+    };
+    Err(Error::InvalidName { what: "model", name: name.escape_debug().to_string(), reason })
+}
+
+/// Appends to a table, made first where it is missing, and gives the new fragments with their rows, in order.
+async fn append(
+    location: &Location,
+    table: &str,
+    schema: arrow::datatypes::SchemaRef,
+    batches: Vec<RecordBatch>,
+) -> Result<Vec<(u64, u64)>> {
+    let dataset = match location.open_for_write(table).await {
+        Ok(dataset) => dataset,
+        Err(lance::Error::DatasetNotFound { .. }) => {
+            create_table(location, table, schema.clone()).await?;
+            location.open_for_write(table).await.map_err(storage_error(format!("opening table '{table}'")))?
+        }
+        Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
+    };
+    append_to(Arc::new(dataset), schema, batches).await.map_err(storage_error(format!("appending to table '{table}'")))
+}
+
+async fn append_to(
+    dataset: Arc<Dataset>,
+    schema: arrow::datatypes::SchemaRef,
+    batches: Vec<RecordBatch>,
+) -> lance::Result<Vec<(u64, u64)>> {
+    let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
+    let reader = RecordBatchIterator::new(batches.into_iter().map(Ok), schema);
+    let transaction =
+        InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(reader).await?;
+    let files: Vec<String> = match &transaction.operation {
+        Operation::Append { fragments } => {
+            fragments.iter().flat_map(|f| f.files.iter().map(|d| d.path.clone())).collect()
+        }
+        other => return Err(lance::Error::internal(format!("an append came to be {}", other.name()))),
+    };
+    let committed = CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction).await?;
+    // Numbers are given at the commit; the files' names tell which fragments are ours.
+    let mut written = Vec::with_capacity(files.len());
+    for file in &files {
+        let fragment = committed.fragments().iter().find(|f| f.files.iter().any(|d| d.path == *file));
+        let fragment =
+            fragment.ok_or_else(|| lance::Error::internal(format!("{file} was committed and is not there")))?;
+        written.push((fragment.id, fragment.physical_rows.unwrap_or_default() as u64));
+    }
+    Ok(written)
+}
+
+/// Hands out consecutive rows of a list of fragments.
+struct Places {
+    fragments: std::vec::IntoIter<(u64, u64)>,
+    current: Option<(u64, u64)>,
+    offset: u64,
+}
+
+impl Places {
+    fn new(fragments: Vec<(u64, u64)>) -> Self {
+        Places { fragments: fragments.into_iter(), current: None, offset: 0 }
+    }
+
+    fn take(&mut self, mut rows: u64) -> Option<Vec<Run>> {
+        let mut runs = Vec::new();
+        while rows > 0 {
+            match self.current {
+                Some((fragment, size)) if self.offset < size => {
+                    let taken = rows.min(size - self.offset);
+                    runs.push(Run { fragment, offset: self.offset, rows: taken });
+                    self.offset += taken;
+                    rows -= taken;
+                }
+                _ => {
+                    self.current = Some(self.fragments.next()?);
+                    self.offset = 0;
+                }
+            }
+        }
+        Some(runs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_run_over_fragments() {
+        let mut places = Places::new(vec![(7, 3), (8, 0), (9, 10)]);
+        assert_eq!(places.take(2).unwrap(), [Run { fragment: 7, offset: 0, rows: 2 }]);
+        assert_eq!(
+            places.take(4).unwrap(),
+            [Run { fragment: 7, offset: 2, rows: 1 }, Run { fragment: 9, offset: 0, rows: 3 }]
+        );
+        assert_eq!(places.take(0).unwrap(), []);
+        assert_eq!(places.take(8), None);
+    }
+
+    #[test]
+    fn names_that_would_be_trouble() {
+        for bad in ["", " a", "a\n", "a\0b", &"x".repeat(300)] {
+            assert!(check_model_name(bad).is_err(), "{bad:?}");
+        }
+        assert!(check_model_name("org/model-7b v2 'quoted'").is_ok());
+    }
+}
