@@ -47,9 +47,6 @@ pub struct LowRankConfig {
     /// Added to the second moment's diagonal, times the diagonal's mean.
     #[serde(default = "default_ridge_relative")]
     pub ridge_relative: f64,
-    /// Whether the layer keeps its bias.
-    #[serde(default = "yes")]
-    pub use_bias: bool,
 }
 
 impl Default for LowRankConfig {
@@ -60,7 +57,6 @@ impl Default for LowRankConfig {
             scaling: Scaling::default(),
             ridge_regularization: 0.0,
             ridge_relative: default_ridge_relative(),
-            use_bias: true,
         }
     }
 }
@@ -144,7 +140,6 @@ struct Settings {
     scaling: Scaling,
     ridge_regularization: f64,
     ridge_relative: f64,
-    use_bias: bool,
 }
 
 impl LowRankLayer {
@@ -165,7 +160,6 @@ impl LowRankLayer {
             scaling: config.scaling,
             ridge_regularization: config.ridge_regularization,
             ridge_relative: config.ridge_relative,
-            use_bias: config.use_bias,
         };
         Self::new(
             StoredConfig { settings, in_features, out_features },
@@ -173,7 +167,7 @@ impl LowRankLayer {
             a,
             b,
             singular,
-            bias.filter(|_| config.use_bias).map(|b| b.to_owned()),
+            bias.map(|b| b.to_owned()),
         )
     }
 
@@ -353,10 +347,6 @@ fn default_rank() -> usize {
 
 fn default_ridge_relative() -> f64 {
     1e-2
-}
-
-fn yes() -> bool {
-    true
 }
 
 #[cfg(test)]

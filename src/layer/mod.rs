@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use dense::{DType, DenseLayer};
-pub(crate) use dense::{dtype_name, from_f32, to_f32};
+pub(crate) use dense::{dtype_name, dtype_named, from_f32, to_f32};
 pub use key_value::{
     Backend, Decomposition, Hit, KeyType, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, SearchSettings,
     Sides, ValueType,
@@ -85,6 +85,17 @@ impl MethodConfig {
             MethodConfig::KeyValue(_) => Method::KeyValue,
             MethodConfig::LowRank(_) => Method::LowRank,
         }
+    }
+
+    /// A layer's full configuration: what its parts say, and how these settings run it.
+    pub fn with_stored(&self, stored: &Value) -> Value {
+        let mut all = stored.clone();
+        if let (MethodConfig::KeyValue(config), Value::Object(all)) = (self, &mut all)
+            && let Value::Object(search) = serde_json::json!(config.search())
+        {
+            all.extend(search);
+        }
+        all
     }
 
     /// Checks the settings by themselves.
@@ -293,6 +304,17 @@ impl Layer {
             Layer::Dense(l) => l.bias(),
             Layer::KeyValue(l) => Ok(l.bias().cloned()),
             Layer::LowRank(l) => Ok(l.bias().cloned()),
+        }
+    }
+
+    /// The bias as it is stored, whether a forward pass adds it or not.
+    ///
+    /// # Errors
+    /// As [`Layer::bias`].
+    pub fn stored_bias(&self) -> Result<Option<Array1<f32>>> {
+        match self {
+            Layer::KeyValue(l) => Ok(l.stored_bias().cloned()),
+            other => other.bias(),
         }
     }
 

@@ -221,7 +221,10 @@ impl Checkpoint {
         let bias_of = |weight: &TensorEntry| {
             let stem = weight.name.strip_suffix(".weight")?;
             let bias = self.tensors.get(&format!("{stem}.bias"))?;
-            (bias.shape.len() == 1 && weight.shape.first() == bias.shape.first()).then(|| bias.clone())
+            let fits = bias.shape.len() == 1 && weight.shape.first() == bias.shape.first();
+            // Narrow floats come back from f32 bit for bit; any other bias stays a tensor of its own.
+            let exact = matches!(bias.dtype, DType::F32 | DType::F16 | DType::BF16);
+            (fits && exact).then(|| bias.clone())
         };
         let taken: HashSet<String> = self.tensors.values().filter_map(bias_of).map(|b| b.name).collect();
         let whole: HashSet<&str> = self

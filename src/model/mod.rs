@@ -2,8 +2,16 @@
 
 mod arrays;
 mod checkpoint;
+mod evaluate;
+mod export;
+mod import;
 mod rules;
+mod work;
 
 pub use arrays::{read_array, write_array};
 pub use checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
+pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
+pub use export::{ExportReport, export};
+pub use import::{ImportOptions, ImportReport, LayerReport, import, open_inputs};
 pub use rules::{Rule, Rules};
+pub use work::{Cancel, Progress, Silent};

@@ -8,6 +8,7 @@ use chrono::Utc;
 use lance::Dataset;
 use lance::dataset::transaction::Operation;
 use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
+use serde_json::Value;
 
 use super::catalog::{create_table, replace_model};
 use super::data::Data;
@@ -36,6 +37,8 @@ pub struct Made {
 pub struct Stored {
     pub artifact: ArtifactId,
     pub method: Method,
+    /// The parts' config.
+    pub config: Value,
     pub stored_bytes: u64,
     pub relative_error: Option<f64>,
     pub error_basis: ErrorBasis,
@@ -65,6 +68,7 @@ impl Writer {
             let stored = Stored {
                 artifact: record.artifact,
                 method: record.method,
+                config: record.config,
                 stored_bytes: record.stored_bytes,
                 relative_error: record.relative_error,
                 error_basis: record.error_basis,
@@ -95,6 +99,7 @@ impl Writer {
         let stored = Stored {
             artifact: id,
             method: parts.method,
+            config: parts.config.clone(),
             stored_bytes,
             relative_error: made.relative_error,
             error_basis: made.error_basis,

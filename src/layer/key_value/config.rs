@@ -197,7 +197,7 @@ pub struct KeyValueConfig {
     /// Added to the covariance's diagonal, times the diagonal's mean.
     #[serde(default = "default_ridge_relative")]
     pub ridge_relative: f64,
-    /// Whether the layer keeps its bias.
+    /// Whether a forward pass adds the bias; it is stored in any case.
     #[serde(default = "yes")]
     pub use_bias: bool,
     #[serde(default)]

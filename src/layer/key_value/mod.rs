@@ -169,7 +169,7 @@ impl KeyValueLayer {
             kept.u.t().mapv(|v| v as f32),
             mean32,
             w.dot(&mean).mapv(|v| v as f32),
-            bias.filter(|_| config.use_bias).map(|b| b.to_owned()),
+            bias.map(|b| b.to_owned()),
             curves,
         )?;
         Self::with_settings(Arc::new(core), config.search())
@@ -241,6 +241,10 @@ impl KeyValueLayer {
     }
 
     pub(super) fn bias(&self) -> Option<&Array1<f32>> {
+        self.stored_bias().filter(|_| self.core.config.use_bias)
+    }
+
+    pub(super) fn stored_bias(&self) -> Option<&Array1<f32>> {
         self.core.bias.as_ref()
     }
 

@@ -1,0 +1,185 @@
+//! A model's layers against the dense weights they stand for.
+
+use std::collections::HashMap;
+
+use ndarray::Array2;
+use serde::Serialize;
+
+use super::checkpoint::{Activations, Checkpoint};
+use super::import::measure;
+use crate::error::{Error, Result};
+use crate::layer::{Layer, Method};
+use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot, joined};
+
+/// One layer's error.
+#[derive(Debug, Clone, Serialize)]
+pub struct LayerEvaluation {
+    pub layer: String,
+    pub method: Method,
+    /// ‖ŷ − y‖ / ‖y‖ over the inputs; `null` where y is zero.
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
+    pub tokens: usize,
+    pub dense_bytes: u64,
+    pub stored_bytes: u64,
+    /// Keys used by a query, on average; key–value layers only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_keys: Option<f64>,
+    /// The bound that the layer gives for a query's relative error, on average; key–value layers only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_certified_error: Option<f64>,
+}
+
+/// A model's errors.
+#[derive(Debug, Clone, Serialize)]
+pub struct Evaluation {
+    pub model: String,
+    pub layers: Vec<LayerEvaluation>,
+    /// Over the layers above.
+    pub mean_relative_error: Option<f64>,
+    /// Inputs that no layer of the model is named after.
+    pub unmatched_activations: Vec<String>,
+}
+
+/// Runs every layer of `model` that has inputs in `activations`, and compares with the weights of `checkpoint`, or with
+/// the dense weights of the same tensor in the store.
+///
+/// # Errors
+/// When there is no such model, inputs do not fit, no inputs are for it, or there is nothing to compare with.
+pub async fn evaluate(
+    snapshot: &Snapshot,
+    model: &str,
+    activations: Activations,
+    checkpoint: Option<Checkpoint>,
+) -> Result<Evaluation> {
+    let records = snapshot.layers(model).await?;
+    let (present, unmatched): (Vec<&str>, Vec<&str>) =
+        activations.layers().partition(|name| records.iter().any(|r| r.layer == *name));
+    if present.is_empty() {
+        return Err(Error::expected(
+            "activations",
+            format!(
+                "inputs for {}",
+                unmatched
+                    .first()
+                    .map_or("no layer".to_owned(), |n| format!("'{n}' and {} others", unmatched.len() - 1))
+            ),
+            format!("inputs for layers of model '{model}'"),
+        ));
+    }
+    let dense = if checkpoint.is_none() { dense_by_source(snapshot).await? } else { HashMap::new() };
+    let unmatched_activations = unmatched.into_iter().map(str::to_owned).collect();
+    let mut layers = Vec::new();
+    for record in records {
+        if !record.source.tensors.is_empty() && !activations.check(&record.layer, record.in_features as usize)? {
+            continue;
+        }
+        let Some(inputs) = activations.get(&record.layer, record.in_features as usize)? else { continue };
+        let weight = match &checkpoint {
+            Some(checkpoint) => reference(checkpoint, &record)?,
+            None => stored_reference(snapshot, &dense, &record).await?,
+        };
+        let handle = snapshot.handle(record.clone());
+        let layer = handle.load().await?;
+        let measured = tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, &weight, &inputs)).await;
+        layers.push(joined(measured)?.map_err(|e| e.in_layer(&handle.record().layer))?);
+    }
+    let errors: Vec<f64> = layers.iter().filter_map(|l| l.relative_error).collect();
+    let mean_relative_error = (!errors.is_empty()).then(|| errors.iter().sum::<f64>() / errors.len() as f64);
+    Ok(Evaluation { model: model.to_owned(), layers, mean_relative_error, unmatched_activations })
+}
+
+fn evaluate_layer(
+    record: &LayerRecord,
+    layer: &Layer,
+    weight: &Array2<f32>,
+    inputs: &Array2<f32>,
+) -> Result<LayerEvaluation> {
+    let (error, error_basis) = measure(layer, weight, Some(inputs))?;
+    let (mean_keys, mean_certified_error) = match layer {
+        Layer::KeyValue(layer) => {
+            let answers = layer.search(inputs.view(), None)?;
+            let keys = answers.iter().map(|a| a.hits.len()).sum::<usize>() as f64 / answers.len() as f64;
+            let bounds: Option<Vec<f64>> = answers.iter().map(|a| a.certified_error).collect();
+            (Some(keys), bounds.map(|b| b.iter().sum::<f64>() / b.len() as f64))
+        }
+        Layer::Dense(_) | Layer::LowRank(_) => (None, None),
+    };
+    Ok(LayerEvaluation {
+        layer: record.layer.clone(),
+        method: record.method,
+        relative_error: Some(error).filter(|e| e.is_finite()),
+        error_basis,
+        tokens: inputs.nrows(),
+        dense_bytes: record.dense_bytes,
+        stored_bytes: record.stored_bytes,
+        mean_keys,
+        mean_certified_error,
+    })
+}
+
+/// A layer's weight in a checkpoint: by the tensor it came from, else by its name.
+fn reference(checkpoint: &Checkpoint, record: &LayerRecord) -> Result<Array2<f32>> {
+    let source = record.source.tensors.first().map(|t| t.tensor.as_str());
+    let named = format!("{}.weight", record.layer);
+    let entry = source.and_then(|name| checkpoint.tensor(name)).or_else(|| checkpoint.tensor(&named));
+    let entry = entry.ok_or_else(|| {
+        Error::expected(
+            format!("weights of layer '{}'", record.layer),
+            format!("no such tensor in {}", checkpoint.path().display()),
+            named,
+        )
+    })?;
+    let weight = checkpoint.matrix(entry)?;
+    if weight.dim() != (record.out_features as usize, record.in_features as usize) {
+        return Err(Error::expected(
+            format!("shape of tensor '{}' in {}", entry.name, checkpoint.path().display()),
+            format!("{:?}", weight.dim()),
+            format!("({}, {}), the layer's", record.out_features, record.in_features),
+        ));
+    }
+    Ok(weight)
+}
+
+/// Dense layers of a snapshot, by the hash of the tensor they came from.
+async fn dense_by_source(snapshot: &Snapshot) -> Result<HashMap<String, LayerRecord>> {
+    let dense = snapshot.records().await?.into_iter().filter(|r| r.method == Method::Dense);
+    Ok(dense.filter_map(|r| Some((r.source.tensors.first()?.hash.clone(), r))).collect())
+}
+
+async fn stored_reference(
+    snapshot: &Snapshot,
+    dense: &HashMap<String, LayerRecord>,
+    record: &LayerRecord,
+) -> Result<Array2<f32>> {
+    let found = record.source.tensors.first().and_then(|t| dense.get(&t.hash));
+    let Some(found) = found else {
+        return Err(Error::expected(
+            format!("dense weights of layer '{}'", record.layer),
+            "none in the store",
+            "a model of the same checkpoint with that layer dense, or --checkpoint",
+        ));
+    };
+    snapshot.handle(found.clone()).load().await?.weight()
+}
+
+/// The layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer of the
+/// same tensor.
+///
+/// # Errors
+/// When the store holds no dense weights for a quantised layer.
+pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<Layer> {
+    if handle.record().method != Method::LowRank {
+        return handle.load().await;
+    }
+    let dense = dense_by_source(snapshot).await?;
+    let found = handle.record().source.tensors.first().and_then(|t| dense.get(&t.hash));
+    match found {
+        Some(record) => snapshot.handle(record.clone()).load().await,
+        None => Err(Error::expected(
+            format!("dense weights of layer '{}'", handle.record().layer),
+            "none in the store",
+            "a model of the same checkpoint with that layer dense; a quantised layer alone cannot answer exactly",
+        )),
+    }
+}

@@ -1,0 +1,169 @@
+//! A model of the store as a safetensors checkpoint again.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use safetensors::View;
+use serde::Serialize;
+
+use super::work::{Cancel, Progress};
+use crate::error::{Error, Result};
+use crate::layer::{DType, Layer, dtype_named, from_f32};
+use crate::store::{LayerHandle, Snapshot, joined};
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ExportReport {
+    pub layers: usize,
+    /// Of the file.
+    pub bytes: u64,
+}
+
+/// Writes every tensor of `model` under its name and dtype in the checkpoint it came from: dense ones bit for bit, the
+/// others decompressed. One layer at a time is in memory; the file appears whole or not at all.
+///
+/// # Errors
+/// When there is no such model, a layer cannot be read, the file cannot be written, or the work is cancelled.
+pub async fn export(
+    snapshot: &Snapshot,
+    model: &str,
+    output: &Path,
+    progress: Arc<dyn Progress>,
+    cancel: Cancel,
+) -> Result<ExportReport> {
+    if output.extension().is_none_or(|e| e != "safetensors") {
+        return Err(Error::expected(
+            "output of an export",
+            format!("'{}'", output.display()),
+            "a name ending in .safetensors",
+        ));
+    }
+    let records = snapshot.layers(model).await?;
+    let layers = records.len();
+    let metadata: HashMap<String, String> = records.iter().flat_map(|r| r.source.metadata.clone()).collect();
+    let failure = Arc::new(Mutex::new(None));
+    let mut tensors: Vec<(String, LazyTensor)> = Vec::new();
+    let mut bytes = 0;
+    for record in records {
+        let handle = snapshot.handle(record);
+        for (place, source) in handle.record().source.tensors.iter().enumerate() {
+            let dtype = dtype_named(&source.dtype)?;
+            let length = source.shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            bytes += length as u64;
+            let tensor = LazyTensor {
+                handle: handle.clone(),
+                is_bias: place > 0,
+                dtype,
+                shape: source.shape.clone(),
+                length,
+                runtime: tokio::runtime::Handle::current(),
+                failure: failure.clone(),
+                progress: progress.clone(),
+                cancel: cancel.clone(),
+            };
+            tensors.push((source.tensor.clone(), tensor));
+        }
+    }
+    progress.started(tensors.len(), bytes);
+    let output = output.to_owned();
+    let written = tokio::task::spawn_blocking(move || write(&output, tensors, metadata, &failure)).await;
+    progress.finished();
+    Ok(ExportReport { layers, bytes: joined(written)?? })
+}
+
+fn write(
+    output: &Path,
+    tensors: Vec<(String, LazyTensor)>,
+    metadata: HashMap<String, String>,
+    failure: &Mutex<Option<Error>>,
+) -> Result<u64> {
+    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
+    let staged = parent.join(format!(".{name}.{}.partial", std::process::id()));
+    let remove = || {
+        let _ = std::fs::remove_file(&staged);
+    };
+    let metadata = (!metadata.is_empty()).then_some(metadata);
+    let written = safetensors::serialize_to_file(tensors, metadata, &staged);
+    // A layer that could not be read left its reason here and zeros in the file.
+    if let Some(failure) = failure.lock().unwrap_or_else(|e| e.into_inner()).take() {
+        remove();
+        return Err(failure);
+    }
+    let finish = || -> std::io::Result<u64> {
+        let file = std::fs::File::open(&staged)?;
+        file.sync_all()?;
+        let bytes = file.metadata()?.len();
+        std::fs::rename(&staged, output)?;
+        Ok(bytes)
+    };
+    written
+        .map_err(|e| Error::file(output, e.to_string()))
+        .and_then(|()| finish().map_err(|e| Error::io(output, e)))
+        .inspect_err(|_| remove())
+}
+
+/// A tensor that is read from the store when its turn comes to be written.
+struct LazyTensor {
+    handle: LayerHandle,
+    is_bias: bool,
+    dtype: DType,
+    shape: Vec<usize>,
+    length: usize,
+    runtime: tokio::runtime::Handle,
+    failure: Arc<Mutex<Option<Error>>>,
+    progress: Arc<dyn Progress>,
+    cancel: Cancel,
+}
+
+impl LazyTensor {
+    fn read(&self) -> Result<Vec<u8>> {
+        if self.cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        self.progress.layer(&self.handle.record().layer);
+        let layer = self.runtime.block_on(self.handle.load())?;
+        let bytes = match (&layer, self.is_bias) {
+            (Layer::Dense(dense), false) => dense.raw().to_vec(),
+            (Layer::Dense(dense), true) => dense.raw_bias().map(|b| b.data.to_vec()).unwrap_or_default(),
+            (layer, false) => {
+                from_f32(self.dtype, layer.weight()?.as_standard_layout().as_slice().unwrap_or_default())?.to_vec()
+            }
+            (layer, true) => {
+                from_f32(self.dtype, &layer.stored_bias()?.map(|b| b.to_vec()).unwrap_or_default())?.to_vec()
+            }
+        };
+        if bytes.len() != self.length {
+            return Err(Error::expected("bytes of a stored tensor", bytes.len(), self.length));
+        }
+        self.progress.layer_done(self.length as u64, false);
+        Ok(bytes)
+    }
+}
+
+impl View for LazyTensor {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
+        if failure.is_none() {
+            match self.read() {
+                Ok(bytes) => return bytes.into(),
+                Err(e) => *failure = Some(e.in_layer(&self.handle.record().layer)),
+            }
+        }
+        vec![0; self.length].into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.length
+    }
+}

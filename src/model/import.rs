@@ -1,0 +1,341 @@
+//! A checkpoint into the store: every tensor, each layer by the first rule that takes it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use chrono::Utc;
+use ndarray::Array2;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
+use super::rules::Rules;
+use super::work::{Cancel, Progress, Silent};
+use crate::error::{Error, Result};
+use crate::layer::parts::{Tensor, canonical_json};
+use crate::layer::{Accuracy, DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
+use crate::linalg::relative_error;
+use crate::store::{ErrorBasis, LayerRecord, Made, Source, SourceTensor, Store, check_model_name, joined};
+
+/// Part of every recipe: raise it when a method comes to make other parts from the same settings.
+const RECIPE_VERSION: u32 = 1;
+
+/// How a checkpoint is imported.
+pub struct ImportOptions {
+    pub rules: Rules,
+    pub calibration: Option<Activations>,
+    /// For the log.
+    pub message: Option<String>,
+    pub progress: Arc<dyn Progress>,
+    pub cancel: Cancel,
+}
+
+impl Default for ImportOptions {
+    fn default() -> Self {
+        ImportOptions {
+            rules: Rules::default(),
+            calibration: None,
+            message: None,
+            progress: Arc::new(Silent),
+            cancel: Cancel::new(),
+        }
+    }
+}
+
+/// What became of one layer.
+#[derive(Debug, Clone, Serialize)]
+pub struct LayerReport {
+    pub layer: String,
+    pub method: Method,
+    pub in_features: u64,
+    pub out_features: u64,
+    pub artifact: String,
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
+    pub dense_bytes: u64,
+    pub stored_bytes: u64,
+    /// Whether the store had it already.
+    pub reused: bool,
+    pub seconds: f64,
+}
+
+/// What became of a checkpoint.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImportReport {
+    pub model: String,
+    pub version: u64,
+    pub layers: Vec<LayerReport>,
+    pub dense_bytes: u64,
+    pub stored_bytes: u64,
+    /// Bytes of parts that were new to the store.
+    pub written_bytes: u64,
+    /// Patterns of rules that took no layer, with their lines: likely mistakes.
+    pub unused_rules: Vec<String>,
+}
+
+/// A layer and what is to become of it.
+struct Planned {
+    source: LayerSource,
+    method: MethodConfig,
+    calibrated: bool,
+}
+
+/// Imports `checkpoint` as `model`, in place of what the store held under that name, as one new version.
+///
+/// Everything that rules and calibration can get wrong is refused before any layer is worked on. Layers that were made
+/// from the same tensors, settings and calibration before are not made again.
+///
+/// # Errors
+/// When a rule or calibration does not fit a layer, a tensor holds NaN, the storage refuses, or the work is cancelled:
+/// then the store is as it was.
+pub async fn import(
+    store: &Store,
+    checkpoint: Arc<Checkpoint>,
+    model: &str,
+    options: ImportOptions,
+) -> Result<ImportReport> {
+    check_model_name(model)?;
+    let ImportOptions { rules, calibration, message, progress, cancel } = options;
+    let (planned, unused_rules) = plan(&checkpoint, &rules, calibration.as_ref())?;
+    let calibration = Arc::new(calibration);
+    let bytes = planned.iter().map(|p| p.source.byte_len() as u64).sum();
+    progress.started(planned.len(), bytes);
+    let _done = Finish(progress.clone());
+    let mut writer = store.writer().await?;
+    let mut records = Vec::with_capacity(planned.len());
+    let mut layers = Vec::with_capacity(planned.len());
+    for planned in planned {
+        let started = Instant::now();
+        let name = planned.source.layer.clone();
+        let dense_bytes = planned.source.byte_len() as u64;
+        progress.layer(&name);
+        let (out_features, in_features) = flattened(&planned.source.weight);
+        let planned = Arc::new(planned);
+        let (recipe, source) = {
+            let (checkpoint, calibration, planned) = (checkpoint.clone(), calibration.clone(), planned.clone());
+            unless_cancelled(&cancel, move || Ok(recipe(&checkpoint, &planned, calibration.as_ref().as_ref()))).await?
+        };
+        let before = writer.made_by(&recipe).cloned();
+        let (stored, config, reused) = match before {
+            Some(stored) => {
+                let config = planned.method.with_stored(&stored.config);
+                (stored, config, true)
+            }
+            None => {
+                let (checkpoint, calibration, planned) = (checkpoint.clone(), calibration.clone(), planned.clone());
+                let made = unless_cancelled(&cancel, move || {
+                    make(&checkpoint, &planned, calibration.as_ref().as_ref(), recipe)
+                });
+                let (parts, config, made) = made.await.map_err(|e| e.in_layer(&name))?;
+                let (_, new) = writer.add(&parts, made).await?;
+                let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
+                (stored, config, !new)
+            }
+        };
+        let record = LayerRecord {
+            model: model.to_owned(),
+            layer: name.clone(),
+            method: stored.method,
+            in_features,
+            out_features,
+            artifact: stored.artifact,
+            relative_error: stored.relative_error,
+            error_basis: stored.error_basis,
+            dense_bytes,
+            stored_bytes: stored.stored_bytes,
+            config,
+            source,
+            created_at: Utc::now(),
+        };
+        layers.push(LayerReport {
+            layer: name,
+            method: record.method,
+            in_features,
+            out_features,
+            artifact: record.artifact.to_string(),
+            relative_error: record.relative_error,
+            error_basis: record.error_basis,
+            dense_bytes,
+            stored_bytes: record.stored_bytes,
+            reused,
+            seconds: started.elapsed().as_secs_f64(),
+        });
+        records.push(record);
+        progress.layer_done(dense_bytes, reused);
+    }
+    if cancel.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
+    let written_bytes = writer.written_bytes();
+    let version = writer.commit(model, &records, message.as_deref()).await?;
+    Ok(ImportReport {
+        model: model.to_owned(),
+        version,
+        dense_bytes: layers.iter().map(|l| l.dense_bytes).sum(),
+        stored_bytes: layers.iter().map(|l| l.stored_bytes).sum(),
+        written_bytes,
+        layers,
+        unused_rules,
+    })
+}
+
+struct Finish(Arc<dyn Progress>);
+
+impl Drop for Finish {
+    fn drop(&mut self) {
+        self.0.finished();
+    }
+}
+
+/// Runs blocking work, and stops waiting for it when somebody asks.
+async fn unless_cancelled<T: Send + 'static>(
+    cancel: &Cancel,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    if cancel.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
+    tokio::select! {
+        done = tokio::task::spawn_blocking(work) => joined(done)?,
+        () = cancel.cancelled() => Err(Error::Cancelled),
+    }
+}
+
+/// Finds each layer's rule and holds it against the layer, and gives the rules that took none.
+fn plan(
+    checkpoint: &Checkpoint,
+    rules: &Rules,
+    calibration: Option<&Activations>,
+) -> Result<(Vec<Planned>, Vec<String>)> {
+    let mut used = vec![false; rules.iter().count()];
+    let mut planned = Vec::new();
+    for source in checkpoint.layers() {
+        // Vectors, and tensors of other types, have no rows to compress: rules are for matrices.
+        let rule = rules.find(&source.layer).filter(|_| source.weight.is_float_matrix());
+        let method = rule.map_or(MethodConfig::Dense, |(place, rule)| {
+            used[place] = true;
+            rule.method.clone()
+        });
+        let (out_features, in_features) = flattened(&source.weight);
+        let calibrated = method != MethodConfig::Dense
+            && match calibration {
+                Some(activations) => activations.check(&source.layer, in_features as usize)?,
+                None => false,
+            };
+        method.check(out_features as usize, in_features as usize, calibrated).map_err(|e| e.in_layer(&source.layer))?;
+        planned.push(Planned { source, method, calibrated });
+    }
+    let unused = rules
+        .iter()
+        .zip(used)
+        .filter(|(_, used)| !used)
+        .map(|(rule, _)| format!("line {}: {}", rule.line, rule.layers));
+    Ok((planned, unused.collect()))
+}
+
+/// A tensor's shape as rows and columns: a vector is one column, more dimensions fold into the columns.
+fn flattened(weight: &TensorEntry) -> (u64, u64) {
+    let rows = weight.shape.first().copied().unwrap_or(1);
+    (rows as u64, weight.shape.iter().skip(1).product::<usize>() as u64)
+}
+
+/// Names what a layer is made from and how, and where it comes from.
+fn recipe(checkpoint: &Checkpoint, planned: &Planned, calibration: Option<&Activations>) -> ([u8; 32], Source) {
+    let mut hasher = blake3::Hasher::new();
+    let mut add = |bytes: &[u8]| {
+        hasher.update(&(bytes.len() as u64).to_le_bytes());
+        hasher.update_rayon(bytes);
+    };
+    let mut tensors = Vec::new();
+    for entry in std::iter::once(&planned.source.weight).chain(&planned.source.bias) {
+        let tensor = source_tensor(checkpoint, entry);
+        add(tensor.hash.as_bytes());
+        tensors.push(tensor);
+    }
+    // A method's settings, and the code that reads them.
+    let settings = serde_json::to_value(&planned.method).unwrap_or(Value::Null);
+    add(canonical_json(&settings).as_bytes());
+    add(&RECIPE_VERSION.to_le_bytes());
+    if let Some(bytes) = calibration.filter(|_| planned.calibrated).and_then(|c| c.bytes(&planned.source.layer)) {
+        add(bytes);
+    }
+    let file = checkpoint.file_name(&planned.source.weight).to_owned();
+    (hasher.finalize().into(), Source { file, tensors, metadata: checkpoint.metadata().clone() })
+}
+
+fn source_tensor(checkpoint: &Checkpoint, entry: &TensorEntry) -> SourceTensor {
+    let dtype = dtype_name(entry.dtype);
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{dtype} {:?} ", entry.shape).as_bytes());
+    hasher.update_rayon(checkpoint.bytes(entry));
+    SourceTensor {
+        tensor: entry.name.clone(),
+        dtype,
+        shape: entry.shape.clone(),
+        hash: hasher.finalize().to_hex().to_string(),
+    }
+}
+
+/// Compresses one layer and measures it. Gives its parts and its full configuration.
+fn make(
+    checkpoint: &Checkpoint,
+    planned: &Planned,
+    calibration: Option<&Activations>,
+    recipe: [u8; 32],
+) -> Result<(Parts, Value, Made)> {
+    let LayerSource { layer: name, weight, bias } = &planned.source;
+    if planned.method == MethodConfig::Dense {
+        let bias = bias.as_ref().map(|b| {
+            checkpoint.refuse_nan(b)?;
+            Ok::<_, Error>(Tensor {
+                name: "bias".into(),
+                dtype: dtype_name(b.dtype),
+                shape: b.shape.clone(),
+                data: checkpoint.to_bytes(b),
+            })
+        });
+        checkpoint.refuse_nan(weight)?;
+        let layer = Layer::Dense(DenseLayer::new(
+            weight.dtype,
+            weight.shape.clone(),
+            checkpoint.to_bytes(weight),
+            bias.transpose()?,
+        )?);
+        let made = Made { recipe, relative_error: Some(0.0), error_basis: ErrorBasis::Weights };
+        return Ok((layer.to_parts(), layer.config(), made));
+    }
+    let w = checkpoint.matrix(weight)?;
+    let b = bias.as_ref().map(|b| checkpoint.vector(b)).transpose()?;
+    let inputs = calibration.filter(|_| planned.calibrated).map(|c| c.get(name, w.ncols())).transpose()?.flatten();
+    let layer = planned.method.compress(w.view(), b.as_ref().map(|b| b.view()), inputs.as_ref().map(|x| x.view()))?;
+    let (error, error_basis) = measure(&layer, &w, inputs.as_ref())?;
+    let made = Made { recipe, relative_error: Some(error).filter(|e| e.is_finite()), error_basis };
+    Ok((layer.to_parts(), layer.config(), made))
+}
+
+/// ‖ŷ − y‖ / ‖y‖ over `inputs`, else ‖Ŵ − W‖_F / ‖W‖_F.
+pub(super) fn measure(layer: &Layer, weight: &Array2<f32>, inputs: Option<&Array2<f32>>) -> Result<(f64, ErrorBasis)> {
+    match inputs {
+        Some(x) => {
+            let exact = crate::linalg::matmul_nt(x.view(), weight.view());
+            let approximate = layer.linear(x.view(), Accuracy::Approximate)?.y;
+            Ok((relative_error(approximate.view(), exact.view()), ErrorBasis::Activations))
+        }
+        None => Ok((relative_error(layer.weight()?.view(), weight.view()), ErrorBasis::Weights)),
+    }
+}
+
+/// Opens a checkpoint, rules and calibration by their paths.
+///
+/// # Errors
+/// When one of them cannot be used.
+pub fn open_inputs(
+    checkpoint: &Path,
+    rules: Option<&Path>,
+    calibration: Option<&Path>,
+) -> Result<(Checkpoint, Rules, Option<Activations>)> {
+    let rules = rules.map(Rules::open).transpose()?.unwrap_or_default();
+    let calibration = calibration.map(Activations::open).transpose()?;
+    Ok((Checkpoint::open(checkpoint)?, rules, calibration))
+}

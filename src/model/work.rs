@@ -1,0 +1,62 @@
+//! Long work seen from outside: progress, and a request to stop.
+
+use tokio::sync::watch;
+
+/// What long work tells as it goes. Every method may be left as it is.
+pub trait Progress: Send + Sync {
+    /// The work is `layers` layers of `bytes` bytes in all.
+    fn started(&self, layers: usize, bytes: u64) {
+        let _ = (layers, bytes);
+    }
+    /// A layer is at work.
+    fn layer(&self, name: &str) {
+        let _ = name;
+    }
+    /// A layer of `bytes` bytes is done; `skipped` where what the store had was used.
+    fn layer_done(&self, bytes: u64, skipped: bool) {
+        let _ = (bytes, skipped);
+    }
+    /// The work is done or given up.
+    fn finished(&self) {}
+}
+
+/// Says nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {}
+
+/// A request to stop, shared between the work and whoever asks.
+#[derive(Debug, Clone)]
+pub struct Cancel {
+    requested: watch::Sender<bool>,
+}
+
+impl Default for Cancel {
+    fn default() -> Self {
+        Cancel { requested: watch::Sender::new(false) }
+    }
+}
+
+impl Cancel {
+    /// A request that nobody has made yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks the work to stop.
+    pub fn cancel(&self) {
+        self.requested.send_replace(true);
+    }
+
+    /// Whether somebody has asked.
+    pub fn is_cancelled(&self) -> bool {
+        *self.requested.borrow()
+    }
+
+    /// Returns when somebody asks.
+    pub async fn cancelled(&self) {
+        // `self` holds the sender, so waiting cannot fail.
+        let _ = self.requested.subscribe().wait_for(|asked| *asked).await;
+    }
+}
