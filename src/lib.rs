@@ -1,4 +1,6 @@
 //! layerstore
+#[doc(hidden)]
+pub mod cli;
 pub mod error;
 pub mod index;
 pub mod layer;

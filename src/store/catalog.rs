@@ -19,6 +19,7 @@ use super::lock;
 use super::record::{LayerRecord, layers_batch, read_layers};
 use super::schema::{self, FORMAT_KEY, FORMAT_VERSION, LAYERS};
 use crate::error::{Error, Result};
+use crate::layer::ArtifactId;
 
 /// Attempts at a commit before the contention is reported; only object stores, which have no lock, need more than one.
 const COMMIT_ATTEMPTS: u32 = 20;
@@ -159,6 +160,20 @@ pub async fn texts(dataset: &Dataset, column: &str, filter: Option<&str>) -> Res
     Ok(arrays.flat_map(|a| a.iter().flatten().map(str::to_owned).collect::<Vec<_>>()).collect())
 }
 
+/// The artifacts of all rows.
+pub async fn artifacts(dataset: &Dataset) -> Result<Vec<ArtifactId>> {
+    let read = async {
+        let mut scan = dataset.scan();
+        scan.project(&["artifact"])?;
+        scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
+    };
+    let batches = read.await.map_err(storage_error("reading the catalogue"))?;
+    let arrays = batches.iter().filter_map(|b| b.column(0).as_fixed_size_binary_opt());
+    Ok(arrays
+        .flat_map(|a| a.iter().flatten().filter_map(|id| Some(ArtifactId(id.try_into().ok()?))).collect::<Vec<_>>())
+        .collect())
+}
+
 /// A text as SQL.
 pub fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
@@ -208,6 +223,8 @@ pub async fn tags(dataset: &Dataset) -> Result<Vec<(String, u64)>> {
 /// A snapshot of the latest version.
 pub async fn create_snapshot(location: &Location, name: &str) -> Result<SnapshotInfo> {
     check_snapshot_name(name)?;
+    // gc must not remove the version between the look and the name.
+    let _guard = lock::committing(location.local()).await?;
     let dataset = writable(location).await?;
     let version = dataset.version_id();
     let action = format!("creating snapshot '{name}'");

@@ -6,13 +6,16 @@
 
 mod catalog;
 mod data;
+mod gc;
 mod handle;
 mod location;
 mod lock;
 mod record;
 mod schema;
 mod snapshot;
+mod stats;
 mod tables;
+mod verify;
 mod writer;
 
 use std::sync::Arc;
@@ -21,11 +24,14 @@ use lance::Dataset;
 use moka::future::Cache;
 
 pub use catalog::{SnapshotInfo, VersionInfo};
+pub use gc::GcReport;
 pub use handle::LayerHandle;
 pub use lance_io::object_store::WrappingObjectStore;
 pub use record::{ErrorBasis, LayerRecord, Source, SourceTensor};
 pub use schema::FORMAT_VERSION;
 pub use snapshot::{Diff, LayerChange, LayerState, ModelSummary, Snapshot, State};
+pub use stats::Stats;
+pub use verify::{CorruptArtifact, LayerName, VerifyReport};
 pub use writer::{Made, Stored, Writer, check_model_name};
 
 use self::data::Data;
@@ -201,6 +207,31 @@ impl Store {
     /// When the store cannot be written.
     pub async fn writer(&self) -> Result<Writer> {
         Writer::begin(&self.inner.location, &self.inner.data).await
+    }
+
+    /// Removes rows and files that no snapshot, and no version younger than `older_than`, reaches; only counts them
+    /// unless `apply`.
+    ///
+    /// # Errors
+    /// When an import is at work and does not finish in time, or the storage refuses.
+    pub async fn gc(&self, older_than: std::time::Duration, apply: bool) -> Result<GcReport> {
+        gc::collect(&self.inner.location, older_than, apply).await
+    }
+
+    /// Reads every artifact and holds it against its name. `seen` is told how many of how many are done.
+    ///
+    /// # Errors
+    /// When the catalogue or the list of artifacts cannot be read; a corrupt artifact is no error but a finding.
+    pub async fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
+        verify::verify(self, Arc::new(seen)).await
+    }
+
+    /// How much the store holds.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn stats(&self) -> Result<Stats> {
+        stats::stats(self).await
     }
 
     /// Reads layers into the cache ahead of their use, several at a time.

@@ -7,10 +7,10 @@ use chrono::{DateTime, Utc};
 use lance::Dataset;
 use serde::Serialize;
 
+use super::Store;
 use super::catalog::{self, quoted};
 use super::handle::LayerHandle;
 use super::record::LayerRecord;
-use super::{ArtifactId, Store};
 use crate::error::{Error, Result, closest};
 use crate::layer::Method;
 
@@ -204,10 +204,5 @@ impl Snapshot {
         }
         diff.added.extend(after.iter().filter(|(key, _)| !before.contains_key(*key)).map(|(_, r)| state(r)));
         Ok(diff)
-    }
-
-    /// The artifacts that it needs.
-    pub(super) async fn artifacts(&self) -> Result<std::collections::HashSet<ArtifactId>> {
-        Ok(self.records().await?.into_iter().map(|r| r.artifact).collect())
     }
 }

@@ -1,0 +1,75 @@
+//! `verify`, `gc` and `stats`.
+
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+
+use super::Context;
+use super::output::{bytes, table};
+use crate::error::Result;
+
+pub async fn verify(context: &Context) -> Result<u8> {
+    context.refuse_at("verify")?;
+    let store = context.open().await?;
+    let bar = if context.output.is_quiet() { ProgressBar::hidden() } else { ProgressBar::new(0) };
+    let seen = bar.clone();
+    let report = store
+        .verify(move |done, total| {
+            seen.set_length(total as u64);
+            seen.set_position(done as u64);
+        })
+        .await?;
+    bar.finish_and_clear();
+    context.output.result(&report, |report| {
+        if report.corrupt.is_empty() {
+            return format!("{} artifacts are as they were written", report.artifacts);
+        }
+        let rows = report.corrupt.iter().map(|c| {
+            let layers: Vec<String> = c.layers.iter().map(|l| format!("{}: {}", l.model, l.layer)).collect();
+            vec![c.artifact.clone(), c.reason.clone(), layers.join("\n")]
+        });
+        let corrupt = table(&["corrupt artifact", "reason", "used by"], rows);
+        format!("{corrupt}\n{} of {} artifacts are corrupt", report.corrupt.len(), report.artifacts)
+    })?;
+    Ok(u8::from(!report.corrupt.is_empty()))
+}
+
+pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<u8> {
+    context.refuse_at("gc")?;
+    let report = context.open().await?.gc(older_than, apply).await?;
+    context.output.result(&report, |report| {
+        let found = format!(
+            "{} artifacts and {} stray rows that nothing reaches, {}",
+            report.artifacts,
+            report.stray_rows,
+            bytes(report.reclaimable_bytes)
+        );
+        if apply {
+            format!("{found}; the store is {} smaller", bytes(report.removed_bytes))
+        } else {
+            format!("{found}; nothing was removed, add --apply to do so")
+        }
+    })?;
+    Ok(0)
+}
+
+pub async fn stats(context: &Context) -> Result<u8> {
+    context.refuse_at("stats")?;
+    let stats = context.open().await?.stats().await?;
+    context.output.result(&stats, |s| {
+        table(
+            &["", ""],
+            [
+                vec!["models".into(), s.models.to_string()],
+                vec!["layers".into(), s.layers.to_string()],
+                vec!["artifacts".into(), s.artifacts.to_string()],
+                vec!["versions".into(), s.versions.to_string()],
+                vec!["snapshots".into(), s.snapshots.to_string()],
+                vec!["on disk".into(), s.bytes.map_or("unknown".into(), bytes)],
+                vec!["dense".into(), bytes(s.dense_bytes)],
+                vec!["saved by sharing".into(), bytes(s.deduplicated_bytes)],
+            ],
+        )
+    })?;
+    Ok(0)
+}

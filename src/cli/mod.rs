@@ -1,0 +1,258 @@
+//! The command line: arguments parsed purely, then resolved, one file per group of commands.
+
+mod catalogue;
+mod import;
+mod maintain;
+mod output;
+mod run;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use self::output::Output;
+use crate::error::{Error, Result};
+use crate::store::{Snapshot, Store};
+
+/// An embedded store for compressed neural-network layers.
+#[derive(Debug, Parser)]
+#[command(name = "layerstore", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// The store: a directory, or an object-store URI.
+    #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers")]
+    store: String,
+    /// Read at this snapshot, or version number, in place of the latest version.
+    #[arg(long, global = true, value_name = "SNAPSHOT")]
+    at: Option<String>,
+    /// How results are printed; json is one document on standard output.
+    #[arg(long, global = true, value_enum, default_value = "table")]
+    format: Format,
+    /// No progress and no notes on standard error.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Put a checkpoint into the store, each layer compressed by the first rule that takes it.
+    Import(ImportArgs),
+    /// List the models.
+    Models,
+    /// List the layers of a model.
+    Layers { model: String },
+    /// Show everything the catalogue knows of one layer.
+    Show { model: String, layer: String },
+    /// Run a layer on inputs.
+    Forward(ForwardArgs),
+    /// Show which keys of a key–value layer each input uses.
+    Search(SearchArgs),
+    /// Measure a model's layers on inputs, against their dense weights.
+    Evaluate(EvaluateArgs),
+    /// Name the latest version, list the names, or delete one.
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Make an older version the latest, as a new version.
+    Restore {
+        /// A snapshot or version number.
+        name: String,
+    },
+    /// List the versions, newest first.
+    Log,
+    /// Show what changed between two versions.
+    Diff {
+        /// A snapshot or version number.
+        old: String,
+        /// A snapshot or version number.
+        new: String,
+    },
+    /// Write a model as a safetensors checkpoint again.
+    Export {
+        model: String,
+        #[arg(long, short, value_name = "FILE.safetensors")]
+        output: PathBuf,
+    },
+    /// Hash every artifact and compare with its name; exit 1 when any is corrupt.
+    Verify,
+    /// Remove what no snapshot and no recent version reaches; only counts unless --apply.
+    Gc {
+        /// Keep whatever versions younger than this reach.
+        #[arg(long, value_name = "AGE", default_value = "7d", value_parser = humantime::parse_duration)]
+        older_than: std::time::Duration,
+        /// Remove it.
+        #[arg(long)]
+        apply: bool,
+    },
+    /// Count models, layers, versions and bytes.
+    Stats,
+}
+
+#[derive(Debug, Args)]
+struct ImportArgs {
+    /// A .safetensors file, an index of shards (.json), or a folder of either.
+    checkpoint: PathBuf,
+    /// The name to store it under; what the store held under that name is replaced.
+    #[arg(long)]
+    model: String,
+    /// Rules (TOML): which layers are compressed how. Without it every layer stays dense.
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
+    /// Inputs of layers to calibrate with: safetensors, a tensor [tokens, in_features] named after each layer.
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// A message for the log.
+    #[arg(long, value_name = "TEXT")]
+    message: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct ForwardArgs {
+    model: String,
+    layer: String,
+    /// Inputs: a vector or a matrix [batch, in_features], .npy or FILE.safetensors:TENSOR, f32 or f16.
+    #[arg(long, value_name = "FILE")]
+    input: String,
+    /// Where the outputs go, .npy or .safetensors.
+    #[arg(long, value_name = "FILE")]
+    output: Option<String>,
+    /// Use every key, or the dense weights.
+    #[arg(long)]
+    exact: bool,
+}
+
+#[derive(Debug, Args)]
+struct SearchArgs {
+    model: String,
+    layer: String,
+    /// Queries: a vector or a matrix [batch, in_features], .npy or FILE.safetensors:TENSOR, f32 or f16.
+    #[arg(long, value_name = "FILE")]
+    input: String,
+    #[command(flatten)]
+    limit: LimitArgs,
+}
+
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+struct LimitArgs {
+    /// Use the threshold at which this many keys are expected.
+    #[arg(long, value_name = "K")]
+    keys: Option<f64>,
+    /// Use keys that rank at least this high.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    threshold: Option<f32>,
+    /// Use as few keys as certify this relative error for each query.
+    #[arg(long, value_name = "E")]
+    max_error: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+struct EvaluateArgs {
+    model: String,
+    /// Inputs of layers: safetensors, a tensor [tokens, in_features] named after each layer.
+    #[arg(long, value_name = "FILE")]
+    activations: PathBuf,
+    /// Compare with this checkpoint's weights in place of dense weights in the store.
+    #[arg(long, value_name = "FILE")]
+    checkpoint: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum SnapshotCommand {
+    /// Name the latest version.
+    Create { name: String },
+    /// List the snapshots.
+    List,
+    /// Delete a name; its version stays until gc.
+    Delete { name: String },
+}
+
+/// Parses the arguments, does the command, and gives the exit code: 0 done, 1 failed with a message on standard error,
+/// 2 wrong usage.
+pub fn main() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Also --help and --version, which go to standard output and are no failure.
+            let _ = e.print();
+            return if e.use_stderr() { 2 } else { 0 };
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("error: starting the runtime: {e}");
+            return 1;
+        }
+    };
+    let code = match runtime.block_on(run(cli)) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {e}");
+            1
+        }
+    };
+    // Work that was cancelled may still be at its last layer: do not wait for it.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(cli: Cli) -> Result<u8> {
+    let output = Output::new(cli.format == Format::Json, cli.quiet);
+    let context = Context { store: cli.store, at: cli.at, output };
+    match cli.command {
+        Command::Import(args) => import::import(&context, args).await,
+        Command::Export { model, output } => import::export(&context, &model, &output).await,
+        Command::Models => catalogue::models(&context).await,
+        Command::Layers { model } => catalogue::layers(&context, &model).await,
+        Command::Show { model, layer } => catalogue::show(&context, &model, &layer).await,
+        Command::Snapshot(command) => catalogue::snapshot(&context, command).await,
+        Command::Restore { name } => catalogue::restore(&context, &name).await,
+        Command::Log => catalogue::log(&context).await,
+        Command::Diff { old, new } => catalogue::diff(&context, &old, &new).await,
+        Command::Forward(args) => run::forward(&context, args).await,
+        Command::Search(args) => run::search(&context, args).await,
+        Command::Evaluate(args) => run::evaluate(&context, args).await,
+        Command::Verify => maintain::verify(&context).await,
+        Command::Gc { older_than, apply } => maintain::gc(&context, older_than, apply).await,
+        Command::Stats => maintain::stats(&context).await,
+    }
+}
+
+/// What every command needs.
+struct Context {
+    store: String,
+    at: Option<String>,
+    output: Output,
+}
+
+impl Context {
+    async fn open(&self) -> Result<Store> {
+        Store::open(&self.store).await
+    }
+
+    /// The version that a reading command reads.
+    async fn snapshot(&self) -> Result<Snapshot> {
+        let store = self.open().await?;
+        match &self.at {
+            Some(name) => store.at(name).await,
+            None => store.latest().await,
+        }
+    }
+
+    /// Refuses --at for a command that it means nothing to.
+    fn refuse_at(&self, command: &str) -> Result<()> {
+        match &self.at {
+            Some(at) => {
+                Err(Error::expected("--at", format!("'{at}' with {command}"), "a command that reads a version"))
+            }
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! `forward`, `search` and `evaluate`.
+
+use serde::Serialize;
+
+use super::output::{bytes, error, ratio, table};
+use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
+use crate::error::{Error, Result};
+use crate::layer::{Accuracy, Layer, Limit, QueryHits};
+use crate::model::{self, Activations, Checkpoint};
+use crate::store::joined;
+
+/// Hits of a query that a table shows; JSON has them all.
+const SHOWN_HITS: usize = 5;
+
+#[derive(Serialize)]
+struct Forwarded {
+    shape: Vec<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relative_error_bound: Option<f64>,
+}
+
+pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
+    let snapshot = context.snapshot().await?;
+    let handle = snapshot.layer(&args.model, &args.layer).await?;
+    let (x, is_vector) = model::read_array(&args.input)?;
+    let (layer, accuracy) = if args.exact {
+        (model::exact_layer(&snapshot, &handle).await?, Accuracy::Full)
+    } else {
+        (handle.load().await?, Accuracy::Approximate)
+    };
+    let done = tokio::task::spawn_blocking(move || layer.forward(x.view(), accuracy)).await;
+    let answer = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
+    if let Some(path) = &args.output {
+        model::write_array(path, answer.y.view(), is_vector)?;
+    }
+    let shape = if is_vector { vec![answer.y.ncols()] } else { answer.y.shape().to_vec() };
+    let result = Forwarded { shape, relative_error_bound: answer.relative_error_bound };
+    context.output.result(&result, |r| {
+        let bound = r.relative_error_bound.map_or(String::new(), |b| format!(", relative error at most {b:.4}"));
+        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
+        let preview = if args.output.is_some() { String::new() } else { format!("\n{:.4}", answer.y) };
+        format!("output of shape {:?}{place}{bound}{preview}", r.shape)
+    })?;
+    Ok(0)
+}
+
+#[derive(Serialize)]
+struct Searched {
+    query: usize,
+    #[serde(flatten)]
+    answer: QueryHits,
+}
+
+pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
+    let handle = context.snapshot().await?.layer(&args.model, &args.layer).await?;
+    let (x, _) = model::read_array(&args.input)?;
+    let limit = match args.limit {
+        LimitArgs { keys: Some(k), .. } => Some(Limit::Keys(k)),
+        LimitArgs { threshold: Some(t), .. } => Some(Limit::Threshold(t)),
+        LimitArgs { max_error: Some(e), .. } => Some(Limit::MaxError(e)),
+        _ => None,
+    };
+    let Layer::KeyValue(layer) = handle.load().await? else {
+        return Err(Error::expected(
+            "layer to search",
+            format!("'{}', a {} layer", args.layer, handle.record().method),
+            "a key_value layer",
+        ));
+    };
+    let answers = tokio::task::spawn_blocking(move || layer.search(x.view(), limit)).await;
+    let answers = joined(answers)?.map_err(|e| e.in_layer(&args.layer))?;
+    let results: Vec<Searched> =
+        answers.into_iter().enumerate().map(|(query, answer)| Searched { query, answer }).collect();
+    context.output.result(&results, |results| {
+        let rows = results.iter().map(|r| {
+            let first: Vec<String> =
+                r.answer.hits.iter().take(SHOWN_HITS).map(|h| format!("{} ({:+.3})", h.key, h.contribution)).collect();
+            vec![
+                r.query.to_string(),
+                format!("{:.4}", r.answer.threshold),
+                error(r.answer.certified_error),
+                r.answer.hits.len().to_string(),
+                first.join("  "),
+            ]
+        });
+        table(&["query", "threshold", "certified error", "hits", "first keys (contribution)"], rows)
+    })?;
+    Ok(0)
+}
+
+pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
+    let snapshot = context.snapshot().await?;
+    let activations = Activations::open(&args.activations)?;
+    let checkpoint = args.checkpoint.map(Checkpoint::open).transpose()?;
+    let evaluation = model::evaluate(&snapshot, &args.model, activations, checkpoint).await?;
+    if !evaluation.unmatched_activations.is_empty() {
+        let names = &evaluation.unmatched_activations;
+        context.output.note(format!(
+            "note: the model has no layer for {} of the activations, such as '{}'",
+            names.len(),
+            names[0]
+        ));
+    }
+    context.output.result(&evaluation, |evaluation| {
+        let rows = evaluation.layers.iter().map(|l| {
+            vec![
+                l.layer.clone(),
+                l.method.to_string(),
+                error(l.relative_error),
+                l.mean_keys.map_or(String::new(), |k| format!("{k:.1}")),
+                l.mean_certified_error.map_or(String::new(), |e| format!("{e:.4}")),
+                bytes(l.stored_bytes),
+                ratio(l.dense_bytes, l.stored_bytes),
+            ]
+        });
+        let layers = table(&["layer", "method", "error", "keys", "certified", "stored", "ratio"], rows);
+        format!(
+            "{layers}\nmean relative error of {} layers: {}",
+            evaluation.layers.len(),
+            error(evaluation.mean_relative_error)
+        )
+    })?;
+    Ok(0)
+}
