@@ -82,10 +82,10 @@ async fn main() -> Result<()> {
     println!("\n'{LAYER}' answers differ by {change:.4} between the two");
 
     // Going back is a new version too, so it can itself be undone.
-    let version = store.restore("v1").await?;
+    let restored = store.restore("v1").await?;
     let back = store.latest().await?.layer(MODEL, LAYER).await?;
     let same = back.record().artifact == before.record().artifact;
-    println!("restored 'v1' as version {version}; the layer is the same artifact as in 'v1': {same}");
+    println!("restored 'v1' as version {}; the layer is the same artifact as in 'v1': {same}", restored.version);
 
     println!("\nlog, newest first:");
     for entry in store.log().await? {

@@ -1,7 +1,5 @@
 //! `models`, `layers`, `show`, `snapshot`, `restore`, `log` and `diff`.
 
-use serde_json::json;
-
 use super::output::{bytes, error, ratio, table, time};
 use super::{Context, SnapshotCommand};
 use crate::error::Result;
@@ -91,9 +89,8 @@ pub async fn snapshot(context: &Context, command: SnapshotCommand) -> Result<u8>
 
 pub async fn restore(context: &Context, name: &str) -> Result<u8> {
     context.refuse_at("restore")?;
-    let version = context.open().await?.restore(name).await?;
-    let restored = json!({"restored": name, "version": version});
-    context.output.result(&restored, |_| format!("restored {name}, as version {version}"))?;
+    let restored = context.open().await?.restore(name).await?;
+    context.output.result(&restored, |r| format!("restored {}, as version {}", r.name, r.version))?;
     Ok(0)
 }
 

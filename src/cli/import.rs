@@ -27,6 +27,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     check_model_name(&args.model)?;
     let (checkpoint, rules, calibration) =
         model::open_inputs(&args.checkpoint, args.rules.as_deref(), args.calibration.as_deref())?;
+    model::check(&checkpoint, &rules, calibration.as_ref())?;
     let options = ImportOptions {
         rules,
         calibration,

@@ -54,8 +54,7 @@ pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<
 }
 
 pub async fn stats(context: &Context) -> Result<u8> {
-    context.refuse_at("stats")?;
-    let stats = context.open().await?.stats().await?;
+    let stats = context.snapshot().await?.stats().await?;
     context.output.result(&stats, |s| {
         table(
             &["", ""],

@@ -195,7 +195,8 @@ pub fn main() -> u8 {
         Ok(code) => code,
         Err(e) => {
             eprintln!("error: {e}");
-            1
+            // An option that a command has no use for is wrong usage, like those that the parser finds.
+            if matches!(&e, Error::Expected { what, .. } if what == "--at") { 2 } else { 1 }
         }
     };
     // Work that was cancelled may still be at its last layer: do not wait for it.

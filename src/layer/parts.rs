@@ -194,13 +194,18 @@ impl Parts {
             canonical.text("values");
             canonical.matrix(values);
         }
-        for book in &self.codebooks {
+        // By name: they come back from tables in the order of their widths.
+        let mut codebooks: Vec<&Codebook> = self.codebooks.iter().collect();
+        codebooks.sort_by_key(|b| (&b.role, b.subspace));
+        for book in codebooks {
             canonical.text("codebook");
             canonical.text(&book.role);
             canonical.number(book.subspace as usize);
             canonical.matrix(&book.vectors);
         }
-        for codes in &self.codes {
+        let mut all_codes: Vec<&Codes> = self.codes.iter().collect();
+        all_codes.sort_by_key(|c| &c.role);
+        for codes in all_codes {
             canonical.text("codes");
             canonical.text(&codes.role);
             canonical.number(codes.codes.nrows());

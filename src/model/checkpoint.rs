@@ -227,18 +227,15 @@ impl Checkpoint {
             (fits && exact).then(|| bias.clone())
         };
         let taken: HashSet<String> = self.tensors.values().filter_map(bias_of).map(|b| b.name).collect();
-        let whole: HashSet<&str> = self
-            .tensors
-            .keys()
-            .map(String::as_str)
-            .filter(|n| !n.ends_with(".weight") && !taken.contains(*n))
-            .collect();
         self.tensors
             .values()
             .filter(|t| !taken.contains(&t.name))
             .map(|weight| {
                 // A tensor that bears the bare name keeps it.
-                let stem = weight.name.strip_suffix(".weight").filter(|s| !s.is_empty() && !whole.contains(s));
+                let stem = weight
+                    .name
+                    .strip_suffix(".weight")
+                    .filter(|s| !s.is_empty() && (!self.tensors.contains_key(*s) || taken.contains(*s)));
                 let layer = stem.unwrap_or(&weight.name).to_owned();
                 LayerSource { layer, bias: bias_of(weight), weight: weight.clone() }
             })
@@ -353,6 +350,11 @@ fn read_header(bytes: &[u8]) -> std::result::Result<Header, String> {
     let start_of_data = 8 + header.len();
     let mut tensors = Vec::with_capacity(parsed.len());
     for (name, view) in parsed.iter() {
+        // A zero in a shape hides what the other numbers come to.
+        let size = view.shape().iter().filter(|n| **n > 0).try_fold(8usize, |n, &d| n.checked_mul(d));
+        if size.is_none() {
+            return Err(format!("tensor '{name}' has shape {:?}, which overflows", view.shape()));
+        }
         let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
         debug_assert!(start >= start_of_data || view.data().is_empty());
         tensors.push((name.to_owned(), view.dtype(), view.shape().to_vec(), start, start + view.data().len()));
@@ -412,9 +414,9 @@ impl Activations {
         self.checkpoint.tensor(layer).map(|entry| self.checkpoint.matrix(entry)).transpose()
     }
 
-    /// The bytes that [`Activations::get`] reads, for naming what a layer was calibrated with.
-    pub fn bytes(&self, layer: &str) -> Option<&[u8]> {
-        self.checkpoint.tensor(layer).map(|entry| self.checkpoint.bytes(entry))
+    /// Dtype, shape and bytes of what [`Activations::get`] reads, for naming what a layer was calibrated with.
+    pub fn raw(&self, layer: &str) -> Option<(DType, &[usize], &[u8])> {
+        self.checkpoint.tensor(layer).map(|entry| (entry.dtype, entry.shape.as_slice(), self.checkpoint.bytes(entry)))
     }
 }
 
@@ -451,12 +453,13 @@ mod tests {
                 ("d.bias", vec![1], vec![0.0]),
                 ("norm.weight", vec![4], vec![0.0; 4]),
                 ("norm.bias", vec![4], vec![0.0; 4]),
+                ("c.weight.weight", vec![1], vec![0.0]),
             ],
         );
         let checkpoint = Checkpoint::open(&path).unwrap();
         let layers = checkpoint.layers();
         let names: Vec<&str> = layers.iter().map(|l| l.layer.as_str()).collect();
-        assert_eq!(names, ["a", "b.bias", "b", "c", "c.weight", "d.bias", "norm"]);
+        assert_eq!(names, ["a", "b.bias", "b", "c", "c.weight", "c.weight.weight", "d.bias", "norm"]);
         let held: usize = layers.iter().map(|l| 1 + usize::from(l.bias.is_some())).sum();
         assert_eq!(held, checkpoint.tensors().count());
     }

@@ -71,7 +71,8 @@ pub async fn evaluate(
     let unmatched_activations = unmatched.into_iter().map(str::to_owned).collect();
     let mut layers = Vec::new();
     for record in records {
-        if !record.source.tensors.is_empty() && !activations.check(&record.layer, record.in_features as usize)? {
+        // Inputs named after a norm or an embedding's table are for no product with a matrix.
+        if record.source.tensors.first().is_none_or(|t| t.shape.len() != 2) {
             continue;
         }
         let Some(inputs) = activations.get(&record.layer, record.in_features as usize)? else { continue };
@@ -97,13 +98,13 @@ fn evaluate_layer(
 ) -> Result<LayerEvaluation> {
     let (error, error_basis) = measure(layer, weight, Some(inputs))?;
     let (mean_keys, mean_certified_error) = match layer {
-        Layer::KeyValue(layer) => {
+        Layer::KeyValue(layer) if layer.settings().use_approximate_inference => {
             let answers = layer.search(inputs.view(), None)?;
             let keys = answers.iter().map(|a| a.hits.len()).sum::<usize>() as f64 / answers.len() as f64;
             let bounds: Option<Vec<f64>> = answers.iter().map(|a| a.certified_error).collect();
             (Some(keys), bounds.map(|b| b.iter().sum::<f64>() / b.len() as f64))
         }
-        Layer::Dense(_) | Layer::LowRank(_) => (None, None),
+        _ => (None, None),
     };
     Ok(LayerEvaluation {
         layer: record.layer.clone(),
@@ -141,10 +142,17 @@ fn reference(checkpoint: &Checkpoint, record: &LayerRecord) -> Result<Array2<f32
     Ok(weight)
 }
 
-/// Dense layers of a snapshot, by the hash of the tensor they came from.
+/// Dense layers of a snapshot, by the hash of the tensor that their weight came from.
 async fn dense_by_source(snapshot: &Snapshot) -> Result<HashMap<String, LayerRecord>> {
-    let dense = snapshot.records().await?.into_iter().filter(|r| r.method == Method::Dense);
-    Ok(dense.filter_map(|r| Some((r.source.tensors.first()?.hash.clone(), r))).collect())
+    Ok(dense_layers(snapshot)
+        .await?
+        .into_iter()
+        .filter_map(|r| Some((r.source.tensors.first()?.hash.clone(), r)))
+        .collect())
+}
+
+async fn dense_layers(snapshot: &Snapshot) -> Result<Vec<LayerRecord>> {
+    Ok(snapshot.records().await?.into_iter().filter(|r| r.method == Method::Dense).collect())
 }
 
 async fn stored_reference(
@@ -172,10 +180,12 @@ pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<La
     if handle.record().method != Method::LowRank {
         return handle.load().await;
     }
-    let dense = dense_by_source(snapshot).await?;
-    let found = handle.record().source.tensors.first().and_then(|t| dense.get(&t.hash));
+    // The bias has to be the same too: a tied weight may be another layer's, without one.
+    let hashes = |r: &LayerRecord| r.source.tensors.iter().map(|t| t.hash.clone()).collect::<Vec<_>>();
+    let wanted = hashes(handle.record());
+    let found = dense_layers(snapshot).await?.into_iter().find(|r| !wanted.is_empty() && hashes(r) == wanted);
     match found {
-        Some(record) => snapshot.handle(record.clone()).load().await,
+        Some(record) => snapshot.handle(record).load().await,
         None => Err(Error::expected(
             format!("dense weights of layer '{}'", handle.record().layer),
             "none in the store",

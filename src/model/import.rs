@@ -257,7 +257,10 @@ fn recipe(checkpoint: &Checkpoint, planned: &Planned, calibration: Option<&Activ
     let settings = serde_json::to_value(&planned.method).unwrap_or(Value::Null);
     add(canonical_json(&settings).as_bytes());
     add(&RECIPE_VERSION.to_le_bytes());
-    if let Some(bytes) = calibration.filter(|_| planned.calibrated).and_then(|c| c.bytes(&planned.source.layer)) {
+    if let Some((dtype, shape, bytes)) =
+        calibration.filter(|_| planned.calibrated).and_then(|c| c.raw(&planned.source.layer))
+    {
+        add(format!("{dtype:?} {shape:?}").as_bytes());
         add(bytes);
     }
     let file = checkpoint.file_name(&planned.source.weight).to_owned();
@@ -324,6 +327,14 @@ pub(super) fn measure(layer: &Layer, weight: &Array2<f32>, inputs: Option<&Array
         }
         None => Ok((relative_error(layer.weight()?.view(), weight.view()), ErrorBasis::Weights)),
     }
+}
+
+/// Holds rules and calibration against a checkpoint, as [`import`] does before it begins.
+///
+/// # Errors
+/// When a rule or calibration does not fit a layer.
+pub fn check(checkpoint: &Checkpoint, rules: &Rules, calibration: Option<&Activations>) -> Result<()> {
+    plan(checkpoint, rules, calibration).map(|_| ())
 }
 
 /// Opens a checkpoint, rules and calibration by their paths.

@@ -12,6 +12,6 @@ pub use arrays::{read_array, write_array};
 pub use checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
 pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
 pub use export::{ExportReport, export};
-pub use import::{ImportOptions, ImportReport, LayerReport, import, open_inputs};
+pub use import::{ImportOptions, ImportReport, LayerReport, check, import, open_inputs};
 pub use rules::{Rule, Rules};
 pub use work::{Cancel, Progress, Silent};

@@ -98,6 +98,12 @@ impl Rules {
                     }
                 } else {
                     let at = value.span().start;
+                    if value.get_ref().as_float().is_some_and(|f| !f.is_finite()) {
+                        return Err(fail(
+                            at,
+                            format!("{} is {}; expected a finite number", key.get_ref(), value.get_ref()),
+                        ));
+                    }
                     let json = serde_json::to_value(value.into_inner()).map_err(|e| fail(at, e.to_string()))?;
                     settings.insert(key.into_inner(), json);
                 }
@@ -109,9 +115,9 @@ impl Rules {
                 ));
             };
             // Anchored: a rule names whole paths, as the examples in the documentation do with their '.*'.
-            let pattern = Regex::new(&format!("^(?:{layers})$")).map_err(|e| {
-                // The regex crate draws the pattern with our anchors in it; say what is wrong in its last line alone.
-                let reason = Regex::new(&layers).err().unwrap_or(e).to_string();
+            let pattern = Regex::new(&layers).and_then(|_| Regex::new(&format!("^(?:{layers})$"))).map_err(|e| {
+                // The regex crate draws the pattern in several lines; the last one says what is wrong.
+                let reason = e.to_string();
                 fail(
                     at,
                     format!(
@@ -157,9 +163,7 @@ fn read_method(
             without.remove(*key);
             read_fields(method, &without).err().as_ref() != Some(&message)
         });
-        let shown = blamed
-            .filter(|key| !message.contains(key.as_str()))
-            .map_or(message.clone(), |key| format!("{key}: {message}"));
+        let shown = blamed.map_or(message.clone(), |key| format!("{key}: {message}"));
         (blamed.cloned(), shown)
     })?;
     Ok(config)
@@ -233,7 +237,9 @@ method = "dense"
             (&rule("method = 'magic'"), 3, "low_rank"),
             (&rule("method = 7"), 3, "in quotes"),
             (&rule("method = 'dense'\nrank = 4"), 4, "rank"),
-            (&rule("method = 'low_rank'\nrank = -4"), 4, "rank"),
+            (&rule("method = 'low_rank'\nrank = -4"), 4, "rank: "),
+            (&rule("method = 'key_value'\nthreshold = inf"), 4, "finite"),
+            ("[[rule]]\nlayers = 'a)|(b'\nmethod = 'dense'", 2, "not a regular expression"),
             (&rule("method = 'low_rank'\n\nscaling = 'best'"), 5, "exact"),
             (&rule("method = 'low_rank'\nrank = 4\nweight = { type = 'int5' }"), 5, "int4"),
             (&rule("method = 'key_value'\nbackend = { type = 'annoy' }"), 4, "flat"),

@@ -109,7 +109,7 @@ impl IntegerFormat {
             Group::Size(n) if n > 0 && columns.is_multiple_of(n) => Ok(n),
             Group::Size(n) => {
                 let valid: Vec<String> =
-                    (8..=columns).filter(|d| columns.is_multiple_of(*d)).take(12).map(|d| d.to_string()).collect();
+                    (2..=columns).filter(|d| columns.is_multiple_of(*d)).take(12).map(|d| d.to_string()).collect();
                 Err(Error::expected(
                     "weight group",
                     n,
@@ -151,7 +151,8 @@ impl PackedMatrix {
     /// Quantises to the nearest code.
     ///
     /// Symmetric follows LQER-Qwix: `scale = max|w| / (2^(b−1) − ½)`, ties to even, in its float32 operation order.
-    /// Asymmetric spans the group and zero: `scale = (hi − lo) / (2^b − 1)`, `zero = round(−lo / scale)`.
+    /// Asymmetric spans the group and zero: `scale = (hi − lo) / (2^b − 1)`, `zero = round(−lo / scale)`, or the scale
+    /// that lets the neighbouring whole zero points reach both ends, whichever has the least squared error.
     ///
     /// # Errors
     /// When the group does not divide the row, or a weight is not finite.
@@ -269,17 +270,40 @@ fn quantize_symmetric(weights: &[f32], bits: u32, codes: &mut [u8]) -> f32 {
 fn quantize_asymmetric(weights: &[f32], bits: u32, codes: &mut [u8]) -> (f32, u8) {
     let top = f64::from((1u32 << bits) - 1);
     let (lo, hi) = weights.iter().fold((0f64, 0f64), |(lo, hi), &w| (lo.min(w.into()), hi.max(w.into())));
-    let scale = ((hi - lo) / top) as f32;
-    if scale < f32::MIN_POSITIVE {
+    let plain = (hi - lo) / top;
+    if (plain as f32) < f32::MIN_POSITIVE {
         codes.fill(0);
         return (1.0, 0);
     }
-    let wide = f64::from(scale);
-    let zero = (-lo / wide).round_ties_even().clamp(0.0, top);
+    let ideal = -lo / plain;
+    // A rounded zero point pushes one end off the grid: either that end is clipped, or the step grows to reach it.
+    let reaching =
+        |zero: f64| (if zero > 0.0 { -lo / zero } else { 0.0 }).max(if zero < top { hi / (top - zero) } else { 0.0 });
+    let reaches = |zero: f64| (lo == 0.0 || zero > 0.0) && (hi == 0.0 || zero < top);
+    let mut best = (f64::INFINITY, plain as f32, ideal.round_ties_even().clamp(0.0, top));
+    let candidates = [(ideal.round_ties_even(), plain)]
+        .into_iter()
+        .chain([ideal.floor(), ideal.ceil()].into_iter().filter(|&z| reaches(z)).map(|z| (z, reaching(z))));
+    for (zero, scale) in candidates {
+        let (zero, scale) = (zero.clamp(0.0, top), scale as f32);
+        let error: f64 = weights
+            .iter()
+            .map(|&w| (code_of(w, scale, zero, top) - zero) * f64::from(scale) - f64::from(w))
+            .map(|e| e * e)
+            .sum();
+        if error < best.0 {
+            best = (error, scale, zero);
+        }
+    }
+    let (_, scale, zero) = best;
     for (code, &w) in codes.iter_mut().zip(weights) {
-        *code = ((f64::from(w) / wide).round_ties_even() + zero).clamp(0.0, top) as u8;
+        *code = code_of(w, scale, zero, top) as u8;
     }
     (scale, zero as u8)
+}
+
+fn code_of(weight: f32, scale: f32, zero: f64, top: f64) -> f64 {
+    ((f64::from(weight) / f64::from(scale)).round_ties_even() + zero).clamp(0.0, top)
 }
 
 #[cfg(test)]

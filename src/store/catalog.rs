@@ -97,9 +97,16 @@ pub async fn open_or_create(location: &Location) -> Result<Dataset> {
     }
     if let Some(path) = location.local() {
         std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
+        if let Some(parent) = path.parent() {
+            // The directory's own entry has to last too; a parent that cannot be opened is not ours to sync.
+            let _ = std::fs::File::open(parent).and_then(|d| d.sync_all());
+        }
         // A directory of somebody else's is not to be filled with tables.
         let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, e))?;
-        let known = |name: &str| name.ends_with(".lance") || name.starts_with("layerstore.") || name.starts_with('.');
+        let known = |name: &str| match name.strip_suffix(".lance") {
+            Some(table) => matches!(table, LAYERS | schema::ARTIFACTS) || schema::Table::named(table).is_some(),
+            None => name.starts_with("layerstore.") || name.starts_with('.'),
+        };
         let foreign =
             entries.filter_map(|e| e.ok()).map(|e| e.file_name().to_string_lossy().into_owned()).find(|n| !known(n));
         if let Some(name) = foreign {
@@ -372,20 +379,25 @@ async fn replace_once(
 }
 
 /// Makes the catalogue of an older version the latest, as a new version.
-pub async fn restore(location: &Location, name: &str) -> Result<u64> {
+pub async fn restore(location: &Location, name: &str) -> Result<SnapshotInfo> {
     let _guard = lock::committing(location.local()).await?;
     let dataset = writable(location).await?;
     let version = resolve(&dataset, name).await?;
     open(location, Some(version)).await?;
+    let restored = |dataset: &Dataset| SnapshotInfo {
+        name: name.to_owned(),
+        version: dataset.version_id(),
+        time: dataset.version().timestamp,
+    };
     if version == dataset.version_id() {
-        return Ok(version);
+        return Ok(restored(&dataset));
     }
     let transaction = TransactionBuilder::new(dataset.version_id(), Operation::Restore { version })
         .transaction_properties(properties(format!("restore {name}"), None))
         .build();
     let commit = CommitBuilder::new(Arc::new(dataset)).with_skip_auto_cleanup(true).execute(transaction).await;
     match commit {
-        Ok(restored) => Ok(restored.version_id()),
+        Ok(dataset) => Ok(restored(&dataset)),
         Err(e) => Err(Error::Storage { action: format!("restoring '{name}'"), message: readable(&e) }),
     }
 }

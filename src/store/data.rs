@@ -17,8 +17,9 @@ use super::tables::add_rows;
 use crate::error::{Error, Result};
 use crate::layer::parts::{ArtifactId, Parts};
 
-/// Rows that Lance decodes at a time: more than a layer has, so that it comes as one piece.
-const READ_ROWS: u32 = 1 << 16;
+/// Rows that Lance decodes at a time: as many as most layers have, so that they come as one piece, and few enough that
+/// 32-bit offsets can address rows of half a MiB.
+const READ_ROWS: u32 = 1 << 12;
 
 /// The data side of a store, for reading.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::{DataType, UInt64Type};
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
@@ -28,9 +28,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Ranges of rows named in one deletion.
 const RANGES_AT_ONCE: usize = 200;
-
-/// The least age on an object store, where no lock tells of an import at work.
-const REMOTE_LEAST_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What gc found, and what it did.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -62,11 +59,11 @@ struct Plan {
 }
 
 pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> Result<GcReport> {
-    if location.local().is_none() && apply && older_than < REMOTE_LEAST_AGE {
+    if location.local().is_none() && apply {
         return Err(Error::expected(
-            "--older-than",
-            humantime::format_duration(older_than),
-            "at least 1day on an object store, where an import at work cannot be seen",
+            "store to collect",
+            location.uri(),
+            "a local one: on an object store an import at work cannot be seen",
         ));
     }
     // A dry run only reads, and may be done on a store that cannot be written.
@@ -77,7 +74,7 @@ pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> 
     };
     let age = chrono::Duration::from_std(older_than).unwrap_or(chrono::Duration::MAX);
     let cutoff = Utc::now().checked_sub_signed(age).unwrap_or(DateTime::<Utc>::MIN_UTC);
-    let reached = reachable(location, cutoff).await?;
+    let (reached, unneeded_versions) = reachable(location, cutoff).await?;
     let mut report = GcReport { applied: apply, ..GcReport::default() };
     let before = disk_bytes(location);
 
@@ -105,7 +102,18 @@ pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> 
         return Ok(report);
     }
 
-    // First the list, so that no later import takes what is about to go for complete.
+    // First the old versions, which nobody may restore once their artifacts are gone.
+    let catalogue = location.open_for_write(LAYERS).await.map_err(storage_error("opening the catalogue"))?;
+    let policy = CleanupPolicyBuilder::default().error_if_tagged_old_versions(false).delete_unverified(true);
+    let policy = if unneeded_versions.is_empty() {
+        None
+    } else {
+        Some(policy.versions(unneeded_versions).map_err(storage_error("naming old versions"))?)
+    };
+    if let Some(policy) = policy {
+        catalogue.cleanup_with_policy(policy.build()).await.map_err(storage_error("collecting old versions"))?;
+    }
+    // Then the list, so that no later import takes what is about to go for complete.
     if let Some(dataset) = artifacts
         && !dead.is_empty()
     {
@@ -131,17 +139,7 @@ pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> 
             .await
             .map_err(storage_error("collecting the list of artifacts"))?;
     }
-    let catalogue = location.open_for_write(LAYERS).await.map_err(storage_error("opening the catalogue"))?;
-    let policy = CleanupPolicyBuilder::default()
-        .before_timestamp(cutoff)
-        .error_if_tagged_old_versions(false)
-        .delete_unverified(true);
-    let removed =
-        catalogue.cleanup_with_policy(policy.build()).await.map_err(storage_error("collecting old versions"))?;
-    report.removed_bytes = match (before, disk_bytes(location)) {
-        (Some(before), Some(after)) => before.saturating_sub(after),
-        _ => removed.bytes_removed,
-    };
+    report.removed_bytes = before.unwrap_or_default().saturating_sub(disk_bytes(location).unwrap_or_default());
     Ok(report)
 }
 
@@ -154,20 +152,25 @@ async fn open(location: &Location, table: &str, write: bool) -> Result<Option<Da
     }
 }
 
-/// Artifacts of the latest version, of every snapshot, and of every version since `cutoff`.
-async fn reachable(location: &Location, cutoff: DateTime<Utc>) -> Result<HashSet<ArtifactId>> {
+/// Artifacts of the latest version, of every snapshot, and of every version that was the latest at `cutoff` or later;
+/// and the versions that are none of these.
+async fn reachable(location: &Location, cutoff: DateTime<Utc>) -> Result<(HashSet<ArtifactId>, Vec<u64>)> {
     let latest = catalog::open(location, None).await?;
     let tagged: HashSet<u64> = catalog::tags(&latest).await?.into_iter().map(|(_, version)| version).collect();
     let mut reached = HashSet::new();
+    let mut unneeded = vec![];
+    // Newest first, so the one seen before is what replaced it.
+    let mut replaced = None;
     for version in catalog::log(&latest).await? {
-        let keep =
-            version.version == latest.version_id() || tagged.contains(&version.version) || version.time >= cutoff;
-        if keep {
+        let recent = replaced.replace(version.time).is_none_or(|time| time >= cutoff);
+        if recent || tagged.contains(&version.version) {
             let dataset = catalog::open(location, Some(version.version)).await?;
             reached.extend(catalog::artifacts(&dataset).await?);
+        } else {
+            unneeded.push(version.version);
         }
     }
-    Ok(reached)
+    Ok((reached, unneeded))
 }
 
 /// Splits the list of artifacts into one row for each that stays, and the rows that go.
@@ -314,9 +317,10 @@ async fn compacted(
     table: &str,
     kept: &mut BTreeMap<ArtifactId, ArtifactRecord>,
 ) -> lance::Result<HashSet<ArtifactId>> {
+    let whole = dataset.fragments().iter().filter(|f| f.deletion_file.is_none()).map(|f| f.id as u32).collect();
     let options = CompactionOptions {
         // Only what has deletions: merging small fragments would move every artifact for nothing.
-        target_rows_per_fragment: 1,
+        excluded_fragment_ids: whole,
         materialize_deletions_threshold: 0.0,
         num_threads: Some(1),
         ..CompactionOptions::default()

@@ -95,7 +95,13 @@ impl Location {
     fn write_uri(&self, table: &str) -> String {
         match &self.local {
             // Lance's own writer for plain paths passes the wrapper by, and does not sync.
-            Some(_) => format!("file-object-store://{}/{table}.lance", self.uri),
+            Some(path) => {
+                let table = path.join(format!("{table}.lance"));
+                // As a URL, since a path may hold '#', '?' or '%'. An absolute path always makes one.
+                let url = url::Url::from_file_path(&table)
+                    .map_or_else(|()| table.display().to_string(), |u| u.path().to_owned());
+                format!("file-object-store://{url}")
+            }
             None => self.table_uri(table),
         }
     }

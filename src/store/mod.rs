@@ -184,11 +184,11 @@ impl Store {
         catalog::delete_snapshot(&self.inner.location, name).await
     }
 
-    /// Makes an older version the latest, as a new version, and gives its number.
+    /// Makes an older version the latest, as a new version, and gives the new version with the name that was restored.
     ///
     /// # Errors
     /// When there is no such snapshot or version.
-    pub async fn restore(&self, name: &str) -> Result<u64> {
+    pub async fn restore(&self, name: &str) -> Result<SnapshotInfo> {
         catalog::restore(&self.inner.location, name).await
     }
 
@@ -224,14 +224,6 @@ impl Store {
     /// When the catalogue or the list of artifacts cannot be read; a corrupt artifact is no error but a finding.
     pub async fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
         verify::verify(self, Arc::new(seen)).await
-    }
-
-    /// How much the store holds.
-    ///
-    /// # Errors
-    /// When the storage refuses.
-    pub async fn stats(&self) -> Result<Stats> {
-        stats::stats(self).await
     }
 
     /// Reads layers into the cache ahead of their use, several at a time.

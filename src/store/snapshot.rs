@@ -11,6 +11,7 @@ use super::Store;
 use super::catalog::{self, quoted};
 use super::handle::LayerHandle;
 use super::record::LayerRecord;
+use super::stats::{self, Stats};
 use crate::error::{Error, Result, closest};
 use crate::layer::Method;
 
@@ -175,6 +176,14 @@ impl Snapshot {
         known.sort();
         known.dedup();
         Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
+    }
+
+    /// How much the store holds, as this version tells.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn stats(&self) -> Result<Stats> {
+        stats::stats(&self.store, self).await
     }
 
     /// How `newer` differs from this version.

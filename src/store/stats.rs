@@ -5,13 +5,13 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::Store;
 use super::catalog;
 use super::location::Location;
 use super::schema::Table;
+use super::{Snapshot, Store};
 use crate::error::{Error, Result};
 
-/// How much a store holds, at its latest version.
+/// How much a store holds, as one of its versions tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Stats {
     pub models: u64,
@@ -28,17 +28,16 @@ pub struct Stats {
     pub deduplicated_bytes: u64,
 }
 
-pub async fn stats(store: &Store) -> Result<Stats> {
-    let latest = store.latest().await?;
-    let records = latest.records().await?;
+pub async fn stats(store: &Store, snapshot: &Snapshot) -> Result<Stats> {
+    let records = snapshot.records().await?;
     let models: BTreeSet<&str> = records.iter().map(|r| r.model.as_str()).collect();
     let shared: HashMap<_, u64> = records.iter().map(|r| (r.artifact, r.stored_bytes)).collect();
     Ok(Stats {
         models: models.len() as u64,
         layers: records.len() as u64,
         artifacts: store.inner.data.records().await?.len() as u64,
-        versions: catalog::versions(latest.dataset()).await?.len() as u64,
-        snapshots: catalog::tags(latest.dataset()).await?.len() as u64,
+        versions: catalog::versions(snapshot.dataset()).await?.len() as u64,
+        snapshots: catalog::tags(snapshot.dataset()).await?.len() as u64,
         bytes: disk_bytes(&store.inner.location),
         dense_bytes: records.iter().map(|r| r.dense_bytes).sum(),
         deduplicated_bytes: records.iter().map(|r| r.stored_bytes).sum::<u64>() - shared.values().sum::<u64>(),

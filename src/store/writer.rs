@@ -56,6 +56,8 @@ pub struct Writer {
     pending: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
     pending_bytes: u64,
     written_bytes: u64,
+    /// Set while rows are on their way: what was gathered is gone if that fails or is given up.
+    broken: bool,
 }
 
 impl Writer {
@@ -76,7 +78,16 @@ impl Writer {
             recipes.insert(record.recipe, stored);
         }
         let location = location.clone();
-        Ok(Writer { location, _guard: guard, recipes, known, pending: vec![], pending_bytes: 0, written_bytes: 0 })
+        Ok(Writer {
+            location,
+            _guard: guard,
+            recipes,
+            known,
+            pending: vec![],
+            pending_bytes: 0,
+            written_bytes: 0,
+            broken: false,
+        })
     }
 
     /// The artifact that was made by this recipe, if the store has it.
@@ -132,9 +143,16 @@ impl Writer {
     /// # Errors
     /// When the storage refuses. Rows that were written stay unseen, for gc.
     pub async fn flush(&mut self) -> Result<()> {
+        if self.broken {
+            return Err(Error::Storage {
+                action: "writing artifacts".into(),
+                message: "an earlier write of this writer failed; begin again with a new one".into(),
+            });
+        }
         if self.pending.is_empty() {
             return Ok(());
         }
+        self.broken = true;
         let mut pending = std::mem::take(&mut self.pending);
         let mut by_table: BTreeMap<Table, Vec<(usize, Vec<RecordBatch>)>> = BTreeMap::new();
         for (place, (_, tables)) in pending.iter_mut().enumerate() {
@@ -162,6 +180,7 @@ impl Writer {
         let records: Vec<ArtifactRecord> = pending.into_iter().map(|(record, _)| record).collect();
         append(&self.location, ARTIFACTS, schema::artifacts(), vec![artifacts_batch(&records)?]).await?;
         self.written_bytes += std::mem::take(&mut self.pending_bytes);
+        self.broken = false;
         Ok(())
     }
 
@@ -180,6 +199,14 @@ impl Writer {
                 format!("artifact of layer '{}'", record.layer),
                 record.artifact,
                 "one that was added",
+            ));
+        }
+        let mut names = HashSet::new();
+        if let Some(record) = records.iter().find(|r| !names.insert(r.layer.as_str())) {
+            return Err(Error::expected(
+                format!("layers of model '{model}'"),
+                format!("'{}' twice", record.layer),
+                "each name once",
             ));
         }
         self.flush().await?;

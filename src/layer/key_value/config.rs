@@ -18,7 +18,7 @@ pub enum Decomposition {
 }
 
 /// What makes a key a hit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ranking {
     /// What the key adds to the output: s·score.
@@ -29,7 +29,7 @@ pub enum Ranking {
 }
 
 /// Whether a key may be hit by its negative.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sides {
     /// |value| ≥ threshold.

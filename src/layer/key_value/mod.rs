@@ -15,7 +15,8 @@ mod config;
 mod search;
 mod threshold;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,7 @@ use super::parts::{Keys, Parts, Tensor};
 use super::{Accuracy, Method, Output, read_config, require_finite};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, SearchIndex};
-use crate::linalg::{Moments, cholesky, kept_rank, matmul, matmul_f64, matmul_nt, solve_lower_transposed, svd};
+use crate::linalg::{Moments, cholesky, kept_rank, matmul, matmul_f64, solve_lower_transposed, svd};
 
 /// From this batch on, kept contributions go through one matrix product instead of a gather for each row.
 const PRODUCT_FROM: usize = 8;
@@ -57,6 +58,8 @@ struct Core {
     mean_output: Array1<f32>,
     bias: Option<Array1<f32>>,
     curves: Option<Curves>,
+    /// Thresholds for K that were worked out before: every handle of the layer asks for the same.
+    thresholds: Mutex<HashMap<(u64, Ranking, Sides), f32>>,
     /// ⟨u_i, W μ⟩ `[keys]`.
     values_on_mean: Vec<f64>,
     mean_output_norm: f64,
@@ -147,6 +150,8 @@ impl KeyValueLayer {
         let mean32 = mean.mapv(|v| v as f32);
         let curves =
             calibration.map(|inputs| Curves::measure(index.scores((&inputs - &mean32).view()).view(), &scales));
+        // Of the mean as it is subtracted from queries, rounding included.
+        let mean_output = w.dot(&mean32.mapv(f64::from)).mapv(|v| v as f32);
         let stored = StoredConfig {
             decomposition: config.decomposition,
             energy_keep: config.energy_keep,
@@ -168,7 +173,7 @@ impl KeyValueLayer {
             scales,
             kept.u.t().mapv(|v| v as f32),
             mean32,
-            w.dot(&mean).mapv(|v| v as f32),
+            mean_output,
             bias.map(|b| b.to_owned()),
             curves,
         )?;
@@ -415,7 +420,10 @@ impl Core {
             ));
         }
         let values = if values.is_standard_layout() { values } else { values.as_standard_layout().to_owned() };
-        let on_mean = matmul_nt(mean_output.view().insert_axis(Axis(0)), values.view());
+        let on_mean = values
+            .rows()
+            .into_iter()
+            .map(|u| u.iter().zip(&mean_output).map(|(&u, &m)| f64::from(u) * f64::from(m)).sum());
         let rounding: f64 = index
             .keys()
             .rows()
@@ -426,7 +434,7 @@ impl Core {
             .sqrt()
             * f64::from(f32::EPSILON);
         Ok(Core {
-            values_on_mean: on_mean.iter().map(|&v| f64::from(v)).collect(),
+            values_on_mean: on_mean.collect(),
             mean_output_norm: mean_output.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
             rounding,
             config,
@@ -437,6 +445,7 @@ impl Core {
             mean_output,
             bias,
             curves,
+            thresholds: Mutex::default(),
         })
     }
 
@@ -452,30 +461,29 @@ impl Core {
         }
         Ok(SelectLimit::resolve(limit, |k| {
             let k = k.min(keys as f64);
-            match &self.curves {
+            let mut known = self.thresholds.lock().unwrap_or_else(|e| e.into_inner());
+            let asked = (k.to_bits(), settings.ranking, settings.sides);
+            *known.entry(asked).or_insert_with(|| match &self.curves {
                 Some(curves) => curves.threshold(k, settings.ranking, settings.sides),
                 None => gaussian(&self.scales, k, settings.ranking, settings.sides),
-            }
+            })
         }))
     }
 
     fn certificate(&self, centred: ArrayView1<f32>, scores: ArrayView1<f32>) -> Certificate {
         let distance = centred.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
         // ‖W μ + Σ c_i u_i‖² for orthonormal u_i.
-        let squared = self.mean_output_norm.powi(2)
-            + scores
-                .iter()
-                .zip(&self.scales)
-                .zip(&self.values_on_mean)
-                .map(|((&score, &scale), on_mean)| {
-                    let c = f64::from(score) * f64::from(scale);
-                    c * (c + 2.0 * on_mean)
-                })
-                .sum::<f64>();
+        let (mut contributed, mut crossed) = (0f64, 0f64);
+        for ((&score, &scale), on_mean) in scores.iter().zip(&self.scales).zip(&self.values_on_mean) {
+            let c = f64::from(score) * f64::from(scale);
+            contributed += c * c;
+            crossed += c * on_mean;
+        }
+        let squared = self.mean_output_norm.powi(2) + contributed + 2.0 * crossed;
         Certificate {
             norm: squared.max(0.0).sqrt(),
             truncated: self.config.truncation * distance,
-            rounding: self.rounding * distance + f64::from(f32::EPSILON) * self.mean_output_norm,
+            rounding: self.rounding * distance + f64::from(f32::EPSILON) * (self.mean_output_norm + contributed.sqrt()),
         }
     }
 

@@ -76,7 +76,9 @@ pub fn select(
                     dropped > budget
                 })
                 .unwrap_or(order.len());
-            let threshold = order.get(first).map_or(f32::INFINITY, |&k| rank(k));
+            // Where nothing has to be used, just above the highest.
+            let none = || order.last().map_or(0.0, |&k| rank(k).next_up());
+            let threshold = order.get(first).map_or_else(none, |&k| rank(k));
             (order.split_off(first), threshold)
         }
     };

@@ -1,0 +1,43 @@
+# make demo   compress a real model, run it from the store, and compare
+# make test   build, and run every test
+# Each does its own set-up in .venv; see CONTRIBUTING.md for the rest.
+
+PYTHON ?= python3
+CARGO ?= cargo
+VENV := .venv
+BIN := $(VENV)/bin
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+# Lance's build needs protoc: the one on the path, else the one in the virtual environment.
+export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(CURDIR)/$(BIN)/protoc)
+
+.PHONY: demo test lint bench doc clean
+
+demo: $(VENV)/.ready
+	$(CARGO) build --bins --examples
+	scripts/demo.sh $(TARGET)/debug $(BIN)/python
+
+# Demo and tests build the same profile with the same features, so dependencies compile once.
+test: $(VENV)/.ready
+	$(CARGO) build --bins --examples
+	$(CARGO) test
+	scripts/notebook_check.sh $(TARGET)/debug $(BIN)/python
+
+lint: $(VENV)/.ready
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+
+bench: $(VENV)/.ready
+	$(CARGO) bench
+
+doc: $(VENV)/.ready
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps
+
+$(VENV)/.ready: examples/notebooks/requirements.txt scripts/requirements-build.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r scripts/requirements-build.txt -r examples/notebooks/requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
+	$(CARGO) clean

@@ -1,0 +1,207 @@
+//! Opening, loading, naming and importing, each beside what it is measured against in the same run. `make bench`.
+//!
+//! The times are medians. MiniLM is imported where `demo/minilm` holds it (`make demo` fetches it), calibrated with
+//! `demo/calibration.safetensors`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chrono::Utc;
+use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig};
+use layerstore::model::{Checkpoint, ImportOptions, Rules, import, open_inputs};
+use layerstore::store::{ErrorBasis, LayerRecord, Made, Source, Store};
+use ndarray::Array2;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+const CATALOGUE_LAYERS: usize = 100_000;
+const ROUNDS: usize = 21;
+
+fn main() -> Result<()> {
+    // `cargo test` also runs bench targets: measuring is for `cargo bench` alone.
+    if !std::env::args().any(|a| a == "--bench") {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Runtime::new()?;
+    let folder = tempfile::tempdir()?;
+    runtime.block_on(async {
+        open_and_resolve(&folder.path().join("catalogue")).await?;
+        first_load(folder.path()).await?;
+        snapshots(folder.path()).await?;
+        import_minilm(folder.path()).await
+    })
+}
+
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64() * 1e3
+}
+
+fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed | 1;
+    Array2::from_shape_fn((rows, columns), |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    })
+}
+
+fn made(recipe: u8) -> Made {
+    Made { recipe: [recipe; 32], relative_error: Some(0.0), error_basis: ErrorBasis::Weights }
+}
+
+/// Stores one artifact under many names.
+async fn store_as(store: &Store, model: &str, layer: &Layer, recipe: u8, names: usize) -> Result<()> {
+    let mut writer = store.writer().await?;
+    let parts = layer.to_parts();
+    let (artifact, _) = writer.add(&parts, made(recipe)).await?;
+    let record = |i: usize| LayerRecord {
+        model: model.to_owned(),
+        layer: format!("transformer.layers.{}.mlp.experts.{}.proj", i / 100, i % 100),
+        method: layer.method(),
+        in_features: layer.in_features() as u64,
+        out_features: layer.out_features() as u64,
+        artifact,
+        relative_error: Some(0.0),
+        error_basis: ErrorBasis::Weights,
+        dense_bytes: parts.stored_bytes(),
+        stored_bytes: parts.stored_bytes(),
+        config: layer.config(),
+        source: Source::default(),
+        created_at: Utc::now(),
+    };
+    writer.commit(model, &(0..names).map(record).collect::<Vec<_>>(), None).await?;
+    Ok(())
+}
+
+async fn open_and_resolve(path: &Path) -> Result<()> {
+    let uri = path.display().to_string();
+    let store = Store::create(&uri).await?;
+    let layer = Layer::Dense(DenseLayer::from_f32(matrix(8, 8, 1).view(), None));
+    for model in 0..10u8 {
+        store_as(&store, &format!("model-{model}"), &layer, model, CATALOGUE_LAYERS / 10).await?;
+    }
+    drop(store);
+    let (mut ours, mut lance) = (vec![], vec![]);
+    for round in 0..ROUNDS {
+        let started = Instant::now();
+        let store = Store::open(&uri).await?;
+        let name = format!("transformer.layers.{}.mlp.experts.{}.proj", round, 99 - round);
+        let handle = store.latest().await?.layer("model-7", &name).await?;
+        ours.push(started.elapsed());
+        assert_eq!(handle.record().layer, name);
+        let started = Instant::now();
+        lance::Dataset::open(&format!("{uri}/layers.lance")).await?;
+        lance.push(started.elapsed());
+    }
+    let (ours, lance) = (median(ours), median(lance));
+    println!(
+        "open a store of {CATALOGUE_LAYERS} layers and resolve one: {ours:.2} ms; Lance's open alone: {lance:.2} ms"
+    );
+    Ok(())
+}
+
+async fn first_load(folder: &Path) -> Result<()> {
+    let key_value = MethodConfig::KeyValue(KeyValueConfig::default());
+    let low_rank = MethodConfig::LowRank(LowRankConfig::default());
+    let layers = [
+        ("key_value 1536 × 384", key_value.compress(matrix(1536, 384, 2).view(), None, None)?),
+        ("low_rank int4 1536 × 384", low_rank.compress(matrix(1536, 384, 3).view(), None, None)?),
+        ("low_rank int4 4096 × 1024", low_rank.compress(matrix(4096, 1024, 4).view(), None, None)?),
+        ("dense f32 4096 × 4096", Layer::Dense(DenseLayer::from_f32(matrix(4096, 4096, 5).view(), None))),
+    ];
+    for (place, (name, layer)) in layers.iter().enumerate() {
+        let uri = folder.join(format!("load-{place}")).display().to_string();
+        let store = Store::create(&uri).await?;
+        store_as(&store, "m", layer, place as u8, 1).await?;
+        let bytes = layer.to_parts().stored_bytes();
+        let raw = folder.join(format!("raw-{place}"));
+        std::fs::write(&raw, vec![7u8; bytes as usize])?;
+        let (mut ours, mut file) = (vec![], vec![]);
+        for _ in 0..ROUNDS {
+            let store = Store::open(&uri).await?;
+            let handle = store.latest().await?.layer("m", "transformer.layers.0.mlp.experts.0.proj").await?;
+            let started = Instant::now();
+            let loaded = handle.load().await?;
+            ours.push(started.elapsed());
+            assert_eq!(loaded.out_features(), layer.out_features());
+            let started = Instant::now();
+            let read = tokio::task::spawn_blocking({
+                let raw = raw.clone();
+                move || std::fs::read(raw)
+            });
+            assert_eq!(read.await??.len() as u64, bytes);
+            file.push(started.elapsed());
+        }
+        let (ours, file) = (median(ours), median(file));
+        println!(
+            "first load, {name}, {:.2} MiB: {ours:.2} ms; a raw file of the same bytes: {file:.2} ms; ratio {:.1}",
+            bytes as f64 / f64::from(1 << 20),
+            ours / file
+        );
+    }
+    Ok(())
+}
+
+async fn snapshots(folder: &Path) -> Result<()> {
+    let mut times = vec![];
+    for (name, layers) in [("10 MB", 1), ("1 GB", 100)] {
+        let uri = folder.join(format!("snapshot-{layers}")).display().to_string();
+        let store = Store::create(&uri).await?;
+        for i in 0..layers {
+            let raw: Vec<u8> =
+                (0..10_000_000u32).map(|b| (b.wrapping_mul(2_654_435_761) >> 13) as u8 ^ i as u8).collect();
+            let layer = Layer::Dense(DenseLayer::new(DType::U8, vec![1000, 10_000], raw.into(), None)?);
+            store_as(&store, &format!("m{i}"), &layer, i as u8, 1).await?;
+        }
+        let mut taken = vec![];
+        for round in 0..ROUNDS {
+            let started = Instant::now();
+            store.create_snapshot(&format!("s{round}")).await?;
+            taken.push(started.elapsed());
+        }
+        times.push((name, median(taken)));
+    }
+    println!("snapshot of a store of {}: {:.2} ms; of {}: {:.2} ms", times[0].0, times[0].1, times[1].0, times[1].1);
+    Ok(())
+}
+
+async fn import_minilm(folder: &Path) -> Result<()> {
+    let checkpoint = Path::new("demo/minilm/model.safetensors");
+    let calibration = Path::new("demo/calibration.safetensors");
+    if !checkpoint.exists() || !calibration.exists() {
+        println!("import of MiniLM: left out, since {} is not there; run `make demo` first", checkpoint.display());
+        return Ok(());
+    }
+    let store = Store::create(&folder.join("minilm").display().to_string()).await?;
+    let rules = Path::new("examples/rules/minilm-int4.toml");
+    let started = Instant::now();
+    let (source, rules, inputs) = open_inputs(checkpoint, Some(rules), Some(calibration))?;
+    let options = ImportOptions { rules, calibration: inputs, ..ImportOptions::default() };
+    let report = import(&store, Arc::new(source), "int4", options).await?;
+    let all = started.elapsed().as_secs_f64();
+    let of =
+        |method: &str| -> f64 { report.layers.iter().filter(|l| l.method.as_str() == method).map(|l| l.seconds).sum() };
+    let (compressing, dense) = (of("low_rank"), of("dense"));
+    println!(
+        "import of MiniLM, int4 with rank 32 exact: {all:.2} s, of which compressing {compressing:.2} s, reading and hashing what stays dense {dense:.2} s, writing and committing {:.2} s",
+        all - compressing - dense
+    );
+    let started = Instant::now();
+    let again = import(
+        &store,
+        Arc::new(Checkpoint::open(checkpoint)?),
+        "f32",
+        ImportOptions { rules: Rules::default(), ..ImportOptions::default() },
+    )
+    .await?;
+    println!(
+        "a second import, all dense: {:.2} s, {} bytes written",
+        started.elapsed().as_secs_f64(),
+        again.written_bytes
+    );
+    let started = Instant::now();
+    let third = import(&store, Arc::new(Checkpoint::open(checkpoint)?), "f32", ImportOptions::default()).await?;
+    println!("the same again: {:.2} s, {} bytes written", started.elapsed().as_secs_f64(), third.written_bytes);
+    Ok(())
+}

@@ -1,0 +1,270 @@
+//! The command line, by its contract.
+
+use layerstore::layer::Accuracy;
+use layerstore::linalg::{matmul_nt, relative_error};
+use layerstore::model::{Activations, Checkpoint, read_array, write_array};
+use ndarray::s;
+
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
+
+#[test]
+fn import_lists_and_shows() {
+    let place = Place::new();
+    let dense = place.import("f32", None);
+    assert_eq!((dense["model"].as_str(), dense["version"].as_u64()), (Some("f32"), Some(2)));
+    assert_eq!(dense["dense_bytes"], dense["stored_bytes"]);
+    let int4 = place.import("int4", Some(INT4));
+    let layer = |report: &serde_json::Value, name: &str| {
+        report["layers"].as_array().unwrap().iter().find(|l| l["layer"] == name).unwrap().clone()
+    };
+    let up = layer(&int4, "blocks.0.up");
+    assert_eq!((up["method"].as_str(), up["error_basis"].as_str()), (Some("low_rank"), Some("activations")));
+    assert_eq!((up["out_features"].as_u64(), up["in_features"].as_u64()), (Some(96), Some(48)));
+    assert!(up["relative_error"].as_f64().unwrap() < 0.08);
+    assert!(up["stored_bytes"].as_u64() < up["dense_bytes"].as_u64());
+    let embedding = layer(&int4, "embedding");
+    assert_eq!((embedding["method"].as_str(), embedding["reused"].as_bool()), (Some("dense"), Some(true)));
+
+    let models = place.json(&["models"]);
+    assert_eq!(models.as_array().unwrap().len(), 2);
+    let layers = place.json(&["layers", "int4"]);
+    assert_eq!(layers.as_array().unwrap().len(), int4["layers"].as_array().unwrap().len());
+    let shown = place.json(&["show", "int4", "blocks.0.up"]);
+    assert_eq!(shown["config"]["rank"], 8);
+    assert_eq!(shown["artifact"], up["artifact"]);
+    assert_eq!(shown["source"]["tensors"][0]["tensor"], "blocks.0.up.weight");
+    // The tables for people hold the same names.
+    assert!(place.run(&["layers", "int4"]).out.contains("blocks.1.down"));
+
+    let stats = place.json(&["stats"]);
+    assert_eq!((stats["models"].as_u64(), stats["versions"].as_u64()), (Some(2), Some(3)));
+    assert!(stats["deduplicated_bytes"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn a_second_import_writes_nothing() {
+    let place = Place::new();
+    for rules in [INT4, KEYS] {
+        let first = place.import("m", Some(rules));
+        let data = || -> Vec<_> {
+            crate::support::files(&place.path("layers"))
+                .into_iter()
+                .filter(|f| f.to_string_lossy().contains("/data/"))
+                .collect()
+        };
+        let before = data();
+        let second = place.import("m", Some(rules));
+        assert_eq!(second["written_bytes"], 0);
+        assert_eq!(second["version"], first["version"]);
+        assert!(second["layers"].as_array().unwrap().iter().all(|l| l["reused"] == true));
+        assert_eq!(data(), before);
+    }
+}
+
+#[test]
+fn export_gives_the_checkpoint_back() {
+    let place = Place::new();
+    place.import("f32", None);
+    place.import("int4", Some(INT4));
+    place.import("keys", Some(KEYS));
+    let original = Checkpoint::open(CHECKPOINT).unwrap();
+    for (model, tolerance) in [("f32", 0.0), ("keys", 1e-2), ("int4", 0.2)] {
+        let path = place.path(&format!("{model}.safetensors"));
+        let report = place.json(&["export", model, "--output", path.to_str().unwrap()]);
+        assert_eq!(report["bytes"].as_u64().unwrap(), path.metadata().unwrap().len());
+        let back = Checkpoint::open(&path).unwrap();
+        assert_eq!(back.metadata(), original.metadata());
+        assert_eq!(back.tensors().count(), original.tensors().count());
+        for tensor in original.tensors() {
+            let found = back.tensor(&tensor.name).unwrap();
+            assert_eq!((found.dtype, &found.shape), (tensor.dtype, &tensor.shape), "{}", tensor.name);
+            let compressed = model != "f32" && tensor.name.starts_with("blocks") && tensor.shape.len() == 2;
+            if compressed {
+                let error = relative_error(back.matrix(found).unwrap().view(), original.matrix(tensor).unwrap().view());
+                assert!(error < tolerance, "{model} {}: {error}", tensor.name);
+            } else {
+                assert_eq!(back.bytes(found), original.bytes(tensor), "{model} {}", tensor.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn forward_search_and_evaluate() {
+    let place = Place::new();
+    place.import("f32", None);
+    place.import("int4", Some(INT4));
+    place.import("keys", Some(KEYS));
+    let layer = "blocks.1.up";
+    let checkpoint = Checkpoint::open(CHECKPOINT).unwrap();
+    let w = checkpoint.matrix(checkpoint.tensor("blocks.1.up.weight").unwrap()).unwrap();
+    let b = checkpoint.vector(checkpoint.tensor("blocks.1.up.bias").unwrap()).unwrap();
+    let x = Activations::open(INPUTS).unwrap().get(layer, 48).unwrap().unwrap();
+    let few = x.slice(s![..12, ..]);
+    let exact = matmul_nt(few, w.view()) + &b;
+    let at = |name: &str| place.path(name).display().to_string();
+    write_array(&at("x.npy"), few, false).unwrap();
+    write_array(&at("v.npy"), x.slice(s![..1, ..]), true).unwrap();
+
+    let run = |model: &str, input: &str, more: &[&str]| {
+        let output = at("y.npy");
+        let report =
+            place.json(&[&["forward", model, layer, "--input", &at(input), "--output", &output], more].concat());
+        (report, read_array(&output).unwrap())
+    };
+    let (report, (y, is_vector)) = run("f32", "x.npy", &[]);
+    assert_eq!((report["shape"].clone(), is_vector), (serde_json::json!([12, 96]), false));
+    assert!(relative_error(y.view(), exact.view()) < 1e-6);
+    let (report, (y, is_vector)) = run("int4", "v.npy", &[]);
+    assert_eq!((report["shape"].clone(), is_vector), (serde_json::json!([96]), true));
+    assert!(relative_error(y.view(), exact.slice(s![..1, ..])) < 0.1);
+    // Exact: the dense weights that another model of the store has, and every key.
+    for model in ["int4", "keys"] {
+        let (_, (y, _)) = run(model, "x.npy", &["--exact"]);
+        assert!(relative_error(y.view(), exact.view()) < 1e-5, "{model}");
+    }
+    let (report, (y, _)) = run("keys", "x.npy", &[]);
+    let bound = report["relative_error_bound"].as_f64().unwrap();
+    for (y, e) in y.rows().into_iter().zip(exact.rows()) {
+        let bare = &e - &b;
+        let error = (&y - &e).mapv(|v| v * v).sum().sqrt() / bare.mapv(|v| v * v).sum().sqrt();
+        assert!(f64::from(error) <= bound && error > 1e-4);
+    }
+
+    let search = |more: &[&str]| place.json(&[&["search", "keys", layer, "--input", &at("x.npy")], more].concat());
+    let hits = |answer: &serde_json::Value| {
+        answer.as_array().unwrap().iter().map(|q| q["hits"].as_array().unwrap().len()).sum::<usize>()
+    };
+    assert!(hits(&search(&["--keys", "4"])) < hits(&search(&["--keys", "24"])));
+    assert_eq!(hits(&search(&["--threshold", "0"])), 12 * 48);
+    for query in search(&["--max-error", "0.2"]).as_array().unwrap() {
+        assert!(query["certified_error"].as_f64().unwrap() <= 0.2);
+        let contribution = |h: &serde_json::Value| h["contribution"].as_f64().unwrap().abs();
+        let found = query["hits"].as_array().unwrap();
+        assert!(found.windows(2).all(|w| contribution(&w[0]) >= contribution(&w[1])));
+    }
+
+    let stored = place.json(&["evaluate", "int4", "--activations", INPUTS]);
+    let given = place.json(&["evaluate", "int4", "--activations", INPUTS, "--checkpoint", CHECKPOINT]);
+    assert_eq!(stored["mean_relative_error"], given["mean_relative_error"]);
+    assert_eq!(stored["layers"].as_array().unwrap().len(), 6);
+    assert!(stored["mean_relative_error"].as_f64().unwrap() < 0.08);
+    let keys = place.json(&["evaluate", "keys", "--activations", INPUTS]);
+    let first = &keys["layers"][0];
+    assert!(first["mean_certified_error"].as_f64() > Some(0.0) && first["mean_keys"].as_f64() > Some(5.0));
+    let _ = Accuracy::Full;
+}
+
+#[test]
+fn snapshots_restore_log_and_diff() {
+    let place = Place::new();
+    place.import("m", None);
+    place.json(&["snapshot", "create", "dense"]);
+    let int4 = place.json(&[
+        "import",
+        CHECKPOINT,
+        "--model",
+        "m",
+        "--rules",
+        INT4,
+        "--calibration",
+        INPUTS,
+        "--message",
+        "four bits",
+    ]);
+    place.import("other", None);
+    let method = |at: &[&str]| place.json(&[at, &["show", "m", "blocks.0.up"]].concat())["method"].clone();
+    assert_eq!(
+        (method(&[]), method(&["--at", "dense"]), method(&["--at", "3"])),
+        ("low_rank".into(), "dense".into(), "low_rank".into())
+    );
+    assert_eq!(place.json(&["--at", "dense", "models"]).as_array().unwrap().len(), 1);
+
+    let diff = place.json(&["diff", "dense", "3"]);
+    assert_eq!(diff["changed"].as_array().unwrap().len(), 6);
+    assert_eq!(
+        (diff["changed"][0]["before"]["method"].as_str(), diff["changed"][0]["after"]["method"].as_str()),
+        (Some("dense"), Some("low_rank"))
+    );
+    assert_eq!(
+        place.json(&["diff", "3", "4"])["added"].as_array().unwrap().len(),
+        int4["layers"].as_array().unwrap().len()
+    );
+
+    let restored = place.json(&["restore", "dense"]);
+    assert_eq!(restored["version"], 5);
+    assert_eq!(method(&[]), "dense");
+    assert_eq!(place.json(&["diff", "dense", "5"]), serde_json::json!({"added": [], "removed": [], "changed": []}));
+    let log = place.json(&["log"]);
+    let said = |version: usize, field: &str| log[5 - version][field].clone();
+    assert_eq!((said(3, "message"), said(3, "operation")), ("four bits".into(), "import m".into()));
+    assert_eq!((said(5, "operation"), said(2, "snapshots")), ("restore dense".into(), serde_json::json!(["dense"])));
+
+    assert_eq!(place.json(&["snapshot", "list"])[0]["name"], "dense");
+    place.fails(1, &["'dense' exists already", "version 2"], &["snapshot", "create", "dense"]);
+    place.json(&["snapshot", "delete", "dense"]);
+    place.fails(1, &["no snapshot named 'dense'"], &["--at", "dense", "models"]);
+    place.fails(1, &["no snapshot named 'dense'"], &["snapshot", "delete", "dense"]);
+}
+
+#[test]
+fn gc_keeps_what_is_reached() {
+    let place = Place::new();
+    place.import("m", Some(KEYS));
+    place.json(&["snapshot", "create", "keys"]);
+    place.import("m", Some(INT4));
+    place.import("m", None);
+    // Everything is recent.
+    assert_eq!(place.json(&["gc"])["artifacts"], 0);
+    let dry = place.json(&["gc", "--older-than", "0s"]);
+    assert_eq!((dry["artifacts"].as_u64(), dry["removed_bytes"].as_u64()), (Some(6), Some(0)));
+    assert!(dry["reclaimable_bytes"].as_u64().unwrap() > 10_000);
+    let done = place.json(&["gc", "--older-than", "0s", "--apply"]);
+    assert!(done["removed_bytes"].as_u64().unwrap() > 10_000, "{done}");
+    place.fails(1, &["version 3 is not in the store"], &["--at", "3", "models"]);
+    // The snapshot and the latest are whole, and what was collected can be made again.
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+    assert!(place.json(&["evaluate", "m", "--activations", INPUTS])["mean_relative_error"].as_f64().unwrap() < 1e-6);
+    assert!(place.json(&["--at", "keys", "evaluate", "m", "--activations", INPUTS, "--checkpoint", CHECKPOINT])["mean_relative_error"].as_f64().unwrap() < 0.5);
+    let again = place.import("m", Some(INT4));
+    assert!(again["written_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(place.json(&["gc", "--older-than", "0s", "--apply"])["artifacts"], 0);
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+}
+
+#[test]
+fn wrong_use_and_unknown_names() {
+    let place = Place::new();
+    place.fails(1, &["not a layer store", "does not exist"], &["models"]);
+    place.import("m", Some(KEYS));
+    place.import("q", Some(INT4));
+    write_array(&place.path("x.npy").display().to_string(), ndarray::Array2::zeros((2, 48)).view(), false).unwrap();
+    write_array(&place.path("narrow.npy").display().to_string(), ndarray::Array2::zeros((2, 7)).view(), false).unwrap();
+    let x = place.path("x.npy").display().to_string();
+    let narrow = place.path("narrow.npy").display().to_string();
+    for args in [
+        vec!["nonsense"],
+        vec!["import", CHECKPOINT],
+        vec!["forward", "m", "blocks.0.up"],
+        vec!["search", "m", "l", "--input", "x", "--keys", "1", "--threshold", "1"],
+        vec!["--at", "1", "import", CHECKPOINT, "--model", "x"],
+        vec!["gc", "--older-than", "soon"],
+    ] {
+        assert_eq!(place.run(&args).code, 2, "{args:?}");
+    }
+    place.fails(1, &["no model named 'n'", "m, q"], &["layers", "n"]);
+    place.fails(1, &["no model named 'n'"], &["show", "n", "blocks.0.up"]);
+    place.fails(1, &["no layer named 'blocks.0.upp'", "blocks.0.up"], &["show", "m", "blocks.0.upp"]);
+    place.fails(1, &["version 99 is not in the store"], &["--at", "99", "models"]);
+    place.fails(1, &["found 7", "48"], &["forward", "m", "blocks.0.up", "--input", &narrow]);
+    place.fails(1, &["found 7", "48"], &["search", "m", "blocks.0.up", "--input", &narrow]);
+    place.fails(1, &["a low_rank layer", "key_value"], &["search", "q", "blocks.0.up", "--input", &x]);
+    place.fails(1, &["at most 48"], &["search", "m", "blocks.0.up", "--input", &x, "--keys", "1000"]);
+    place.fails(1, &["shape [48]", "matrix"], &["forward", "m", "blocks.0.norm", "--input", &x]);
+    place.fails(1, &["none in the store"], &["forward", "q", "blocks.0.up", "--input", &x, "--exact"]);
+    place.fails(1, &["none in the store", "--checkpoint"], &["evaluate", "q", "--activations", INPUTS]);
+    place.fails(1, &["'a b' is not a valid snapshot name"], &["snapshot", "create", "a b"]);
+    place.fails(1, &["a number stands for a version"], &["snapshot", "create", "12"]);
+    place.fails(1, &["not a valid model name"], &["import", CHECKPOINT, "--model", ""]);
+    place.fails(1, &[".safetensors"], &["export", "m", "--output", "x.bin"]);
+}

@@ -1,0 +1,282 @@
+//! Bad input, damaged bytes, a storage that refuses.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use layerstore::ErrorKind;
+use layerstore::model::{ImportOptions, import, open_inputs};
+use layerstore::store::{Store, StoreOptions, WrappingObjectStore};
+use object_store::list::PaginatedListStore;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
+    PutOptions, PutPayload, PutResult, RenameOptions,
+};
+
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, files};
+
+#[test]
+fn bad_inputs_leave_no_store_behind() {
+    let place = Place::new();
+    let file = |name: &str, bytes: &[u8]| {
+        std::fs::write(place.path(name), bytes).unwrap();
+        place.path(name).display().to_string()
+    };
+    let good = std::fs::read(CHECKPOINT).unwrap();
+    let bad = [
+        (file("empty.safetensors", b""), "0 bytes"),
+        (file("garbage.safetensors", &[0xff; 4000]), "claims"),
+        (file("cut.safetensors", &good[..good.len() / 2]), "bytes of data"),
+        (file("missing-rules", b"x"), "claims"),
+    ];
+    for (checkpoint, says) in &bad {
+        place.fails(1, &[checkpoint, says], &["import", checkpoint, "--model", "m"]);
+    }
+    place.fails(1, &["nowhere"], &["import", "nowhere", "--model", "m"]);
+    let rules = |text: &str| file("rules.toml", text.as_bytes());
+    for (text, says) in [
+        ("[[rule]\nlayers = 'a'", "line 1"),
+        ("[[rule]]\nlayers = 'a('\nmethod = 'dense'", "line 2"),
+        ("[[rule]]\nlayers = '.*up'\nmethod = 'magic'", "line 3"),
+        ("[[rule]]\nlayers = '.*up'\nmethod = 'key_value'\nbackend = { type = 'ann' }", "line 4"),
+        (
+            "[[rule]]\nlayers = '.*up'\nmethod = 'low_rank'\nrank = 49\nweight = { type = 'int4', group = 16 }",
+            "at most 48",
+        ),
+        ("[[rule]]\nlayers = '.*up'\nmethod = 'low_rank'\nweight = { type = 'int4', group = 36 }", "divisor"),
+        (
+            "[[rule]]\nlayers = '.*up'\nmethod = 'low_rank'\nscaling = 'exact'\nweight = { type = 'int4', group = 16 }",
+            "calibration",
+        ),
+    ] {
+        place.fails(1, &[says], &["import", CHECKPOINT, "--model", "m", "--rules", &rules(text)]);
+    }
+    // Calibration for another shape, and of numbers that are none.
+    let wide = place.path("wide.safetensors").display().to_string();
+    let x = ndarray::Array2::from_elem((3, 5), 1.0);
+    layerstore::model::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
+    place.fails(
+        1,
+        &["blocks.0.up", "[3, 5]", "48"],
+        &["import", CHECKPOINT, "--model", "m", "--rules", KEYS, "--calibration", &wide],
+    );
+    assert!(!place.path("layers").exists());
+
+    let x = ndarray::Array2::from_elem((3, 48), f32::NAN);
+    layerstore::model::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
+    place.fails(
+        1,
+        &["blocks.0.up", "NaN"],
+        &["import", CHECKPOINT, "--model", "m", "--rules", KEYS, "--calibration", &wide],
+    );
+    let nan = place.path("nan.safetensors").display().to_string();
+    layerstore::model::write_array(&format!("{nan}:a.weight"), x.view(), false).unwrap();
+    place.fails(1, &["a.weight", "NaN", "index 0"], &["import", &nan, "--model", "m"]);
+    assert_eq!(place.json(&["models"]), serde_json::json!([]));
+}
+
+#[test]
+fn paths_that_are_no_store() {
+    let place = Place::new();
+    std::fs::write(place.path("layers"), b"a file").unwrap();
+    place.fails(1, &["it is a file"], &["models"]);
+    place.fails(1, &["it is a file"], &["import", CHECKPOINT, "--model", "m"]);
+    std::fs::remove_file(place.path("layers")).unwrap();
+    std::fs::create_dir(place.path("layers")).unwrap();
+    std::fs::write(place.path("layers/thesis.txt"), b"years of work").unwrap();
+    place.fails(1, &["thesis.txt"], &["import", CHECKPOINT, "--model", "m"]);
+    place.fails(1, &["holds no table"], &["models"]);
+}
+
+#[test]
+fn odd_store_paths() {
+    let place = Place::new();
+    for name in ["with space", "hash#mark", "per%20cent", "quest?ion", "dbname", "ünïcode"] {
+        let store = place.path(name).display().to_string();
+        let done = std::process::Command::new(env!("CARGO_BIN_EXE_layerstore"))
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(["--store", &store, "--quiet", "import", CHECKPOINT, "--model", "m"])
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{name}: {}", String::from_utf8_lossy(&done.stderr));
+        assert!(place.path(name).join("layers.lance").is_dir(), "{name}");
+    }
+    assert_eq!(std::fs::read_dir(place.folder.path()).unwrap().count(), 6);
+}
+
+#[tokio::test]
+async fn another_format_is_named() {
+    let place = Place::new();
+    place.import("m", None);
+    let mut table = lance::Dataset::open(&format!("{}/layers.lance", place.store())).await.unwrap();
+    table.update_schema_metadata([("layerstore:format", "2")]).await.unwrap();
+    place.fails(1, &["format version 2", "reads version 1"], &["models"]);
+    let error = Store::open(&place.store()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Incompatible);
+}
+
+#[test]
+fn verify_names_what_a_flipped_byte_hit() {
+    let place = Place::new();
+    place.import("m", Some(KEYS));
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+    let folder = place.path("layers/values_d96.lance/data");
+    let file = files(&folder).pop().unwrap();
+    let good = std::fs::read(&file).unwrap();
+    let mut found = 0;
+    for at in [100, good.len() / 3, good.len() / 2, good.len() - 60] {
+        let mut bad = good.clone();
+        bad[at] ^= 0x40;
+        std::fs::write(&file, &bad).unwrap();
+        let done = place.command(&["--format", "json", "--quiet", "verify"]).output().unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        let corrupt = report["corrupt"].as_array().unwrap();
+        assert_eq!(done.status.code(), Some(i32::from(!corrupt.is_empty())));
+        for entry in corrupt {
+            let user = &entry["layers"][0];
+            assert_eq!(user["model"], "m");
+            assert!(user["layer"].as_str().unwrap().ends_with(".up"), "{entry}");
+        }
+        found += usize::from(!corrupt.is_empty());
+    }
+    // A byte of padding may be flipped unseen; data may not.
+    assert!(found >= 3, "{found}");
+    std::fs::write(&file, &good).unwrap();
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(place.run(&["verify"]).code, 1);
+}
+
+/// A disk that is full after some writes.
+#[derive(Debug, Clone)]
+struct Failing {
+    files: Arc<LocalFileSystem>,
+    left: Arc<AtomicI64>,
+}
+
+impl Failing {
+    fn check(&self) -> object_store::Result<()> {
+        if self.left.fetch_sub(1, Ordering::SeqCst) > 0 {
+            return Ok(());
+        }
+        // ENOSPC.
+        Err(object_store::Error::Generic { store: "failing", source: Box::new(std::io::Error::from_raw_os_error(28)) })
+    }
+}
+
+impl std::fmt::Display for Failing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("failing")
+    }
+}
+
+impl WrappingObjectStore for Failing {
+    fn wrap(&self, _prefix: &str, _original: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
+        Arc::new(self.clone())
+    }
+    fn wrap_paginated(
+        &self,
+        _prefix: &str,
+        _original: Arc<dyn PaginatedListStore>,
+    ) -> Option<Arc<dyn PaginatedListStore>> {
+        None
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Failing {
+    async fn put_opts(&self, p: &Path, d: PutPayload, o: PutOptions) -> object_store::Result<PutResult> {
+        self.check()?;
+        self.files.put_opts(p, d, o).await
+    }
+    async fn put_multipart_opts(
+        &self,
+        p: &Path,
+        o: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.check()?;
+        self.files.put_multipart_opts(p, o).await
+    }
+    async fn get_opts(&self, p: &Path, o: GetOptions) -> object_store::Result<GetResult> {
+        self.files.get_opts(p, o).await
+    }
+    async fn get_ranges(&self, p: &Path, r: &[std::ops::Range<u64>]) -> object_store::Result<Vec<Bytes>> {
+        self.files.get_ranges(p, r).await
+    }
+    fn delete_stream(
+        &self,
+        s: BoxStream<'static, object_store::Result<Path>>,
+    ) -> BoxStream<'static, object_store::Result<Path>> {
+        self.files.delete_stream(s)
+    }
+    fn list(&self, p: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.files.list(p)
+    }
+    async fn list_with_delimiter(&self, p: Option<&Path>) -> object_store::Result<ListResult> {
+        self.files.list_with_delimiter(p).await
+    }
+    async fn copy_opts(&self, a: &Path, b: &Path, o: CopyOptions) -> object_store::Result<()> {
+        self.check()?;
+        self.files.copy_opts(a, b, o).await
+    }
+    async fn rename_opts(&self, a: &Path, b: &Path, o: RenameOptions) -> object_store::Result<()> {
+        self.check()?;
+        self.files.rename_opts(a, b, o).await
+    }
+}
+
+/// Wherever the disk fills up during an import, what was committed stays, and a later import completes the work.
+#[tokio::test]
+async fn a_full_disk_loses_nothing() {
+    let place = Place::new();
+    place.import("before", None);
+    let left = Arc::new(AtomicI64::new(0));
+    let storage = Failing { files: Arc::new(LocalFileSystem::new()), left: left.clone() };
+    let mut failures = 0;
+    for allowed in 0..200 {
+        left.store(allowed, Ordering::SeqCst);
+        let options = StoreOptions { storage: Some(Arc::new(storage.clone())), ..StoreOptions::default() };
+        let (checkpoint, rules, calibration) =
+            open_inputs(CHECKPOINT.as_ref(), Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
+        let store = Store::open_with(&place.store(), options).await.unwrap();
+        let done =
+            import(&store, Arc::new(checkpoint), "m", ImportOptions { rules, calibration, ..ImportOptions::default() })
+                .await;
+        let models: Vec<String> = Store::open(&place.store())
+            .await
+            .unwrap()
+            .latest()
+            .await
+            .unwrap()
+            .models()
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|m| m.model)
+            .collect();
+        match done {
+            Err(e) => {
+                failures += 1;
+                assert_eq!(e.kind(), ErrorKind::Storage, "{e}");
+                assert!(e.to_string().contains("os error 28"), "{e}");
+                assert_eq!(models, ["before"]);
+            }
+            Ok(_) => {
+                assert_eq!(models, ["before", "m"]);
+                break;
+            }
+        }
+    }
+    assert!(failures >= 3, "{failures}");
+    let store = Store::open(&place.store()).await.unwrap();
+    assert_eq!(store.verify(|_, _| ()).await.unwrap().corrupt, []);
+    store.gc(std::time::Duration::ZERO, true).await.unwrap();
+    assert_eq!(store.verify(|_, _| ()).await.unwrap().corrupt, []);
+    assert_eq!(
+        store.latest().await.unwrap().layers("m").await.unwrap().len(),
+        store.latest().await.unwrap().layers("before").await.unwrap().len()
+    );
+}

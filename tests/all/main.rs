@@ -1,0 +1,7 @@
+//! Everything that needs a store on disk, in one binary: each one links LanceDB.
+
+mod cli;
+mod faults;
+mod processes;
+mod store;
+mod support;

@@ -1,0 +1,132 @@
+//! The store as a library.
+
+use std::sync::Arc;
+
+use layerstore::layer::{Accuracy, Limit};
+use layerstore::layer::{Layer, SearchSettings};
+use layerstore::model::{Cancel, ImportOptions, ImportReport, Progress, import, open_inputs};
+use layerstore::store::{Snapshot, Store, StoreOptions};
+use layerstore::{Error, blocking};
+use ndarray::Array2;
+
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
+
+async fn bring(store: &Store, model: &str, rules: Option<&str>, cancel: Cancel) -> layerstore::Result<ImportReport> {
+    let calibration = rules.map(|_| INPUTS.as_ref());
+    let (checkpoint, rules, calibration) = open_inputs(CHECKPOINT.as_ref(), rules.map(|r| r.as_ref()), calibration)?;
+    import(store, Arc::new(checkpoint), model, ImportOptions { rules, calibration, cancel, ..ImportOptions::default() })
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn handles_are_lazy_and_share_a_bounded_cache() {
+    let place = Place::new();
+    let options = StoreOptions { cache_bytes: 100 << 10, ..StoreOptions::default() };
+    let store = Store::create_with(&place.store(), options).await.unwrap();
+    bring(&store, "a", Some(KEYS), Cancel::new()).await.unwrap();
+    bring(&store, "b", Some(KEYS), Cancel::new()).await.unwrap();
+    let latest = store.latest().await.unwrap();
+    let (a, b) = (latest.layer("a", "blocks.0.up").await.unwrap(), latest.layer("b", "blocks.0.up").await.unwrap());
+    assert_eq!(store.cached_bytes().await, 0);
+    let (a, b) = (a.load().await.unwrap(), b.load().await.unwrap());
+    let one = store.cached_bytes().await;
+    assert!(one > 0);
+    // The same artifact under two names is one set of arrays.
+    match (&a, &b) {
+        (Layer::KeyValue(a), Layer::KeyValue(b)) => assert_eq!(a.keys().as_ptr(), b.keys().as_ptr()),
+        other => panic!("{other:?}"),
+    }
+    let handles: Vec<_> = latest.layers("a").await.unwrap().into_iter().map(|r| latest.handle(r)).collect();
+    store.prefetch(&handles).await.unwrap();
+    assert!(store.cached_bytes().await <= 100 << 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn search_settings_share_the_artifact() {
+    let place = Place::new();
+    let store = Store::create(&place.store()).await.unwrap();
+    bring(&store, "k12", Some(KEYS), Cancel::new()).await.unwrap();
+    let fewer = std::fs::read_to_string(KEYS).unwrap().replace("= 12", "= 6");
+    std::fs::write(place.path("fewer.toml"), fewer).unwrap();
+    let second = bring(&store, "k6", Some(place.path("fewer.toml").to_str().unwrap()), Cancel::new()).await.unwrap();
+    assert_eq!(second.written_bytes, 0);
+    let latest = store.latest().await.unwrap();
+    let hits = async |model: &str| {
+        let Layer::KeyValue(layer) = latest.layer(model, "blocks.0.up").await.unwrap().load().await.unwrap() else {
+            panic!()
+        };
+        let x = Array2::from_shape_fn((40, 48), |(i, j)| ((i * 31 + j * 17) % 13) as f32 - 6.0);
+        let few =
+            layer.with_search(SearchSettings { max_relative_error: Some(0.5), ..SearchSettings::default() }).unwrap();
+        assert_eq!(few.search(x.view(), None).unwrap(), layer.search(x.view(), Some(Limit::MaxError(0.5))).unwrap());
+        layer.search(x.view(), None).unwrap().iter().map(|q| q.hits.len()).sum::<usize>()
+    };
+    assert!(hits("k6").await < hits("k12").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_see_one_version_while_writers_commit() {
+    let place = Place::new();
+    let store = Store::create(&place.store()).await.unwrap();
+    bring(&store, "m", None, Cancel::new()).await.unwrap();
+    let before = store.latest().await.unwrap();
+    let reading = {
+        let store = store.clone();
+        tokio::spawn(async move {
+            for _ in 0..20 {
+                let rows = store.latest().await.unwrap().layers("m").await.unwrap();
+                let compressed = rows.iter().filter(|r| r.method.as_str() != "dense").count();
+                assert!(rows.len() == 11 && matches!(compressed, 0 | 6), "{compressed} of {}", rows.len());
+            }
+        })
+    };
+    for rules in [Some(INT4), Some(KEYS), None, Some(INT4)] {
+        bring(&store, "m", rules, Cancel::new()).await.unwrap();
+    }
+    reading.await.unwrap();
+    assert!(before.layers("m").await.unwrap().iter().all(|r| r.method.as_str() == "dense"));
+    let same = |s: &Snapshot| s.version();
+    assert_eq!((same(&before), same(&store.latest().await.unwrap())), (2, 6));
+}
+
+struct CancelAt(Cancel, std::sync::atomic::AtomicUsize);
+
+impl Progress for CancelAt {
+    fn layer(&self, _name: &str) {
+        if self.1.fetch_sub(1, std::sync::atomic::Ordering::SeqCst) == 1 {
+            self.0.cancel();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_import_changes_nothing() {
+    let place = Place::new();
+    let store = Store::create(&place.store()).await.unwrap();
+    for at in [1, 4, 11] {
+        let cancel = Cancel::new();
+        let (checkpoint, rules, calibration) =
+            open_inputs(CHECKPOINT.as_ref(), Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
+        let progress = Arc::new(CancelAt(cancel.clone(), at.into()));
+        let options = ImportOptions { rules, calibration, cancel, progress, ..ImportOptions::default() };
+        let error = import(&store, Arc::new(checkpoint), "m", options).await.unwrap_err();
+        assert!(matches!(error, Error::Cancelled), "{error}");
+        assert_eq!(store.latest().await.unwrap().version(), 1);
+    }
+    assert_eq!(bring(&store, "m", Some(INT4), Cancel::new()).await.unwrap().version, 2);
+}
+
+#[test]
+fn without_async() {
+    let place = Place::new();
+    let store = blocking::Store::create(&place.store()).unwrap();
+    store.run(bring(store.inner(), "m", None, Cancel::new())).unwrap();
+    store.create_snapshot("s").unwrap();
+    let layer = store.layer("m", "blocks.0.mix").unwrap();
+    let y = store.run(layer.forward(Array2::ones((2, 48)).view(), Accuracy::Full)).unwrap().y;
+    assert_eq!(y.dim(), (2, 48));
+    assert_eq!(store.load(&layer).unwrap().in_features(), 48);
+    assert_eq!(store.at("s").unwrap().version(), store.latest().unwrap().version());
+    assert_eq!(store.restore("s").unwrap().version, 2);
+    assert_eq!(store.log().unwrap().len(), 2);
+}

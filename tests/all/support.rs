@@ -1,0 +1,92 @@
+//! The real binary, the small checkpoint, and a folder for each test.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+
+pub const CHECKPOINT: &str = "tests/fixtures/small.safetensors";
+pub const INPUTS: &str = "tests/fixtures/small-calibration.safetensors";
+pub const INT4: &str = "tests/fixtures/int4.toml";
+pub const KEYS: &str = "tests/fixtures/keys.toml";
+
+/// A temporary folder with a store address in it.
+pub struct Place {
+    pub folder: tempfile::TempDir,
+}
+
+/// What a command printed and how it ended.
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        Place { folder: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn store(&self) -> String {
+        self.path("layers").display().to_string()
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_layerstore"));
+        command.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--store").arg(self.store()).args(args);
+        command.env_remove("LAYERSTORE_URI").env_remove("RUST_BACKTRACE");
+        command
+    }
+
+    pub fn spawn(&self, args: &[&str]) -> Child {
+        self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    pub fn run(&self, args: &[&str]) -> Ran {
+        let done = self.command(args).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        let ran = Ran { code: done.status.code().unwrap_or(-1), out: text(done.stdout), err: text(done.stderr) };
+        assert!(!ran.err.contains("panicked"), "{args:?}: {}", ran.err);
+        ran
+    }
+
+    /// A command that has to succeed, and its JSON.
+    pub fn json(&self, args: &[&str]) -> Value {
+        let ran = self.run(&[&["--format", "json", "--quiet"], args].concat());
+        assert_eq!(ran.code, 0, "{args:?}: {}", ran.err);
+        serde_json::from_str(&ran.out).unwrap_or_else(|e| panic!("{args:?} printed no JSON ({e}): {}", ran.out))
+    }
+
+    /// A command that has to fail with this code and say this.
+    pub fn fails(&self, code: i32, says: &[&str], args: &[&str]) {
+        let ran = self.run(args);
+        assert_eq!(ran.code, code, "{args:?}: {} {}", ran.out, ran.err);
+        for part in says {
+            assert!(ran.err.contains(part), "{args:?} does not say '{part}': {}", ran.err);
+        }
+        assert_eq!(ran.out, "", "{args:?} failed and printed a result");
+    }
+
+    pub fn import(&self, model: &str, rules: Option<&str>) -> Value {
+        let mut args = vec!["import", CHECKPOINT, "--model", model];
+        if let Some(rules) = rules {
+            args.extend(["--rules", rules, "--calibration", INPUTS]);
+        }
+        self.json(&args)
+    }
+}
+
+/// Every file under a folder.
+pub fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut all = vec![];
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { all.extend(files(&path)) } else { all.push(path) }
+    }
+    all.sort();
+    all
+}
