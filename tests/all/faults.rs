@@ -30,7 +30,7 @@ fn bad_inputs_leave_no_store_behind() {
         (file("empty.safetensors", b""), "0 bytes"),
         (file("garbage.safetensors", &[0xff; 4000]), "claims"),
         (file("cut.safetensors", &good[..good.len() / 2]), "bytes of data"),
-        (file("missing-rules", b"x"), "claims"),
+        (file("short.safetensors", b"x"), "at least 8"),
     ];
     for (checkpoint, says) in &bad {
         place.fails(1, &[checkpoint, says], &["import", checkpoint, "--model", "m"]);

@@ -76,7 +76,7 @@ async fn readers_see_one_version_while_writers_commit() {
             for _ in 0..20 {
                 let rows = store.latest().await.unwrap().layers("m").await.unwrap();
                 let compressed = rows.iter().filter(|r| r.method.as_str() != "dense").count();
-                assert!(rows.len() == 11 && matches!(compressed, 0 | 6), "{compressed} of {}", rows.len());
+                assert!(rows.len() == 10 && matches!(compressed, 0 | 6), "{compressed} of {}", rows.len());
             }
         })
     };
@@ -103,7 +103,7 @@ impl Progress for CancelAt {
 async fn a_cancelled_import_changes_nothing() {
     let place = Place::new();
     let store = Store::create(&place.store()).await.unwrap();
-    for at in [1, 4, 11] {
+    for at in [1, 4, 10] {
         let cancel = Cancel::new();
         let (checkpoint, rules, calibration) =
             open_inputs(CHECKPOINT.as_ref(), Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
