@@ -4,12 +4,12 @@
 
 PYTHON ?= python3
 CARGO ?= cargo
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
-export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(CURDIR)/$(BIN)/protoc)
+export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
 .PHONY: demo test lint bench doc clean
 
@@ -39,5 +39,5 @@ $(VENV)/.ready: examples/notebooks/requirements.txt scripts/requirements-build.t
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf .venv demo
 	$(CARGO) clean
