@@ -2,7 +2,7 @@
 //!
 //! E = W − Ŵ. With TᵀT = R, SVD(E Tᵀ) = U S Vᵀ, A = U_k S_k and B = V_kᵀ T⁻ᵀ minimise the output error for inputs whose
 //! second moment is R. `identity` takes T = I (LQER); `exact` takes R = E[x xᵀ] with a ridge, and its Cholesky factor
-//! (QERA-exact).
+//! (QERA-exact); it also weighs rounding errors by E[x_j²] where a group looks for its scale.
 
 use std::sync::Arc;
 
@@ -62,6 +62,11 @@ impl Default for LowRankConfig {
 }
 
 impl LowRankConfig {
+    /// What is added to the second moment.
+    pub fn ridge(&self) -> Ridge {
+        Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
+    }
+
     /// Checks the settings by themselves.
     ///
     /// # Errors
@@ -151,9 +156,14 @@ impl LowRankLayer {
         calibration: Option<ArrayView2<f32>>,
     ) -> Result<Self> {
         let (out_features, in_features) = weight.dim();
-        let packed = PackedMatrix::quantize(weight, config.weight)?;
+        let second = match (config.scaling, calibration) {
+            (Scaling::Exact, Some(inputs)) => Some(config.ridge().added_to(Moments::of(inputs)?.second)),
+            _ => None,
+        };
+        let importance = second.as_ref().map(|r| r.diag().to_vec());
+        let packed = PackedMatrix::quantize_for(weight, config.weight, importance.as_deref())?;
         let error = weight.mapv(f64::from) - packed.dequantize().mapv(f64::from);
-        let (a, b, singular) = correction(&error, config, calibration)?;
+        let (a, b, singular) = correction(&error, config.rank, second.as_ref())?;
         let settings = Settings {
             weight: config.weight,
             rank: config.rank,
@@ -309,28 +319,21 @@ impl LowRankLayer {
     }
 }
 
-/// A (columns as rows, `[rank, out]`), B `[rank, in]` and the singular values, for the error `[out, in]`.
-fn correction(
-    error: &Array2<f64>,
-    config: &LowRankConfig,
-    calibration: Option<ArrayView2<f32>>,
-) -> Result<(Array2<f32>, Array2<f32>, Vec<f32>)> {
-    let ridge = Ridge { absolute: config.ridge_regularization, relative: config.ridge_relative };
-    let factor = match (config.scaling, calibration) {
-        (Scaling::Exact, Some(inputs)) if config.rank > 0 => {
-            Some(cholesky(ridge.added_to(Moments::of(inputs)?.second).view())?)
-        }
-        _ => None,
-    };
+type Factors = (Array2<f32>, Array2<f32>, Vec<f32>);
+
+/// A (columns as rows, `[rank, out]`), B `[rank, in]` and the singular values, for the error `[out, in]` and inputs of
+/// this second moment `[in, in]`, or any.
+fn correction(error: &Array2<f64>, rank: usize, second: Option<&Array2<f64>>) -> Result<Factors> {
+    let factor = second.filter(|_| rank > 0).map(|r| cholesky(r.view())).transpose()?;
     // T = Lᵀ for R = L Lᵀ, so E Tᵀ = E L and T⁻ᵀ = L⁻¹.
     let (leading, b) = match &factor {
         None => {
-            let leading = leading_svd(error.view(), config.rank)?;
+            let leading = leading_svd(error.view(), rank)?;
             let b = leading.vt.clone();
             (leading, b)
         }
         Some(l) => {
-            let leading = leading_svd(matmul_f64(error.view(), l.view()).view(), config.rank)?;
+            let leading = leading_svd(matmul_f64(error.view(), l.view()).view(), rank)?;
             // Vᵀ L⁻¹ = (L⁻ᵀ V)ᵀ.
             let b = solve_lower_transposed(l.view(), leading.vt.t()).reversed_axes();
             (leading, b)

@@ -157,11 +157,27 @@ impl PackedMatrix {
     /// # Errors
     /// When the group does not divide the row, or a weight is not finite.
     pub fn quantize(weight: ArrayView2<f32>, format: IntegerFormat) -> Result<Self> {
+        Self::quantize_for(weight, format, None)
+    }
+
+    /// [`PackedMatrix::quantize`], where the error in column j counts `importance[j]` times (E\[x_j²\] of the inputs): an
+    /// asymmetric group looks for its least weighted error. Symmetric quantisation stays as it is.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::quantize`], and when `importance` has not one number a column.
+    pub fn quantize_for(weight: ArrayView2<f32>, format: IntegerFormat, importance: Option<&[f64]>) -> Result<Self> {
         let (rows, columns) = weight.dim();
         let group = format.group_size(columns)?;
         if let Some((index, value)) = weight.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             return Err(Error::NotFinite { what: "the weight".into(), value: f64::from(*value), index });
         }
+        if let Some(importance) = importance
+            && importance.len() != columns
+        {
+            return Err(Error::expected("numbers of importance", importance.len(), format!("{columns}, one a column")));
+        }
+        let even = vec![1f64; columns];
+        let importance = importance.unwrap_or(&even);
         let groups = format.groups(columns)?;
         let mut packed = Vec::with_capacity(rows * format.weight_type.row_bytes(columns));
         let mut scales = Vec::with_capacity(rows * groups);
@@ -169,11 +185,12 @@ impl PackedMatrix {
         let mut codes = vec![0u8; columns];
         for row in weight.rows() {
             let row = row.to_vec();
-            for (weights, codes) in row.chunks(group.max(1)).zip(codes.chunks_mut(group.max(1))) {
+            let parts = row.chunks(group.max(1)).zip(importance.chunks(group.max(1)));
+            for ((weights, importance), codes) in parts.zip(codes.chunks_mut(group.max(1))) {
                 if format.symmetric {
                     scales.push(quantize_symmetric(weights, format.weight_type.bits(), codes));
                 } else {
-                    let (scale, zero) = quantize_asymmetric(weights, format.weight_type.bits(), codes);
+                    let (scale, zero) = quantize_asymmetric(weights, importance, format.weight_type.bits(), codes);
                     scales.push(scale);
                     zeros.push(zero);
                 }
@@ -267,7 +284,7 @@ fn quantize_symmetric(weights: &[f32], bits: u32, codes: &mut [u8]) -> f32 {
     scale
 }
 
-fn quantize_asymmetric(weights: &[f32], bits: u32, codes: &mut [u8]) -> (f32, u8) {
+fn quantize_asymmetric(weights: &[f32], importance: &[f64], bits: u32, codes: &mut [u8]) -> (f32, u8) {
     let top = f64::from((1u32 << bits) - 1);
     let (lo, hi) = weights.iter().fold((0f64, 0f64), |(lo, hi), &w| (lo.min(w.into()), hi.max(w.into())));
     let plain = (hi - lo) / top;
@@ -277,7 +294,7 @@ fn quantize_asymmetric(weights: &[f32], bits: u32, codes: &mut [u8]) -> (f32, u8
     }
     let mut best = Grid { error: f64::INFINITY, scale: plain as f32, zero: 0.0 };
     let mut consider = |scale: f64, zero: f64| {
-        let candidate = Grid::fitted(weights, scale as f32, zero.clamp(0.0, top), top);
+        let candidate = Grid::fitted(weights, importance, scale as f32, zero.clamp(0.0, top), top);
         if candidate.error < best.error {
             best = candidate;
         }
@@ -297,12 +314,12 @@ fn quantize_asymmetric(weights: &[f32], bits: u32, codes: &mut [u8]) -> (f32, u8
     }
     // The scale that fits these codes best, then the codes that fit that scale.
     let (mut across, mut square) = (0f64, 0f64);
-    for &w in weights {
+    for (&w, i) in weights.iter().zip(importance) {
         let level = code_of(w, best.scale, best.zero, top) - best.zero;
-        across += level * f64::from(w);
-        square += level * level;
+        across += i * level * f64::from(w);
+        square += i * level * level;
     }
-    let fitted = Grid::fitted(weights, (across / square) as f32, best.zero, top);
+    let fitted = Grid::fitted(weights, importance, (across / square) as f32, best.zero, top);
     // Also false for a NaN, where every code is the zero point.
     if fitted.error < best.error {
         best = fitted;
@@ -316,7 +333,7 @@ fn quantize_asymmetric(weights: &[f32], bits: u32, codes: &mut [u8]) -> (f32, u8
 /// Shares of a group's range that its codes may span.
 const SHARES: [f64; 6] = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8];
 
-/// A scale and a zero point, and the squared error of rounding to them.
+/// A scale and a zero point, and the weighted squared error of rounding to them.
 struct Grid {
     error: f64,
     scale: f32,
@@ -324,10 +341,10 @@ struct Grid {
 }
 
 impl Grid {
-    fn fitted(weights: &[f32], scale: f32, zero: f64, top: f64) -> Self {
+    fn fitted(weights: &[f32], importance: &[f64], scale: f32, zero: f64, top: f64) -> Self {
         let wide = f64::from(scale);
-        let error = |&w: &f32| ((code_of(w, scale, zero, top) - zero) * wide - f64::from(w)).powi(2);
-        Grid { error: weights.iter().map(error).sum(), scale, zero }
+        let error = |(&w, i): (&f32, &f64)| i * ((code_of(w, scale, zero, top) - zero) * wide - f64::from(w)).powi(2);
+        Grid { error: weights.iter().zip(importance).map(error).sum(), scale, zero }
     }
 }
 

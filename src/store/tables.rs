@@ -229,7 +229,7 @@ pub fn add_rows(
                 let factor = Factor {
                     side,
                     singular_values: singular.values().to_vec(),
-                    vectors: gather_vectors(&[rows.clone()], d)?,
+                    vectors: gather_vectors(std::slice::from_ref(&rows), d)?,
                 };
                 parts.factors.push(factor);
                 // Sides of different lengths come from different tables, in no fixed order.

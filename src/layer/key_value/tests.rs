@@ -67,10 +67,10 @@ proptest! {
             let out = layer.linear(x.view(), Accuracy::Approximate);
             let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t());
             let hits = layer.search(x.view(), None).unwrap();
-            for i in 0..batch {
+            for (i, answer) in hits.iter().enumerate() {
                 let difference = (&out.y.row(i).mapv(f64::from) - &exact.row(i)).mapv(|v| v * v).sum().sqrt();
                 let relative = difference / exact.row(i).mapv(|v| v * v).sum().sqrt();
-                if let Some(bound) = hits[i].certified_error {
+                if let Some(bound) = answer.certified_error {
                     prop_assert!(relative <= bound, "true {} certified {}", relative, bound);
                     if config.energy_keep == 1.0 && relative > 1e-2 {
                         prop_assert!(bound <= relative * 1.01);
