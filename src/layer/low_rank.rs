@@ -400,7 +400,8 @@ mod tests {
             let (w, x) = (sample(10, 16, seed), sample(200, 16, seed + 1));
             let exact_output = x.dot(&w.t());
             let error = |scaling, rank| {
-                let config = LowRankConfig { rank, scaling, ridge_relative: 1e-6, weight: IntegerFormat { group: Group::Size(16), ..IntegerFormat::default() }, ..LowRankConfig::default() };
+                let config = LowRankConfig { rank, scaling, ridge_relative: 1e-6, weight: // Symmetric, which rounds alike for both scalings.
+                    IntegerFormat { group: Group::Size(16), symmetric: true, ..IntegerFormat::default() }, ..LowRankConfig::default() };
                 let layer = built(&config, &w, &x);
                 relative_error(layer.linear(x.view(), Accuracy::Approximate).unwrap().y.view(), exact_output.view())
             };
