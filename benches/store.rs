@@ -1,6 +1,6 @@
 //! Opening, loading, naming and importing, each beside what it is measured against in the same run. `make bench`.
 //!
-//! The times are medians. MiniLM is imported where `demo/minilm` holds it (`make demo` fetches it), calibrated with
+//! `cargo bench -- load` runs a part: `resolve`, `load`, `snapshot` or `import`. The times are medians. MiniLM is imported where `demo/minilm` holds it (`make demo` fetches it), calibrated with
 //! `demo/calibration.safetensors`.
 
 use std::path::Path;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use chrono::Utc;
 use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig};
 use layerstore::model::{Checkpoint, ImportOptions, Rules, import, open_inputs};
-use layerstore::store::{ErrorBasis, LayerRecord, Made, Source, Store};
+use layerstore::store::{ErrorBasis, LayerRecord, Made, Places, Source, Store};
 use ndarray::Array2;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -23,13 +23,24 @@ fn main() -> Result<()> {
     if !std::env::args().any(|a| a == "--bench") {
         return Ok(());
     }
+    let named: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let wanted = |name: &str| named.is_empty() || named.iter().any(|n| n == name);
     let runtime = tokio::runtime::Runtime::new()?;
     let folder = tempfile::tempdir()?;
     runtime.block_on(async {
-        open_and_resolve(&folder.path().join("catalogue")).await?;
-        first_load(folder.path()).await?;
-        snapshots(folder.path()).await?;
-        import_minilm(folder.path()).await
+        if wanted("resolve") {
+            open_and_resolve(&folder.path().join("catalogue")).await?;
+        }
+        if wanted("load") {
+            first_load(folder.path()).await?;
+        }
+        if wanted("snapshot") {
+            snapshots(folder.path()).await?;
+        }
+        if wanted("import") {
+            import_minilm(folder.path()).await?;
+        }
+        Ok(())
     })
 }
 
@@ -50,25 +61,36 @@ fn made(recipe: u8) -> Made {
     Made { recipe: [recipe; 32], relative_error: Some(0.0), error_basis: ErrorBasis::Weights }
 }
 
-/// Stores one artifact under many names.
-async fn store_as(store: &Store, model: &str, layer: &Layer, recipe: u8, names: usize) -> Result<()> {
+fn name(i: usize) -> String {
+    format!("transformer.layers.{}.mlp.experts.{}.proj", i / 100, i % 100)
+}
+
+/// Stores `names` layers in one commit, made of these artifacts in turn.
+async fn store_as(store: &Store, model: &str, layers: &[Layer], recipe: u8, names: usize) -> Result<()> {
     let mut writer = store.writer().await?;
-    let parts = layer.to_parts();
-    let (artifact, _) = writer.add(&parts, made(recipe)).await?;
-    let record = |i: usize| LayerRecord {
-        model: model.to_owned(),
-        layer: format!("transformer.layers.{}.mlp.experts.{}.proj", i / 100, i % 100),
-        method: layer.method(),
-        in_features: layer.in_features() as u64,
-        out_features: layer.out_features() as u64,
-        artifact,
-        relative_error: Some(0.0),
-        error_basis: ErrorBasis::Weights,
-        dense_bytes: parts.stored_bytes(),
-        stored_bytes: parts.stored_bytes(),
-        config: layer.config(),
-        source: Source::default(),
-        created_at: Utc::now(),
+    let mut added = vec![];
+    for (i, layer) in layers.iter().enumerate() {
+        let parts = layer.to_parts();
+        added.push((layer, writer.add(&parts, made(recipe.wrapping_add(i as u8))).await?.0, parts.stored_bytes()));
+    }
+    let record = |i: usize| {
+        let (layer, artifact, bytes) = &added[i % added.len()];
+        LayerRecord {
+            model: model.to_owned(),
+            layer: name(i),
+            method: layer.method(),
+            in_features: layer.in_features() as u64,
+            out_features: layer.out_features() as u64,
+            artifact: *artifact,
+            relative_error: Some(0.0),
+            error_basis: ErrorBasis::Weights,
+            dense_bytes: *bytes,
+            stored_bytes: *bytes,
+            config: layer.config(),
+            source: Source::default(),
+            created_at: Utc::now(),
+            places: Places::default(),
+        }
     };
     writer.commit(model, &(0..names).map(record).collect::<Vec<_>>(), None).await?;
     Ok(())
@@ -79,17 +101,17 @@ async fn open_and_resolve(path: &Path) -> Result<()> {
     let store = Store::create(&uri).await?;
     let layer = Layer::Dense(DenseLayer::from_f32(matrix(8, 8, 1).view(), None));
     for model in 0..10u8 {
-        store_as(&store, &format!("model-{model}"), &layer, model, CATALOGUE_LAYERS / 10).await?;
+        store_as(&store, &format!("model-{model}"), std::slice::from_ref(&layer), model, CATALOGUE_LAYERS / 10).await?;
     }
     drop(store);
     let (mut ours, mut lance) = (vec![], vec![]);
     for round in 0..ROUNDS {
         let started = Instant::now();
         let store = Store::open(&uri).await?;
-        let name = format!("transformer.layers.{}.mlp.experts.{}.proj", round, 99 - round);
-        let handle = store.latest().await?.layer("model-7", &name).await?;
+        let layer = name(100 * round + 99 - round);
+        let handle = store.latest().await?.layer("model-7", &layer).await?;
         ours.push(started.elapsed());
-        assert_eq!(handle.record().layer, name);
+        assert_eq!(handle.record().layer, layer);
         let started = Instant::now();
         lance::Dataset::open(&format!("{uri}/layers.lance")).await?;
         lance.push(started.elapsed());
@@ -101,30 +123,45 @@ async fn open_and_resolve(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A layer's first load, in a store that was just opened and in one that has loaded another layer, beside reading a raw
+/// file of the same bytes. Files are in the system's cache for both.
 async fn first_load(folder: &Path) -> Result<()> {
+    const SAME: u64 = 6;
     let key_value = MethodConfig::KeyValue(KeyValueConfig::default());
     let low_rank = MethodConfig::LowRank(LowRankConfig::default());
-    let layers = [
-        ("key_value 1536 × 384", key_value.compress(matrix(1536, 384, 2).view(), None, None)?),
-        ("low_rank int4 1536 × 384", low_rank.compress(matrix(1536, 384, 3).view(), None, None)?),
-        ("low_rank int4 4096 × 1024", low_rank.compress(matrix(4096, 1024, 4).view(), None, None)?),
-        ("dense f32 4096 × 4096", Layer::Dense(DenseLayer::from_f32(matrix(4096, 4096, 5).view(), None))),
+    let compressed = |method: &MethodConfig, rows: usize, columns: usize| -> layerstore::Result<Vec<Layer>> {
+        (0..SAME).map(|seed| method.compress(matrix(rows, columns, 77 + seed).view(), None, None)).collect()
+    };
+    let dense = |n: usize| -> Vec<Layer> {
+        (0..SAME).map(|seed| Layer::Dense(DenseLayer::from_f32(matrix(n, n, 99 + seed).view(), None))).collect()
+    };
+    let kinds = [
+        ("low_rank int4 1536 × 384", compressed(&low_rank, 1536, 384)?),
+        ("key_value 1536 × 384", compressed(&key_value, 1536, 384)?),
+        ("low_rank int4 4096 × 1024", compressed(&low_rank, 4096, 1024)?),
+        ("dense f32 1024 × 1024", dense(1024)),
+        ("dense f32 4096 × 4096", dense(4096)),
     ];
-    for (place, (name, layer)) in layers.iter().enumerate() {
+    for (place, (kind, layers)) in kinds.iter().enumerate() {
         let uri = folder.join(format!("load-{place}")).display().to_string();
-        let store = Store::create(&uri).await?;
-        store_as(&store, "m", layer, place as u8, 1).await?;
-        let bytes = layer.to_parts().stored_bytes();
+        store_as(&Store::create(&uri).await?, "m", layers, 0, layers.len()).await?;
+        let bytes = layers[0].to_parts().stored_bytes();
         let raw = folder.join(format!("raw-{place}"));
         std::fs::write(&raw, vec![7u8; bytes as usize])?;
-        let (mut ours, mut file) = (vec![], vec![]);
+        let (mut first, mut further, mut file) = (vec![], vec![], vec![]);
         for _ in 0..ROUNDS {
             let store = Store::open(&uri).await?;
-            let handle = store.latest().await?.layer("m", "transformer.layers.0.mlp.experts.0.proj").await?;
-            let started = Instant::now();
-            let loaded = handle.load().await?;
-            ours.push(started.elapsed());
-            assert_eq!(loaded.out_features(), layer.out_features());
+            let handles = store.latest().await?.handles("m").await?;
+            for (i, handle) in handles.iter().enumerate() {
+                let started = Instant::now();
+                let loaded = handle.load().await?;
+                if i == 0 {
+                    first.push(started.elapsed())
+                } else {
+                    further.push(started.elapsed())
+                }
+                assert_eq!(loaded.out_features(), layers[0].out_features());
+            }
             let started = Instant::now();
             let read = tokio::task::spawn_blocking({
                 let raw = raw.clone();
@@ -133,11 +170,12 @@ async fn first_load(folder: &Path) -> Result<()> {
             assert_eq!(read.await??.len() as u64, bytes);
             file.push(started.elapsed());
         }
-        let (ours, file) = (median(ours), median(file));
+        let (first, further, file) = (median(first), median(further), median(file));
         println!(
-            "first load, {name}, {:.2} MiB: {ours:.2} ms; a raw file of the same bytes: {file:.2} ms; ratio {:.1}",
+            "load, {kind}, {:.2} MiB: first of a store {first:.2} ms ({:.1}×), each further {further:.2} ms ({:.1}×); a raw file of the same bytes {file:.2} ms",
             bytes as f64 / f64::from(1 << 20),
-            ours / file
+            first / file,
+            further / file,
         );
     }
     Ok(())
@@ -152,7 +190,7 @@ async fn snapshots(folder: &Path) -> Result<()> {
             let raw: Vec<u8> =
                 (0..10_000_000u32).map(|b| (b.wrapping_mul(2_654_435_761) >> 13) as u8 ^ i as u8).collect();
             let layer = Layer::Dense(DenseLayer::new(DType::U8, vec![1000, 10_000], raw.into(), None)?);
-            store_as(&store, &format!("m{i}"), &layer, i as u8, 1).await?;
+            store_as(&store, &format!("m{i}"), &[layer], i as u8, 1).await?;
         }
         let mut taken = vec![];
         for round in 0..ROUNDS {

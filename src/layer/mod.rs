@@ -18,8 +18,8 @@ use serde_json::Value;
 pub use dense::{DType, DenseLayer};
 pub(crate) use dense::{dtype_name, dtype_named, from_f32, to_f32};
 pub use key_value::{
-    Backend, Decomposition, Hit, KeyType, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, SearchSettings,
-    Sides, ValueType,
+    Backend, Decomposition, Hit, InputStatistics, KeyType, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking,
+    SearchSettings, Sides, ThresholdMethod, ValueType, search_threshold,
 };
 pub use low_rank::{LowRankConfig, LowRankLayer, Scaling};
 pub use parts::{ArtifactId, Parts};

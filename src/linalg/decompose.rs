@@ -103,6 +103,58 @@ pub fn kept_rank(singular_values: &[f64], energy_keep: f64, min_singular_value: 
     (within + 1).min(singular_values.len()).min(above)
 }
 
+/// A weight as keys and values: `weight ≈ values · keys`.
+#[derive(Debug, Clone)]
+pub struct KeysValues {
+    /// S_i v_i, one a row: `[rank, in_features]`.
+    pub keys: Array2<f64>,
+    /// u_i, one a column: `[out_features, rank]`.
+    pub values: Array2<f64>,
+    /// S `[rank]`, descending.
+    pub singular_values: Array1<f64>,
+}
+
+/// The SVD of `weight` `[out_features, in_features]` as keys and values, cut as [`kept_rank`] says.
+///
+/// # Errors
+/// When a value is not finite, `energy_keep` is not in (0, 1] or `min_singular_value` is negative.
+pub fn svd_keys_values(weight: ArrayView2<f64>, energy_keep: f64, min_singular_value: f64) -> Result<KeysValues> {
+    if !(energy_keep > 0.0 && energy_keep <= 1.0) {
+        return Err(Error::expected("energy_keep", energy_keep, "a share above 0 and at most 1"));
+    }
+    if min_singular_value.is_nan() || min_singular_value < 0.0 {
+        return Err(Error::expected("min_singular_value", min_singular_value, "a number of at least 0"));
+    }
+    let whole = svd(weight)?;
+    let rank = kept_rank(whole.s.as_slice().expect("owned"), energy_keep, min_singular_value);
+    let kept = whole.truncated(rank);
+    Ok(KeysValues { keys: &kept.vt * &kept.s.view().insert_axis(Axis(1)), values: kept.u, singular_values: kept.s })
+}
+
+/// The inverse of a square matrix; where it is singular to working precision, that of `matrix + ridge · I`.
+///
+/// # Errors
+/// When the matrix is not square, a value is not finite, or it is singular with the ridge too.
+pub fn regularized_inverse(matrix: ArrayView2<f64>, ridge: f64) -> Result<Array2<f64>> {
+    let n = matrix.nrows();
+    if n != matrix.ncols() {
+        return Err(Error::expected("shape of a matrix to invert", format!("{n} × {}", matrix.ncols()), "a square"));
+    }
+    let inverse = |matrix: ArrayView2<f64>| -> Result<Option<Array2<f64>>> {
+        let Svd { u, s, vt } = svd(matrix)?;
+        let least = s.first().map_or(0.0, |largest| largest * n as f64 * f64::EPSILON);
+        if s.iter().any(|&s| s <= least) {
+            return Ok(None);
+        }
+        Ok(Some(matmul_f64((vt.t().to_owned() / &s).view(), u.t())))
+    };
+    if let Some(done) = inverse(matrix)? {
+        return Ok(done);
+    }
+    inverse((matrix.to_owned() + Array2::<f64>::eye(n) * ridge).view())?
+        .ok_or_else(|| Error::Numeric(format!("the {n} × {n} matrix is singular, with a ridge of {ridge} too")))
+}
+
 /// The lower-triangular L with `matrix = L · Lᵀ`.
 ///
 /// # Errors
@@ -226,6 +278,33 @@ mod tests {
             prop_assert!(largest(&(matmul_f64(l.t(), solve_lower_transposed(l.view(), b.view()).view()) - &b)) < 1e-10);
             prop_assert!(largest(&(matmul_f64(l.view(), inverse_lower(l.view()).view()) - Array2::<f64>::eye(n))) < 1e-10);
         }
+    }
+
+    #[test]
+    fn keys_and_values_rebuild_what_was_kept() {
+        let a = sample(7, 5, 3);
+        let all = svd_keys_values(a.view(), 1.0, 0.0).unwrap();
+        assert!(largest(&(matmul_f64(all.values.view(), all.keys.view()) - &a)) < 1e-12);
+        let two = svd_keys_values(a.view(), 1.0, all.singular_values[1]).unwrap();
+        assert_eq!((two.keys.dim(), two.values.dim()), ((2, 5), (7, 2)));
+        assert_eq!(svd_keys_values(a.view(), 0.5, 1e9).unwrap().keys.dim(), (0, 5));
+        for (energy, least) in [(0.0, 0.0), (1.5, 0.0), (f64::NAN, 0.0), (1.0, -1.0), (1.0, f64::NAN)] {
+            assert!(svd_keys_values(a.view(), energy, least).is_err());
+        }
+    }
+
+    #[test]
+    fn singular_matrices_are_inverted_with_a_ridge() {
+        let a = sample(6, 6, 9) + Array2::<f64>::eye(6);
+        let inverse = regularized_inverse(a.view(), 1.0).unwrap();
+        assert!(largest(&(matmul_f64(a.view(), inverse.view()) - Array2::<f64>::eye(6))) < 1e-10);
+        let singular = Array2::<f64>::ones((3, 3));
+        let inverse = regularized_inverse(singular.view(), 0.5).unwrap();
+        let with_ridge = &singular + &(Array2::<f64>::eye(3) * 0.5);
+        assert!(largest(&(matmul_f64(with_ridge.view(), inverse.view()) - Array2::<f64>::eye(3))) < 1e-12);
+        assert!(regularized_inverse(singular.view(), 0.0).unwrap_err().to_string().contains("singular"));
+        assert!(regularized_inverse(Array2::zeros((2, 3)).view(), 0.1).is_err());
+        assert_eq!(regularized_inverse(Array2::zeros((0, 0)).view(), 0.1).unwrap().dim(), (0, 0));
     }
 
     #[test]

@@ -52,6 +52,24 @@ pub(super) fn view<'a, T>(a: &'a ArrayView2<'_, T>) -> MatRef<'a, T> {
     unsafe { MatRef::from_raw_parts(a.as_ptr(), rows, cols, strides[0], strides[1]) }
 }
 
+/// Σ a_i b_i of f32 numbers in f64, in eight running sums: one would wait for itself.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn dot_f64(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len(), "lengths of a dot product");
+    let mut sums = [0f64; 8];
+    let (a8, a_rest) = a.as_chunks::<8>();
+    let (b8, b_rest) = b.as_chunks::<8>();
+    for (a, b) in a8.iter().zip(b8) {
+        for lane in 0..8 {
+            sums[lane] += f64::from(a[lane]) * f64::from(b[lane]);
+        }
+    }
+    let rest: f64 = a_rest.iter().zip(b_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+    sums.iter().sum::<f64>() + rest
+}
+
 /// Adds `row` to every row of `out`.
 pub fn add_outer(out: &mut Array2<f32>, row: ArrayView1<f32>) {
     for mut r in out.rows_mut() {
@@ -76,6 +94,13 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn dot_agrees_with_the_definition(pairs in proptest::collection::vec((-9.0f32..9.0, -9.0f32..9.0), 0..40)) {
+            let (a, b): (Vec<f32>, Vec<f32>) = pairs.iter().copied().unzip();
+            let expected: f64 = pairs.iter().map(|&(a, b)| f64::from(a) * f64::from(b)).sum();
+            prop_assert!((dot_f64(&a, &b) - expected).abs() < 1e-10);
+        }
+
         #[test]
         fn products_agree_with_the_definition(m in 0usize..6, k in 0usize..7, n in 0usize..6, seed in 0u32..1000) {
             let cell = |i: usize, j: usize, s: u32| ((i * 31 + j * 17 + s as usize) % 23) as f32 - 11.0;

@@ -66,6 +66,26 @@ impl Moments {
     }
 }
 
+/// The covariance `[features, features]` of `inputs` `[samples, features]`, centred and divided by samples − 1, plus
+/// `ridge · I`. One sample has none, so the ridge alone; without inputs it is taken to be I.
+///
+/// # Errors
+/// When there are inputs but no samples, their width is another, a value is not finite, or the ridge is not a finite
+/// number of at least 0.
+pub fn covariance(inputs: Option<ArrayView2<f32>>, features: usize, ridge: f64) -> Result<Array2<f64>> {
+    if !(ridge >= 0.0 && ridge.is_finite()) {
+        return Err(Error::expected("ridge", ridge, "a number of at least 0"));
+    }
+    let covariance = match inputs {
+        Some(inputs) if inputs.ncols() != features => {
+            return Err(Error::expected("width of the calibration inputs", inputs.ncols(), features));
+        }
+        Some(inputs) => Moments::of(inputs)?.covariance,
+        None => Array2::eye(features),
+    };
+    Ok(Ridge { absolute: ridge, relative: 0.0 }.added_to(covariance))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

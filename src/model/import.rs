@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::layer::parts::{Tensor, canonical_json};
 use crate::layer::{Accuracy, DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
 use crate::linalg::relative_error;
-use crate::store::{ErrorBasis, LayerRecord, Made, Source, SourceTensor, Store, check_model_name, joined};
+use crate::store::{ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, check_model_name, joined};
 
 /// Part of every recipe: raise it when a method comes to make other parts from the same settings.
 const RECIPE_VERSION: u32 = 1;
@@ -147,6 +147,7 @@ pub async fn import(
             config,
             source,
             created_at: Utc::now(),
+            places: Places::default(),
         };
         layers.push(LayerReport {
             layer: name,

@@ -13,9 +13,11 @@ use lance::dataset::{
     CommitBuilder, InsertBuilder, MergeInsertBuilder, WhenMatched, WhenNotMatched, WhenNotMatchedBySource,
 };
 use serde::Serialize;
+use tokio::sync::OnceCell;
 
 use super::location::{Location, readable, storage_error};
 use super::lock;
+use super::names::{Names, Place};
 use super::record::{LayerRecord, layers_batch, read_layers};
 use super::schema::{self, FORMAT_KEY, FORMAT_VERSION, LAYERS};
 use crate::error::{Error, Result};
@@ -46,6 +48,37 @@ pub struct SnapshotInfo {
     pub version: u64,
     /// When the version was committed.
     pub time: DateTime<Utc>,
+}
+
+/// The catalogue at one version, and the names in it once somebody has looked one up.
+#[derive(Debug, Clone)]
+pub struct Catalogue {
+    dataset: Arc<Dataset>,
+    names: Arc<OnceCell<Names>>,
+}
+
+impl From<Dataset> for Catalogue {
+    fn from(dataset: Dataset) -> Self {
+        Catalogue { dataset: Arc::new(dataset), names: Arc::default() }
+    }
+}
+
+impl Catalogue {
+    pub fn dataset(&self) -> &Dataset {
+        &self.dataset
+    }
+
+    /// The latest version: this one, where nothing was committed since.
+    pub async fn latest(self) -> Result<Self> {
+        let mut dataset = Dataset::clone(&self.dataset);
+        dataset.checkout_latest().await.map_err(storage_error("opening the latest version"))?;
+        Ok(if dataset.version_id() == self.dataset.version_id() { self } else { dataset.into() })
+    }
+
+    pub async fn names(&self) -> Result<&Names> {
+        let read = async { Names::read(&self.dataset).await.map_err(storage_error("reading the catalogue")) };
+        self.names.get_or_try_init(|| read).await
+    }
 }
 
 /// Opens the catalogue at `version` or the latest, and checks that this build can read it.
@@ -152,19 +185,16 @@ pub async fn rows(dataset: &Dataset, filter: Option<&str>) -> Result<Vec<LayerRe
     Ok(records)
 }
 
-/// One text column of the rows that `filter` selects.
-pub async fn texts(dataset: &Dataset, column: &str, filter: Option<&str>) -> Result<Vec<String>> {
+/// One row.
+pub async fn row(dataset: &Dataset, place: Place) -> Result<LayerRecord> {
     let read = async {
-        let mut scan = dataset.scan();
-        scan.project(&[column])?;
-        if let Some(filter) = filter {
-            scan.filter(filter)?;
-        }
-        scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
+        let fragment = dataset.get_fragment(place.fragment).ok_or_else(|| {
+            lance::Error::internal(format!("fragment {} is not there, which lists the row", place.fragment))
+        })?;
+        fragment.take(&[place.row], dataset.schema()).await
     };
-    let batches = read.await.map_err(storage_error("reading the catalogue"))?;
-    let arrays = batches.iter().filter_map(|b| b.column(0).as_string_opt::<i32>());
-    Ok(arrays.flat_map(|a| a.iter().flatten().map(str::to_owned).collect::<Vec<_>>()).collect())
+    let batch = read.await.map_err(storage_error("reading the catalogue"))?;
+    read_layers(&batch)?.pop().ok_or_else(|| Error::expected("rows of the catalogue", "none", "1"))
 }
 
 /// The artifacts of all rows.

@@ -1,113 +1,83 @@
-//! Reading artifacts: where their rows are, and the rows.
+//! Reading artifacts: their records, and their rows.
 
-use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 
 use arrow::array::{Array, AsArray, RecordBatch};
-use futures::{StreamExt, TryStreamExt};
+use futures::{FutureExt, TryStreamExt};
 use lance::Dataset;
-use lance::dataset::fragment::FileFragment;
-use tokio::sync::Mutex;
 
+use super::files::Files;
 use super::location::{Location, readable, storage_error};
-use super::record::{ArtifactRecord, Rows, read_artifacts};
+use super::record::{ArtifactRecord, LayerRecord, Places, Rows, read_artifacts};
 use super::schema::{ARTIFACTS, Table};
 use super::tables::add_rows;
 use crate::error::{Error, Result};
+use crate::layer::Method;
 use crate::layer::parts::{ArtifactId, Parts};
-
-/// Rows that Lance decodes at a time: as many as most layers have, so that they come as one piece, and few enough that
-/// 32-bit offsets can address rows of half a MiB.
-const READ_ROWS: u32 = 1 << 12;
 
 /// The data side of a store, for reading.
 #[derive(Debug)]
 pub struct Data {
     location: Location,
-    tables: Mutex<HashMap<String, Arc<Dataset>>>,
-    index: Mutex<Index>,
-}
-
-/// Where in the table of artifacts each one's row is. Fragments never change but for deletions, so each is read once.
-#[derive(Debug, Default)]
-struct Index {
-    /// By fragment: how many deletions it had when it was read.
-    seen: HashMap<usize, usize>,
-    rows: HashMap<ArtifactId, (usize, u32)>,
+    files: Files,
 }
 
 impl Data {
     pub fn new(location: Location) -> Self {
-        Data { location, tables: Mutex::default(), index: Mutex::default() }
+        Data { files: Files::new(location.clone()), location }
     }
 
-    /// A table's dataset, opened once. `fresh` asks for its latest version.
-    async fn table(&self, name: &str, fresh: bool) -> Result<Arc<Dataset>> {
-        let mut tables = self.tables.lock().await;
-        if !fresh && let Some(dataset) = tables.get(name) {
-            return Ok(dataset.clone());
-        }
-        let dataset = Arc::new(
-            self.location.open_table(name, None).await.map_err(storage_error(format!("opening table '{name}'")))?,
-        );
-        tables.insert(name.to_owned(), dataset.clone());
-        Ok(dataset)
-    }
-
-    /// The record of a complete artifact.
-    ///
-    /// # Errors
-    /// When there is none, or it cannot be read.
-    pub async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
-        let missing = |reason: &str| Error::Corrupt { artifact: id.to_string(), reason: reason.to_owned() };
-        for fresh in [false, true] {
-            let dataset = match self.table(ARTIFACTS, fresh).await {
-                Ok(dataset) => dataset,
-                Err(_) if !fresh => continue,
-                Err(e) => return Err(e),
-            };
-            let mut index = self.index.lock().await;
-            if !fresh && !index.rows.contains_key(&id) && !index.seen.is_empty() {
-                continue;
-            }
-            if fresh || index.seen.is_empty() {
-                index.update(&dataset).await.map_err(storage_error("reading the table of artifacts"))?;
-            }
-            let Some(&(fragment, row)) = index.rows.get(&id) else { continue };
-            drop(index);
-            let Some(fragment) = dataset.get_fragment(fragment) else { continue };
-            let taken = match fragment.take(&[row], dataset.schema()).await {
-                Ok(taken) => taken,
-                Err(_) if !fresh => continue,
-                Err(e) => return Err(storage_error("reading the table of artifacts")(e)),
-            };
-            let record =
-                read_artifacts(&taken)?.pop().ok_or_else(|| missing("its row in the table of artifacts is gone"))?;
-            if record.artifact == id {
-                return Ok(record);
-            }
-        }
-        Err(missing("the table of artifacts does not list it"))
+    /// The artifact's record.
+    async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
+        let filter = format!("artifact = X'{id}'");
+        self.listed(Some(&filter)).await?.into_values().next().ok_or_else(|| Error::Corrupt {
+            artifact: id.to_string(),
+            reason: "the table of artifacts does not list it".into(),
+        })
     }
 
     /// All records, an artifact that was written twice once.
     pub async fn records(&self) -> Result<Vec<ArtifactRecord>> {
+        Ok(self.listed(None).await?.into_values().collect())
+    }
+
+    async fn listed(&self, filter: Option<&str>) -> Result<BTreeMap<ArtifactId, ArtifactRecord>> {
         let dataset = match self.location.open_table(ARTIFACTS, None).await {
             Ok(dataset) => dataset,
-            Err(lance::Error::DatasetNotFound { .. }) => return Ok(vec![]),
+            Err(lance::Error::DatasetNotFound { .. }) => return Ok(BTreeMap::new()),
             Err(e) => return Err(storage_error("opening the table of artifacts")(e)),
         };
-        let batches: Vec<RecordBatch> = async { dataset.scan().try_into_stream().await?.try_collect().await }
-            .await
-            .map_err(storage_error("reading the table of artifacts"))?;
+        let read = async {
+            let mut scan = dataset.scan();
+            if let Some(filter) = filter {
+                scan.filter(filter)?;
+            }
+            scan.try_into_stream().await?.try_collect().await
+        };
+        let batches: Vec<RecordBatch> = read.await.map_err(storage_error("reading the table of artifacts"))?;
         let mut records = BTreeMap::new();
         for batch in &batches {
             for record in read_artifacts(batch)? {
                 records.entry(record.artifact).or_insert(record);
             }
         }
-        Ok(records.into_values().collect())
+        Ok(records)
+    }
+
+    /// The parts of a layer's artifact: from where the catalogue says they are, or, where they have been moved, from
+    /// where the table of artifacts says.
+    ///
+    /// # Errors
+    /// As [`Data::parts`], and when no such artifact is listed.
+    pub async fn layer_parts(&self, layer: &LayerRecord) -> Result<Parts> {
+        if !layer.places.0.is_empty() {
+            let read = self.assembled(layer.artifact, layer.method, &layer.config, &layer.places, false).await;
+            if let Ok(parts) = read {
+                return Ok(parts);
+            }
+        }
+        self.parts(&self.record(layer.artifact).await?).await
     }
 
     /// The parts of an artifact.
@@ -115,73 +85,77 @@ impl Data {
     /// # Errors
     /// When its rows are missing or are not what was written, as far as can be told without hashing them.
     pub async fn parts(&self, record: &ArtifactRecord) -> Result<Parts> {
-        let corrupt = |reason: String| Error::Corrupt { artifact: record.artifact.to_string(), reason };
-        let mut wanted = Vec::with_capacity(record.tables.len());
-        for (name, rows) in &record.tables {
+        self.assembled(record.artifact, record.method, &record.config, &record.places, true).await
+    }
+
+    async fn assembled(
+        &self,
+        id: ArtifactId,
+        method: Method,
+        config: &serde_json::Value,
+        places: &Places,
+        search: bool,
+    ) -> Result<Parts> {
+        let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
+        let mut wanted = Vec::with_capacity(places.0.len());
+        for (name, rows) in &places.0 {
             let table = Table::named(name)
                 .ok_or_else(|| corrupt(format!("it has rows in '{name}', which is no table of this format")))?;
             wanted.push((table, name, rows));
         }
         let read = wanted.into_iter().map(|(table, name, rows)| async move {
-            Ok::<_, Error>((table, self.rows(record.artifact, name, rows).await?))
+            Ok::<_, Error>((table, self.rows(id, name, rows, search).await?))
         });
-        let mut tables: Vec<(Table, Vec<RecordBatch>)> = futures::future::try_join_all(read).await?;
+        // Decoding damaged bytes may panic in Lance.
+        let read = AssertUnwindSafe(futures::future::try_join_all(read)).catch_unwind().await;
+        let mut tables: Vec<(Table, Vec<RecordBatch>)> =
+            read.unwrap_or_else(|_| Err(corrupt("its rows cannot be decoded".into())))?;
         tables.sort_by_key(|(table, _)| *table);
-        let mut parts = Parts::new(record.method, record.config.clone());
-        for (table, batches) in &tables {
-            add_rows(&mut parts, record.artifact, *table, batches).map_err(corrupt)?;
+        let mut parts = Parts::new(method, config.clone());
+        for (table, batches) in tables {
+            add_rows(&mut parts, id, table, batches).map_err(corrupt)?;
         }
         Ok(parts)
     }
 
-    /// One table's rows of an artifact: where they were written if they are still there, else by search.
-    async fn rows(&self, id: ArtifactId, table: &str, rows: &Rows) -> Result<Vec<RecordBatch>> {
+    /// One table's rows of an artifact: where they were written if they are still there, else by search, if that is
+    /// asked for.
+    async fn rows(&self, id: ArtifactId, table: &str, rows: &Rows, search: bool) -> Result<Vec<RecordBatch>> {
         let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
-        let mut failure = None;
-        for fresh in [false, true] {
-            let dataset = self.table(table, fresh).await?;
-            match at_hint(&dataset, rows).await {
-                Ok(Some(batches)) if batches.iter().all(|b| all_of(b, id)) => return Ok(batches),
-                Ok(_) => {}
-                Err(e) => failure = Some(e),
-            }
+        let unreadable =
+            |e: &lance::Error| corrupt(format!("its rows in table '{table}' cannot be read: {}", readable(e)));
+        let failure = match self.at_places(table, rows).await {
+            Ok(batches) if all_of(&batches, id, rows.rows) => return Ok(batches),
+            Ok(_) => None,
+            Err(e) => Some(e),
+        };
+        if !search {
+            return Err(failure.map_or_else(|| corrupt("its rows have been moved".into()), |e| unreadable(&e)));
         }
-        let dataset = self.table(table, false).await?;
-        match by_search(&dataset, id, rows.rows as usize).await {
+        let found = async {
+            let dataset = self.location.open_table(table, None).await?;
+            by_search(&dataset, id, rows.rows as usize).await
+        };
+        match found.await {
+            Ok(batches) if all_of(&batches, id, rows.rows) => Ok(batches),
             Ok(batches) => {
                 let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
-                if found as u64 == rows.rows {
-                    return Ok(batches);
-                }
-                let reason = failure.map_or_else(
-                    || format!("table '{table}' holds {found} of its {} rows", rows.rows),
-                    |e| format!("its rows in table '{table}' cannot be read: {}", readable(&e)),
-                );
-                Err(corrupt(reason))
+                Err(failure.map_or_else(
+                    || corrupt(format!("table '{table}' holds {found} of its {} rows", rows.rows)),
+                    |e| unreadable(&e),
+                ))
             }
-            Err(e) => {
-                Err(corrupt(format!("its rows in table '{table}' cannot be read: {}", readable(&failure.unwrap_or(e)))))
-            }
+            Err(e) => Err(unreadable(&failure.unwrap_or(e))),
         }
     }
-}
 
-/// The rows where they were written; `None` where there is no such place any more.
-async fn at_hint(dataset: &Dataset, rows: &Rows) -> lance::Result<Option<Vec<RecordBatch>>> {
-    let mut all = Vec::new();
-    for run in &rows.runs {
-        let Some(fragment) = dataset.get_fragment(run.fragment as usize) else { return Ok(None) };
-        let end = run.offset + run.rows;
-        if fragment.physical_rows().await? < end as usize {
-            return Ok(None);
+    async fn at_places(&self, table: &str, rows: &Rows) -> lance::Result<Vec<RecordBatch>> {
+        let mut all = Vec::new();
+        for run in &rows.runs {
+            all.extend(self.files.rows(table, &run.file, run.offset..run.offset.saturating_add(run.rows)).await?);
         }
-        all.extend(slice(&fragment, run.offset..end).await?);
+        Ok(all)
     }
-    Ok((all.iter().map(RecordBatch::num_rows).sum::<usize>() as u64 == rows.rows).then_some(all))
-}
-
-async fn slice(fragment: &FileFragment, rows: Range<u64>) -> lance::Result<Vec<RecordBatch>> {
-    fragment.read_physical_slice(rows, fragment.schema(), READ_ROWS).await?.buffered(4).try_collect().await
 }
 
 /// The first `count` rows of an artifact, in the order they were written; a second copy lies behind the first.
@@ -198,45 +172,11 @@ async fn by_search(dataset: &Dataset, id: ArtifactId, count: usize) -> lance::Re
     Ok(cut.filter(|b| b.num_rows() > 0).collect())
 }
 
-fn all_of(batch: &RecordBatch, id: ArtifactId) -> bool {
-    let names = batch.column_by_name("artifact").and_then(|c| c.as_fixed_size_binary_opt());
-    names.is_some_and(|names| (0..names.len()).all(|i| names.value(i) == id.0))
-}
-
-impl Index {
-    async fn update(&mut self, dataset: &Dataset) -> lance::Result<()> {
-        let projection = dataset.schema().project(&["artifact"])?;
-        let fragments = dataset.get_fragments();
-        let mut state = HashMap::new();
-        for fragment in &fragments {
-            let deleted =
-                fragment.metadata().deletion_file.as_ref().map_or(0, |d| d.num_deleted_rows.unwrap_or(usize::MAX));
-            state.insert(fragment.id(), deleted);
-        }
-        // A fragment that went or lost rows makes places stale: begin again.
-        if self.seen.iter().any(|(id, deleted)| state.get(id) != Some(deleted)) {
-            *self = Index::default();
-        }
-        for fragment in fragments {
-            if self.seen.contains_key(&fragment.id()) {
-                continue;
-            }
-            let rows = fragment.count_rows(None).await? as u32;
-            let reader = fragment.open(&projection, Default::default()).await?;
-            let batches: Vec<RecordBatch> =
-                reader.read_range(0..rows, READ_ROWS).await?.buffered(4).try_collect().await?;
-            let mut row = 0;
-            for batch in &batches {
-                let names = batch.column(0).as_fixed_size_binary();
-                for i in 0..names.len() {
-                    if let Ok(id) = names.value(i).try_into() {
-                        self.rows.entry(ArtifactId(id)).or_insert((fragment.id(), row));
-                    }
-                    row += 1;
-                }
-            }
-            self.seen.insert(fragment.id(), state[&fragment.id()]);
-        }
-        Ok(())
-    }
+/// Whether these are so many rows, all of this artifact.
+fn all_of(batches: &[RecordBatch], id: ArtifactId, rows: u64) -> bool {
+    batches.iter().map(|b| b.num_rows() as u64).sum::<u64>() == rows
+        && batches.iter().all(|batch| {
+            let names = batch.column_by_name("artifact").and_then(|c| c.as_fixed_size_binary_opt());
+            names.is_some_and(|names| names.value_length() == 32 && (0..names.len()).all(|i| names.value(i) == id.0))
+        })
 }

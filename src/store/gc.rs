@@ -239,7 +239,7 @@ async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
 /// Rows that no kept artifact needs: of others, or beyond the first copy.
 async fn unneeded(dataset: &Dataset, table: &str, kept: &BTreeMap<ArtifactId, ArtifactRecord>) -> Result<Vec<Span>> {
     let mut wanted: HashMap<ArtifactId, u64> =
-        kept.iter().filter_map(|(id, record)| Some((*id, record.tables.get(table)?.rows))).collect();
+        kept.iter().filter_map(|(id, record)| Some((*id, record.places.0.get(table)?.rows))).collect();
     let mut garbage = vec![];
     for span in spans(dataset).await? {
         let left = wanted.entry(span.artifact).or_default();
@@ -326,17 +326,17 @@ async fn compacted(
         ..CompactionOptions::default()
     };
     compact_files(&mut dataset, options, None).await?;
+    let files: HashMap<u64, String> =
+        dataset.fragments().iter().filter_map(|f| Some((f.id, f.files.first()?.path.clone()))).collect();
     let mut runs: HashMap<ArtifactId, Vec<Run>> = HashMap::new();
     for span in spans(&dataset).await.map_err(|e| lance::Error::internal(e.to_string()))? {
-        runs.entry(span.artifact).or_default().push(Run {
-            fragment: span.start >> 32,
-            offset: span.start & u64::from(u32::MAX),
-            rows: span.rows,
-        });
+        let Some(file) = files.get(&(span.start >> 32)) else { continue };
+        let offset = span.start & u64::from(u32::MAX);
+        runs.entry(span.artifact).or_default().push(Run { file: file.clone(), offset, rows: span.rows });
     }
     let mut moved = HashSet::new();
     for (artifact, runs) in runs {
-        let Some(place) = kept.get_mut(&artifact).and_then(|r| r.tables.get_mut(table)) else { continue };
+        let Some(place) = kept.get_mut(&artifact).and_then(|r| r.places.0.get_mut(table)) else { continue };
         let now = Rows { rows: place.rows, runs };
         if *place != now {
             *place = now;

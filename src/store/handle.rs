@@ -31,7 +31,7 @@ impl LayerHandle {
     /// # Errors
     /// When the artifact cannot be read.
     pub async fn load(&self) -> Result<Layer> {
-        let shared = self.store.load(self.record.artifact).await?;
+        let shared = self.store.load(&self.record).await?;
         shared.configured(&self.record.config).map_err(|e| e.in_layer(&self.record.layer))
     }
 

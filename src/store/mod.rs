@@ -6,10 +6,13 @@
 
 mod catalog;
 mod data;
+mod files;
 mod gc;
 mod handle;
 mod location;
 mod lock;
+mod names;
+mod plain;
 mod record;
 mod schema;
 mod snapshot;
@@ -20,22 +23,22 @@ mod writer;
 
 use std::sync::Arc;
 
-use lance::Dataset;
 use moka::future::Cache;
 
 pub use catalog::{SnapshotInfo, VersionInfo};
 pub use gc::GcReport;
 pub use handle::LayerHandle;
 pub use lance_io::object_store::WrappingObjectStore;
-pub use record::{ErrorBasis, LayerRecord, Source, SourceTensor};
+pub use record::{ErrorBasis, LayerRecord, Places, Source, SourceTensor};
 pub use schema::FORMAT_VERSION;
 pub use snapshot::{Diff, LayerChange, LayerState, ModelSummary, Snapshot, State};
 pub use stats::Stats;
 pub use verify::{CorruptArtifact, LayerName, VerifyReport};
 pub use writer::{Made, Stored, Writer, check_model_name};
 
+use self::catalog::Catalogue;
 use self::data::Data;
-use self::location::{Location, storage_error};
+use self::location::Location;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, Layer};
 
@@ -69,7 +72,8 @@ struct Inner {
     location: Location,
     data: Data,
     layers: Cache<ArtifactId, Layer>,
-    catalogue: std::sync::Mutex<Dataset>,
+    /// The latest version as it was last seen.
+    catalogue: std::sync::Mutex<Catalogue>,
 }
 
 impl Store {
@@ -109,14 +113,14 @@ impl Store {
         Ok(Self::new(location, catalogue, options))
     }
 
-    fn new(location: Location, catalogue: Dataset, options: StoreOptions) -> Self {
+    fn new(location: Location, catalogue: lance::Dataset, options: StoreOptions) -> Self {
         // moka weighs in 32 bits: count KiB.
         let layers = Cache::builder()
             .max_capacity(options.cache_bytes >> 10)
             .weigher(|_, layer: &Layer| u32::try_from(1 + (layer.memory_bytes() >> 10)).unwrap_or(u32::MAX))
             .build();
         let data = Data::new(location.clone());
-        Store { inner: Arc::new(Inner { location, data, layers, catalogue: std::sync::Mutex::new(catalogue) }) }
+        Store { inner: Arc::new(Inner { location, data, layers, catalogue: std::sync::Mutex::new(catalogue.into()) }) }
     }
 
     /// Where the store lies.
@@ -140,10 +144,9 @@ impl Store {
     /// # Errors
     /// When the storage refuses.
     pub async fn latest(&self) -> Result<Snapshot> {
-        let mut dataset = self.catalogue();
-        dataset.checkout_latest().await.map_err(storage_error("opening the latest version"))?;
-        *self.inner.catalogue.lock().unwrap_or_else(|e| e.into_inner()) = dataset.clone();
-        Ok(Snapshot::new(self.clone(), dataset, None))
+        let latest = self.catalogue().latest().await?;
+        *self.inner.catalogue.lock().unwrap_or_else(|e| e.into_inner()) = latest.clone();
+        Ok(Snapshot::new(self.clone(), latest, None))
     }
 
     /// The version that a snapshot's name, or a version's number, stands for.
@@ -151,12 +154,12 @@ impl Store {
     /// # Errors
     /// When there is no such snapshot or version.
     pub async fn at(&self, name: &str) -> Result<Snapshot> {
-        let version = catalog::resolve(&self.catalogue(), name).await?;
+        let version = catalog::resolve(self.catalogue().dataset(), name).await?;
         let dataset = catalog::open(&self.inner.location, Some(version)).await?;
-        Ok(Snapshot::new(self.clone(), dataset, Some(name)))
+        Ok(Snapshot::new(self.clone(), dataset.into(), Some(name)))
     }
 
-    fn catalogue(&self) -> Dataset {
+    fn catalogue(&self) -> Catalogue {
         self.inner.catalogue.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
@@ -173,7 +176,7 @@ impl Store {
     /// # Errors
     /// When the storage refuses.
     pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
-        catalog::list_snapshots(&self.catalogue()).await
+        catalog::list_snapshots(self.catalogue().dataset()).await
     }
 
     /// Deletes a snapshot's name; its version stays until gc.
@@ -233,15 +236,15 @@ impl Store {
     pub async fn prefetch(&self, handles: &[LayerHandle]) -> Result<()> {
         use futures::{StreamExt, TryStreamExt};
         const AT_ONCE: usize = 4;
-        let loads = handles.iter().map(|h| self.load(h.record().artifact));
+        let loads = handles.iter().map(|h| self.load(h.record()));
         futures::stream::iter(loads).buffer_unordered(AT_ONCE).try_for_each(|_| async { Ok(()) }).await
     }
 
     /// An artifact's layer, from the cache or read now; concurrent callers wait for one read.
-    async fn load(&self, id: ArtifactId) -> Result<Layer> {
+    async fn load(&self, record: &LayerRecord) -> Result<Layer> {
+        let id = record.artifact;
         let read = async {
-            let record = self.inner.data.record(id).await?;
-            let parts = self.inner.data.parts(&record).await?;
+            let parts = self.inner.data.layer_parts(record).await?;
             Layer::from_parts(parts).map_err(|e| Error::Corrupt { artifact: id.to_string(), reason: e.to_string() })
         };
         self.inner.layers.try_get_with(id, read).await.map_err(Error::Shared)

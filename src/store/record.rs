@@ -78,6 +78,9 @@ pub struct LayerRecord {
     pub config: Value,
     pub source: Source,
     pub created_at: DateTime<Utc>,
+    /// Filled in by the store when the row is committed.
+    #[serde(skip)]
+    pub places: Places,
 }
 
 fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Result<S::Ok, S::Error> {
@@ -85,16 +88,26 @@ fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Res
 }
 
 impl LayerRecord {
-    /// Whether both say the same of the layer, the time aside.
+    /// Whether both say the same of the layer, time and places aside.
     pub(crate) fn same_as(&self, other: &LayerRecord) -> bool {
-        *self == LayerRecord { created_at: self.created_at, ..other.clone() }
+        *self == LayerRecord { created_at: self.created_at, places: self.places.clone(), ..other.clone() }
     }
 }
 
-/// Consecutive rows of one fragment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Run {
-    pub fragment: u64,
+/// Where an artifact's rows were written, table by table: a reader that finds them there needs no search, and no look at
+/// a table's versions.
+///
+/// gc may move rows, so a place is a hint: every row that is read there is held against the artifact's name, and rows
+/// that are not there any more are looked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Places(pub(super) BTreeMap<String, Rows>);
+
+/// Consecutive rows of one data file, deleted ones counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Run {
+    /// Its name in the table's folder of data files.
+    pub file: String,
     pub offset: u64,
     pub rows: u64,
 }
@@ -114,7 +127,7 @@ pub struct ArtifactRecord {
     pub artifact: ArtifactId,
     pub method: Method,
     pub config: Value,
-    pub tables: BTreeMap<String, Rows>,
+    pub places: Places,
     pub stored_bytes: u64,
     /// What it was made from and how: BLAKE3 of source, settings and calibration inputs.
     pub recipe: [u8; 32],
@@ -168,6 +181,7 @@ pub fn layers_batch(records: &[LayerRecord]) -> Result<RecordBatch> {
         Arc::new(Float64Array::from_iter(records.iter().map(|r| r.relative_error))),
         strings(records.iter().map(|r| r.error_basis.as_str())),
         times(records.iter().map(|r| r.created_at)),
+        json_texts(records.iter().map(|r| &r.places))?,
     ];
     RecordBatch::try_new(schema::layers(), columns).map_err(|e| Error::Numeric(e.to_string()))
 }
@@ -178,7 +192,7 @@ pub fn artifacts_batch(records: &[ArtifactRecord]) -> Result<RecordBatch> {
         ids(records.iter().map(|r| r.artifact.0.as_slice()))?,
         strings(records.iter().map(|r| r.method.as_str())),
         json_texts(records.iter().map(|r| &r.config))?,
-        json_texts(records.iter().map(|r| &r.tables))?,
+        json_texts(records.iter().map(|r| &r.places))?,
         numbers(records.iter().map(|r| r.stored_bytes)),
         ids(records.iter().map(|r| r.recipe.as_slice()))?,
         Arc::new(Float64Array::from_iter(records.iter().map(|r| r.relative_error))),
@@ -267,6 +281,7 @@ pub fn read_layers(batch: &RecordBatch) -> Result<Vec<LayerRecord>> {
                 config: r.parsed("config", row)?,
                 source: r.parsed("source", row)?,
                 created_at: r.time(row)?,
+                places: r.parsed("places", row)?,
             })
         })
         .collect()
@@ -281,7 +296,7 @@ pub fn read_artifacts(batch: &RecordBatch) -> Result<Vec<ArtifactRecord>> {
                 artifact: ArtifactId(r.hash("artifact", row)?),
                 method: r.text("method", row)?.parse()?,
                 config: r.parsed("config", row)?,
-                tables: r.parsed("tables", row)?,
+                places: r.parsed("places", row)?,
                 stored_bytes: r.number("stored_bytes", row)?,
                 recipe: r.hash("recipe", row)?,
                 relative_error: r.error(row)?,

@@ -130,6 +130,7 @@ pub fn layers() -> SchemaRef {
         Field::new("relative_error", DataType::Float64, true),
         required("error_basis", DataType::Utf8),
         required("created_at", time()),
+        required("places", DataType::Utf8),
     ];
     let metadata = HashMap::from([(FORMAT_KEY.to_owned(), FORMAT_VERSION.to_string())]);
     Arc::new(Schema::new_with_metadata(fields, metadata))
@@ -141,7 +142,7 @@ pub fn artifacts() -> SchemaRef {
         artifact(),
         required("method", DataType::Utf8),
         required("config", DataType::Utf8),
-        required("tables", DataType::Utf8),
+        required("places", DataType::Utf8),
         required("stored_bytes", DataType::UInt64),
         required("recipe", DataType::FixedSizeBinary(32)),
         Field::new("relative_error", DataType::Float64, true),

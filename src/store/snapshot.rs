@@ -1,14 +1,13 @@
 //! The store at one version: a consistent whole, whatever is committed meanwhile.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use lance::Dataset;
 use serde::Serialize;
 
 use super::Store;
-use super::catalog::{self, quoted};
+use super::catalog::{self, Catalogue, quoted};
 use super::handle::LayerHandle;
 use super::record::LayerRecord;
 use super::stats::{self, Stats};
@@ -19,7 +18,7 @@ use crate::layer::Method;
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     store: Store,
-    dataset: Arc<Dataset>,
+    catalogue: Catalogue,
     label: String,
 }
 
@@ -85,18 +84,19 @@ impl From<&LayerRecord> for State {
 }
 
 impl Snapshot {
-    pub(super) fn new(store: Store, dataset: Dataset, label: Option<&str>) -> Self {
-        let label = label.map_or_else(|| format!("version {}", dataset.version_id()), |l| format!("'{l}'"));
-        Snapshot { store, dataset: Arc::new(dataset), label }
+    pub(super) fn new(store: Store, catalogue: Catalogue, label: Option<&str>) -> Self {
+        let version = catalogue.dataset().version_id();
+        let label = label.map_or_else(|| format!("version {version}"), |l| format!("'{l}'"));
+        Snapshot { store, catalogue, label }
     }
 
     /// The version's number.
     pub fn version(&self) -> u64 {
-        self.dataset.version_id()
+        self.dataset().version_id()
     }
 
     pub(super) fn dataset(&self) -> &Dataset {
-        &self.dataset
+        self.catalogue.dataset()
     }
 
     /// Every layer, by model and name.
@@ -104,7 +104,7 @@ impl Snapshot {
     /// # Errors
     /// When the catalogue cannot be read.
     pub async fn records(&self) -> Result<Vec<LayerRecord>> {
-        catalog::rows(&self.dataset, None).await
+        catalog::rows(self.dataset(), None).await
     }
 
     /// Every model, by name.
@@ -136,7 +136,7 @@ impl Snapshot {
     /// # Errors
     /// When there is no such model.
     pub async fn layers(&self, model: &str) -> Result<Vec<LayerRecord>> {
-        let rows = catalog::rows(&self.dataset, Some(&format!("model = {}", quoted(model)))).await?;
+        let rows = catalog::rows(self.dataset(), Some(&format!("model = {}", quoted(model)))).await?;
         if rows.is_empty() {
             return Err(self.unknown_model(model).await?);
         }
@@ -148,22 +148,28 @@ impl Snapshot {
     /// # Errors
     /// When there is no such model or layer: the message gives the closest names.
     pub async fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
-        let filter = format!("model = {} AND layer = {}", quoted(model), quoted(layer));
-        match catalog::rows(&self.dataset, Some(&filter)).await?.pop() {
-            Some(record) => Ok(self.handle(record)),
-            None => {
-                let names = catalog::texts(&self.dataset, "layer", Some(&format!("model = {}", quoted(model)))).await?;
-                if names.is_empty() {
-                    return Err(self.unknown_model(model).await?);
-                }
-                Err(Error::UnknownLayer {
-                    model: model.to_owned(),
-                    layer: layer.to_owned(),
-                    at: self.label.clone(),
-                    closest: closest(layer, names.iter().map(String::as_str), 5),
-                })
-            }
+        let names = self.catalogue.names().await?;
+        if let Some(place) = names.find(model, layer) {
+            return Ok(self.handle(catalog::row(self.dataset(), place).await?));
         }
+        let layers: Vec<&str> = names.layers_of(model).collect();
+        if layers.is_empty() {
+            return Err(self.unknown_model(model).await?);
+        }
+        Err(Error::UnknownLayer {
+            model: model.to_owned(),
+            layer: layer.to_owned(),
+            at: self.label.clone(),
+            closest: closest(layer, layers.into_iter(), 5),
+        })
+    }
+
+    /// Handles of all layers of a model, by name: one look at the catalogue for all of them.
+    ///
+    /// # Errors
+    /// When there is no such model.
+    pub async fn handles(&self, model: &str) -> Result<Vec<LayerHandle>> {
+        Ok(self.layers(model).await?.into_iter().map(|record| self.handle(record)).collect())
     }
 
     /// A handle for a row of this snapshot.
@@ -172,9 +178,7 @@ impl Snapshot {
     }
 
     async fn unknown_model(&self, model: &str) -> Result<Error> {
-        let mut known = catalog::texts(&self.dataset, "model", None).await?;
-        known.sort();
-        known.dedup();
+        let known = self.catalogue.names().await?.models();
         Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
     }
 

@@ -164,9 +164,9 @@ pub fn add_rows(
     parts: &mut Parts,
     id: ArtifactId,
     table: Table,
-    batches: &[RecordBatch],
+    batches: Vec<RecordBatch>,
 ) -> std::result::Result<(), String> {
-    for batch in batches {
+    for batch in &batches {
         let names =
             column(batch, "artifact")?.as_fixed_size_binary_opt().ok_or("the artifact column is of another type")?;
         if let Some(other) = (0..names.len()).find(|&i| names.value(i) != id.0) {
@@ -175,9 +175,9 @@ pub fn add_rows(
     }
     match table {
         Table::Keys(d) => {
-            in_order(batches, "key")?;
+            in_order(&batches, "key")?;
             let mut scales = Vec::new();
-            for batch in batches {
+            for batch in &batches {
                 scales.extend_from_slice(
                     column(batch, "scale")?
                         .as_primitive_opt::<Float32Type>()
@@ -188,19 +188,19 @@ pub fn add_rows(
             parts.keys = Some(Keys { vectors: gather_vectors(batches, d)?, scales });
         }
         Table::Values(d) => {
-            in_order(batches, "key")?;
+            in_order(&batches, "key")?;
             parts.values = Some(gather_vectors(batches, d)?);
         }
         Table::Codebooks(d) => {
-            for (batch, run) in runs(batches, |b, i| Ok((text(b, "role", i)?, number(b, "subspace", i)?)))? {
+            for (batch, run) in runs(&batches, |b, i| Ok((text(b, "role", i)?, number(b, "subspace", i)?)))? {
                 let ((role, subspace), rows) = run;
                 let rows = batch.slice(rows.start, rows.len());
                 in_order(std::slice::from_ref(&rows), "code")?;
-                parts.codebooks.push(Codebook { role, subspace, vectors: gather_vectors(&[rows], d)? });
+                parts.codebooks.push(Codebook { role, subspace, vectors: gather_vectors(vec![rows], d)? });
             }
         }
         Table::Codes(m) => {
-            for (batch, (role, rows)) in runs(batches, |b, i| text(b, "role", i))? {
+            for (batch, (role, rows)) in runs(&batches, |b, i| text(b, "role", i))? {
                 let rows = batch.slice(rows.start, rows.len());
                 in_order(std::slice::from_ref(&rows), "key")?;
                 let lists = column(&rows, "codes")?.as_fixed_size_list_opt().ok_or("codes is of another type")?;
@@ -215,7 +215,7 @@ pub fn add_rows(
             }
         }
         Table::Factors(d) => {
-            for (batch, (side, rows)) in runs(batches, |b, i| text(b, "side", i))? {
+            for (batch, (side, rows)) in runs(&batches, |b, i| text(b, "side", i))? {
                 let rows = batch.slice(rows.start, rows.len());
                 in_order(std::slice::from_ref(&rows), "component")?;
                 let side = match side.as_str() {
@@ -229,7 +229,7 @@ pub fn add_rows(
                 let factor = Factor {
                     side,
                     singular_values: singular.values().to_vec(),
-                    vectors: gather_vectors(std::slice::from_ref(&rows), d)?,
+                    vectors: gather_vectors(vec![rows.clone()], d)?,
                 };
                 parts.factors.push(factor);
                 // Sides of different lengths come from different tables, in no fixed order.
@@ -237,16 +237,16 @@ pub fn add_rows(
             }
         }
         Table::Weights => {
-            in_order(batches, "row")?;
+            in_order(&batches, "row")?;
             parts.weights = Some(WeightRows {
                 rows: batches.iter().map(RecordBatch::num_rows).sum(),
-                packed: gather_bytes(batches, "packed")?,
-                scales: gather_bytes(batches, "scales")?,
-                zeros: gather_bytes(batches, "zeros")?,
+                packed: gather_bytes(&batches, "packed")?,
+                scales: gather_bytes(&batches, "scales")?,
+                zeros: gather_bytes(&batches, "zeros")?,
             });
         }
         Table::Tensors => {
-            for batch in batches {
+            for batch in &batches {
                 let shapes = column(batch, "shape")?.as_list_opt::<i32>().ok_or("shape is of another type")?;
                 let data = column(batch, "data")?.as_binary_opt::<i64>().ok_or("data is of another type")?;
                 for i in 0..batch.num_rows() {
@@ -317,17 +317,24 @@ fn runs<K: PartialEq>(
     Ok(out)
 }
 
-fn gather_vectors(batches: &[RecordBatch], length: usize) -> std::result::Result<Array2<f32>, String> {
+/// All rows' vectors as one matrix; without a copy where one batch holds them all and nobody else holds it.
+fn gather_vectors(batches: Vec<RecordBatch>, length: usize) -> std::result::Result<Array2<f32>, String> {
     let rows: usize = batches.iter().map(RecordBatch::num_rows).sum();
-    let mut all = Vec::with_capacity(rows * length);
+    let mut columns = Vec::with_capacity(batches.len());
     for batch in batches {
-        let lists = column(batch, "vector")?.as_fixed_size_list_opt().ok_or("vector is of another type")?;
+        let lists = column(&batch, "vector")?.as_fixed_size_list_opt().ok_or("vector is of another type")?.clone();
         if lists.value_length() as usize != length {
             return Err(format!("vectors of length {} in a table of length {length}", lists.value_length()));
         }
-        let values = lists.values().slice(lists.value_offset(0) as usize, lists.len() * length);
-        all.extend_from_slice(values.as_primitive_opt::<Float32Type>().ok_or("vector is of another type")?.values());
+        let (start, count) = (lists.value_offset(0) as usize, lists.len() * length);
+        let (_, _, values, _) = lists.into_parts();
+        let floats = values.as_primitive_opt::<Float32Type>().ok_or("vector is of another type")?;
+        columns.push(floats.values().slice(start, count));
     }
+    let all = match columns.len() {
+        1 => columns.remove(0).into(),
+        _ => columns.iter().map(AsRef::<[f32]>::as_ref).collect::<Vec<_>>().concat(),
+    };
     Array2::from_shape_vec((rows, length), all).map_err(|e| e.to_string())
 }
 
@@ -430,7 +437,7 @@ mod tests {
                 // As a reader may get them: in slices of other sizes.
                 let joined = arrow::compute::concat_batches(&table.schema(), &batches).unwrap();
                 let slices: Vec<_> = (0..joined.num_rows()).step_by(split).map(|i| joined.slice(i, split.min(joined.num_rows() - i))).collect();
-                add_rows(&mut back, id, table, &slices).unwrap();
+                add_rows(&mut back, id, table, slices).unwrap();
             }
             prop_assert_eq!(back.id(), id);
             prop_assert_eq!(back, parts);
@@ -446,7 +453,7 @@ mod tests {
         let (table, rows) = batches.iter().next().unwrap();
         let mut back = Parts::new(Method::KeyValue, json!({}));
         let refuse = |back: &mut Parts, id, rows: &[RecordBatch], expected: &str| {
-            let message = add_rows(back, id, *table, rows).unwrap_err();
+            let message = add_rows(back, id, *table, rows.to_vec()).unwrap_err();
             assert!(message.contains(expected), "{message}");
         };
         refuse(&mut back, ArtifactId([0; 32]), rows, "another artifact");

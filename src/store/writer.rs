@@ -14,7 +14,7 @@ use super::catalog::{create_table, replace_model};
 use super::data::Data;
 use super::location::{Location, storage_error};
 use super::lock::{self, Guard};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, Rows, Run, artifacts_batch};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, Places, Rows, Run, artifacts_batch};
 use super::schema::{self, ARTIFACTS, Table};
 use super::tables::to_batches;
 use crate::error::{Error, Result};
@@ -52,7 +52,7 @@ pub struct Writer {
     _guard: Guard,
     /// Artifacts that are complete in the store, by recipe.
     recipes: HashMap<[u8; 32], Stored>,
-    known: HashSet<ArtifactId>,
+    known: HashMap<ArtifactId, Places>,
     pending: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
     pending_bytes: u64,
     written_bytes: u64,
@@ -64,9 +64,9 @@ impl Writer {
     pub(super) async fn begin(location: &Location, data: &Data) -> Result<Self> {
         let guard = lock::importing(location.local()).await?;
         let mut recipes = HashMap::new();
-        let mut known = HashSet::new();
+        let mut known = HashMap::new();
         for record in data.records().await? {
-            known.insert(record.artifact);
+            known.insert(record.artifact, record.places);
             let stored = Stored {
                 artifact: record.artifact,
                 method: record.method,
@@ -116,14 +116,14 @@ impl Writer {
             error_basis: made.error_basis,
         };
         self.recipes.insert(made.recipe, stored);
-        if !self.known.insert(id) {
+        if self.known.insert(id, Places::default()).is_some() {
             return Ok((id, false));
         }
         let record = ArtifactRecord {
             artifact: id,
             method: parts.method,
             config: parts.config.clone(),
-            tables: BTreeMap::new(),
+            places: Places::default(),
             stored_bytes,
             recipe: made.recipe,
             relative_error: made.relative_error,
@@ -168,17 +168,18 @@ impl Writer {
                 .collect();
             let batches = owned.into_iter().flat_map(|(_, batches)| batches).collect();
             let written = append(&self.location, &name, table.schema(), batches).await?;
-            let mut places = Places::new(written);
+            let mut places = Written::new(written);
             for (place, rows) in counts {
                 let runs = places.take(rows).ok_or_else(|| Error::Storage {
                     action: format!("appending to table '{name}'"),
                     message: "fewer rows were written than given".into(),
                 })?;
-                pending[place].0.tables.insert(name.clone(), Rows { rows, runs });
+                pending[place].0.places.0.insert(name.clone(), Rows { rows, runs });
             }
         }
         let records: Vec<ArtifactRecord> = pending.into_iter().map(|(record, _)| record).collect();
         append(&self.location, ARTIFACTS, schema::artifacts(), vec![artifacts_batch(&records)?]).await?;
+        self.known.extend(records.into_iter().map(|r| (r.artifact, r.places)));
         self.written_bytes += std::mem::take(&mut self.pending_bytes);
         self.broken = false;
         Ok(())
@@ -194,7 +195,7 @@ impl Writer {
         if let Some(record) = records.iter().find(|r| r.model != model) {
             return Err(Error::expected(format!("model of layer '{}'", record.layer), &record.model, model));
         }
-        if let Some(record) = records.iter().find(|r| !self.known.contains(&r.artifact)) {
+        if let Some(record) = records.iter().find(|r| !self.known.contains_key(&r.artifact)) {
             return Err(Error::expected(
                 format!("artifact of layer '{}'", record.layer),
                 record.artifact,
@@ -211,7 +212,11 @@ impl Writer {
         }
         self.flush().await?;
         let operation = if records.is_empty() { "remove" } else { "import" };
-        replace_model(&self.location, model, records, operation, message).await
+        let mut records = records.to_vec();
+        for record in &mut records {
+            record.places = self.known.get(&record.artifact).cloned().unwrap_or_default();
+        }
+        replace_model(&self.location, model, &records, operation, message).await
     }
 }
 
@@ -229,13 +234,13 @@ pub fn check_model_name(name: &str) -> Result<()> {
     Err(Error::InvalidName { what: "model", name: name.escape_debug().to_string(), reason })
 }
 
-/// Appends to a table, made first where it is missing, and gives the new fragments with their rows, in order.
-async fn append(
+/// Appends to a table, made first where it is missing, and gives the new data files with their rows, in order.
+pub(super) async fn append(
     location: &Location,
     table: &str,
     schema: arrow::datatypes::SchemaRef,
     batches: Vec<RecordBatch>,
-) -> Result<Vec<(u64, u64)>> {
+) -> Result<Vec<(String, u64)>> {
     let dataset = match location.open_for_write(table).await {
         Ok(dataset) => dataset,
         Err(lance::Error::DatasetNotFound { .. }) => {
@@ -251,53 +256,49 @@ async fn append_to(
     dataset: Arc<Dataset>,
     schema: arrow::datatypes::SchemaRef,
     batches: Vec<RecordBatch>,
-) -> lance::Result<Vec<(u64, u64)>> {
+) -> lance::Result<Vec<(String, u64)>> {
     let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
     let reader = RecordBatchIterator::new(batches.into_iter().map(Ok), schema);
     let transaction =
         InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(reader).await?;
-    let files: Vec<String> = match &transaction.operation {
-        Operation::Append { fragments } => {
-            fragments.iter().flat_map(|f| f.files.iter().map(|d| d.path.clone())).collect()
-        }
-        other => return Err(lance::Error::internal(format!("an append came to be {}", other.name()))),
+    let Operation::Append { fragments } = &transaction.operation else {
+        return Err(lance::Error::internal(format!("an append came to be {}", transaction.operation.name())));
     };
-    let committed = CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction).await?;
-    // Numbers are given at the commit; the files' names tell which fragments are ours.
-    let mut written = Vec::with_capacity(files.len());
-    for file in &files {
-        let fragment = committed.fragments().iter().find(|f| f.files.iter().any(|d| d.path == *file));
-        let fragment =
-            fragment.ok_or_else(|| lance::Error::internal(format!("{file} was committed and is not there")))?;
-        written.push((fragment.id, fragment.physical_rows.unwrap_or_default() as u64));
+    let mut written = Vec::with_capacity(fragments.len());
+    for fragment in fragments {
+        let [file] = fragment.files.as_slice() else {
+            return Err(lance::Error::internal(format!("a new fragment has {} data files", fragment.files.len())));
+        };
+        written.push((file.path.clone(), fragment.physical_rows.unwrap_or_default() as u64));
     }
+    CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction).await?;
     Ok(written)
 }
 
-/// Hands out consecutive rows of a list of fragments.
-struct Places {
-    fragments: std::vec::IntoIter<(u64, u64)>,
-    current: Option<(u64, u64)>,
+/// Hands out consecutive rows of a list of files.
+struct Written {
+    files: std::vec::IntoIter<(String, u64)>,
+    current: Option<(String, u64)>,
     offset: u64,
 }
 
-impl Places {
-    fn new(fragments: Vec<(u64, u64)>) -> Self {
-        Places { fragments: fragments.into_iter(), current: None, offset: 0 }
+impl Written {
+    fn new(files: Vec<(String, u64)>) -> Self {
+        Written { files: files.into_iter(), current: None, offset: 0 }
     }
 
     fn take(&mut self, mut rows: u64) -> Option<Vec<Run>> {
         let mut runs = Vec::new();
         while rows > 0 {
-            match self.current {
-                Some((fragment, size)) if self.offset < size => {
+            match &self.current {
+                Some((file, size)) if self.offset < *size => {
                     let taken = rows.min(size - self.offset);
-                    runs.push(Run { fragment, offset: self.offset, rows: taken });
+                    runs.push(Run { file: file.clone(), offset: self.offset, rows: taken });
                     self.offset += taken;
                     rows -= taken;
                 }
                 _ => {
-                    self.current = Some(self.fragments.next()?);
+                    self.current = Some(self.files.next()?);
                     self.offset = 0;
                 }
             }
@@ -311,15 +312,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_run_over_fragments() {
-        let mut places = Places::new(vec![(7, 3), (8, 0), (9, 10)]);
-        assert_eq!(places.take(2).unwrap(), [Run { fragment: 7, offset: 0, rows: 2 }]);
-        assert_eq!(
-            places.take(4).unwrap(),
-            [Run { fragment: 7, offset: 2, rows: 1 }, Run { fragment: 9, offset: 0, rows: 3 }]
-        );
-        assert_eq!(places.take(0).unwrap(), []);
-        assert_eq!(places.take(8), None);
+    fn runs_go_on_in_the_next_file() {
+        let run = |file: &str, offset, rows| Run { file: file.into(), offset, rows };
+        let mut written = Written::new(vec![("a".into(), 3), ("b".into(), 0), ("c".into(), 10)]);
+        assert_eq!(written.take(2).unwrap(), [run("a", 0, 2)]);
+        assert_eq!(written.take(4).unwrap(), [run("a", 2, 1), run("c", 0, 3)]);
+        assert_eq!(written.take(0).unwrap(), []);
+        assert_eq!(written.take(8), None);
     }
 
     #[test]

@@ -268,3 +268,42 @@ fn wrong_use_and_unknown_names() {
     place.fails(1, &["not a valid model name"], &["import", CHECKPOINT, "--model", ""]);
     place.fails(1, &[".safetensors"], &["export", "m", "--output", "x.bin"]);
 }
+
+#[test]
+fn shards_are_one_checkpoint() {
+    let place = Place::new();
+    let original = Checkpoint::open(CHECKPOINT).unwrap();
+    let folder = place.path("sharded");
+    std::fs::create_dir(&folder).unwrap();
+    let mut map = serde_json::Map::new();
+    for half in 0..2usize {
+        let file = format!("model-{:05}-of-00002.safetensors", half + 1);
+        let tensors: Vec<_> = original
+            .tensors()
+            .enumerate()
+            .filter(|(i, _)| i % 2 == half)
+            .map(|(_, t)| {
+                let view = safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), original.bytes(t));
+                (t.name.clone(), view.unwrap())
+            })
+            .collect();
+        map.extend(tensors.iter().map(|(name, _)| (name.clone(), file.clone().into())));
+        safetensors::serialize_to_file(tensors, None, &folder.join(&file)).unwrap();
+    }
+    let index = folder.join("model.safetensors.index.json");
+    std::fs::write(&index, serde_json::json!({"metadata": {}, "weight_map": map}).to_string()).unwrap();
+    let whole = place.import("whole", None);
+    for (model, path) in [("folder", &folder), ("index", &index)] {
+        let report = place.json(&["import", path.to_str().unwrap(), "--model", model]);
+        assert_eq!((&report["written_bytes"], &report["dense_bytes"]), (&serde_json::json!(0), &whole["dense_bytes"]));
+    }
+    let output = place.path("back.safetensors");
+    place.json(&["export", "index", "--output", output.to_str().unwrap()]);
+    let back = Checkpoint::open(&output).unwrap();
+    for tensor in original.tensors() {
+        assert_eq!(back.bytes(back.tensor(&tensor.name).unwrap()), original.bytes(tensor), "{}", tensor.name);
+    }
+    // A shard that is missing is named.
+    std::fs::remove_file(folder.join("model-00002-of-00002.safetensors")).unwrap();
+    place.fails(1, &["model-00002-of-00002.safetensors"], &["import", folder.to_str().unwrap(), "--model", "m"]);
+}

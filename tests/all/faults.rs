@@ -280,3 +280,67 @@ async fn a_full_disk_loses_nothing() {
         store.latest().await.unwrap().layers("before").await.unwrap().len()
     );
 }
+
+/// A store that may only be read: what reads works, what writes says why it cannot.
+#[cfg(unix)]
+#[test]
+fn a_read_only_store_can_be_read() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+
+    let place = Place::new();
+    place.import("m", Some(KEYS));
+    place.json(&["snapshot", "create", "s"]);
+    std::fs::copy(CHECKPOINT, place.path("small.safetensors")).unwrap();
+    let allow = |path: &std::path::Path, mode: u32| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    fn folders(path: &std::path::Path) -> Vec<std::path::PathBuf> {
+        let inner = std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir());
+        inner.flat_map(|p| folders(&p)).chain([path.to_owned()]).collect()
+    }
+    let layers = place.path("layers");
+    files(&layers).iter().for_each(|f| allow(f, 0o444));
+    folders(&layers).iter().for_each(|f| allow(f, 0o555));
+    allow(place.folder.path(), 0o755);
+    // No permission binds the superuser: then it is somebody else who runs a copy of the program.
+    let binary = place.path("layerstore");
+    std::fs::copy(env!("CARGO_BIN_EXE_layerstore"), &binary).unwrap();
+    let superuser = std::fs::write(layers.join("probe"), b"").is_ok();
+    let run = |args: &[&str]| {
+        let mut command = std::process::Command::new(&binary);
+        command.current_dir(place.folder.path()).args(["--store", "layers", "--quiet"]).args(args);
+        if superuser {
+            command.uid(65534).gid(65534);
+        }
+        let done = command.output().unwrap();
+        (done.status.code(), String::from_utf8(done.stderr).unwrap())
+    };
+    for args in [
+        vec!["models"],
+        vec!["layers", "m"],
+        vec!["--at", "s", "show", "m", "blocks.0.up"],
+        vec!["log"],
+        vec!["snapshot", "list"],
+        vec!["verify"],
+        vec!["stats"],
+        vec!["gc", "--older-than", "0s"],
+    ] {
+        assert_eq!(run(&args), (Some(0), String::new()), "{args:?}");
+    }
+    for args in [
+        vec!["import", "small.safetensors", "--model", "n"],
+        vec!["snapshot", "create", "t"],
+        vec!["snapshot", "delete", "s"],
+        vec!["restore", "1"],
+        vec!["gc", "--older-than", "0s", "--apply"],
+    ] {
+        let (code, said) = run(&args);
+        assert_eq!(code, Some(1), "{args:?}: {said}");
+        assert!(said.contains("ermission denied") && !said.contains("panicked"), "{args:?}: {said}");
+    }
+    folders(&layers).iter().for_each(|f| allow(f, 0o755));
+    files(&layers).iter().for_each(|f| allow(f, 0o644));
+    assert_eq!(place.json(&["models"]).as_array().unwrap().len(), 1);
+    assert_eq!(place.json(&["snapshot", "list"]).as_array().unwrap().len(), 1);
+}

@@ -2,6 +2,7 @@
 
 mod cli;
 mod faults;
+mod golden;
 mod processes;
 mod store;
 mod support;

@@ -11,6 +11,7 @@
 //!
 //! After AXL's `ApproximateLinear`, which multiplies keys by L⁻ᵀ where Lᵀ is right, forgets s_i, and keeps one sign only.
 
+mod build;
 mod config;
 mod search;
 mod threshold;
@@ -22,8 +23,10 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub use build::InputStatistics;
 pub use config::{Backend, Decomposition, KeyType, KeyValueConfig, Limit, Ranking, SearchSettings, Sides, ValueType};
 pub use search::{Hit, QueryHits};
+pub use threshold::{ThresholdMethod, search_threshold};
 
 use self::search::{Certificate, SelectLimit, select};
 use self::threshold::{Curves, gaussian, rank_value};
@@ -31,7 +34,7 @@ use super::parts::{Keys, Parts, Tensor};
 use super::{Accuracy, Method, Output, read_config, require_finite};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, SearchIndex};
-use crate::linalg::{Moments, cholesky, kept_rank, matmul, matmul_f64, solve_lower_transposed, svd};
+use crate::linalg::{dot_f64, matmul};
 
 /// From this batch on, kept contributions go through one matrix product instead of a gather for each row.
 const PRODUCT_FROM: usize = 8;
@@ -89,97 +92,6 @@ struct StoredConfig {
 }
 
 impl KeyValueLayer {
-    /// Factors `weight` `[out, in]`. Settings and shapes have been checked.
-    pub(super) fn build(
-        config: &KeyValueConfig,
-        weight: ArrayView2<f32>,
-        bias: Option<ArrayView1<f32>>,
-        calibration: Option<ArrayView2<f32>>,
-    ) -> Result<Self> {
-        let (out_features, in_features) = weight.dim();
-        let w = weight.mapv(f64::from);
-        let (mean, covariance) = match calibration {
-            Some(inputs) => {
-                let moments = Moments::of(inputs)?;
-                (moments.mean, Some(config.ridge().added_to(moments.covariance)))
-            }
-            None => (Array1::zeros(in_features), None),
-        };
-        let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
-        let factored = match (&factor, config.decomposition) {
-            (Some(l), Decomposition::WhitenedSvd) => svd(matmul_f64(w.view(), l.view()).view())?,
-            _ => svd(w.view())?,
-        };
-        let singular = factored.s.to_vec();
-        let rank = kept_rank(&singular, config.energy_keep, config.min_singular_value);
-        if rank == 0 {
-            return Err(Error::expected(
-                "min_singular_value",
-                config.min_singular_value,
-                format!("at most {}, the layer's largest singular value", singular.first().copied().unwrap_or(0.0)),
-            ));
-        }
-        let kept = factored.truncated(rank);
-        // Right singular vectors as rows, whitened or plain; then κ and s as the module says.
-        let (folded, scales): (Array2<f64>, Vec<f64>) = match (&factor, config.decomposition) {
-            (Some(l), Decomposition::WhitenedSvd) => {
-                (solve_lower_transposed(l.view(), kept.vt.t()).reversed_axes(), kept.s.to_vec())
-            }
-            (Some(l), Decomposition::Svd) => {
-                let keys = &kept.vt * &kept.s.view().insert_axis(Axis(1));
-                let scales: Vec<f64> =
-                    matmul_f64(keys.view(), l.view()).rows().into_iter().map(|k| k.dot(&k).sqrt()).collect();
-                let folded = Array2::from_shape_fn(keys.dim(), |(i, j)| {
-                    if scales[i] > 0.0 { keys[[i, j]] / scales[i] } else { kept.vt[[i, j]] }
-                });
-                (folded, scales)
-            }
-            (None, _) => (kept.vt.clone(), kept.s.to_vec()),
-        };
-        let truncation = if rank == singular.len() {
-            0.0
-        } else {
-            let stored =
-                matmul_f64((&kept.u * &Array1::from(scales.clone()).view().insert_axis(Axis(0))).view(), folded.view());
-            svd((&w - &stored).view())?.s[0]
-        };
-        let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
-        require_finite("the folded keys", keys.iter())?;
-        let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
-        let index = FlatIndex::new(keys);
-        let mean32 = mean.mapv(|v| v as f32);
-        let curves =
-            calibration.map(|inputs| Curves::measure(index.scores((&inputs - &mean32).view()).view(), &scales));
-        // Of the mean as it is subtracted from queries, rounding included.
-        let mean_output = w.dot(&mean32.mapv(f64::from)).mapv(|v| v as f32);
-        let stored = StoredConfig {
-            decomposition: config.decomposition,
-            energy_keep: config.energy_keep,
-            min_singular_value: config.min_singular_value,
-            ridge_regularization: config.ridge_regularization,
-            ridge_relative: config.ridge_relative,
-            use_bias: config.use_bias,
-            backend: config.backend,
-            values: config.values,
-            calibrated: calibration.is_some(),
-            in_features,
-            out_features,
-            rank,
-            truncation,
-        };
-        let core = Core::new(
-            stored,
-            index,
-            scales,
-            kept.u.t().mapv(|v| v as f32),
-            mean32,
-            mean_output,
-            bias.map(|b| b.to_owned()),
-            curves,
-        )?;
-        Self::with_settings(Arc::new(core), config.search())
-    }
-
     fn with_settings(core: Arc<Core>, settings: SearchSettings) -> Result<Self> {
         settings.validate()?;
         config::check_keys(settings.expected_keys_per_query, core.config.in_features.min(core.config.out_features))?;
@@ -420,10 +332,9 @@ impl Core {
             ));
         }
         let values = if values.is_standard_layout() { values } else { values.as_standard_layout().to_owned() };
-        let on_mean = values
-            .rows()
-            .into_iter()
-            .map(|u| u.iter().zip(&mean_output).map(|(&u, &m)| f64::from(u) * f64::from(m)).sum());
+        let contiguous = "standard layout";
+        let mean_of = mean_output.as_slice().expect(contiguous);
+        let on_mean = values.rows().into_iter().map(|u| dot_f64(u.to_slice().expect(contiguous), mean_of));
         let rounding: f64 = index
             .keys()
             .rows()

@@ -1,17 +1,55 @@
 //! The threshold at which K keys are expected.
 
 use ndarray::{Array2, ArrayView2};
+use serde::{Deserialize, Serialize};
 
 use super::config::{Ranking, Sides};
-use crate::linalg::{normal_quantile, normal_survival};
+use crate::error::{Error, Result};
+use crate::linalg::{normal_pdf, normal_quantile, normal_survival};
 
 /// Tokens that a calibration curve is taken over, evenly spaced: quantiles settle long before all of them are used.
 const CURVE_TOKENS: usize = 1024;
 
+/// AXL's ways to a score threshold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ThresholdMethod {
+    /// The standard normal's upper quantile at expected/total: this many keys pass, one-sided, on average.
+    #[default]
+    Quantile,
+    /// 0.5, whatever is asked for.
+    Fixed,
+    /// expected/total itself, within 0.1 and 0.9.
+    Adaptive,
+}
+
+/// A score threshold as AXL's `compute_search_threshold` gives it; the probability is kept 1e-12 away from 0 and 1.
+///
+/// For comparison with AXL. A layer's own settings use [`ThresholdMethod::Quantile`]'s two-sided form, the form for
+/// contributions, or what its calibration inputs measured.
+///
+/// # Errors
+/// When there are no keys, or the number expected is negative, not a number, or above the total.
+pub fn search_threshold(method: ThresholdMethod, expected: f64, total: usize) -> Result<f64> {
+    if total == 0 || !(0.0..=total as f64).contains(&expected) {
+        return Err(Error::expected(
+            "expected keys",
+            format!("{expected} of {total}"),
+            "a number between 0 and the total, which is at least 1",
+        ));
+    }
+    let share = expected / total as f64;
+    Ok(match method {
+        ThresholdMethod::Quantile => normal_quantile((1.0 - share).clamp(1e-12, 1.0 - 1e-12)),
+        ThresholdMethod::Fixed => 0.5,
+        ThresholdMethod::Adaptive => share.clamp(0.1, 0.9),
+    })
+}
+
 /// The threshold for `expected` hits when every score is standard normal.
 ///
 /// By score: Φ⁻¹(1 − K/2r), one-sided Φ⁻¹(1 − K/r). By contribution: the root of Σ 2(1 − Φ(t/s_i)) = K, one-sided
-/// Σ (1 − Φ(t/s_i)) = K, by bisection.
+/// Σ (1 − Φ(t/s_i)) = K.
 pub fn gaussian(scales: &[f32], expected: f64, ranking: Ranking, sides: Sides) -> f32 {
     let keys = scales.len() as f64;
     if sides == Sides::Both && expected >= keys {
@@ -21,18 +59,43 @@ pub fn gaussian(scales: &[f32], expected: f64, ranking: Ranking, sides: Sides) -
     match ranking {
         Ranking::Score => normal_quantile(1.0 - expected / (doubled * keys)) as f32,
         Ranking::Contribution => {
-            let hits = |t: f64| {
-                scales.iter().map(|&s| doubled * normal_survival(t / f64::from(s).max(f64::MIN_POSITIVE))).sum::<f64>()
-            };
             let largest = scales.iter().fold(0f64, |m, &s| m.max(s.into()));
-            let (mut low, mut high) = (if sides == Sides::Both { 0.0 } else { -40.0 * largest }, 40.0 * largest);
-            for _ in 0..200 {
-                let middle = 0.5 * (low + high);
-                if hits(middle) > expected { low = middle } else { high = middle }
-            }
-            high as f32
+            let low = if sides == Sides::Both { 0.0 } else { -40.0 * largest };
+            // How many more than K pass, and how fast that falls.
+            let excess = |t: f64| {
+                scales.iter().fold((-expected, 0.0), |(hits, slope), &s| {
+                    let s = f64::from(s).max(f64::MIN_POSITIVE);
+                    (hits + doubled * normal_survival(t / s), slope - doubled * normal_pdf(t / s) / s)
+                })
+            };
+            falling_root(low, 40.0 * largest, excess) as f32
         }
     }
+}
+
+/// Where a falling function, given with its slope, crosses zero between `low` and `high`: Newton's steps, and halving
+/// where they leave the bracket or shrink it too slowly.
+fn falling_root(mut low: f64, mut high: f64, value_and_slope: impl Fn(f64) -> (f64, f64)) -> f64 {
+    let mut at = 0.5 * (low + high);
+    let mut last = high - low;
+    for _ in 0..200 {
+        let (value, slope) = value_and_slope(at);
+        if value > 0.0 {
+            low = at
+        } else {
+            high = at
+        }
+        let newton = at - value / slope;
+        let next =
+            if newton > low && newton < high && (newton - at).abs() < 0.5 * last { newton } else { 0.5 * (low + high) };
+        last = (next - at).abs();
+        // f32 is what the caller keeps.
+        if last <= 1e-12 * high.abs() {
+            return next;
+        }
+        at = next;
+    }
+    at
 }
 
 /// A layer's own answer: `curve[k − 1]` is the threshold that lets `k` keys through on average over the calibration

@@ -1,0 +1,159 @@
+//! Making keys and values from a weight.
+
+use std::sync::Arc;
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+
+use super::config::{Decomposition, KeyValueConfig};
+use super::threshold::Curves;
+use super::{Core, KeyValueLayer, StoredConfig};
+use crate::error::{Error, Result};
+use crate::index::{FlatIndex, SearchIndex};
+use crate::layer::{check_inputs, require_finite};
+use crate::linalg::{Moments, cholesky, kept_rank, matmul_f64, solve_lower_transposed, svd};
+
+/// What is known of a layer's inputs without the inputs themselves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputStatistics {
+    /// μ `[in_features]`.
+    pub mean: Array1<f64>,
+    /// C `[in_features, in_features]`, symmetric positive definite once the config's ridge is added.
+    pub covariance: Array2<f64>,
+}
+
+impl KeyValueLayer {
+    /// Factors `weight` `[out_features, in_features]` for inputs with these statistics. Thresholds for K assume normal
+    /// scores, since no inputs are at hand to measure them on.
+    ///
+    /// # Errors
+    /// When a setting is out of its range, a shape does not fit, a number is not finite, or the covariance is not
+    /// positive definite.
+    pub fn from_statistics(
+        config: &KeyValueConfig,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        statistics: &InputStatistics,
+    ) -> Result<Self> {
+        let (out_features, in_features) = weight.dim();
+        config.validate()?;
+        config.check(out_features, in_features)?;
+        check_inputs(weight, bias, None)?;
+        let found = (statistics.mean.len(), statistics.covariance.dim());
+        if found != (in_features, (in_features, in_features)) {
+            return Err(Error::expected(
+                "shapes of mean and covariance",
+                format!("{found:?}"),
+                format!("({in_features}, ({in_features}, {in_features}))"),
+            ));
+        }
+        if let Some((index, value)) = statistics.mean.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+            return Err(Error::NotFinite { what: "the inputs' mean".into(), value: *value, index });
+        }
+        let covariance = config.ridge().added_to(statistics.covariance.clone());
+        Self::factor(config, weight, bias, statistics.mean.clone(), Some(covariance), None)
+    }
+
+    /// Factors `weight` `[out, in]` for inputs like `calibration`. Settings and shapes have been checked.
+    pub(in crate::layer) fn build(
+        config: &KeyValueConfig,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<ArrayView2<f32>>,
+    ) -> Result<Self> {
+        let (mean, covariance) = match calibration {
+            Some(inputs) => {
+                let moments = Moments::of(inputs)?;
+                (moments.mean, Some(config.ridge().added_to(moments.covariance)))
+            }
+            None => (Array1::zeros(weight.ncols()), None),
+        };
+        Self::factor(config, weight, bias, mean, covariance, calibration)
+    }
+
+    /// `covariance` has its ridge.
+    fn factor(
+        config: &KeyValueConfig,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        mean: Array1<f64>,
+        covariance: Option<Array2<f64>>,
+        calibration: Option<ArrayView2<f32>>,
+    ) -> Result<Self> {
+        let (out_features, in_features) = weight.dim();
+        let w = weight.mapv(f64::from);
+        let calibrated = covariance.is_some();
+        let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
+        let factored = match (&factor, config.decomposition) {
+            (Some(l), Decomposition::WhitenedSvd) => svd(matmul_f64(w.view(), l.view()).view())?,
+            _ => svd(w.view())?,
+        };
+        let singular = factored.s.to_vec();
+        let rank = kept_rank(&singular, config.energy_keep, config.min_singular_value);
+        if rank == 0 {
+            return Err(Error::expected(
+                "min_singular_value",
+                config.min_singular_value,
+                format!("at most {}, the layer's largest singular value", singular.first().copied().unwrap_or(0.0)),
+            ));
+        }
+        let kept = factored.truncated(rank);
+        // Right singular vectors as rows, whitened or plain; then κ and s as the module says.
+        let (folded, scales): (Array2<f64>, Vec<f64>) = match (&factor, config.decomposition) {
+            (Some(l), Decomposition::WhitenedSvd) => {
+                (solve_lower_transposed(l.view(), kept.vt.t()).reversed_axes(), kept.s.to_vec())
+            }
+            (Some(l), Decomposition::Svd) => {
+                let keys = &kept.vt * &kept.s.view().insert_axis(Axis(1));
+                let scales: Vec<f64> =
+                    matmul_f64(keys.view(), l.view()).rows().into_iter().map(|k| k.dot(&k).sqrt()).collect();
+                let folded = Array2::from_shape_fn(keys.dim(), |(i, j)| {
+                    if scales[i] > 0.0 { keys[[i, j]] / scales[i] } else { kept.vt[[i, j]] }
+                });
+                (folded, scales)
+            }
+            (None, _) => (kept.vt.clone(), kept.s.to_vec()),
+        };
+        let truncation = if rank == singular.len() {
+            0.0
+        } else {
+            let stored =
+                matmul_f64((&kept.u * &Array1::from(scales.clone()).view().insert_axis(Axis(0))).view(), folded.view());
+            svd((&w - &stored).view())?.s[0]
+        };
+        let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
+        require_finite("the folded keys", keys.iter())?;
+        let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
+        let index = FlatIndex::new(keys);
+        let mean32 = mean.mapv(|v| v as f32);
+        let curves =
+            calibration.map(|inputs| Curves::measure(index.scores((&inputs - &mean32).view()).view(), &scales));
+        // Of the mean as it is subtracted from queries, rounding included.
+        let mean_output = w.dot(&mean32.mapv(f64::from)).mapv(|v| v as f32);
+        let stored = StoredConfig {
+            decomposition: config.decomposition,
+            energy_keep: config.energy_keep,
+            min_singular_value: config.min_singular_value,
+            ridge_regularization: config.ridge_regularization,
+            ridge_relative: config.ridge_relative,
+            use_bias: config.use_bias,
+            backend: config.backend,
+            values: config.values,
+            calibrated,
+            in_features,
+            out_features,
+            rank,
+            truncation,
+        };
+        let core = Core::new(
+            stored,
+            index,
+            scales,
+            kept.u.t().mapv(|v| v as f32),
+            mean32,
+            mean_output,
+            bias.map(|b| b.to_owned()),
+            curves,
+        )?;
+        Self::with_settings(Arc::new(core), config.search())
+    }
+}
