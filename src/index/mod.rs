@@ -20,8 +20,8 @@ pub trait SearchIndex: Send + Sync {
     /// `⟨key, query⟩` of every pair: queries `[batch, dimension]` to scores `[batch, len]`.
     fn scores(&self, queries: ArrayView2<f32>) -> Array2<f32>;
 
-    /// The keys as floats, `[len, dimension]`.
-    fn keys(&self) -> ArrayView2<'_, f32>;
+    /// The keys as the index knows them, `[len, dimension]`.
+    fn reconstruct(&self) -> Array2<f32>;
 
     /// Whether there are no keys.
     fn is_empty(&self) -> bool {

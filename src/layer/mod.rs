@@ -18,11 +18,13 @@ use serde_json::Value;
 pub use dense::{DType, DenseLayer};
 pub(crate) use dense::{dtype_name, dtype_named, from_f32, to_f32};
 pub use key_value::{
-    Backend, Decomposition, Hit, InputStatistics, KeyType, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking,
-    SearchSettings, Sides, ThresholdMethod, ValueType, search_threshold,
+    Backend, Decomposition, Hit, InputStatistics, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking,
+    SearchSettings, Sides, ThresholdMethod, search_threshold,
 };
 pub use low_rank::{LowRankConfig, LowRankLayer, Scaling};
 pub use parts::{ArtifactId, Parts};
+
+pub use crate::quant::RowType;
 
 use crate::error::{Error, Result};
 

@@ -56,12 +56,12 @@ pub struct Codebook {
     pub vectors: Array2<f32>,
 }
 
-/// Product-quantised vectors.
+/// Vectors as bytes: the codes of a product quantiser, or numbers of one or two bytes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Codes {
     /// What they encode, as in [`Codebook::role`].
     pub role: String,
-    /// `[vectors, subspaces]`.
+    /// `[vectors, bytes]`, a code or a number's little-endian bytes after another.
     pub codes: Array2<u8>,
 }
 

@@ -12,7 +12,7 @@ mod whitening;
 pub use convert::{from_dmatrix, from_dvector, to_dmatrix, to_dvector};
 pub use decompose::{
     KeysValues, Svd, cholesky, inverse_lower, kept_rank, leading_svd, regularized_inverse, solve_lower,
-    solve_lower_transposed, svd, svd_keys_values,
+    solve_lower_transposed, spectral_norm_bound, svd, svd_keys_values,
 };
 pub use normal::{normal_cdf, normal_pdf, normal_quantile, normal_survival};
 pub use product::{add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, relative_error};

@@ -1,7 +1,10 @@
-//! Weight quantisers: what a weight matrix becomes when its numbers are stored in a few bits.
+//! Quantisers: what a weight matrix, or the rows of keys and values, become when their numbers are kept in a few bits.
 
 mod integer;
+mod kernels;
 mod packing;
+mod rows;
 
 pub use integer::{Group, IntegerFormat, PackedMatrix, WeightType};
 pub use packing::{pack_nibbles, unpack_nibbles};
+pub use rows::{RowMatrix, RowType};

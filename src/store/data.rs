@@ -1,10 +1,10 @@
 //! Reading artifacts: their records, and their rows.
 
 use std::collections::BTreeMap;
-use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch};
-use futures::{FutureExt, TryStreamExt};
+use futures::TryStreamExt;
 use lance::Dataset;
 
 use super::files::Files;
@@ -70,7 +70,7 @@ impl Data {
     ///
     /// # Errors
     /// As [`Data::parts`], and when no such artifact is listed.
-    pub async fn layer_parts(&self, layer: &LayerRecord) -> Result<Parts> {
+    pub async fn layer_parts(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
         if !layer.places.0.is_empty() {
             let read = self.assembled(layer.artifact, layer.method, &layer.config, &layer.places, false).await;
             if let Ok(parts) = read {
@@ -84,12 +84,12 @@ impl Data {
     ///
     /// # Errors
     /// When its rows are missing or are not what was written, as far as can be told without hashing them.
-    pub async fn parts(&self, record: &ArtifactRecord) -> Result<Parts> {
+    pub async fn parts(self: &Arc<Self>, record: &ArtifactRecord) -> Result<Parts> {
         self.assembled(record.artifact, record.method, &record.config, &record.places, true).await
     }
 
     async fn assembled(
-        &self,
+        self: &Arc<Self>,
         id: ArtifactId,
         method: Method,
         config: &serde_json::Value,
@@ -97,19 +97,19 @@ impl Data {
         search: bool,
     ) -> Result<Parts> {
         let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
-        let mut wanted = Vec::with_capacity(places.0.len());
+        let mut reads = Vec::with_capacity(places.0.len());
         for (name, rows) in &places.0 {
             let table = Table::named(name)
                 .ok_or_else(|| corrupt(format!("it has rows in '{name}', which is no table of this format")))?;
-            wanted.push((table, name, rows));
+            let (data, name, rows) = (self.clone(), name.clone(), rows.clone());
+            reads.push((table, tokio::spawn(async move { data.rows(id, &name, &rows, search).await })));
         }
-        let read = wanted.into_iter().map(|(table, name, rows)| async move {
-            Ok::<_, Error>((table, self.rows(id, name, rows, search).await?))
-        });
-        // Decoding damaged bytes may panic in Lance.
-        let read = AssertUnwindSafe(futures::future::try_join_all(read)).catch_unwind().await;
-        let mut tables: Vec<(Table, Vec<RecordBatch>)> =
-            read.unwrap_or_else(|_| Err(corrupt("its rows cannot be decoded".into())))?;
+        let mut tables: Vec<(Table, Vec<RecordBatch>)> = Vec::with_capacity(reads.len());
+        for (table, read) in reads {
+            // Decoding damaged bytes may panic in Lance.
+            let rows = read.await.map_err(|_| corrupt(format!("its rows in '{}' cannot be decoded", table.name())))?;
+            tables.push((table, rows?));
+        }
         tables.sort_by_key(|(table, _)| *table);
         let mut parts = Parts::new(method, config.clone());
         for (table, batches) in tables {

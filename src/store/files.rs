@@ -56,7 +56,7 @@ impl Files {
     pub async fn rows(&self, table: &str, file: &str, rows: Range<u64>) -> lance::Result<Vec<RecordBatch>> {
         let opened = self.opened(table, file).await?;
         let Some(local) = opened.local.clone() else { return opened.decode(rows, None).await };
-        let plain = opened.plain(&rows)?;
+        let plain = opened.plain(&rows);
         if plain.is_empty() {
             return opened.decode(rows, None).await;
         }
@@ -108,7 +108,15 @@ impl Files {
         let (plugins, options) = (Arc::<DecoderPlugins>::default(), FileReaderOptions::default());
         let reader = FileReader::try_open(file, None, plugins, session.file_metadata_cache(), options).await?;
         let schema = Arc::new(Schema::from(reader.schema().as_ref()));
-        Ok(Arc::new(Opened { reader, local, schema }))
+        let mut wide = vec![];
+        for field in schema.fields() {
+            if matches!(field.data_type(), DataType::FixedSizeList(..) | DataType::Binary)
+                && let [index] = projection(&reader, &[field.name()])?.column_indices[..]
+            {
+                wide.push((field.clone(), index as usize));
+            }
+        }
+        Ok(Arc::new(Opened { reader, local, schema, wide }))
     }
 
     async fn connect(&self) -> lance::Result<(Arc<ScanScheduler>, Path)> {
@@ -127,6 +135,8 @@ struct Opened {
     reader: FileReader,
     local: Option<Arc<File>>,
     schema: SchemaRef,
+    /// Columns of a kind that may lie plainly, and where the file describes them.
+    wide: Vec<(Arc<Field>, usize)>,
 }
 
 impl Opened {
@@ -145,22 +155,21 @@ impl Opened {
     }
 
     /// The large columns whose bytes lie plainly in the file.
-    fn plain(&self, rows: &Range<u64>) -> lance::Result<BTreeMap<String, PlainColumn>> {
-        let mut found = BTreeMap::new();
-        let wide = |f: &Field| matches!(f.data_type(), DataType::FixedSizeList(..) | DataType::Binary);
-        for field in self.schema.fields().iter().filter(|f| wide(f)) {
-            let [index] = self.projection(&[field.name()])?.column_indices[..] else { continue };
-            let Some(column) = self.reader.metadata().column_infos.get(index as usize) else { continue };
-            if let Some(plain) = PlainColumn::find(field, column, rows.clone()) {
-                found.insert(field.name().clone(), plain);
-            }
-        }
-        Ok(found)
+    fn plain(&self, rows: &Range<u64>) -> BTreeMap<String, PlainColumn> {
+        let columns = &self.reader.metadata().column_infos;
+        let found = self.wide.iter().filter_map(|(field, index)| {
+            Some((field.name().clone(), PlainColumn::find(field, columns.get(*index)?, rows.clone())?))
+        });
+        found.collect()
     }
 
     fn projection(&self, columns: &[&str]) -> lance::Result<ReaderProjection> {
-        reader_projection_from_column_names(self.reader.version(), self.reader.schema(), columns)
+        projection(&self.reader, columns)
     }
+}
+
+fn projection(reader: &FileReader, columns: &[&str]) -> lance::Result<ReaderProjection> {
+    reader_projection_from_column_names(reader.version(), reader.schema(), columns)
 }
 
 #[cfg(test)]
@@ -170,6 +179,6 @@ impl Files {
     }
 
     pub async fn plain_columns(&self, table: &str, file: &str, rows: Range<u64>) -> lance::Result<Vec<String>> {
-        Ok(self.opened(table, file).await?.plain(&rows)?.into_keys().collect())
+        Ok(self.opened(table, file).await?.plain(&rows).into_keys().collect())
     }
 }

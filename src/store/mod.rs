@@ -70,7 +70,7 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     location: Location,
-    data: Data,
+    data: Arc<Data>,
     layers: Cache<ArtifactId, Layer>,
     /// The latest version as it was last seen.
     catalogue: std::sync::Mutex<Catalogue>,
@@ -119,7 +119,7 @@ impl Store {
             .max_capacity(options.cache_bytes >> 10)
             .weigher(|_, layer: &Layer| u32::try_from(1 + (layer.memory_bytes() >> 10)).unwrap_or(u32::MAX))
             .build();
-        let data = Data::new(location.clone());
+        let data = Arc::new(Data::new(location.clone()));
         Store { inner: Arc::new(Inner { location, data, layers, catalogue: std::sync::Mutex::new(catalogue.into()) }) }
     }
 

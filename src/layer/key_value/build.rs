@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
-use super::config::{Decomposition, KeyValueConfig};
+use super::config::{Backend, Decomposition, KeyValueConfig};
 use super::threshold::Curves;
 use super::{Core, KeyValueLayer, StoredConfig};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, SearchIndex};
 use crate::layer::{check_inputs, require_finite};
-use crate::linalg::{Moments, cholesky, kept_rank, matmul_f64, solve_lower_transposed, svd};
+use crate::linalg::{Moments, cholesky, kept_rank, matmul_f64, solve_lower_transposed, spectral_norm_bound, svd};
+use crate::quant::{RowMatrix, RowType};
 
 /// What is known of a layer's inputs without the inputs themselves.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,6 +83,7 @@ impl KeyValueLayer {
         let (out_features, in_features) = weight.dim();
         let w = weight.mapv(f64::from);
         let calibrated = covariance.is_some();
+        let spread = covariance.as_ref().map(|c| c.diag().mapv(|v| v.sqrt() as f32));
         let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
         let factored = match (&factor, config.decomposition) {
             (Some(l), Decomposition::WhitenedSvd) => svd(matmul_f64(w.view(), l.view()).view())?,
@@ -123,7 +125,24 @@ impl KeyValueLayer {
         let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
         require_finite("the folded keys", keys.iter())?;
         let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
-        let index = FlatIndex::new(keys);
+        let Backend::Flat { keys: kind } = config.backend;
+        let index = FlatIndex::new(keys, kind, spread.filter(|_| kind == RowType::Int8))?;
+        let values = RowMatrix::new(kept.u.t().mapv(|v| v as f32), config.values)?;
+        let scaled = |keys: &Array2<f64>| keys * &Array1::from(scales.clone()).mapv(f64::from).insert_axis(Axis(1));
+        let used = index.reconstruct().mapv(f64::from);
+        let key_error = match kind {
+            RowType::F32 => 0.0,
+            RowType::F16 | RowType::Int8 => {
+                let error = scaled(&(&used - &folded));
+                spectral_norm_bound(in_units(error, &index).view())
+            }
+        };
+        let value_error = match config.values {
+            RowType::F32 => 0.0,
+            RowType::F16 | RowType::Int8 => spectral_norm_bound((values.to_f32().mapv(f64::from) - kept.u.t()).view()),
+        };
+        let rounding =
+            in_units(scaled(&used), &index).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
         let mean32 = mean.mapv(|v| v as f32);
         let curves =
             calibration.map(|inputs| Curves::measure(index.scores((&inputs - &mean32).view()).view(), &scales));
@@ -143,17 +162,19 @@ impl KeyValueLayer {
             out_features,
             rank,
             truncation,
+            key_error,
+            value_error,
+            rounding,
         };
-        let core = Core::new(
-            stored,
-            index,
-            scales,
-            kept.u.t().mapv(|v| v as f32),
-            mean32,
-            mean_output,
-            bias.map(|b| b.to_owned()),
-            curves,
-        )?;
+        let core = Core::new(stored, index, scales, values, mean32, mean_output, bias.map(|b| b.to_owned()), curves)?;
         Self::with_settings(Arc::new(core), config.search())
+    }
+}
+
+/// Rows `[keys, in]` in the units that the index keeps keys in.
+fn in_units(rows: Array2<f64>, index: &FlatIndex) -> Array2<f64> {
+    match index.units() {
+        Some(units) => rows * &units.mapv(f64::from).insert_axis(Axis(0)),
+        None => rows,
     }
 }

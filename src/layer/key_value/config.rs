@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
+use crate::quant::RowType;
 
 /// Which factorisation the keys and values come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -43,33 +44,17 @@ pub enum Sides {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Backend {
-    /// Every key scanned.
+    /// Every key scanned, kept as this type.
     Flat {
         #[serde(default)]
-        keys: KeyType,
+        keys: RowType,
     },
 }
 
 impl Default for Backend {
     fn default() -> Self {
-        Backend::Flat { keys: KeyType::F32 }
+        Backend::Flat { keys: RowType::F32 }
     }
-}
-
-/// What keys are stored as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KeyType {
-    #[default]
-    F32,
-}
-
-/// What values are stored as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ValueType {
-    #[default]
-    F32,
 }
 
 /// How many keys a query uses.
@@ -203,7 +188,7 @@ pub struct KeyValueConfig {
     #[serde(default)]
     pub backend: Backend,
     #[serde(default)]
-    pub values: ValueType,
+    pub values: RowType,
     // The fields of SearchSettings, spelled out: serde cannot flatten and refuse unknown names at once.
     #[serde(default)]
     pub ranking: Ranking,

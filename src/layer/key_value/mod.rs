@@ -13,28 +13,29 @@
 
 mod build;
 mod config;
+mod parts;
 mod search;
 mod threshold;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 pub use build::InputStatistics;
-pub use config::{Backend, Decomposition, KeyType, KeyValueConfig, Limit, Ranking, SearchSettings, Sides, ValueType};
+pub use config::{Backend, Decomposition, KeyValueConfig, Limit, Ranking, SearchSettings, Sides};
 pub use search::{Hit, QueryHits};
 pub use threshold::{ThresholdMethod, search_threshold};
 
 use self::search::{Certificate, SelectLimit, select};
 use self::threshold::{Curves, gaussian, rank_value};
-use super::parts::{Keys, Parts, Tensor};
 use super::{Accuracy, Method, Output, read_config, require_finite};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, SearchIndex};
 use crate::linalg::{dot_f64, matmul};
+use crate::quant::{RowMatrix, RowType};
 
 /// From this batch on, kept contributions go through one matrix product instead of a gather for each row.
 const PRODUCT_FROM: usize = 8;
@@ -53,8 +54,8 @@ struct Core {
     config: StoredConfig,
     index: FlatIndex,
     scales: Vec<f32>,
-    /// `[keys, out]`, orthonormal rows.
-    values: Array2<f32>,
+    /// `[keys, out]`, orthonormal rows but for rounding.
+    values: RowMatrix,
     /// μ `[in]`.
     mean: Array1<f32>,
     /// W μ `[out]`.
@@ -66,8 +67,6 @@ struct Core {
     /// ⟨u_i, W μ⟩ `[keys]`.
     values_on_mean: Vec<f64>,
     mean_output_norm: f64,
-    /// f32 rounding of one output, for an input of unit distance to the mean.
-    rounding: f64,
 }
 
 /// The settings that the arrays depend on.
@@ -80,7 +79,7 @@ struct StoredConfig {
     ridge_relative: f64,
     use_bias: bool,
     backend: Backend,
-    values: ValueType,
+    values: RowType,
     /// Whether mean and covariance come from calibration inputs, or are 0 and I.
     calibrated: bool,
     in_features: usize,
@@ -89,6 +88,12 @@ struct StoredConfig {
     rank: usize,
     /// Spectral norm of the part of W that `energy_keep` and `min_singular_value` cut off.
     truncation: f64,
+    /// Bound on the norm of what rounding the keys, in their units, adds to `diag(s) · keys`.
+    key_error: f64,
+    /// Bound on the norm of what rounding the values adds to them.
+    value_error: f64,
+    /// f32 rounding of one output, for an input of unit distance to the mean in the keys' units.
+    rounding: f64,
 }
 
 impl KeyValueLayer {
@@ -119,9 +124,12 @@ impl KeyValueLayer {
         &self.settings
     }
 
-    /// The folded keys κ, `[keys, in_features]`.
-    pub fn keys(&self) -> ArrayView2<'_, f32> {
-        self.core.index.keys()
+    /// The folded keys κ as they are used, `[keys, in_features]`: borrowed where they are stored as f32.
+    pub fn keys(&self) -> CowArray<'_, f32, Ix2> {
+        match (self.core.index.rows().floats(), self.core.index.units()) {
+            (Some(keys), None) => keys.into(),
+            _ => self.core.index.reconstruct().into(),
+        }
     }
 
     /// The scales s, `[keys]`.
@@ -129,9 +137,9 @@ impl KeyValueLayer {
         &self.core.scales
     }
 
-    /// The values u, `[keys, out_features]`.
-    pub fn values(&self) -> ArrayView2<'_, f32> {
-        self.core.values.view()
+    /// The values u as they are used, `[keys, out_features]`: borrowed where they are stored as f32.
+    pub fn values(&self) -> CowArray<'_, f32, Ix2> {
+        self.core.values.floats().map_or_else(|| self.core.values.to_f32().into(), Into::into)
     }
 
     /// The same arrays, run with other settings.
@@ -203,100 +211,40 @@ impl KeyValueLayer {
             bound = bound.zip(certificate.bound(dropped)).map(|(a, b)| a.max(b));
         };
         let mut y = Array2::from_shape_fn((x.nrows(), core.config.out_features), |(_, j)| core.mean_output[j]);
-        if every_key || x.nrows() >= PRODUCT_FROM {
-            let mut contributions = Array2::zeros(scores.dim());
-            for ((x, scores), mut kept) in centred.rows().into_iter().zip(scores.rows()).zip(contributions.rows_mut()) {
-                let certificate = core.certificate(x, scores);
-                if every_key {
-                    kept.iter_mut()
-                        .zip(scores.iter().zip(&core.scales))
-                        .for_each(|(k, (score, scale))| *k = score * scale);
-                    weigh(0.0, certificate);
-                } else {
-                    let (hits, _) = select(scores, &core.scales, &self.settings, self.limit, &certificate);
-                    hits.iter().for_each(|h| kept[h.key as usize] = h.contribution);
-                    weigh(core.dropped(scores, &hits), certificate);
-                }
-            }
-            y += &matmul(contributions.view(), core.values.view());
-        } else {
-            for ((x, scores), mut y) in centred.rows().into_iter().zip(scores.rows()).zip(y.rows_mut()) {
-                let certificate = core.certificate(x, scores);
+        let by_product = core.values.floats().filter(|_| every_key || x.nrows() >= PRODUCT_FROM);
+        let mut contributions = Array2::zeros(if by_product.is_some() { scores.dim() } else { (0, 0) });
+        for (i, (x, scores)) in centred.rows().into_iter().zip(scores.rows()).enumerate() {
+            let certificate = core.certificate(x, scores);
+            let (picks, dropped): (Vec<(u32, f32)>, f64) = if every_key {
+                (scores.iter().zip(&core.scales).enumerate().map(|(k, (a, s))| (k as u32, a * s)).collect(), 0.0)
+            } else {
                 let (hits, _) = select(scores, &core.scales, &self.settings, self.limit, &certificate);
-                hits.iter().for_each(|h| y.scaled_add(h.contribution, &core.values.row(h.key as usize)));
-                weigh(core.dropped(scores, &hits), certificate);
+                (hits.iter().map(|h| (h.key, h.contribution)).collect(), core.dropped(scores, &hits))
+            };
+            weigh(dropped, certificate);
+            if by_product.is_some() {
+                picks.iter().for_each(|&(key, contribution)| contributions[[i, key as usize]] = contribution);
+            } else {
+                core.values.accumulate(&picks, y.row_mut(i).as_slice_mut().expect("rows of a fresh array"));
             }
+        }
+        if let Some(values) = by_product {
+            y += &matmul(contributions.view(), values);
         }
         Output { y, relative_error_bound: bound }
     }
 
     /// Σ s_i u_i κ_iᵀ, `[out, in]`.
     pub(super) fn weight(&self) -> Array2<f32> {
-        let scaled = &self.core.index.keys() * &ArrayView1::from(&self.core.scales).insert_axis(Axis(1));
-        matmul(self.core.values.t(), scaled.view())
-    }
-
-    pub(super) fn to_parts(&self) -> Parts {
-        let core = &*self.core;
-        let mut parts = Parts::new(Method::KeyValue, json!(core.config));
-        parts.keys = Some(Keys { vectors: core.index.keys().to_owned(), scales: core.scales.clone() });
-        parts.values = Some(core.values.clone());
-        parts.tensors.push(Tensor::vector("mean", &core.mean.to_vec()));
-        parts.tensors.push(Tensor::vector("mean_output", &core.mean_output.to_vec()));
-        if let Some(bias) = &core.bias {
-            parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
-        }
-        if let Some(curves) = &core.curves {
-            parts.tensors.push(Tensor {
-                name: "calibration_thresholds".into(),
-                shape: curves.thresholds.shape().to_vec(),
-                ..Tensor::vector("", curves.thresholds.as_slice().expect("built in standard layout"))
-            });
-        }
-        parts
-    }
-
-    pub(super) fn from_parts(mut parts: Parts) -> Result<Self> {
-        let config: StoredConfig = read_config(parts.method, &parts.config)?;
-        let missing = |what: &str| Error::expected("parts of a key–value layer", format!("no {what}"), what);
-        let keys = parts.keys.take().ok_or_else(|| missing("keys"))?;
-        let values = parts.values.take().ok_or_else(|| missing("values"))?;
-        let vector = |name: &str| parts.tensor(name).ok_or_else(|| missing(name))?.to_vector();
-        let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
-        let curves = parts
-            .tensor("calibration_thresholds")
-            .map(|t| {
-                Array2::from_shape_vec((4, config.rank), super::parts::bytes_f32(&t.data))
-                    .map(|thresholds| Curves { thresholds })
-                    .map_err(|_| {
-                        Error::expected(
-                            "calibration_thresholds",
-                            format!("{} bytes", t.data.len()),
-                            format!("[4, {}] of F32", config.rank),
-                        )
-                    })
-            })
-            .transpose()?;
-        let core = Core::new(
-            config,
-            FlatIndex::new(keys.vectors),
-            keys.scales,
-            values,
-            vector("mean")?,
-            vector("mean_output")?,
-            bias,
-            curves,
-        )?;
-        Self::with_settings(Arc::new(core), SearchSettings::default())
+        let scaled = &self.keys() * &ArrayView1::from(&self.core.scales).insert_axis(Axis(1));
+        matmul(self.values().t(), scaled.view())
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
         let core = &*self.core;
-        4 * (core.index.keys().len()
-            + core.values.len()
-            + core.mean.len()
-            + core.mean_output.len()
-            + 7 * core.scales.len())
+        core.index.memory_bytes()
+            + core.values.memory_bytes()
+            + 4 * (core.mean.len() + core.mean_output.len() + 7 * core.scales.len())
     }
 }
 
@@ -306,7 +254,7 @@ impl Core {
         config: StoredConfig,
         index: FlatIndex,
         scales: Vec<f32>,
-        values: Array2<f32>,
+        values: RowMatrix,
         mean: Array1<f32>,
         mean_output: Array1<f32>,
         bias: Option<Array1<f32>>,
@@ -317,8 +265,8 @@ impl Core {
             index.len(),
             index.dimension(),
             scales.len(),
-            values.nrows(),
-            values.ncols(),
+            values.rows(),
+            values.columns(),
             mean.len(),
             mean_output.len(),
             bias.as_ref().map_or(outputs, |b| b.len()),
@@ -331,23 +279,20 @@ impl Core {
                 format!("{expected:?}"),
             ));
         }
-        let values = if values.is_standard_layout() { values } else { values.as_standard_layout().to_owned() };
-        let contiguous = "standard layout";
-        let mean_of = mean_output.as_slice().expect(contiguous);
-        let on_mean = values.rows().into_iter().map(|u| dot_f64(u.to_slice().expect(contiguous), mean_of));
-        let rounding: f64 = index
-            .keys()
-            .rows()
-            .into_iter()
-            .zip(&scales)
-            .map(|(key, &s)| f64::from(s).powi(2) * f64::from(key.dot(&key)))
-            .sum::<f64>()
-            .sqrt()
-            * f64::from(f32::EPSILON);
+        let values_on_mean = match values.floats() {
+            Some(floats) => {
+                let contiguous = "standard layout";
+                let mean = mean_output.as_slice().expect(contiguous);
+                floats.rows().into_iter().map(|u| dot_f64(u.to_slice().expect(contiguous), mean)).collect()
+            }
+            None => {
+                let on_mean = values.products(mean_output.view().insert_axis(Axis(0)));
+                on_mean.iter().map(|&v| f64::from(v)).collect()
+            }
+        };
         Ok(Core {
-            values_on_mean: on_mean.collect(),
+            values_on_mean,
             mean_output_norm: mean_output.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
-            rounding,
             config,
             index,
             scales,
@@ -382,7 +327,11 @@ impl Core {
     }
 
     fn certificate(&self, centred: ArrayView1<f32>, scores: ArrayView1<f32>) -> Certificate {
-        let distance = centred.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        let distance = self.index.length(centred);
+        let truncated = match self.config.truncation {
+            0.0 => 0.0,
+            norm => norm * centred.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
+        };
         // ‖W μ + Σ c_i u_i‖² for orthonormal u_i.
         let (mut contributed, mut crossed) = (0f64, 0f64);
         for ((&score, &scale), on_mean) in scores.iter().zip(&self.scales).zip(&self.values_on_mean) {
@@ -390,11 +339,17 @@ impl Core {
             contributed += c * c;
             crossed += c * on_mean;
         }
-        let squared = self.mean_output_norm.powi(2) + contributed + 2.0 * crossed;
+        let contributed_norm = contributed.sqrt();
+        let values = self.config.value_error * contributed_norm;
+        // ⟨u_i, W μ⟩ is known of rounded values only.
+        let squared = self.mean_output_norm.powi(2) + contributed + 2.0 * (crossed - values * self.mean_output_norm);
         Certificate {
             norm: squared.max(0.0).sqrt(),
-            truncated: self.config.truncation * distance,
-            rounding: self.rounding * distance + f64::from(f32::EPSILON) * (self.mean_output_norm + contributed.sqrt()),
+            truncated,
+            rounded: self.config.key_error * distance,
+            values,
+            rounding: self.config.rounding * distance
+                + f64::from(f32::EPSILON) * (self.mean_output_norm + contributed_norm),
         }
     }
 

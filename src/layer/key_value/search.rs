@@ -33,6 +33,10 @@ pub struct Certificate {
     pub norm: f64,
     /// Bound on the part that a truncated factorisation lost.
     pub truncated: f64,
+    /// Bound on what rounded keys put into the contributions.
+    pub rounded: f64,
+    /// Bound on what rounded values put into their sum.
+    pub values: f64,
     /// What f32 arithmetic may add.
     pub rounding: f64,
 }
@@ -40,15 +44,25 @@ pub struct Certificate {
 impl Certificate {
     /// The bound on the relative error when components of squared length `dropped` are left out.
     pub fn bound(&self, dropped: f64) -> Option<f64> {
-        let error = (dropped + self.truncated * self.truncated).sqrt() + self.rounding;
-        let least = self.norm - self.truncated - self.rounding;
+        let error = (dropped + self.truncated * self.truncated).sqrt() + self.fixed();
+        let least = self.least();
         (least > 0.0).then(|| error / least)
     }
 
     /// The squared length that may be left out while the bound stays within `max_error`.
     fn budget(&self, max_error: f64) -> f64 {
-        let error = max_error * (self.norm - self.truncated - self.rounding) - self.rounding;
+        let error = max_error * self.least() - self.fixed();
         if error > self.truncated { error * error - self.truncated * self.truncated } else { 0.0 }
+    }
+
+    /// What every answer may be off by, whatever is left out.
+    fn fixed(&self) -> f64 {
+        self.rounded + self.values + self.rounding
+    }
+
+    /// The least that ‖y‖ can be.
+    fn least(&self) -> f64 {
+        self.norm - self.truncated - self.rounded - self.rounding
     }
 }
 

@@ -26,6 +26,10 @@ fn configs() -> impl Strategy<Value = KeyValueConfig> {
     })
 }
 
+fn row_types() -> impl Strategy<Value = RowType> {
+    prop_oneof![Just(RowType::F32), Just(RowType::F16), Just(RowType::Int8)]
+}
+
 fn build(config: &KeyValueConfig, w: &Array2<f32>, b: Option<&Array1<f32>>, x: Option<&Array2<f32>>) -> KeyValueLayer {
     match MethodConfig::KeyValue(config.clone()).compress(w.view(), b.map(|b| b.view()), x.map(|x| x.view())).unwrap() {
         Layer::KeyValue(layer) => layer,
@@ -54,6 +58,46 @@ proptest! {
         prop_assert_eq!(back.config(), all.config());
         let (a, b) = (back.forward(x.view(), Accuracy::Approximate).unwrap(), all.forward(x.view(), Accuracy::Approximate).unwrap());
         prop_assert_eq!(a.y, b.y);
+    }
+
+    /// Keys and values of fewer bits: near the exact layer, with a bound that holds, and the same again from their parts.
+    #[test]
+    fn rounded_keys_and_values(
+        config in configs(),
+        keys in row_types(),
+        values in row_types(),
+        calibrated in any::<bool>(),
+        shape in (3usize..12, 3usize..12),
+        seed in 0u64..200,
+    ) {
+        let (out, inputs) = shape;
+        let config = KeyValueConfig { backend: Backend::Flat { keys }, values, ..config };
+        let w = sample(out, inputs, seed);
+        let calibration = sample(3 * inputs, inputs, seed + 1);
+        let layer = build(&config, &w, None, calibrated.then_some(&calibration));
+        let x = sample(PRODUCT_FROM, inputs, seed + 2);
+        let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t());
+        for accuracy in [Accuracy::Approximate, Accuracy::Full] {
+            for batch in [1, PRODUCT_FROM] {
+                let out = layer.linear(x.slice(s![..batch, ..]), accuracy);
+                for (i, y) in out.y.rows().into_iter().enumerate() {
+                    let difference = (&y.mapv(f64::from) - &exact.row(i)).mapv(|v| v * v).sum().sqrt();
+                    let relative = difference / exact.row(i).mapv(|v| v * v).sum().sqrt();
+                    if let Some(bound) = out.relative_error_bound {
+                        prop_assert!(relative <= bound, "true {} certified {}", relative, bound);
+                    }
+                }
+                if accuracy == Accuracy::Full && config.energy_keep == 1.0 {
+                    let exact = exact.slice(s![..batch, ..]).mapv(|v| v as f32);
+                    prop_assert!(relative_error(out.y.view(), exact.view()) < 0.15);
+                }
+            }
+        }
+        let layer = Layer::KeyValue(layer);
+        let back = Layer::from_parts(layer.to_parts()).unwrap().configured(&layer.config()).unwrap();
+        prop_assert_eq!(back.to_parts(), layer.to_parts());
+        let run = |l: &Layer| l.forward(x.view(), Accuracy::Approximate).unwrap().y;
+        prop_assert_eq!(run(&back), run(&layer));
     }
 
     /// The bound is above the true error, and close to it where nothing was truncated.

@@ -1,0 +1,237 @@
+//! Products of a vector with rows of numbers in few bits, eight lanes at a time where the machine has them.
+//!
+//! Rows are contiguous and of one length. [`dots`] is one inner product a row, [`accumulate`] a weighted sum of some of
+//! them. Each has a portable form, which is also the reference that the tests hold the fast one to.
+
+use half::f16;
+
+/// A number that rows are made of.
+pub trait Element: Copy + Send + Sync {
+    /// Its value, before a row's scale.
+    fn value(self) -> f32;
+    /// Eight of them.
+    ///
+    /// # Safety
+    /// `from` has eight elements, and the machine has AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn eight(from: *const Self) -> std::arch::x86_64::__m256;
+}
+
+impl Element for f32 {
+    fn value(self) -> f32 {
+        self
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn eight(from: *const f32) -> std::arch::x86_64::__m256 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(from) }
+    }
+}
+
+impl Element for f16 {
+    fn value(self) -> f32 {
+        self.to_f32()
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn eight(from: *const f16) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps};
+        // SAFETY: the caller's promise; an f16 is its 16 bits.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+}
+
+impl Element for i8 {
+    fn value(self) -> f32 {
+        f32::from(self)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn eight(from: *const i8) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::{_mm_loadl_epi64, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps};
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+    }
+}
+
+/// `out[i] = ⟨row i, x⟩` for `rows` of `x.len()` elements each.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub fn dots<T: Element>(rows: &[T], x: &[f32], out: &mut [f32]) {
+    assert_eq!(rows.len(), x.len() * out.len(), "elements of rows");
+    #[cfg(target_arch = "x86_64")]
+    if x86::available() {
+        // SAFETY: the features are there.
+        return unsafe { x86::dots(rows, x, out) };
+    }
+    portable::dots(rows, x, out);
+}
+
+/// `y += Σ weight · row`, over pairs of a row's number and its weight.
+///
+/// # Panics
+/// When a row is not there.
+pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
+    let count = if y.is_empty() { 0 } else { rows.len() / y.len() };
+    assert!(y.is_empty() || picks.iter().all(|&(row, _)| (row as usize) < count), "a row that is not there");
+    #[cfg(target_arch = "x86_64")]
+    if x86::available() {
+        // SAFETY: the features are there.
+        return unsafe { x86::accumulate(rows, picks, y) };
+    }
+    portable::accumulate(rows, picks, y);
+}
+
+mod portable {
+    use super::Element;
+
+    pub fn dots<T: Element>(rows: &[T], x: &[f32], out: &mut [f32]) {
+        for (i, out) in out.iter_mut().enumerate() {
+            let row = &rows[i * x.len()..(i + 1) * x.len()];
+            *out = row.iter().zip(x).map(|(a, b)| a.value() * b).sum();
+        }
+    }
+
+    pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
+        for &(row, weight) in picks {
+            let row = &rows[row as usize * y.len()..][..y.len()];
+            y.iter_mut().zip(row).for_each(|(y, v)| *y += weight * v.value());
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Element;
+
+    pub fn available() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn sum(lanes: __m256) -> f32 {
+        let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn dots<T: Element>(rows: &[T], x: &[f32], out: &mut [f32]) {
+        let n = x.len();
+        let whole = n - n % 32;
+        let eights = n - n % 8;
+        for (i, out) in out.iter_mut().enumerate() {
+            let row = &rows[i * n..(i + 1) * n];
+            let mut sums = [_mm256_setzero_ps(); 4];
+            // SAFETY: every eight lie below `n`, the length of both.
+            unsafe {
+                for at in (0..whole).step_by(32) {
+                    for (lane, sum) in sums.iter_mut().enumerate() {
+                        let (a, b) = (row.as_ptr().add(at + 8 * lane), x.as_ptr().add(at + 8 * lane));
+                        *sum = _mm256_fmadd_ps(T::eight(a), _mm256_loadu_ps(b), *sum);
+                    }
+                }
+                for at in (whole..eights).step_by(8) {
+                    let (a, b) = (row.as_ptr().add(at), x.as_ptr().add(at));
+                    sums[0] = _mm256_fmadd_ps(T::eight(a), _mm256_loadu_ps(b), sums[0]);
+                }
+            }
+            let lanes = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+            let rest: f32 = row[eights..].iter().zip(&x[eights..]).map(|(a, b)| a.value() * b).sum();
+            *out = sum(lanes) + rest;
+        }
+    }
+
+    /// Four rows at a time, so that `y` is read and written a quarter as often.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
+        let n = y.len();
+        let eights = n - n % 8;
+        let (fours, rest) = picks.as_chunks::<4>();
+        for four in fours {
+            let starts = four.map(|(row, _)| &rows[row as usize * n..][..n]);
+            let weights = four.map(|(_, weight)| _mm256_set1_ps(weight));
+            for at in (0..eights).step_by(8) {
+                // SAFETY: every eight lie below `n`, the length of each row and of `y`.
+                unsafe {
+                    let mut lanes = _mm256_loadu_ps(y.as_ptr().add(at));
+                    for (row, weight) in starts.iter().zip(&weights) {
+                        lanes = _mm256_fmadd_ps(T::eight(row.as_ptr().add(at)), *weight, lanes);
+                    }
+                    _mm256_storeu_ps(y.as_mut_ptr().add(at), lanes);
+                }
+            }
+            for at in eights..n {
+                y[at] += four.iter().zip(&starts).map(|((_, weight), row)| weight * row[at].value()).sum::<f32>();
+            }
+        }
+        for &(row, weight) in rest {
+            let row = &rows[row as usize * n..][..n];
+            let lanes = _mm256_set1_ps(weight);
+            for at in (0..eights).step_by(8) {
+                // SAFETY: as above.
+                unsafe {
+                    let sum =
+                        _mm256_fmadd_ps(T::eight(row.as_ptr().add(at)), lanes, _mm256_loadu_ps(y.as_ptr().add(at)));
+                    _mm256_storeu_ps(y.as_mut_ptr().add(at), sum);
+                }
+            }
+            for at in eights..n {
+                y[at] += weight * row[at].value();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn agree<T: Element>(elements: &[T], width: usize, x: &[f32], picks: &[(u32, f32)]) -> Result<(), TestCaseError> {
+        let rows = elements.len() / width;
+        let rows_of = &elements[..rows * width];
+        let size = rows_of.iter().map(|v| v.value().abs()).fold(1f32, f32::max) * width as f32;
+        let (mut fast, mut slow) = (vec![0f32; rows], vec![0f32; rows]);
+        dots(rows_of, x, &mut fast);
+        portable::dots(rows_of, x, &mut slow);
+        prop_assert!(fast.iter().zip(&slow).all(|(a, b)| (a - b).abs() <= 1e-5 * size), "{:?} {:?}", fast, slow);
+        let picks: Vec<(u32, f32)> = picks.iter().map(|&(row, weight)| (row % rows as u32, weight)).collect();
+        let (mut fast, mut slow) = (x.to_vec(), x.to_vec());
+        accumulate(rows_of, &picks, &mut fast);
+        portable::accumulate(rows_of, &picks, &mut slow);
+        let size = size * picks.len().max(1) as f32;
+        prop_assert!(fast.iter().zip(&slow).all(|(a, b)| (a - b).abs() <= 1e-5 * size), "{:?} {:?}", fast, slow);
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn fast_and_portable_agree(
+            width in 1usize..80,
+            bytes in proptest::collection::vec(any::<i8>(), 80..700),
+            picks in proptest::collection::vec((0u32..50, -1f32..1.0), 0..11),
+            seed in 0u32..100,
+        ) {
+            let x: Vec<f32> = (0..width).map(|i| ((i as u32 * 37 + seed) % 19) as f32 / 9.0 - 1.0).collect();
+            agree(&bytes, width, &x, &picks)?;
+            let halves: Vec<f16> = bytes.iter().map(|&b| f16::from_f32(f32::from(b) / 7.0)).collect();
+            agree(&halves, width, &x, &picks)?;
+            let floats: Vec<f32> = bytes.iter().map(|&b| f32::from(b) / 7.0).collect();
+            agree(&floats, width, &x, &picks)?;
+        }
+    }
+
+    #[test]
+    fn nothing_at_all() {
+        dots::<i8>(&[], &[], &mut []);
+        accumulate::<i8>(&[], &[], &mut []);
+        let mut y = [1.0, 2.0];
+        accumulate::<f32>(&[], &[], &mut y);
+        assert_eq!(y, [1.0, 2.0]);
+    }
+}

@@ -1,0 +1,295 @@
+//! A matrix whose rows are used one by one: keys and values in f32, f16, or int8 with a scale per row.
+
+use half::f16;
+use ndarray::{Array2, ArrayView2, Axis, s};
+use serde::{Deserialize, Serialize};
+
+use super::kernels::{accumulate, dots};
+use crate::error::{Error, Result};
+use crate::linalg::matmul_nt;
+
+/// What the numbers of a row are kept as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RowType {
+    #[default]
+    F32,
+    F16,
+    /// −127 … 127, times a scale of the row's own.
+    Int8,
+}
+
+impl RowType {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            RowType::F32 => 4,
+            RowType::F16 => 2,
+            RowType::Int8 => 1,
+        }
+    }
+}
+
+/// Queries below this many go row by row; from it on a block of rows is widened once for all of them.
+const PRODUCT_FROM: usize = 4;
+
+/// Rows widened at a time: a few hundred KiB.
+const BLOCK_ROWS: usize = 64;
+
+/// A matrix `[rows, columns]` in one of the [`RowType`]s.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowMatrix {
+    columns: usize,
+    data: Data,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Data {
+    F32(Array2<f32>),
+    F16(Vec<f16>),
+    /// Numbers, and the scale of each row.
+    Int8(Vec<i8>, Vec<f32>),
+}
+
+impl RowMatrix {
+    /// `matrix` as it is, or rounded to the nearest.
+    ///
+    /// # Errors
+    /// When a number is beyond what f16 can hold.
+    pub fn new(matrix: Array2<f32>, kind: RowType) -> Result<Self> {
+        let matrix = if matrix.is_standard_layout() { matrix } else { matrix.as_standard_layout().to_owned() };
+        let columns = matrix.ncols();
+        let data = match kind {
+            RowType::F32 => Data::F32(matrix),
+            RowType::F16 => {
+                if let Some((index, value)) = matrix.iter().enumerate().find(|(_, v)| v.abs() > f16::MAX.to_f32()) {
+                    return Err(Error::expected(
+                        format!("number {index} of a matrix to keep as f16"),
+                        value,
+                        format!("at most {} in size: use int8 or f32", f16::MAX),
+                    ));
+                }
+                Data::F16(matrix.iter().map(|&v| f16::from_f32(v)).collect())
+            }
+            RowType::Int8 => {
+                let mut numbers = Vec::with_capacity(matrix.len());
+                let mut scales = Vec::with_capacity(matrix.nrows());
+                for row in matrix.rows() {
+                    let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+                    let scale = largest / 127.0;
+                    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                    numbers.extend(row.iter().map(|v| (v * inverse).round().clamp(-127.0, 127.0) as i8));
+                    scales.push(scale);
+                }
+                Data::Int8(numbers, scales)
+            }
+        };
+        Ok(RowMatrix { columns, data })
+    }
+
+    /// From what [`RowMatrix::bytes`] and [`RowMatrix::scales`] gave.
+    ///
+    /// # Errors
+    /// When the lengths do not fit.
+    pub fn from_bytes(kind: RowType, (rows, columns): (usize, usize), bytes: &[u8], scales: &[f32]) -> Result<Self> {
+        let expected = rows.checked_mul(columns).and_then(|n| n.checked_mul(kind.bytes()));
+        let scaled = if kind == RowType::Int8 { rows } else { 0 };
+        if expected != Some(bytes.len()) || scales.len() != scaled {
+            return Err(Error::expected(
+                format!("stored rows of {rows} × {columns}"),
+                format!("{} bytes and {} scales", bytes.len(), scales.len()),
+                format!("{} bytes and {scaled} scales", expected.unwrap_or(usize::MAX)),
+            ));
+        }
+        let data = match kind {
+            RowType::F32 => {
+                let values = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                Data::F32(Array2::from_shape_vec((rows, columns), values).map_err(|e| Error::Numeric(e.to_string()))?)
+            }
+            RowType::F16 => Data::F16(bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b)).collect()),
+            RowType::Int8 => Data::Int8(bytes.iter().map(|&b| b as i8).collect(), scales.to_vec()),
+        };
+        Ok(RowMatrix { columns, data })
+    }
+
+    pub fn kind(&self) -> RowType {
+        match self.data {
+            Data::F32(_) => RowType::F32,
+            Data::F16(_) => RowType::F16,
+            Data::Int8(..) => RowType::Int8,
+        }
+    }
+
+    pub fn rows(&self) -> usize {
+        match &self.data {
+            Data::F32(m) => m.nrows(),
+            Data::F16(v) => v.len().checked_div(self.columns).unwrap_or(0),
+            Data::Int8(_, scales) => scales.len(),
+        }
+    }
+
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The floats themselves, where they are kept as such.
+    pub fn floats(&self) -> Option<ArrayView2<'_, f32>> {
+        match &self.data {
+            Data::F32(m) => Some(m.view()),
+            _ => None,
+        }
+    }
+
+    /// Each row's scale; none unless int8.
+    pub fn scales(&self) -> &[f32] {
+        match &self.data {
+            Data::Int8(_, scales) => scales,
+            _ => &[],
+        }
+    }
+
+    /// The rows' numbers, little-endian, `[rows, columns · bytes of a number]`.
+    pub fn bytes(&self) -> Array2<u8> {
+        let all: Vec<u8> = match &self.data {
+            Data::F32(m) => m.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Data::F16(v) => v.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Data::Int8(v, _) => v.iter().map(|&v| v as u8).collect(),
+        };
+        Array2::from_shape_vec((self.rows(), self.columns * self.kind().bytes()), all).expect("one row after another")
+    }
+
+    /// All rows as floats.
+    pub fn to_f32(&self) -> Array2<f32> {
+        self.block(0, self.rows())
+    }
+
+    fn block(&self, start: usize, end: usize) -> Array2<f32> {
+        let range = start * self.columns..end * self.columns;
+        let shape = (end - start, self.columns);
+        match &self.data {
+            Data::F32(m) => m.slice(s![start..end, ..]).to_owned(),
+            Data::F16(v) => {
+                Array2::from_shape_vec(shape, v[range].iter().map(|v| v.to_f32()).collect()).expect("the block's shape")
+            }
+            Data::Int8(v, scales) => {
+                let numbers = v[range].iter().map(|&v| f32::from(v)).collect();
+                let mut block = Array2::from_shape_vec(shape, numbers).expect("the block's shape");
+                block.rows_mut().into_iter().zip(&scales[start..end]).for_each(|(mut row, &scale)| row *= scale);
+                block
+            }
+        }
+    }
+
+    /// `queries · Mᵀ` for queries `[batch, columns]`: `[batch, rows]`.
+    ///
+    /// # Panics
+    /// When the queries' width is another.
+    pub fn products(&self, queries: ArrayView2<f32>) -> Array2<f32> {
+        assert_eq!(queries.ncols(), self.columns, "width of the queries");
+        let rows = self.rows();
+        if queries.nrows() >= PRODUCT_FROM {
+            if let Data::F32(m) = &self.data {
+                return matmul_nt(queries, m.view());
+            }
+            let mut out = Array2::zeros((queries.nrows(), rows));
+            for start in (0..rows).step_by(BLOCK_ROWS) {
+                let end = (start + BLOCK_ROWS).min(rows);
+                let part = matmul_nt(queries, self.block(start, end).view());
+                out.slice_mut(s![.., start..end]).assign(&part);
+            }
+            return out;
+        }
+        let mut out = Array2::zeros((queries.nrows(), rows));
+        for (query, mut out) in queries.axis_iter(Axis(0)).zip(out.rows_mut()) {
+            let query = query.as_standard_layout();
+            let (query, out) = (query.as_slice().expect("contiguous"), out.as_slice_mut().expect("contiguous"));
+            match &self.data {
+                Data::F32(m) => dots(m.as_slice().expect("standard layout"), query, out),
+                Data::F16(v) => dots(v, query, out),
+                Data::Int8(v, scales) => {
+                    dots(v, query, out);
+                    out.iter_mut().zip(scales).for_each(|(o, scale)| *o *= scale);
+                }
+            }
+        }
+        out
+    }
+
+    /// `y += Σ weight · row`, over pairs of a row's number and its weight.
+    ///
+    /// # Panics
+    /// When a row is not there, or `y` has another length.
+    pub fn accumulate(&self, picks: &[(u32, f32)], y: &mut [f32]) {
+        assert_eq!(y.len(), self.columns, "length of a sum of rows");
+        match &self.data {
+            Data::F32(m) => accumulate(m.as_slice().expect("standard layout"), picks, y),
+            Data::F16(v) => accumulate(v, picks, y),
+            Data::Int8(v, scales) => {
+                let scaled: Vec<(u32, f32)> = picks.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect();
+                accumulate(v, &scaled, y);
+            }
+        }
+    }
+
+    /// Memory that the numbers and scales take.
+    pub fn memory_bytes(&self) -> usize {
+        self.rows() * self.columns * self.kind().bytes() + 4 * self.scales().len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const KINDS: [RowType; 3] = [RowType::F32, RowType::F16, RowType::Int8];
+
+    fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7919 + j * 104_729 + seed) % 1009) as f32 / 250.0 - 2.0)
+    }
+
+    proptest! {
+        #[test]
+        fn near_what_was_given(rows in 0usize..9, columns in 1usize..40, seed in 0usize..999) {
+            let matrix = sample(rows, columns, seed);
+            for (kind, step) in KINDS.into_iter().zip([0.0, 2.0 / 1024.0, 2.04 / 127.0 / 2.0]) {
+                let kept = RowMatrix::new(matrix.clone(), kind).unwrap();
+                prop_assert_eq!((kept.rows(), kept.columns(), kept.kind()), (rows, columns, kind));
+                prop_assert!((&kept.to_f32() - &matrix).iter().all(|d| d.abs() <= step));
+                let back = RowMatrix::from_bytes(kind, (rows, columns), kept.bytes().as_slice().unwrap(), kept.scales());
+                prop_assert_eq!(back.unwrap(), kept);
+            }
+        }
+
+        /// One by one, in blocks, and by the definition.
+        #[test]
+        fn products_and_sums_are_those_of_the_floats(rows in 1usize..150, columns in 1usize..40, seed in 0usize..999) {
+            for kind in KINDS {
+                let kept = RowMatrix::new(sample(rows, columns, seed), kind).unwrap();
+                let floats = kept.to_f32();
+                for batch in [1, 3, 6] {
+                    let queries = sample(batch, columns, seed + 1);
+                    let difference = kept.products(queries.view()) - queries.dot(&floats.t());
+                    prop_assert!(difference.iter().all(|d| d.abs() < 1e-3));
+                }
+                let picks: Vec<(u32, f32)> = (0..rows as u32).step_by(3).map(|i| (i, i as f32 / 50.0 - 1.0)).collect();
+                let mut y = vec![0.5; columns];
+                kept.accumulate(&picks, &mut y);
+                for (j, y) in y.iter().enumerate() {
+                    let expected: f32 = 0.5 + picks.iter().map(|&(i, w)| w * floats[[i as usize, j]]).sum::<f32>();
+                    prop_assert!((y - expected).abs() < 1e-3);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let large = Array2::from_elem((1, 2), 1e6);
+        assert!(RowMatrix::new(large.clone(), RowType::F16).unwrap_err().to_string().contains("65504"));
+        assert!(RowMatrix::new(large, RowType::Int8).is_ok());
+        assert!(RowMatrix::from_bytes(RowType::Int8, (2, 3), &[0; 6], &[1.0]).is_err());
+        assert!(RowMatrix::from_bytes(RowType::F16, (2, 3), &[0; 6], &[]).is_err());
+        assert!(RowMatrix::from_bytes(RowType::F32, (usize::MAX, 3), &[0; 6], &[]).is_err());
+    }
+}
