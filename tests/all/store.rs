@@ -116,6 +116,34 @@ async fn a_cancelled_import_changes_nothing() {
     assert_eq!(bring(&store, "m", Some(INT4), Cancel::new()).await.unwrap().version, 2);
 }
 
+/// A store of format 1, kept as it was written: everything in it is there, and is what it was.
+#[test]
+fn a_kept_store_of_format_1_is_read() {
+    let place = Place::new();
+    let kept = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v1");
+    for file in crate::support::files(&kept.join("layers")) {
+        let copy = place.path("layers").join(file.strip_prefix(kept.join("layers")).unwrap());
+        std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
+        std::fs::copy(&file, copy).unwrap();
+    }
+    for at in ["first", "5"] {
+        for model in ["f32", "int4", "keys"] {
+            let expected = std::fs::read(kept.join(format!("{model}-{at}.json"))).unwrap();
+            let expected: serde_json::Value = serde_json::from_slice(&expected).unwrap();
+            assert_eq!(place.json(&["--at", at, "layers", model]), expected, "{model} at {at}");
+        }
+    }
+    // Hashing every artifact says that its arrays are read as they were written.
+    assert_eq!(place.json(&["verify"]), serde_json::json!({"artifacts": 28, "corrupt": []}));
+    for (model, at, most) in [("f32", "5", 1e-6), ("int4", "5", 0.08), ("keys", "first", 0.3), ("keys", "5", 0.3)] {
+        let report = place.json(&["--at", at, "evaluate", model, "--activations", INPUTS, "--checkpoint", CHECKPOINT]);
+        assert!(report["mean_relative_error"].as_f64().unwrap() < most, "{model} at {at}: {report}");
+    }
+    // And it can be written to.
+    place.import("new", Some(KEYS));
+    assert_eq!(place.json(&["models"]).as_array().unwrap().len(), 4);
+}
+
 #[test]
 fn without_async() {
     let place = Place::new();
