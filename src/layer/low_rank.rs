@@ -258,6 +258,22 @@ impl LowRankLayer {
         y
     }
 
+    /// `grad_output · Ŵ`, a block of rows dequantised at a time.
+    pub(super) fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
+        let weight = &self.inner.weight;
+        let mut input = Array2::zeros((grad_output.nrows(), weight.columns));
+        let mut block = Array2::zeros((BLOCK_ROWS, weight.columns));
+        for start in (0..weight.rows).step_by(BLOCK_ROWS) {
+            let end = (start + BLOCK_ROWS).min(weight.rows);
+            for row in start..end {
+                let mut target = block.row_mut(row - start);
+                weight.dequantize_row(row, target.as_slice_mut().expect("rows of an owned array are contiguous"));
+            }
+            input += &matmul(grad_output.slice(s![.., start..end]), block.slice(s![..end - start, ..]));
+        }
+        input
+    }
+
     /// Ŵ + A B, `[out, in]`.
     pub(super) fn weight(&self) -> Array2<f32> {
         self.inner.weight.dequantize() + matmul(self.inner.a.t(), self.inner.b.view())

@@ -3,6 +3,7 @@
 //! A layer kind knows its parts and no table; the store moves parts and knows no layer kind. Inputs are
 //! `[batch, in_features]`, outputs `[batch, out_features]`, f32, and `y = x · Wᵀ + b`.
 
+mod backward;
 mod dense;
 mod key_value;
 mod low_rank;
@@ -15,10 +16,11 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use backward::Gradients;
 pub use dense::{DType, DenseLayer};
 pub(crate) use dense::{dtype_name, dtype_named, from_f32, to_f32};
 pub use key_value::{
-    Backend, Decomposition, Hit, InputStatistics, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking,
+    Backend, Decomposition, Hit, InputStatistics, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, Refit,
     SearchSettings, Sides, ThresholdMethod, search_threshold,
 };
 pub use low_rank::{LowRankConfig, LowRankLayer, Scaling};

@@ -80,12 +80,106 @@ impl KeyValueLayer {
         covariance: Option<Array2<f64>>,
         calibration: Option<ArrayView2<f32>>,
     ) -> Result<Self> {
+        let inputs = Inputs::new(mean, covariance)?;
+        let components = Components::factor(config, weight, &inputs)?;
+        Self::assemble(config, weight, bias, &inputs, components, calibration)
+    }
+
+    /// A layer of these components, in the types that the config asks for.
+    pub(super) fn assemble(
+        config: &KeyValueConfig,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        inputs: &Inputs,
+        components: Components,
+        calibration: Option<ArrayView2<f32>>,
+    ) -> Result<Self> {
+        let Components { keys: folded, scales, values: exact_values, truncation } = components;
         let (out_features, in_features) = weight.dim();
-        let w = weight.mapv(f64::from);
-        let calibrated = covariance.is_some();
+        let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
+        require_finite("the folded keys", keys.iter())?;
+        let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
+        let Backend::Flat { keys: kind } = config.backend;
+        let index = FlatIndex::new(keys, kind, inputs.spread.clone().filter(|_| kind == RowType::Int8))?;
+        let values = RowMatrix::new(exact_values.mapv(|v| v as f32), config.values)?;
+        let scaled = |keys: &Array2<f64>| keys * &Array1::from(scales.clone()).mapv(f64::from).insert_axis(Axis(1));
+        let used = index.reconstruct().mapv(f64::from);
+        let key_error = match kind {
+            RowType::F32 => 0.0,
+            RowType::F16 | RowType::Int8 => spectral_norm_bound(in_units(scaled(&(&used - &folded)), &index).view()),
+        };
+        let value_error = match config.values {
+            RowType::F32 => 0.0,
+            RowType::F16 | RowType::Int8 => {
+                spectral_norm_bound((values.to_f32().mapv(f64::from) - &exact_values).view())
+            }
+        };
+        let rounding =
+            in_units(scaled(&used), &index).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
+        let mean = inputs.mean.mapv(|v| v as f32);
+        let curves = calibration.map(|x| Curves::measure(index.scores((&x - &mean).view()).view(), &scales));
+        // Of the mean as it is subtracted from queries, rounding included.
+        let mean_output = weight.mapv(f64::from).dot(&mean.mapv(f64::from)).mapv(|v| v as f32);
+        let stored = StoredConfig {
+            decomposition: config.decomposition,
+            energy_keep: config.energy_keep,
+            min_singular_value: config.min_singular_value,
+            ridge_regularization: config.ridge_regularization,
+            ridge_relative: config.ridge_relative,
+            use_bias: config.use_bias,
+            backend: config.backend,
+            values: config.values,
+            calibrated: inputs.factor.is_some(),
+            in_features,
+            out_features,
+            rank: scales.len(),
+            truncation,
+            key_error,
+            value_error,
+            rounding,
+        };
+        let core = Core::new(stored, index, scales, values, mean, mean_output, bias.map(|b| b.to_owned()), curves)?;
+        Self::with_settings(Arc::new(core), config.search())
+    }
+}
+
+/// The inputs' statistics as factoring uses them.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    /// μ `[in]`.
+    pub mean: Array1<f64>,
+    /// L of the covariance with its ridge `[in, in]`; I where nothing is known.
+    pub factor: Option<Array2<f64>>,
+    /// How much each input varies `[in]`.
+    spread: Option<Array1<f32>>,
+}
+
+impl Inputs {
+    /// `covariance` has its ridge.
+    pub fn new(mean: Array1<f64>, covariance: Option<Array2<f64>>) -> Result<Self> {
         let spread = covariance.as_ref().map(|c| c.diag().mapv(|v| v.sqrt() as f32));
         let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
-        let factored = match (&factor, config.decomposition) {
+        Ok(Inputs { mean, factor, spread })
+    }
+}
+
+/// Keys and values in f64: `W = Σ s_i u_i κ_iᵀ` but for what was cut off.
+#[derive(Debug)]
+pub(super) struct Components {
+    /// κ `[keys, in]`.
+    pub keys: Array2<f64>,
+    /// s `[keys]`.
+    pub scales: Vec<f64>,
+    /// u `[keys, out]`, orthonormal rows.
+    pub values: Array2<f64>,
+    /// The spectral norm of what was cut off, or a bound on it.
+    pub truncation: f64,
+}
+
+impl Components {
+    fn factor(config: &KeyValueConfig, weight: ArrayView2<f32>, inputs: &Inputs) -> Result<Self> {
+        let w = weight.mapv(f64::from);
+        let factored = match (&inputs.factor, config.decomposition) {
             (Some(l), Decomposition::WhitenedSvd) => svd(matmul_f64(w.view(), l.view()).view())?,
             _ => svd(w.view())?,
         };
@@ -100,18 +194,13 @@ impl KeyValueLayer {
         }
         let kept = factored.truncated(rank);
         // Right singular vectors as rows, whitened or plain; then κ and s as the module says.
-        let (folded, scales): (Array2<f64>, Vec<f64>) = match (&factor, config.decomposition) {
+        let (keys, scales) = match (&inputs.factor, config.decomposition) {
             (Some(l), Decomposition::WhitenedSvd) => {
                 (solve_lower_transposed(l.view(), kept.vt.t()).reversed_axes(), kept.s.to_vec())
             }
-            (Some(l), Decomposition::Svd) => {
+            (Some(_), Decomposition::Svd) => {
                 let keys = &kept.vt * &kept.s.view().insert_axis(Axis(1));
-                let scales: Vec<f64> =
-                    matmul_f64(keys.view(), l.view()).rows().into_iter().map(|k| k.dot(&k).sqrt()).collect();
-                let folded = Array2::from_shape_fn(keys.dim(), |(i, j)| {
-                    if scales[i] > 0.0 { keys[[i, j]] / scales[i] } else { kept.vt[[i, j]] }
-                });
-                (folded, scales)
+                standardized(keys, inputs)
             }
             (None, _) => (kept.vt.clone(), kept.s.to_vec()),
         };
@@ -119,56 +208,29 @@ impl KeyValueLayer {
             0.0
         } else {
             let stored =
-                matmul_f64((&kept.u * &Array1::from(scales.clone()).view().insert_axis(Axis(0))).view(), folded.view());
+                matmul_f64((&kept.u * &Array1::from(scales.clone()).view().insert_axis(Axis(0))).view(), keys.view());
             svd((&w - &stored).view())?.s[0]
         };
-        let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
-        require_finite("the folded keys", keys.iter())?;
-        let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
-        let Backend::Flat { keys: kind } = config.backend;
-        let index = FlatIndex::new(keys, kind, spread.filter(|_| kind == RowType::Int8))?;
-        let values = RowMatrix::new(kept.u.t().mapv(|v| v as f32), config.values)?;
-        let scaled = |keys: &Array2<f64>| keys * &Array1::from(scales.clone()).mapv(f64::from).insert_axis(Axis(1));
-        let used = index.reconstruct().mapv(f64::from);
-        let key_error = match kind {
-            RowType::F32 => 0.0,
-            RowType::F16 | RowType::Int8 => {
-                let error = scaled(&(&used - &folded));
-                spectral_norm_bound(in_units(error, &index).view())
-            }
-        };
-        let value_error = match config.values {
-            RowType::F32 => 0.0,
-            RowType::F16 | RowType::Int8 => spectral_norm_bound((values.to_f32().mapv(f64::from) - kept.u.t()).view()),
-        };
-        let rounding =
-            in_units(scaled(&used), &index).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
-        let mean32 = mean.mapv(|v| v as f32);
-        let curves =
-            calibration.map(|inputs| Curves::measure(index.scores((&inputs - &mean32).view()).view(), &scales));
-        // Of the mean as it is subtracted from queries, rounding included.
-        let mean_output = w.dot(&mean32.mapv(f64::from)).mapv(|v| v as f32);
-        let stored = StoredConfig {
-            decomposition: config.decomposition,
-            energy_keep: config.energy_keep,
-            min_singular_value: config.min_singular_value,
-            ridge_regularization: config.ridge_regularization,
-            ridge_relative: config.ridge_relative,
-            use_bias: config.use_bias,
-            backend: config.backend,
-            values: config.values,
-            calibrated,
-            in_features,
-            out_features,
-            rank,
-            truncation,
-            key_error,
-            value_error,
-            rounding,
-        };
-        let core = Core::new(stored, index, scales, values, mean32, mean_output, bias.map(|b| b.to_owned()), curves)?;
-        Self::with_settings(Arc::new(core), config.search())
+        let values = kept.u.t().as_standard_layout().to_owned();
+        Ok(Components { keys, scales, values, truncation })
     }
+}
+
+/// Keys whose scores have unit variance over the inputs, and the scales that this takes out of them. A key that no input
+/// moves keeps its direction and has scale 0.
+pub(super) fn standardized(mut keys: Array2<f64>, inputs: &Inputs) -> (Array2<f64>, Vec<f64>) {
+    let lengths = |rows: &Array2<f64>| -> Vec<f64> { rows.rows().into_iter().map(|k| k.dot(&k).sqrt()).collect() };
+    let scales = match &inputs.factor {
+        Some(l) => lengths(&matmul_f64(keys.view(), l.view())),
+        None => lengths(&keys),
+    };
+    for (mut key, &scale) in keys.rows_mut().into_iter().zip(&scales) {
+        let length = if scale > 0.0 { scale } else { key.dot(&key).sqrt() };
+        if length > 0.0 {
+            key /= length;
+        }
+    }
+    (keys, scales)
 }
 
 /// Rows `[keys, in]` in the units that the index keeps keys in.

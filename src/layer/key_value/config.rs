@@ -88,6 +88,9 @@ pub struct SearchSettings {
     /// Whether a forward pass searches; if not, it uses every key.
     #[serde(default = "yes")]
     pub use_approximate_inference: bool,
+    /// Whether gradients are those of the exact layer; if not, those of the pass that the settings run.
+    #[serde(default = "yes")]
+    pub use_straight_through_estimator: bool,
 }
 
 /// Hits a query when no limit is given.
@@ -103,6 +106,7 @@ impl Default for SearchSettings {
             max_relative_error: None,
             max_ids_capacity: None,
             use_approximate_inference: true,
+            use_straight_through_estimator: true,
         }
     }
 }
@@ -204,6 +208,8 @@ pub struct KeyValueConfig {
     pub max_ids_capacity: Option<usize>,
     #[serde(default = "yes")]
     pub use_approximate_inference: bool,
+    #[serde(default = "yes")]
+    pub use_straight_through_estimator: bool,
 }
 
 impl Default for KeyValueConfig {
@@ -223,6 +229,7 @@ impl KeyValueConfig {
             max_relative_error: self.max_relative_error,
             max_ids_capacity: self.max_ids_capacity,
             use_approximate_inference: self.use_approximate_inference,
+            use_straight_through_estimator: self.use_straight_through_estimator,
         }
     }
 

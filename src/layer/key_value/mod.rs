@@ -16,6 +16,7 @@ mod config;
 mod parts;
 mod search;
 mod threshold;
+mod train;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -28,6 +29,7 @@ pub use build::InputStatistics;
 pub use config::{Backend, Decomposition, KeyValueConfig, Limit, Ranking, SearchSettings, Sides};
 pub use search::{Hit, QueryHits};
 pub use threshold::{ThresholdMethod, search_threshold};
+pub use train::Refit;
 
 use self::search::{Certificate, SelectLimit, select};
 use self::threshold::{Curves, gaussian, rank_value};
@@ -163,6 +165,29 @@ impl KeyValueLayer {
             all.extend(map);
         }
         Value::Object(all)
+    }
+
+    /// The settings that the layer was built with and runs with: what a rule would say.
+    pub fn key_value_config(&self) -> KeyValueConfig {
+        let (stored, search) = (&self.core.config, &self.settings);
+        KeyValueConfig {
+            decomposition: stored.decomposition,
+            energy_keep: stored.energy_keep,
+            min_singular_value: stored.min_singular_value,
+            ridge_regularization: stored.ridge_regularization,
+            ridge_relative: stored.ridge_relative,
+            use_bias: stored.use_bias,
+            backend: stored.backend,
+            values: stored.values,
+            ranking: search.ranking,
+            sides: search.sides,
+            expected_keys_per_query: search.expected_keys_per_query,
+            threshold: search.threshold,
+            max_relative_error: search.max_relative_error,
+            max_ids_capacity: search.max_ids_capacity,
+            use_approximate_inference: search.use_approximate_inference,
+            use_straight_through_estimator: search.use_straight_through_estimator,
+        }
     }
 
     pub(super) fn bias(&self) -> Option<&Array1<f32>> {

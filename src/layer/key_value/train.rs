@@ -1,0 +1,171 @@
+//! Training through a key–value layer: its gradients, and its keys after the weight has changed.
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+
+use super::KeyValueLayer;
+use super::build::{Components, Inputs, standardized};
+use super::search::select;
+use crate::error::{Error, Result};
+use crate::index::SearchIndex;
+use crate::layer::check_inputs;
+use crate::linalg::{Moments, matmul, matmul_f64, matmul_nt, spectral_norm_bound};
+
+/// How a layer was brought up to date with its weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refit {
+    /// The values stayed as they were, and the keys were computed anew: one matrix product.
+    Keys,
+    /// The weight was factored anew.
+    Factored,
+}
+
+/// The share of the weight's norm, as the inputs see it, that may lie outside the values' span before the weight is
+/// factored anew.
+const LOST: f64 = 1e-3;
+
+impl KeyValueLayer {
+    /// Gradients with respect to the input and the weight, for checked `x` and `grad_output`.
+    pub(in crate::layer) fn gradients(
+        &self,
+        x: ArrayView2<f32>,
+        grad_output: ArrayView2<f32>,
+    ) -> (Array2<f32>, Array2<f32>) {
+        let core = &*self.core;
+        let values = self.values();
+        // ⟨u_i, g⟩, of every key or of each row's hits.
+        let mut on_values = matmul_nt(grad_output, values.view());
+        let through = self.settings.use_straight_through_estimator || !self.settings.use_approximate_inference;
+        let weight = if through {
+            matmul(grad_output.t(), x)
+        } else {
+            let centred = &x - &core.mean;
+            let scores = core.index.scores(centred.view());
+            for ((x, scores), mut row) in centred.rows().into_iter().zip(scores.rows()).zip(on_values.rows_mut()) {
+                let certificate = core.certificate(x, scores);
+                let (hits, _) = select(scores, &core.scales, &self.settings, self.limit, &certificate);
+                let mut kept = vec![0f32; row.len()];
+                hits.iter().for_each(|h| kept[h.key as usize] = row[h.key as usize]);
+                row.assign(&ArrayView1::from(&kept));
+            }
+            let projected = matmul(on_values.view(), values.view());
+            let on_mean = matmul(
+                grad_output.sum_axis(Axis(0)).view().insert_axis(Axis(1)),
+                core.mean.view().insert_axis(Axis(0)),
+            );
+            matmul(projected.t(), centred.view()) + on_mean
+        };
+        on_values *= &ArrayView1::from(&core.scales);
+        (matmul(on_values.view(), self.keys().view()), weight)
+    }
+
+    /// This layer for another weight `[out_features, in_features]` and bias, as after a step of training. `inputs`
+    /// `[tokens, in_features]` are calibration inputs as they were for this one; without, mean 0 and covariance I are
+    /// assumed, and thresholds for K are those of normal scores.
+    ///
+    /// The values stay as they are while they span the new weight to a thousandth of its norm, as the inputs see it:
+    /// uᵢᵀW are the new keys then. Otherwise, and where values are not f32, the weight is factored anew.
+    ///
+    /// # Errors
+    /// When a shape is another, a number is not finite, or a factorisation fails.
+    pub fn refit(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        inputs: Option<ArrayView2<f32>>,
+    ) -> Result<(Self, Refit)> {
+        let shape = (self.out_features(), self.in_features());
+        if weight.dim() != shape {
+            return Err(Error::expected(
+                "shape of the new weight",
+                format!("{:?}", weight.dim()),
+                format!("{shape:?}, the layer's"),
+            ));
+        }
+        check_inputs(weight, bias, inputs)?;
+        let config = self.key_value_config();
+        let Some(values) = self.core.values.floats() else {
+            return Ok((Self::build(&config, weight, bias, inputs)?, Refit::Factored));
+        };
+        let (statistics, covariance) = match inputs {
+            Some(inputs) => {
+                let moments = Moments::of(inputs)?;
+                (moments.mean, Some(config.ridge().added_to(moments.covariance)))
+            }
+            None => (Array1::zeros(shape.1), None),
+        };
+        let statistics = Inputs::new(statistics, covariance)?;
+        let (w, values) = (weight.mapv(f64::from), values.mapv(f64::from));
+        let keys = matmul_f64(values.view(), w.view());
+        let lost = &w - &matmul_f64(values.t(), keys.view());
+        let size = |m: &Array2<f64>| match &statistics.factor {
+            Some(l) => matmul_f64(m.view(), l.view()).iter().map(|v| v * v).sum::<f64>().sqrt(),
+            None => m.iter().map(|v| v * v).sum::<f64>().sqrt(),
+        };
+        if size(&lost) > LOST * size(&w) {
+            return Ok((Self::build(&config, weight, bias, inputs)?, Refit::Factored));
+        }
+        let (keys, scales) = standardized(keys, &statistics);
+        let truncation = spectral_norm_bound(lost.view());
+        let components = Components { keys, scales, values, truncation };
+        Ok((Self::assemble(&config, weight, bias, &statistics, components, inputs)?, Refit::Keys))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{Accuracy, KeyValueConfig, Layer, MethodConfig};
+    use crate::linalg::relative_error;
+
+    fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
+        let cell = |i: usize, j: usize| ((i * 7919 + j * 104_729 + seed * 31) % 1009) as f32 / 500.0 - 1.0;
+        Array2::from_shape_fn((rows, columns), |(i, j)| cell(i, j))
+    }
+
+    #[test]
+    fn refits_keep_the_values_while_they_span_the_weight() {
+        let (w, x) = (sample(6, 9, 1), sample(50, 9, 2));
+        let config = KeyValueConfig { expected_keys_per_query: Some(3.0), ..KeyValueConfig::default() };
+        let built = |w: &Array2<f32>, x: Option<&Array2<f32>>| match MethodConfig::KeyValue(config.clone())
+            .compress(w.view(), None, x.map(|x| x.view()))
+            .unwrap()
+        {
+            Layer::KeyValue(layer) => layer,
+            other => panic!("{other:?}"),
+        };
+        let close = |layer: &KeyValueLayer, w: &Array2<f32>| {
+            let layer = Layer::KeyValue(layer.clone());
+            let exact = x.dot(&w.t());
+            let full = layer.forward(x.view(), Accuracy::Full).unwrap();
+            assert!(relative_error(full.y.view(), exact.view()) < 2e-3);
+            let few = layer.forward(x.view(), Accuracy::Approximate).unwrap();
+            for ((y, e), bound) in
+                few.y.rows().into_iter().zip(exact.rows()).zip(std::iter::repeat(few.relative_error_bound))
+            {
+                let error = (&y - &e).mapv(|v| v * v).sum().sqrt() / e.mapv(|v| v * v).sum().sqrt();
+                assert!(f64::from(error) <= bound.unwrap());
+            }
+        };
+        for inputs in [Some(&x), None] {
+            let layer = built(&w, inputs);
+            // Fewer outputs than inputs: six orthonormal values span any weight.
+            let changed = &w + &(sample(6, 9, 5) * 0.05);
+            let (refitted, how) = layer.refit(changed.view(), None, inputs.map(|x| x.view())).unwrap();
+            assert_eq!(how, Refit::Keys);
+            close(&refitted, &changed);
+            assert_eq!(refitted.values(), layer.values());
+            assert_eq!(refitted.settings(), layer.settings());
+        }
+        // More outputs than inputs: a change that leaves the span is factored.
+        let (w, x) = (sample(9, 4, 1), sample(50, 4, 2));
+        let layer = built(&w, Some(&x));
+        let (same, how) = layer.refit((&w * 1.5).view(), None, Some(x.view())).unwrap();
+        assert_eq!(how, Refit::Keys);
+        assert!((same.scales()[0] / layer.scales()[0] - 1.5).abs() < 1e-4);
+        let other = sample(9, 4, 7);
+        let (anew, how) = layer.refit(other.view(), None, Some(x.view())).unwrap();
+        assert_eq!(how, Refit::Factored);
+        assert!(relative_error(Layer::KeyValue(anew).weight().unwrap().view(), other.view()) < 1e-5);
+        assert!(layer.refit(sample(9, 5, 7).view(), None, None).is_err());
+    }
+}
