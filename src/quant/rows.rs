@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kernels::{accumulate, dots};
 use crate::error::{Error, Result};
-use crate::linalg::matmul_nt;
+use crate::linalg::{matmul, matmul_nt};
 
 /// What the numbers of a row are kept as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -215,6 +215,24 @@ impl RowMatrix {
         out
     }
 
+    /// `weights · M` for weights `[batch, rows]`: `[batch, columns]`.
+    ///
+    /// # Panics
+    /// When there are not as many weights as rows.
+    pub fn weighted(&self, weights: ArrayView2<f32>) -> Array2<f32> {
+        if let Data::F32(m) = &self.data {
+            return matmul(weights, m.view());
+        }
+        let rows = self.rows();
+        assert_eq!(weights.ncols(), rows, "number of weights");
+        let mut out = Array2::zeros((weights.nrows(), self.columns));
+        for start in (0..rows).step_by(BLOCK_ROWS) {
+            let end = (start + BLOCK_ROWS).min(rows);
+            out += &matmul(weights.slice(s![.., start..end]), self.block(start, end).view());
+        }
+        out
+    }
+
     /// `y += Σ weight · row`, over pairs of a row's number and its weight.
     ///
     /// # Panics
@@ -279,6 +297,9 @@ mod tests {
                     let expected: f32 = 0.5 + picks.iter().map(|&(i, w)| w * floats[[i as usize, j]]).sum::<f32>();
                     prop_assert!((y - expected).abs() < 1e-3);
                 }
+                let weights = sample(3, rows, seed + 2);
+                let difference = kept.weighted(weights.view()) - weights.dot(&floats);
+                prop_assert!(difference.iter().all(|d| d.abs() < 2e-3));
             }
         }
     }

@@ -1,0 +1,157 @@
+//! Running layers, beside the dense f32 product that they stand for. `make bench`, or `cargo bench --bench layers`.
+//!
+//! Keys and values are made up, since only their shapes decide the time: scales that fall as those of a trained layer
+//! do, and inputs that use 64 keys on average. The dense product is the fastest of ndarray, faer and matrixmultiply in
+//! the same run, one thread each for one query. Times are medians.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use layerstore::layer::parts::{Codes, Keys, Parts, Tensor};
+use layerstore::layer::{Accuracy, Layer, Method, RowType};
+use layerstore::quant::RowMatrix;
+use ndarray::{Array1, Array2, ArrayView2};
+use serde_json::json;
+
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+const KEYS_USED: f64 = 64.0;
+
+fn main() -> Result<()> {
+    // `cargo test` also runs bench targets: measuring is for `cargo bench` alone.
+    if !std::env::args().any(|a| a == "--bench") {
+        return Ok(());
+    }
+    println!("layer [out × in]   batch  dense f32       kept as  key_value       dense / key_value  memory");
+    for (out, inputs, batches) in [(1536, 384, [1, 32].as_slice()), (384, 1536, &[1, 32]), (11_008, 4096, &[1])] {
+        let weight = matrix(out, inputs, 1);
+        let layers = [RowType::F32, RowType::F16, RowType::Int8].map(|kind| (kind, layer(out, inputs, kind)));
+        for &batch in batches {
+            let x = matrix(batch, inputs, 2);
+            let dense = dense(weight.view(), x.view());
+            for (kind, layer) in &layers {
+                let layer = layer.as_ref().map_err(|e| e.to_string())?;
+                let ours = median(|| {
+                    black_box(layer.forward(black_box(x.view()), Accuracy::Approximate).map(|o| o.y).ok());
+                });
+                println!(
+                    "{out:>6} × {inputs:<8}  {batch:>5}  {:>10.1} µs   {kind:<7?}  {:>10.1} µs   {:>8.2}           {:>6.2} MiB",
+                    micros(dense),
+                    micros(ours),
+                    micros(dense) / micros(ours),
+                    layer.memory_bytes() as f64 / f64::from(1 << 20),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+fn median(mut run: impl FnMut()) -> Duration {
+    run();
+    let started = Instant::now();
+    let mut times = vec![];
+    while times.len() < 15 || (started.elapsed() < Duration::from_millis(700) && times.len() < 4001) {
+        let started = Instant::now();
+        run();
+        times.push(started.elapsed());
+    }
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// `x · Wᵀ` by the fastest of three.
+fn dense(weight: ArrayView2<f32>, x: ArrayView2<f32>) -> Duration {
+    let (out, inputs) = weight.dim();
+    let batch = x.nrows();
+    let mut y = Array2::<f32>::zeros((batch, out));
+    let by_ndarray = if batch == 1 {
+        let row = x.row(0);
+        median(|| {
+            black_box(black_box(weight).dot(&black_box(row)));
+        })
+    } else {
+        median(|| {
+            black_box(black_box(x).dot(&weight.t()));
+        })
+    };
+    let par = if batch == 1 { Par::Seq } else { Par::rayon(0) };
+    let by_faer = median(|| {
+        let target = MatMut::from_row_major_slice_mut(y.as_slice_mut().expect("fresh"), batch, out);
+        let a = MatRef::from_row_major_slice(x.as_slice().expect("whole"), batch, inputs);
+        let b = MatRef::from_row_major_slice(weight.as_slice().expect("whole"), out, inputs);
+        matmul(target, Accum::Replace, black_box(a), black_box(b.transpose()), 1.0, par);
+    });
+    let by_matrixmultiply = median(|| {
+        let (x, w) = (black_box(x.as_ptr()), black_box(weight.as_ptr()));
+        let (rows, columns, inner) = (batch, out, inputs as isize);
+        // SAFETY: the strides are those of the three whole matrices.
+        unsafe {
+            matrixmultiply::sgemm(
+                rows,
+                inputs,
+                columns,
+                1.0,
+                x,
+                inner,
+                1,
+                w,
+                1,
+                inner,
+                0.0,
+                y.as_mut_ptr(),
+                columns as isize,
+                1,
+            );
+        }
+    });
+    by_ndarray.min(by_faer).min(by_matrixmultiply)
+}
+
+fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed | 1;
+    Array2::from_shape_fn((rows, columns), |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    })
+}
+
+fn layer(out: usize, inputs: usize, kind: RowType) -> Result<Layer> {
+    let rank = out.min(inputs);
+    let config = json!({
+        "decomposition": "whitened_svd", "energy_keep": 1.0, "min_singular_value": 0.0, "ridge_regularization": 0.0,
+        "ridge_relative": 0.0, "use_bias": true, "backend": {"type": "flat", "keys": kind}, "values": kind,
+        "calibrated": false, "in_features": inputs, "out_features": out, "rank": rank, "truncation": 0.0,
+        "key_error": 0.0, "value_error": 0.0, "rounding": 1e-6,
+    });
+    let scales: Vec<f32> = (0..rank).map(|i| 10.0 * (-6.0 * i as f32 / rank as f32).exp()).collect();
+    // Scores of unit variance.
+    let keys = matrix(rank, inputs, 3) * (3.0 / inputs as f32).sqrt() * 3f32.sqrt();
+    let values = matrix(rank, out, 4) * (3.0 / out as f32).sqrt();
+    let mut parts = Parts::new(Method::KeyValue, config.clone());
+    let vector = |name: &str, values: &[f32]| Tensor::vector(name, values);
+    if kind == RowType::F32 {
+        parts.keys = Some(Keys { vectors: keys, scales });
+        parts.values = Some(values);
+    } else {
+        for (role, matrix, name) in [("keys", keys, "key_scales"), ("values", values, "value_scales")] {
+            let rows = RowMatrix::new(matrix, kind)?;
+            parts.codes.push(Codes { role: role.into(), codes: rows.bytes() });
+            if !rows.scales().is_empty() {
+                parts.tensors.push(vector(name, rows.scales()));
+            }
+        }
+        parts.tensors.push(vector("scales", &scales));
+    }
+    parts.tensors.push(vector("mean", &Array1::zeros(inputs).to_vec()));
+    parts.tensors.push(vector("mean_output", &Array1::zeros(out).to_vec()));
+    let mut settings = config;
+    settings["expected_keys_per_query"] = json!(KEYS_USED);
+    Ok(Layer::from_parts(parts)?.configured(&settings)?)
+}
