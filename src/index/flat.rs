@@ -4,6 +4,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
 use super::SearchIndex;
 use crate::error::{Error, Result};
+use crate::linalg::dot_f64;
 use crate::quant::{RowMatrix, RowType};
 
 /// Keys as rows of one matrix: f32, f16, or int8 with a scale per key.
@@ -57,11 +58,12 @@ impl FlatIndex {
 
     /// A query's length in the units of the keys.
     pub fn length(&self, query: ArrayView1<f32>) -> f64 {
-        let squares: f64 = match &self.units {
-            Some(units) => query.iter().zip(units).map(|(q, u)| (f64::from(*q) / f64::from(*u)).powi(2)).sum(),
-            None => query.iter().map(|&q| f64::from(q).powi(2)).sum(),
+        let query = match &self.units {
+            Some(units) => &query / units,
+            None => query.to_owned(),
         };
-        squares.sqrt()
+        let query = query.as_slice().expect("a fresh array is contiguous");
+        dot_f64(query, query).sqrt()
     }
 
     /// Memory that keys and units take.

@@ -84,6 +84,20 @@ pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
     portable::accumulate(rows, picks, y);
 }
 
+/// `out = numbers`, as floats.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn widen<T: Element>(numbers: &[T], out: &mut [f32]) {
+    assert_eq!(numbers.len(), out.len(), "numbers to widen");
+    #[cfg(target_arch = "x86_64")]
+    if x86::available() {
+        // SAFETY: the features are there.
+        return unsafe { x86::widen(numbers, out) };
+    }
+    portable::widen(numbers, out);
+}
+
 mod portable {
     use super::Element;
 
@@ -92,6 +106,10 @@ mod portable {
             let row = &rows[i * x.len()..(i + 1) * x.len()];
             *out = row.iter().zip(x).map(|(a, b)| a.value() * b).sum();
         }
+    }
+
+    pub fn widen<T: Element>(numbers: &[T], out: &mut [f32]) {
+        out.iter_mut().zip(numbers).for_each(|(o, v)| *o = v.value());
     }
 
     pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
@@ -144,6 +162,16 @@ mod x86 {
             let rest: f32 = row[eights..].iter().zip(&x[eights..]).map(|(a, b)| a.value() * b).sum();
             *out = sum(lanes) + rest;
         }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn widen<T: Element>(numbers: &[T], out: &mut [f32]) {
+        let eights = numbers.len() - numbers.len() % 8;
+        for at in (0..eights).step_by(8) {
+            // SAFETY: every eight lie below the length of both.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(at), T::eight(numbers.as_ptr().add(at))) }
+        }
+        out[eights..].iter_mut().zip(&numbers[eights..]).for_each(|(o, v)| *o = v.value());
     }
 
     /// Four rows at a time, so that `y` is read and written a quarter as often.
@@ -200,6 +228,10 @@ mod tests {
         dots(rows_of, x, &mut fast);
         portable::dots(rows_of, x, &mut slow);
         prop_assert!(fast.iter().zip(&slow).all(|(a, b)| (a - b).abs() <= 1e-5 * size), "{:?} {:?}", fast, slow);
+        let (mut fast, mut slow) = (vec![0f32; rows_of.len()], vec![0f32; rows_of.len()]);
+        widen(rows_of, &mut fast);
+        portable::widen(rows_of, &mut slow);
+        prop_assert_eq!(fast, slow);
         let picks: Vec<(u32, f32)> = picks.iter().map(|&(row, weight)| (row % rows as u32, weight)).collect();
         let (mut fast, mut slow) = (x.to_vec(), x.to_vec());
         accumulate(rows_of, &picks, &mut fast);

@@ -3,8 +3,10 @@
 mod integer;
 mod kernels;
 mod packing;
+mod product;
 mod rows;
 
 pub use integer::{Group, IntegerFormat, PackedMatrix, WeightType};
 pub use packing::{pack_nibbles, unpack_nibbles};
+pub use product::{ProductFormat, ProductQuantizer};
 pub use rows::{RowMatrix, RowType};

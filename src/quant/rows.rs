@@ -4,7 +4,7 @@ use half::f16;
 use ndarray::{Array2, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 
-use super::kernels::{accumulate, dots};
+use super::kernels::{accumulate, dots, widen};
 use crate::error::{Error, Result};
 use crate::linalg::{matmul, matmul_nt};
 
@@ -33,8 +33,8 @@ impl RowType {
 /// Queries below this many go row by row; from it on a block of rows is widened once for all of them.
 const PRODUCT_FROM: usize = 4;
 
-/// Rows widened at a time: a few hundred KiB.
-const BLOCK_ROWS: usize = 64;
+/// Rows widened at a time: a few hundred KiB of most layers.
+const BLOCK_ROWS: usize = 256;
 
 /// A matrix `[rows, columns]` in one of the [`RowType`]s.
 #[derive(Debug, Clone, PartialEq)]
@@ -169,11 +169,13 @@ impl RowMatrix {
         match &self.data {
             Data::F32(m) => m.slice(s![start..end, ..]).to_owned(),
             Data::F16(v) => {
-                Array2::from_shape_vec(shape, v[range].iter().map(|v| v.to_f32()).collect()).expect("the block's shape")
+                let mut block = Array2::zeros(shape);
+                widen(&v[range], block.as_slice_mut().expect("fresh"));
+                block
             }
             Data::Int8(v, scales) => {
-                let numbers = v[range].iter().map(|&v| f32::from(v)).collect();
-                let mut block = Array2::from_shape_vec(shape, numbers).expect("the block's shape");
+                let mut block = Array2::zeros(shape);
+                widen(&v[range], block.as_slice_mut().expect("fresh"));
                 block.rows_mut().into_iter().zip(&scales[start..end]).for_each(|(mut row, &scale)| row *= scale);
                 block
             }

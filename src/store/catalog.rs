@@ -153,17 +153,18 @@ pub async fn open_or_create(location: &Location) -> Result<Dataset> {
     open(location, None).await
 }
 
-/// Makes an empty table; another process that makes it at the same moment is welcome to.
+/// Makes an empty table, unless another process has made it meanwhile.
 pub async fn create_table(location: &Location, table: &str, schema: SchemaRef) -> Result<()> {
+    // One at a time: Lance turns the later of two creations at once into an overwrite, which would empty the table.
+    let _guard = lock::committing(location.local()).await?;
+    if location.open_table(table, None).await.is_ok() {
+        return Ok(());
+    }
     let (uri, params) = location.create_params(table);
     let empty = RecordBatchIterator::new(std::iter::empty(), schema);
     match InsertBuilder::new(uri.as_str()).with_params(&params).execute_stream(empty).await {
         Ok(_) | Err(lance::Error::DatasetAlreadyExists { .. }) => Ok(()),
-        // Two creations at once may also end as a conflict; what counts is that the table is there.
-        Err(e) => match location.open_table(table, None).await {
-            Ok(_) => Ok(()),
-            Err(_) => Err(storage_error(format!("creating table '{table}' in {}", location.uri()))(e)),
-        },
+        Err(e) => Err(storage_error(format!("creating table '{table}' in {}", location.uri()))(e)),
     }
 }
 

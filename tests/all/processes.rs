@@ -85,6 +85,39 @@ fn writers_do_not_mix() {
     assert_eq!(place.json(&["gc", "--older-than", "0s"])["stray_rows"], 0);
 }
 
+/// Many first imports of one store at once: each makes the tables that it finds missing, and none undoes another's.
+#[test]
+fn first_imports_make_tables_together() {
+    for _ in 0..3 {
+        let place = Place::new();
+        let names: Vec<String> = (0..6).map(|i| format!("m{i}")).collect();
+        let children: Vec<_> = names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| {
+                let rules = if i % 2 == 0 { INT4 } else { KEYS };
+                place.spawn(&[
+                    "--quiet",
+                    "import",
+                    CHECKPOINT,
+                    "--model",
+                    name,
+                    "--rules",
+                    rules,
+                    "--calibration",
+                    INPUTS,
+                ])
+            })
+            .collect();
+        for child in children {
+            let done = child.wait_with_output().unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        }
+        assert_eq!(place.json(&["models"]).as_array().unwrap().len(), names.len());
+        assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+    }
+}
+
 /// Ctrl-C in the middle of an import: it says so, and the store is as it was.
 #[cfg(unix)]
 #[test]

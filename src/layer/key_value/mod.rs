@@ -32,8 +32,8 @@ pub use search::{Hit, QueryHits};
 pub use threshold::{ThresholdMethod, search_threshold};
 pub use train::Refit;
 
-use self::search::{Certificate, SelectLimit, select};
-use self::threshold::{Curves, gaussian, rank_value};
+use self::search::{Certificate, Scored, SelectLimit};
+use self::threshold::{Curves, gaussian};
 use super::{Accuracy, Method, Output, read_config, require_finite};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, SearchIndex};
@@ -74,7 +74,7 @@ struct Core {
     /// Thresholds for K that were worked out before: every handle of the layer asks for the same.
     thresholds: Mutex<HashMap<(u64, Ranking, Sides), f32>>,
     /// ⟨u_i, W μ⟩ `[keys]`.
-    values_on_mean: Vec<f64>,
+    values_on_mean: Vec<f32>,
     mean_output_norm: f64,
 }
 
@@ -221,13 +221,14 @@ impl KeyValueLayer {
         let limit = limit.map_or(Ok(self.limit), |l| self.core.resolve(l, &self.settings))?;
         let centred = &x - &self.core.mean;
         let scores = self.core.index.scores(centred.view());
-        let rank =
-            |h: &Hit| rank_value(h.score, self.core.scales[h.key as usize], self.settings.ranking, self.settings.sides);
         let answers = centred.rows().into_iter().zip(scores.rows()).map(|(x, scores)| {
-            let certificate = self.core.certificate(x, scores);
-            let (mut hits, threshold) = select(scores, &self.core.scales, &self.settings, limit, &certificate);
-            hits.sort_by(|a, b| rank(b).total_cmp(&rank(a)).then(a.key.cmp(&b.key)));
-            QueryHits { threshold, certified_error: certificate.bound(self.core.dropped(scores, &hits)), hits }
+            let scores = scores.to_slice().expect("a fresh array is contiguous");
+            let contributions = self.core.contributions(scores);
+            let certificate = self.core.certificate(x, &contributions);
+            let scored = Scored { scores, contributions: &contributions };
+            let (keys, threshold) = scored.select(&self.settings, limit, &certificate);
+            let certified_error = certificate.bound(certificate.dropped(&contributions, &keys));
+            QueryHits { threshold, certified_error, hits: scored.hits(&keys, &self.settings) }
         });
         Ok(answers.collect())
     }
@@ -240,14 +241,16 @@ impl KeyValueLayer {
         let scores = core.index.scores(centred.view());
         let every_key = accuracy == Accuracy::Full || !self.settings.use_approximate_inference;
         let answer = |row: usize| {
-            let scores = scores.row(row);
-            let certificate = core.certificate(centred.row(row), scores);
+            let scores = scores.row(row).to_slice().expect("a fresh array is contiguous");
+            let contributions = core.contributions(scores);
+            let certificate = core.certificate(centred.row(row), &contributions);
             if every_key {
                 return (vec![], certificate.bound(0.0));
             }
-            let (hits, _) = select(scores, &core.scales, &self.settings, self.limit, &certificate);
-            let bound = certificate.bound(core.dropped(scores, &hits));
-            (hits.iter().map(|h| (h.key, h.contribution)).collect::<Vec<_>>(), bound)
+            let scored = Scored { scores, contributions: &contributions };
+            let (keys, _) = scored.select(&self.settings, self.limit, &certificate);
+            let bound = certificate.bound(certificate.dropped(&contributions, &keys));
+            (keys.iter().map(|&key| (key, contributions[key as usize])).collect::<Vec<_>>(), bound)
         };
         let in_parallel = batch > 1 && batch * keys >= PARALLEL_FROM;
         let answers: Vec<_> = match in_parallel {
@@ -255,7 +258,8 @@ impl KeyValueLayer {
             false => (0..batch).map(answer).collect(),
         };
         let bound = answers.iter().map(|(_, bound)| *bound).try_fold(0f64, |worst, bound| Some(worst.max(bound?)));
-        let mut y = Array2::from_shape_fn((batch, outputs), |(_, j)| core.mean_output[j]);
+        let mut y = Array2::zeros((batch, outputs));
+        y += &core.mean_output;
         let used: usize = answers.iter().map(|(picks, _)| picks.len()).sum();
         if every_key {
             y += &core.values.weighted((&scores * &ArrayView1::from(&core.scales)).view());
@@ -325,12 +329,10 @@ impl Core {
             Some(floats) => {
                 let contiguous = "standard layout";
                 let mean = mean_output.as_slice().expect(contiguous);
-                floats.rows().into_iter().map(|u| dot_f64(u.to_slice().expect(contiguous), mean)).collect()
+                let of = |u: ArrayView1<f32>| dot_f64(u.to_slice().expect(contiguous), mean) as f32;
+                floats.rows().into_iter().map(|u| of(u.reborrow())).collect()
             }
-            None => {
-                let on_mean = values.products(mean_output.view().insert_axis(Axis(0)));
-                on_mean.iter().map(|&v| f64::from(v)).collect()
-            }
+            None => values.products(mean_output.view().insert_axis(Axis(0))).into_raw_vec_and_offset().0,
         };
         Ok(Core {
             values_on_mean,
@@ -368,39 +370,33 @@ impl Core {
         }))
     }
 
-    fn certificate(&self, centred: ArrayView1<f32>, scores: ArrayView1<f32>) -> Certificate {
+    /// c_i = s_i · score_i.
+    fn contributions(&self, scores: &[f32]) -> Vec<f32> {
+        scores.iter().zip(&self.scales).map(|(score, scale)| score * scale).collect()
+    }
+
+    fn certificate(&self, centred: ArrayView1<f32>, contributions: &[f32]) -> Certificate {
         let distance = self.index.length(centred);
         let truncated = match self.config.truncation {
             0.0 => 0.0,
             norm => norm * centred.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
         };
         // ‖W μ + Σ c_i u_i‖² for orthonormal u_i.
-        let (mut contributed, mut crossed) = (0f64, 0f64);
-        for ((&score, &scale), on_mean) in scores.iter().zip(&self.scales).zip(&self.values_on_mean) {
-            let c = f64::from(score) * f64::from(scale);
-            contributed += c * c;
-            crossed += c * on_mean;
-        }
+        let contributed = dot_f64(contributions, contributions);
+        let crossed = dot_f64(contributions, &self.values_on_mean);
         let contributed_norm = contributed.sqrt();
         let values = self.config.value_error * contributed_norm;
         // ⟨u_i, W μ⟩ is known of rounded values only.
         let squared = self.mean_output_norm.powi(2) + contributed + 2.0 * (crossed - values * self.mean_output_norm);
         Certificate {
             norm: squared.max(0.0).sqrt(),
+            contributed,
             truncated,
             rounded: self.config.key_error * distance,
             values,
             rounding: self.config.rounding * distance
-                + f64::from(f32::EPSILON) * (self.mean_output_norm + contributed_norm),
+                + f64::from(f32::EPSILON) * (2.0 * self.mean_output_norm + contributed_norm),
         }
-    }
-
-    /// Σ c_i² over the keys that are no hits.
-    fn dropped(&self, scores: ArrayView1<f32>, hits: &[Hit]) -> f64 {
-        let mut squares: Vec<f64> =
-            scores.iter().zip(&self.scales).map(|(&a, &s)| (f64::from(a) * f64::from(s)).powi(2)).collect();
-        hits.iter().for_each(|h| squares[h.key as usize] = 0.0);
-        squares.iter().sum()
     }
 }
 

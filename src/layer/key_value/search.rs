@@ -1,10 +1,8 @@
 //! Which keys a query uses, and what leaving the others out costs.
 
-use ndarray::ArrayView1;
 use serde::Serialize;
 
-use super::config::{Limit, SearchSettings};
-use super::threshold::rank_value;
+use super::config::{Limit, Ranking, SearchSettings, Sides};
 
 /// A key that a query uses.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -27,10 +25,15 @@ pub struct QueryHits {
     pub hits: Vec<Hit>,
 }
 
+/// What subtracting two sums of some thousand f64 squares may be off by, of the larger.
+const DIFFERENCE: f64 = 1e-13;
+
 /// What is known of an output without computing it: all of it follows from the scores.
 pub struct Certificate {
     /// ‖y‖ over the stored components.
     pub norm: f64,
+    /// Σ c_i² over all keys.
+    pub contributed: f64,
     /// Bound on the part that a truncated factorisation lost.
     pub truncated: f64,
     /// Bound on what rounded keys put into the contributions.
@@ -47,6 +50,12 @@ impl Certificate {
         let error = (dropped + self.truncated * self.truncated).sqrt() + self.fixed();
         let least = self.least();
         (least > 0.0).then(|| error / least)
+    }
+
+    /// Σ c_i² over the keys that are not among these, with the rounding of the difference added.
+    pub fn dropped(&self, contributions: &[f32], kept: &[u32]) -> f64 {
+        let kept: f64 = kept.iter().map(|&k| f64::from(contributions[k as usize]).powi(2)).sum();
+        (self.contributed - kept).max(0.0) + self.contributed * DIFFERENCE
     }
 
     /// The squared length that may be left out while the bound stays within `max_error`.
@@ -66,44 +75,91 @@ impl Certificate {
     }
 }
 
-/// Picks the keys of one query from its scores, unordered, and gives the threshold in force.
-pub fn select(
-    scores: ArrayView1<f32>,
-    scales: &[f32],
-    settings: &SearchSettings,
-    limit: SelectLimit,
-    certificate: &Certificate,
-) -> (Vec<Hit>, f32) {
-    let hit = |key: usize| Hit { key: key as u32, score: scores[key], contribution: scores[key] * scales[key] };
-    let rank = |key: usize| rank_value(scores[key], scales[key], settings.ranking, settings.sides);
-    let (mut chosen, mut threshold): (Vec<usize>, f32) = match limit {
-        SelectLimit::Threshold(t) => ((0..scales.len()).filter(|&k| rank(k) >= t).collect(), t),
-        SelectLimit::MaxError(max_error) => {
-            let mut order: Vec<usize> = (0..scales.len()).collect();
-            order.sort_unstable_by(|&a, &b| rank(a).total_cmp(&rank(b)));
-            let budget = certificate.budget(max_error);
-            let mut dropped = 0.0;
-            let first = order
-                .iter()
-                .position(|&k| {
-                    dropped += f64::from(scores[k] * scales[k]).powi(2);
-                    dropped > budget
-                })
-                .unwrap_or(order.len());
-            // Where nothing has to be used, just above the highest.
-            let none = || order.last().map_or(0.0, |&k| rank(k).next_up());
-            let threshold = order.get(first).map_or_else(none, |&k| rank(k));
-            (order.split_off(first), threshold)
+/// One query's scores and contributions, over all keys.
+pub struct Scored<'a> {
+    pub scores: &'a [f32],
+    pub contributions: &'a [f32],
+}
+
+impl Scored<'_> {
+    /// What keys are ranked by, before the sign is dropped.
+    fn ranked(&self, ranking: Ranking) -> &[f32] {
+        match ranking {
+            Ranking::Contribution => self.contributions,
+            Ranking::Score => self.scores,
         }
-    };
-    if let Some(capacity) = settings.max_ids_capacity
-        && chosen.len() > capacity
-    {
-        chosen.select_nth_unstable_by(capacity - 1, |&a, &b| rank(b).total_cmp(&rank(a)));
-        threshold = rank(chosen[capacity - 1]);
-        chosen.truncate(capacity);
     }
-    (chosen.into_iter().map(hit).collect(), threshold)
+
+    /// The keys that the query uses, in no order, and the threshold in force.
+    pub fn select(&self, settings: &SearchSettings, limit: SelectLimit, certificate: &Certificate) -> (Vec<u32>, f32) {
+        let values = self.ranked(settings.ranking);
+        let rank = |key: u32| signed(values[key as usize], settings.sides);
+        let (mut chosen, mut threshold) = match limit {
+            SelectLimit::Threshold(t) => (
+                match settings.sides {
+                    Sides::Both => at_least(values, t, f32::abs),
+                    Sides::Positive => at_least(values, t, |v| v),
+                },
+                t,
+            ),
+            SelectLimit::MaxError(max_error) => {
+                let mut order: Vec<u32> = (0..values.len() as u32).collect();
+                order.sort_unstable_by(|&a, &b| rank(a).total_cmp(&rank(b)));
+                let budget = certificate.budget(max_error);
+                let mut dropped = 0.0;
+                let first = order
+                    .iter()
+                    .position(|&k| {
+                        dropped += f64::from(self.contributions[k as usize]).powi(2);
+                        dropped > budget
+                    })
+                    .unwrap_or(order.len());
+                // Where nothing has to be used, just above the highest.
+                let none = || order.last().map_or(0.0, |&k| rank(k).next_up());
+                let threshold = order.get(first).map_or_else(none, |&k| rank(k));
+                (order.split_off(first), threshold)
+            }
+        };
+        if let Some(capacity) = settings.max_ids_capacity
+            && chosen.len() > capacity
+        {
+            chosen.select_nth_unstable_by(capacity - 1, |&a, &b| rank(b).total_cmp(&rank(a)));
+            threshold = rank(chosen[capacity - 1]);
+            chosen.truncate(capacity);
+        }
+        (chosen, threshold)
+    }
+
+    /// The hits of these keys, highest ranked first.
+    pub fn hits(&self, keys: &[u32], settings: &SearchSettings) -> Vec<Hit> {
+        let hit =
+            |&key: &u32| Hit { key, score: self.scores[key as usize], contribution: self.contributions[key as usize] };
+        let mut hits: Vec<Hit> = keys.iter().map(hit).collect();
+        let values = self.ranked(settings.ranking);
+        let rank = |h: &Hit| signed(values[h.key as usize], settings.sides);
+        hits.sort_by(|a, b| rank(b).total_cmp(&rank(a)).then(a.key.cmp(&b.key)));
+        hits
+    }
+}
+
+fn signed(value: f32, sides: Sides) -> f32 {
+    match sides {
+        Sides::Both => value.abs(),
+        Sides::Positive => value,
+    }
+}
+
+/// The places of values that reach `t`. Each place is written, and counted where it counts: there is no branch to
+/// mispredict.
+fn at_least(values: &[f32], t: f32, rank: impl Fn(f32) -> f32) -> Vec<u32> {
+    let mut places = vec![0u32; values.len()];
+    let mut found = 0;
+    for (place, &value) in values.iter().enumerate() {
+        places[found] = place as u32;
+        found += usize::from(rank(value) >= t);
+    }
+    places.truncate(found);
+    places
 }
 
 /// A [`Limit`] with K already turned into a threshold.

@@ -4,7 +4,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
 use super::KeyValueLayer;
 use super::build::{Components, Inputs, standardized};
-use super::search::select;
+use super::search::Scored;
 use crate::error::{Error, Result};
 use crate::index::SearchIndex;
 use crate::layer::check_inputs;
@@ -41,10 +41,13 @@ impl KeyValueLayer {
             let centred = &x - &core.mean;
             let scores = core.index.scores(centred.view());
             for ((x, scores), mut row) in centred.rows().into_iter().zip(scores.rows()).zip(on_values.rows_mut()) {
-                let certificate = core.certificate(x, scores);
-                let (hits, _) = select(scores, &core.scales, &self.settings, self.limit, &certificate);
+                let scores = scores.to_slice().expect("a fresh array is contiguous");
+                let contributions = core.contributions(scores);
+                let certificate = core.certificate(x, &contributions);
+                let scored = Scored { scores, contributions: &contributions };
+                let (keys, _) = scored.select(&self.settings, self.limit, &certificate);
                 let mut kept = vec![0f32; row.len()];
-                hits.iter().for_each(|h| kept[h.key as usize] = row[h.key as usize]);
+                keys.iter().for_each(|&key| kept[key as usize] = row[key as usize]);
                 row.assign(&ArrayView1::from(&kept));
             }
             let projected = matmul(on_values.view(), values.view());
