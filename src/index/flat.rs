@@ -5,9 +5,10 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use super::SearchIndex;
 use crate::error::{Error, Result};
 use crate::linalg::dot_f64;
-use crate::quant::{RowMatrix, RowType};
+use crate::quant::{RowFormat, RowMatrix, RowType};
 
-/// Keys as rows of one matrix: f32, f16, or int8 with a scale per key.
+/// Keys as rows of one matrix: f32, f16, int8 with a scale per key, or product codes, whose scores are sums from a table
+/// made once a query.
 ///
 /// A key of a whitened layer is long in the directions in which inputs vary little, so one scale for all its numbers
 /// would round the others away. Int8 keys may therefore be kept in units of how much each input varies; queries are
@@ -25,6 +26,20 @@ impl FlatIndex {
     /// # Errors
     /// When the units' number is another, one of them is no positive number, or a number does not fit the type.
     pub fn new(keys: Array2<f32>, kind: RowType, units: Option<Array1<f32>>) -> Result<Self> {
+        Self::in_format(keys, RowFormat::Plain(kind), &[], units)
+    }
+
+    /// An index over `keys` `[len, dimension]` in any format; `weights` `[len]` say how much each key's error counts
+    /// where codewords are learned.
+    ///
+    /// # Errors
+    /// As [`FlatIndex::new`], and when a product format does not fit the keys.
+    pub fn in_format(
+        keys: Array2<f32>,
+        format: RowFormat,
+        weights: &[f32],
+        units: Option<Array1<f32>>,
+    ) -> Result<Self> {
         let keys = match &units {
             Some(units) => {
                 check_units(units.view(), keys.ncols())?;
@@ -32,7 +47,7 @@ impl FlatIndex {
             }
             None => keys,
         };
-        Ok(FlatIndex { keys: RowMatrix::new(keys, kind)?, units })
+        Ok(FlatIndex { keys: RowMatrix::in_format(keys, format, weights)?, units })
     }
 
     /// From what [`FlatIndex::rows`] and [`FlatIndex::units`] gave.

@@ -26,7 +26,7 @@ pub use key_value::{
 pub use low_rank::{LowRankConfig, LowRankLayer, Scaling};
 pub use parts::{ArtifactId, Parts};
 
-pub use crate::quant::RowType;
+pub use crate::quant::{ProductFormat, RowFormat, RowType};
 
 use crate::error::{Error, Result};
 

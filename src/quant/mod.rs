@@ -9,4 +9,4 @@ mod rows;
 pub use integer::{Group, IntegerFormat, PackedMatrix, WeightType};
 pub use packing::{pack_nibbles, unpack_nibbles};
 pub use product::{ProductFormat, ProductQuantizer};
-pub use rows::{RowMatrix, RowType};
+pub use rows::{RowFormat, RowMatrix, RowType};

@@ -152,6 +152,11 @@ impl ProductQuantizer {
         self.codebooks[0].nrows()
     }
 
+    /// Length of a piece.
+    pub fn piece(&self) -> usize {
+        self.codebooks[0].ncols()
+    }
+
     /// Length of a whole row.
     pub fn width(&self) -> usize {
         self.codebooks.len() * self.codebooks[0].ncols()

@@ -1,10 +1,15 @@
-//! A matrix whose rows are used one by one: keys and values in f32, f16, or int8 with a scale per row.
+//! A matrix whose rows are used one by one: keys and values in f32, f16, int8 with a scale per row, or product codes.
+
+use std::fmt;
 
 use half::f16;
 use ndarray::{Array2, ArrayView2, Axis, s};
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{IntoDeserializer, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::kernels::{accumulate, dots, widen};
+use super::product::{ProductFormat, ProductQuantizer};
 use crate::error::{Error, Result};
 use crate::linalg::{matmul, matmul_nt};
 
@@ -30,13 +35,64 @@ impl RowType {
     }
 }
 
+/// What the rows of a matrix are kept as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RowFormat {
+    /// Each number by itself.
+    Plain(RowType),
+    /// Codes of a product quantiser.
+    Product(ProductFormat),
+}
+
+impl Default for RowFormat {
+    fn default() -> Self {
+        RowFormat::Plain(RowType::F32)
+    }
+}
+
+impl Serialize for RowFormat {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            RowFormat::Plain(kind) => kind.serialize(serializer),
+            RowFormat::Product(format) => TaggedFormat::Pq(*format).serialize(serializer),
+        }
+    }
+}
+
+/// A name, or `{ type = "pq", … }`.
+impl<'de> Deserialize<'de> for RowFormat {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = RowFormat;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(r#""f32", "f16", "int8" or a table { type = "pq" }"#)
+            }
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<RowFormat, E> {
+                RowType::deserialize(name.into_deserializer()).map(RowFormat::Plain)
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<RowFormat, A::Error> {
+                TaggedFormat::deserialize(MapAccessDeserializer::new(map))
+                    .map(|TaggedFormat::Pq(format)| RowFormat::Product(format))
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum TaggedFormat {
+    Pq(ProductFormat),
+}
+
 /// Queries below this many go row by row; from it on a block of rows is widened once for all of them.
 const PRODUCT_FROM: usize = 4;
 
 /// Rows widened at a time: a few hundred KiB of most layers.
 const BLOCK_ROWS: usize = 256;
 
-/// A matrix `[rows, columns]` in one of the [`RowType`]s.
+/// A matrix `[rows, columns]` in one of the [`RowFormat`]s.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RowMatrix {
     columns: usize,
@@ -49,9 +105,35 @@ enum Data {
     F16(Vec<f16>),
     /// Numbers, and the scale of each row.
     Int8(Vec<i8>, Vec<f32>),
+    /// Codes `[rows, subvectors]`, all of which have a codeword.
+    Product(ProductQuantizer, Array2<u8>),
 }
 
 impl RowMatrix {
+    /// `matrix` in this format; `weights` `[rows]` say how much each row's error counts where codewords are learned.
+    ///
+    /// # Errors
+    /// As [`RowMatrix::new`] and [`ProductQuantizer::train`].
+    pub fn in_format(matrix: Array2<f32>, format: RowFormat, weights: &[f32]) -> Result<Self> {
+        match format {
+            RowFormat::Plain(kind) => Self::new(matrix, kind),
+            RowFormat::Product(format) => {
+                let quantizer = ProductQuantizer::train(matrix.view(), weights, format)?;
+                let codes = quantizer.encode(matrix.view());
+                Ok(RowMatrix { columns: matrix.ncols(), data: Data::Product(quantizer, codes) })
+            }
+        }
+    }
+
+    /// From what [`RowMatrix::quantizer`] and [`RowMatrix::bytes`] gave.
+    ///
+    /// # Errors
+    /// When the codes are not the quantiser's.
+    pub fn from_codes(quantizer: ProductQuantizer, codes: Array2<u8>) -> Result<Self> {
+        quantizer.check(codes.view())?;
+        Ok(RowMatrix { columns: quantizer.width(), data: Data::Product(quantizer, codes) })
+    }
+
     /// `matrix` as it is, or rounded to the nearest.
     ///
     /// # Errors
@@ -112,11 +194,11 @@ impl RowMatrix {
         Ok(RowMatrix { columns, data })
     }
 
-    pub fn kind(&self) -> RowType {
-        match self.data {
-            Data::F32(_) => RowType::F32,
-            Data::F16(_) => RowType::F16,
-            Data::Int8(..) => RowType::Int8,
+    /// The quantiser of product codes.
+    pub fn quantizer(&self) -> Option<&ProductQuantizer> {
+        match &self.data {
+            Data::Product(quantizer, _) => Some(quantizer),
+            _ => None,
         }
     }
 
@@ -125,6 +207,7 @@ impl RowMatrix {
             Data::F32(m) => m.nrows(),
             Data::F16(v) => v.len().checked_div(self.columns).unwrap_or(0),
             Data::Int8(_, scales) => scales.len(),
+            Data::Product(_, codes) => codes.nrows(),
         }
     }
 
@@ -148,14 +231,15 @@ impl RowMatrix {
         }
     }
 
-    /// The rows' numbers, little-endian, `[rows, columns · bytes of a number]`.
+    /// The rows' numbers, little-endian, `[rows, columns · bytes of a number]`; or their codes, `[rows, subvectors]`.
     pub fn bytes(&self) -> Array2<u8> {
-        let all: Vec<u8> = match &self.data {
-            Data::F32(m) => m.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Data::F16(v) => v.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Data::Int8(v, _) => v.iter().map(|&v| v as u8).collect(),
+        let (all, kind): (Vec<u8>, RowType) = match &self.data {
+            Data::F32(m) => (m.iter().flat_map(|v| v.to_le_bytes()).collect(), RowType::F32),
+            Data::F16(v) => (v.iter().flat_map(|v| v.to_le_bytes()).collect(), RowType::F16),
+            Data::Int8(v, _) => (v.iter().map(|&v| v as u8).collect(), RowType::Int8),
+            Data::Product(_, codes) => return codes.clone(),
         };
-        Array2::from_shape_vec((self.rows(), self.columns * self.kind().bytes()), all).expect("one row after another")
+        Array2::from_shape_vec((self.rows(), self.columns * kind.bytes()), all).expect("one row after another")
     }
 
     /// All rows as floats.
@@ -179,6 +263,7 @@ impl RowMatrix {
                 block.rows_mut().into_iter().zip(&scales[start..end]).for_each(|(mut row, &scale)| row *= scale);
                 block
             }
+            Data::Product(quantizer, codes) => quantizer.decode(codes.slice(s![start..end, ..])),
         }
     }
 
@@ -211,6 +296,13 @@ impl RowMatrix {
                 Data::Int8(v, scales) => {
                     dots(v, query, out);
                     out.iter_mut().zip(scales).for_each(|(o, scale)| *o *= scale);
+                }
+                Data::Product(quantizer, codes) => {
+                    let (table, words) = (quantizer.table(query), quantizer.codewords());
+                    for (codes, out) in codes.rows().into_iter().zip(out) {
+                        let pieces = codes.iter().enumerate();
+                        *out = pieces.map(|(piece, &code)| table[piece * words + usize::from(code)]).sum();
+                    }
                 }
             }
         }
@@ -248,12 +340,27 @@ impl RowMatrix {
                 let scaled: Vec<(u32, f32)> = picks.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect();
                 accumulate(v, &scaled, y);
             }
+            Data::Product(quantizer, codes) => {
+                for &(row, weight) in picks {
+                    let pieces =
+                        quantizer.codebooks().iter().zip(codes.row(row as usize)).zip(y.chunks_mut(quantizer.piece()));
+                    for ((book, &code), y) in pieces {
+                        let word = book.row(usize::from(code));
+                        y.iter_mut().zip(word).for_each(|(y, v)| *y += weight * v);
+                    }
+                }
+            }
         }
     }
 
-    /// Memory that the numbers and scales take.
+    /// Memory that numbers, scales, codes and codewords take.
     pub fn memory_bytes(&self) -> usize {
-        self.rows() * self.columns * self.kind().bytes() + 4 * self.scales().len()
+        match &self.data {
+            Data::F32(m) => 4 * m.len(),
+            Data::F16(v) => 2 * v.len(),
+            Data::Int8(v, scales) => v.len() + 4 * scales.len(),
+            Data::Product(quantizer, codes) => codes.len() + quantizer.memory_bytes(),
+        }
     }
 }
 
@@ -274,7 +381,7 @@ mod tests {
             let matrix = sample(rows, columns, seed);
             for (kind, step) in KINDS.into_iter().zip([0.0, 2.0 / 1024.0, 2.04 / 127.0 / 2.0]) {
                 let kept = RowMatrix::new(matrix.clone(), kind).unwrap();
-                prop_assert_eq!((kept.rows(), kept.columns(), kept.kind()), (rows, columns, kind));
+                prop_assert_eq!((kept.rows(), kept.columns()), (rows, columns));
                 prop_assert!((&kept.to_f32() - &matrix).iter().all(|d| d.abs() <= step));
                 let back = RowMatrix::from_bytes(kind, (rows, columns), kept.bytes().as_slice().unwrap(), kept.scales());
                 prop_assert_eq!(back.unwrap(), kept);
@@ -284,8 +391,10 @@ mod tests {
         /// One by one, in blocks, and by the definition.
         #[test]
         fn products_and_sums_are_those_of_the_floats(rows in 1usize..150, columns in 1usize..40, seed in 0usize..999) {
-            for kind in KINDS {
-                let kept = RowMatrix::new(sample(rows, columns, seed), kind).unwrap();
+            let product = ProductFormat { subvectors: 3, codewords: 16, seed: 1 }.fitted(rows, columns);
+            let formats = KINDS.into_iter().map(RowFormat::Plain).chain([RowFormat::Product(product)]);
+            for format in formats {
+                let kept = RowMatrix::in_format(sample(rows, columns, seed), format, &vec![1.0; rows]).unwrap();
                 let floats = kept.to_f32();
                 for batch in [1, 3, 6] {
                     let queries = sample(batch, columns, seed + 1);
@@ -303,6 +412,24 @@ mod tests {
                 let difference = kept.weighted(weights.view()) - weights.dot(&floats);
                 prop_assert!(difference.iter().all(|d| d.abs() < 2e-3));
             }
+        }
+    }
+
+    #[test]
+    fn formats_are_names_or_tables() {
+        let read = |text: &str| serde_json::from_str::<RowFormat>(text);
+        assert_eq!(read(r#""int8""#).unwrap(), RowFormat::Plain(RowType::Int8));
+        let product = RowFormat::Product(ProductFormat { subvectors: 4, ..ProductFormat::default() });
+        assert_eq!(read(r#"{"type":"pq","subvectors":4}"#).unwrap(), product);
+        assert_eq!(read(&serde_json::to_string(&product).unwrap()).unwrap(), product);
+        for (text, says) in [
+            (r#""int3""#, "int8"),
+            (r#"{"type":"opq"}"#, "pq"),
+            (r#"{"type":"pq","words":3}"#, "codewords"),
+            ("7", "a table"),
+        ] {
+            let message = read(text).unwrap_err().to_string();
+            assert!(message.contains(says), "{message}");
         }
     }
 

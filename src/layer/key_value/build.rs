@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
-use super::config::{Backend, Decomposition, KeyValueConfig};
+use super::config::{Decomposition, KeyValueConfig};
 use super::threshold::Curves;
 use super::{Core, KeyValueLayer, StoredConfig};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, SearchIndex};
 use crate::layer::{check_inputs, require_finite};
-use crate::linalg::{Moments, cholesky, kept_rank, matmul_f64, solve_lower_transposed, spectral_norm_bound, svd};
-use crate::quant::{RowMatrix, RowType};
+use crate::linalg::{
+    Moments, cholesky, kept_rank, matmul_f64, matmul_nt, solve_lower_transposed, spectral_norm_bound, svd,
+};
+use crate::quant::{RowFormat, RowMatrix, RowType};
 
 /// What is known of a layer's inputs without the inputs themselves.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,25 +101,39 @@ impl KeyValueLayer {
         let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
         require_finite("the folded keys", keys.iter())?;
         let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
-        let Backend::Flat { keys: kind } = config.backend;
-        let index = FlatIndex::new(keys, kind, inputs.spread.clone().filter(|_| kind == RowType::Int8))?;
-        let values = RowMatrix::new(exact_values.mapv(|v| v as f32), config.values)?;
+        let rank = scales.len();
+        let (key_format, mut adapted) = config.fitted(config.backend.format(), "backend", rank, in_features)?;
+        let (value_format, more) = config.fitted(config.values, "values", rank, out_features)?;
+        adapted.extend(more);
+        // A wrong score moves the output by its key's scale.
+        let weights: Vec<f32> = scales.iter().map(|s| s * s).collect();
+        let float_keys = config.backend.stores_float_keys().then(|| keys.clone());
+        let in_units_of_spread = |f: RowFormat| !matches!(f, RowFormat::Plain(RowType::F32 | RowType::F16));
+        let units = inputs.spread.clone().filter(|_| in_units_of_spread(key_format));
+        let index = FlatIndex::in_format(keys, key_format, &weights, units)?;
+        let values = RowMatrix::in_format(exact_values.mapv(|v| v as f32), value_format, &weights)?;
         let scaled = |keys: &Array2<f64>| keys * &Array1::from(scales.clone()).mapv(f64::from).insert_axis(Axis(1));
         let used = index.reconstruct().mapv(f64::from);
-        let key_error = match kind {
-            RowType::F32 => 0.0,
-            RowType::F16 | RowType::Int8 => spectral_norm_bound(in_units(scaled(&(&used - &folded)), &index).view()),
+        let exact = RowFormat::Plain(RowType::F32);
+        let key_error = match key_format == exact {
+            true => 0.0,
+            false => spectral_norm_bound(in_units_of(scaled(&(&used - &folded)), &index).view()),
         };
-        let value_error = match config.values {
-            RowType::F32 => 0.0,
-            RowType::F16 | RowType::Int8 => {
-                spectral_norm_bound((values.to_f32().mapv(f64::from) - &exact_values).view())
-            }
+        let value_error = match value_format == exact {
+            true => 0.0,
+            false => spectral_norm_bound((values.to_f32().mapv(f64::from) - &exact_values).view()),
         };
         let rounding =
-            in_units(scaled(&used), &index).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
+            in_units_of(scaled(&used), &index).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
         let mean = inputs.mean.mapv(|v| v as f32);
-        let curves = calibration.map(|x| Curves::measure(index.scores((&x - &mean).view()).view(), &scales));
+        let curves = calibration.map(|x| {
+            let centred = &x - &mean;
+            let scores = match &float_keys {
+                Some(keys) => matmul_nt(centred.view(), keys.view()),
+                None => index.scores(centred.view()),
+            };
+            Curves::measure(scores.view(), &scales)
+        });
         // Of the mean as it is subtracted from queries, rounding included.
         let mean_output = weight.mapv(f64::from).dot(&mean.mapv(f64::from)).mapv(|v| v as f32);
         let stored = StoredConfig {
@@ -127,18 +143,20 @@ impl KeyValueLayer {
             ridge_regularization: config.ridge_regularization,
             ridge_relative: config.ridge_relative,
             use_bias: config.use_bias,
-            backend: config.backend,
-            values: config.values,
+            backend: config.backend.with_format(key_format),
+            values: value_format,
+            adapted,
             calibrated: inputs.factor.is_some(),
             in_features,
             out_features,
-            rank: scales.len(),
+            rank,
             truncation,
             key_error,
             value_error,
             rounding,
         };
-        let core = Core::new(stored, index, scales, values, mean, mean_output, bias.map(|b| b.to_owned()), curves)?;
+        let bias = bias.map(|b| b.to_owned());
+        let core = Core::new(stored, index, float_keys, scales, values, mean, mean_output, bias, curves)?;
         Self::with_settings(Arc::new(core), config.search())
     }
 }
@@ -234,7 +252,7 @@ pub(super) fn standardized(mut keys: Array2<f64>, inputs: &Inputs) -> (Array2<f6
 }
 
 /// Rows `[keys, in]` in the units that the index keeps keys in.
-fn in_units(rows: Array2<f64>, index: &FlatIndex) -> Array2<f64> {
+fn in_units_of(rows: Array2<f64>, index: &FlatIndex) -> Array2<f64> {
     match index.units() {
         Some(units) => rows * &units.mapv(f64::from).insert_axis(Axis(0)),
         None => rows,

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
-use crate::quant::RowType;
+use crate::quant::{ProductFormat, RowFormat, RowType};
 
 /// Which factorisation the keys and values come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -49,6 +49,67 @@ pub enum Backend {
         #[serde(default)]
         keys: RowType,
     },
+    /// Every key scanned in product codes (NanoPQ's way).
+    Pq {
+        /// Pieces that a key is cut into.
+        #[serde(default = "default_subvectors")]
+        subvectors: usize,
+        /// Codewords of a piece, at most 256.
+        #[serde(default = "default_codewords")]
+        codewords: usize,
+        /// Where k-means starts.
+        #[serde(default)]
+        seed: u64,
+        /// Whether f32 keys are kept beside the codes: scores near the threshold or above are then worked out anew.
+        #[serde(default)]
+        store_float_keys: bool,
+    },
+}
+
+fn default_subvectors() -> usize {
+    ProductFormat::default().subvectors
+}
+
+fn default_codewords() -> usize {
+    ProductFormat::default().codewords
+}
+
+impl Backend {
+    /// What keys are kept as.
+    pub fn format(self) -> RowFormat {
+        match self {
+            Backend::Flat { keys } => RowFormat::Plain(keys),
+            Backend::Pq { subvectors, codewords, seed, .. } => {
+                RowFormat::Product(ProductFormat { subvectors, codewords, seed })
+            }
+        }
+    }
+
+    /// Whether f32 keys are kept beside those that are searched.
+    pub fn stores_float_keys(self) -> bool {
+        matches!(self, Backend::Pq { store_float_keys: true, .. })
+    }
+
+    pub(super) fn with_format(self, format: RowFormat) -> Self {
+        match (self, format) {
+            (
+                Backend::Pq { store_float_keys, .. },
+                RowFormat::Product(ProductFormat { subvectors, codewords, seed }),
+            ) => Backend::Pq { subvectors, codewords, seed, store_float_keys },
+            _ => self,
+        }
+    }
+}
+
+/// What happens to settings that a layer's shape does not allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnMisfit {
+    /// The nearest that fit are taken, and the layer's config says so.
+    #[default]
+    Adapt,
+    /// They are an error that names what would fit.
+    Error,
 }
 
 impl Default for Backend {
@@ -192,7 +253,10 @@ pub struct KeyValueConfig {
     #[serde(default)]
     pub backend: Backend,
     #[serde(default)]
-    pub values: RowType,
+    pub values: RowFormat,
+    /// What happens to `subvectors` that do not divide a vector, and to more `codewords` than keys.
+    #[serde(default)]
+    pub on_misfit: OnMisfit,
     // The fields of SearchSettings, spelled out: serde cannot flatten and refuse unknown names at once.
     #[serde(default)]
     pub ranking: Ranking,
@@ -255,6 +319,11 @@ impl KeyValueConfig {
                 return Err(Error::expected(name, value, "a number of at least 0"));
             }
         }
+        for format in [self.backend.format(), self.values] {
+            if let RowFormat::Product(format) = format {
+                format.validate()?;
+            }
+        }
         self.search().validate()
     }
 
@@ -267,7 +336,34 @@ impl KeyValueConfig {
                 "at least 1 × 1",
             ));
         }
-        check_keys(self.expected_keys_per_query, keys)
+        check_keys(self.expected_keys_per_query, keys)?;
+        self.fitted(self.backend.format(), "backend", keys, in_features)?;
+        self.fitted(self.values, "values", keys, out_features)?;
+        Ok(())
+    }
+
+    /// A format that fits `rows` rows of `width` numbers, and what was changed to make it fit.
+    pub(super) fn fitted(
+        &self,
+        format: RowFormat,
+        what: &str,
+        rows: usize,
+        width: usize,
+    ) -> Result<(RowFormat, Vec<String>)> {
+        let RowFormat::Product(asked) = format else { return Ok((format, vec![])) };
+        if self.on_misfit == OnMisfit::Error {
+            asked.check(rows, width)?;
+        }
+        let fitted = asked.fitted(rows, width);
+        let mut changed = vec![];
+        for (name, asked, fitted) in
+            [("subvectors", asked.subvectors, fitted.subvectors), ("codewords", asked.codewords, fitted.codewords)]
+        {
+            if asked != fitted {
+                changed.push(format!("{what} {name}: {asked} to {fitted}"));
+            }
+        }
+        Ok((RowFormat::Product(fitted), changed))
     }
 }
 

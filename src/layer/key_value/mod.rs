@@ -27,24 +27,27 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 pub use build::InputStatistics;
-pub use config::{Backend, Decomposition, KeyValueConfig, Limit, Ranking, SearchSettings, Sides};
+pub use config::{Backend, Decomposition, KeyValueConfig, Limit, OnMisfit, Ranking, SearchSettings, Sides};
 pub use search::{Hit, QueryHits};
 pub use threshold::{ThresholdMethod, search_threshold};
 pub use train::Refit;
 
 use self::search::{Certificate, Scored, SelectLimit};
-use self::threshold::{Curves, gaussian};
+use self::threshold::{Curves, gaussian, rank_value};
 use super::{Accuracy, Method, Output, read_config, require_finite};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, SearchIndex};
 use crate::linalg::{dot_f64, matmul};
-use crate::quant::{RowMatrix, RowType};
+use crate::quant::{RowFormat, RowMatrix};
 
 /// From this batch on, kept contributions may go through one matrix product instead of a gather for each row.
 const PRODUCT_FROM: usize = 8;
 
 /// And where they are more than one key in so many: a gather touches only the hits, at a fraction of a product's speed.
 const PRODUCT_SHARE: usize = 2;
+
+/// Scores are worked out anew from float keys down to this share below the threshold.
+const REFINED_WITHIN: f32 = 0.5;
 
 /// Below this many multiply-adds one thread is enough.
 const PARALLEL_FROM: usize = 1 << 17;
@@ -62,6 +65,8 @@ pub struct KeyValueLayer {
 struct Core {
     config: StoredConfig,
     index: FlatIndex,
+    /// κ `[keys, in]`, where they are kept beside an index that rounds them.
+    float_keys: Option<Array2<f32>>,
     scales: Vec<f32>,
     /// `[keys, out]`, orthonormal rows but for rounding.
     values: RowMatrix,
@@ -88,7 +93,10 @@ struct StoredConfig {
     ridge_relative: f64,
     use_bias: bool,
     backend: Backend,
-    values: RowType,
+    values: RowFormat,
+    /// Settings that did not fit the layer, and what was taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    adapted: Vec<String>,
     /// Whether mean and covariance come from calibration inputs, or are 0 and I.
     calibrated: bool,
     in_features: usize,
@@ -186,6 +194,7 @@ impl KeyValueLayer {
             use_bias: stored.use_bias,
             backend: stored.backend,
             values: stored.values,
+            on_misfit: OnMisfit::Adapt,
             ranking: search.ranking,
             sides: search.sides,
             expected_keys_per_query: search.expected_keys_per_query,
@@ -220,7 +229,7 @@ impl KeyValueLayer {
         require_finite("the query", x.iter())?;
         let limit = limit.map_or(Ok(self.limit), |l| self.core.resolve(l, &self.settings))?;
         let centred = &x - &self.core.mean;
-        let scores = self.core.index.scores(centred.view());
+        let scores = self.core.scores(centred.view(), &self.settings, limit);
         let answers = centred.rows().into_iter().zip(scores.rows()).map(|(x, scores)| {
             let scores = scores.to_slice().expect("a fresh array is contiguous");
             let contributions = self.core.contributions(scores);
@@ -238,7 +247,7 @@ impl KeyValueLayer {
         let core = &*self.core;
         let (batch, keys, outputs) = (x.nrows(), core.scales.len(), core.config.out_features);
         let centred = &x - &core.mean;
-        let scores = core.index.scores(centred.view());
+        let scores = core.scores(centred.view(), &self.settings, self.limit);
         let every_key = accuracy == Accuracy::Full || !self.settings.use_approximate_inference;
         let answer = |row: usize| {
             let scores = scores.row(row).to_slice().expect("a fresh array is contiguous");
@@ -289,6 +298,7 @@ impl KeyValueLayer {
     pub(super) fn memory_bytes(&self) -> usize {
         let core = &*self.core;
         core.index.memory_bytes()
+            + core.float_keys.as_ref().map_or(0, |k| 4 * k.len())
             + core.values.memory_bytes()
             + 4 * (core.mean.len() + core.mean_output.len() + 7 * core.scales.len())
     }
@@ -299,6 +309,7 @@ impl Core {
     fn new(
         config: StoredConfig,
         index: FlatIndex,
+        float_keys: Option<Array2<f32>>,
         scales: Vec<f32>,
         values: RowMatrix,
         mean: Array1<f32>,
@@ -307,9 +318,12 @@ impl Core {
         curves: Option<Curves>,
     ) -> Result<Self> {
         let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
+        let float_shape = float_keys.as_ref().map_or((rank, inputs), Array2::dim);
         let found = [
             index.len(),
             index.dimension(),
+            float_shape.0,
+            float_shape.1,
             scales.len(),
             values.rows(),
             values.columns(),
@@ -317,10 +331,10 @@ impl Core {
             mean_output.len(),
             bias.as_ref().map_or(outputs, |b| b.len()),
         ];
-        let expected = [rank, inputs, rank, rank, outputs, inputs, outputs, outputs];
+        let expected = [rank, inputs, rank, inputs, rank, rank, outputs, inputs, outputs, outputs];
         if found != expected {
             return Err(Error::expected(
-                "lengths of keys, scales, values, mean, mean output and bias",
+                "lengths of keys, float keys, scales, values, mean, mean output and bias",
                 format!("{found:?}"),
                 format!("{expected:?}"),
             ));
@@ -339,6 +353,7 @@ impl Core {
             mean_output_norm: mean_output.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
             config,
             index,
+            float_keys,
             scales,
             values,
             mean,
@@ -368,6 +383,22 @@ impl Core {
                 None => gaussian(&self.scales, k, settings.ranking, settings.sides),
             })
         }))
+    }
+
+    /// The scores of centred queries `[batch, in]`: from the index, and anew from float keys, where there are any, for
+    /// those that come near the threshold or above.
+    fn scores(&self, centred: ArrayView2<f32>, settings: &SearchSettings, limit: SelectLimit) -> Array2<f32> {
+        let mut scores = self.index.scores(centred);
+        let (Some(keys), SelectLimit::Threshold(threshold)) = (&self.float_keys, limit) else { return scores };
+        let near = threshold - REFINED_WITHIN * threshold.abs();
+        for (x, mut scores) in centred.rows().into_iter().zip(scores.rows_mut()) {
+            for ((score, &scale), key) in scores.iter_mut().zip(&self.scales).zip(keys.rows()) {
+                if rank_value(*score, scale, settings.ranking, settings.sides) >= near {
+                    *score = key.dot(&x);
+                }
+            }
+        }
+        scores
     }
 
     /// c_i = s_i · score_i.

@@ -3,36 +3,37 @@
 //! Keys and values of f32 are `keys` and `values`, vectors that a notebook can read and search. Of fewer bits they are
 //! `codes` with the roles `keys` and `values`, and what brings them back is in `tensors`: `key_scales` and
 //! `value_scales` for int8, `key_units` where keys are kept in units, and `scales`, which float keys have beside them.
+//! Product codes have their codewords in `codebooks`, and may have the float keys as well.
 
 use std::sync::Arc;
 
 use ndarray::{Array1, Array2};
 use serde_json::json;
 
-use super::config::{Backend, SearchSettings};
+use super::config::SearchSettings;
 use super::threshold::Curves;
 use super::{Core, KeyValueLayer, StoredConfig};
 use crate::error::{Error, Result};
 use crate::index::FlatIndex;
-use crate::layer::parts::{Codes, Keys, Parts, Tensor, bytes_f32};
+use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::layer::{Method, read_config};
-use crate::quant::{RowMatrix, RowType};
+use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
 
 impl KeyValueLayer {
     pub(in crate::layer) fn to_parts(&self) -> Parts {
         let core = &*self.core;
         let mut parts = Parts::new(Method::KeyValue, json!(core.config));
         let keys = core.index.rows();
-        match keys.floats() {
+        match keys.floats().or(core.float_keys.as_ref().map(|k| k.view())) {
             Some(floats) => parts.keys = Some(Keys { vectors: floats.to_owned(), scales: core.scales.clone() }),
-            None => {
-                parts.codes.push(Codes { role: "keys".into(), codes: keys.bytes() });
-                parts.tensors.push(Tensor::vector("scales", &core.scales));
-            }
+            None => parts.tensors.push(Tensor::vector("scales", &core.scales)),
         }
         match core.values.floats() {
             Some(floats) => parts.values = Some(floats.to_owned()),
-            None => parts.codes.push(Codes { role: "values".into(), codes: core.values.bytes() }),
+            None => put(&mut parts, "values", &core.values),
+        }
+        if keys.floats().is_none() {
+            put(&mut parts, "keys", keys);
         }
         for (name, scales) in [("key_scales", keys.scales()), ("value_scales", core.values.scales())] {
             if !scales.is_empty() {
@@ -59,23 +60,32 @@ impl KeyValueLayer {
 
     pub(in crate::layer) fn from_parts(mut parts: Parts) -> Result<Self> {
         let config: StoredConfig = read_config(parts.method, &parts.config)?;
-        let Backend::Flat { keys: kind } = config.backend;
         let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
-        let floats = parts.keys.take();
-        let (keys, scales) = match floats {
-            Some(keys) if kind == RowType::F32 => (RowMatrix::new(keys.vectors, kind)?, keys.scales),
-            _ => (rows(&parts, "keys", "key_scales", kind, (rank, inputs))?, vector(&parts, "scales")?.to_vec()),
+        let exact = RowFormat::Plain(RowType::F32);
+        let (key_format, stored) = (config.backend.format(), parts.keys.take());
+        let (floats, scales) = match stored {
+            Some(keys) => (Some(keys.vectors), keys.scales),
+            None => (None, vector(&parts, "scales")?.to_vec()),
+        };
+        let (keys, float_keys) = match floats {
+            Some(floats) if key_format == exact => (RowMatrix::new(floats, RowType::F32)?, None),
+            Some(_) | None if key_format == exact => return Err(missing("keys")),
+            floats if floats.is_some() == config.backend.stores_float_keys() => {
+                (rows(&mut parts, "keys", "key_scales", key_format, (rank, inputs))?, floats)
+            }
+            _ => return Err(missing("float keys")),
         };
         let units = parts.tensor("key_units").map(Tensor::to_vector).transpose()?;
-        let values = match parts.values.take() {
-            Some(values) if config.values == RowType::F32 => RowMatrix::new(values, RowType::F32)?,
-            _ => rows(&parts, "values", "value_scales", config.values, (rank, outputs))?,
+        let values = match (config.values == exact, parts.values.take()) {
+            (true, Some(values)) => RowMatrix::new(values, RowType::F32)?,
+            (true, None) => return Err(missing("values")),
+            (false, _) => rows(&mut parts, "values", "value_scales", config.values, (rank, outputs))?,
         };
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
         let curves = parts.tensor("calibration_thresholds").map(|t| curves(t, rank)).transpose()?;
         let (mean, mean_output) = (vector(&parts, "mean")?, vector(&parts, "mean_output")?);
         let index = FlatIndex::from_rows(keys, units)?;
-        let core = Core::new(config, index, scales, values, mean, mean_output, bias, curves)?;
+        let core = Core::new(config, index, float_keys, scales, values, mean, mean_output, bias, curves)?;
         Self::with_settings(Arc::new(core), SearchSettings::default())
     }
 }
@@ -88,16 +98,49 @@ fn vector(parts: &Parts, name: &str) -> Result<Array1<f32>> {
     parts.tensor(name).ok_or_else(|| missing(name))?.to_vector()
 }
 
-/// Keys or values of fewer bits.
-fn rows(parts: &Parts, role: &str, scales: &str, kind: RowType, shape: (usize, usize)) -> Result<RowMatrix> {
-    let codes = &parts.codes.iter().find(|c| c.role == role).ok_or_else(|| missing(role))?.codes;
-    let expected = (shape.0, shape.1.saturating_mul(kind.bytes()));
-    if codes.dim() != expected {
-        return Err(Error::expected(format!("bytes of {role}"), format!("{:?}", codes.dim()), format!("{expected:?}")));
+/// Puts keys or values that are no floats among the parts, less their scales.
+fn put(parts: &mut Parts, role: &str, rows: &RowMatrix) {
+    parts.codes.push(Codes { role: role.into(), codes: rows.bytes() });
+    for (subspace, vectors) in rows.quantizer().map_or(&[][..], |q| q.codebooks()).iter().enumerate() {
+        parts.codebooks.push(Codebook { role: role.into(), subspace: subspace as u32, vectors: vectors.clone() });
     }
-    let scales = if kind == RowType::Int8 { vector(parts, scales)?.to_vec() } else { vec![] };
-    let bytes = codes.as_standard_layout();
-    RowMatrix::from_bytes(kind, shape, bytes.as_slice().expect("standard layout"), &scales)
+}
+
+/// Keys or values that are no floats.
+fn rows(
+    parts: &mut Parts,
+    role: &str,
+    scales: &str,
+    format: RowFormat,
+    (count, width): (usize, usize),
+) -> Result<RowMatrix> {
+    let place = parts.codes.iter().position(|c| c.role == role).ok_or_else(|| missing(role))?;
+    let codes = parts.codes.swap_remove(place).codes;
+    let bytes = match format {
+        RowFormat::Plain(kind) => width.saturating_mul(kind.bytes()),
+        RowFormat::Product(format) => format.subvectors,
+    };
+    if codes.dim() != (count, bytes) {
+        return Err(Error::expected(
+            format!("bytes of {role}"),
+            format!("{:?}", codes.dim()),
+            format!("{:?}", (count, bytes)),
+        ));
+    }
+    match format {
+        RowFormat::Plain(kind) => {
+            let scales = if kind == RowType::Int8 { vector(parts, scales)?.to_vec() } else { vec![] };
+            let bytes = codes.as_standard_layout();
+            RowMatrix::from_bytes(kind, (count, width), bytes.as_slice().expect("standard layout"), &scales)
+        }
+        RowFormat::Product(_) => {
+            let (mut books, others): (Vec<_>, Vec<_>) = parts.codebooks.drain(..).partition(|b| b.role == role);
+            parts.codebooks = others;
+            books.sort_by_key(|b| b.subspace);
+            let quantizer = ProductQuantizer::from_codebooks(books.into_iter().map(|b| b.vectors).collect())?;
+            RowMatrix::from_codes(quantizer, codes)
+        }
+    }
 }
 
 fn curves(tensor: &Tensor, rank: usize) -> Result<Curves> {

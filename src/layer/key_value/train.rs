@@ -6,7 +6,6 @@ use super::KeyValueLayer;
 use super::build::{Components, Inputs, standardized};
 use super::search::Scored;
 use crate::error::{Error, Result};
-use crate::index::SearchIndex;
 use crate::layer::check_inputs;
 use crate::linalg::{Moments, matmul, matmul_f64, matmul_nt, spectral_norm_bound};
 
@@ -39,7 +38,7 @@ impl KeyValueLayer {
             matmul(grad_output.t(), x)
         } else {
             let centred = &x - &core.mean;
-            let scores = core.index.scores(centred.view());
+            let scores = core.scores(centred.view(), &self.settings, self.limit);
             for ((x, scores), mut row) in centred.rows().into_iter().zip(scores.rows()).zip(on_values.rows_mut()) {
                 let scores = scores.to_slice().expect("a fresh array is contiguous");
                 let contributions = core.contributions(scores);
