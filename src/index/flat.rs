@@ -43,7 +43,7 @@ impl FlatIndex {
         let keys = match &units {
             Some(units) => {
                 check_units(units.view(), keys.ncols())?;
-                keys * &units.view().insert_axis(Axis(0))
+                keys * units.view().insert_axis(Axis(0))
             }
             None => keys,
         };
@@ -116,7 +116,7 @@ impl SearchIndex for FlatIndex {
     fn reconstruct(&self) -> Array2<f32> {
         let keys = self.keys.to_f32();
         match &self.units {
-            Some(units) => keys / &units.view().insert_axis(Axis(0)),
+            Some(units) => keys / units.view().insert_axis(Axis(0)),
             None => keys,
         }
     }

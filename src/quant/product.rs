@@ -72,7 +72,7 @@ impl ProductFormat {
     /// # Errors
     /// When the width is no multiple of `subvectors`, or there are fewer rows than codewords: with what would fit.
     pub fn check(&self, rows: usize, width: usize) -> Result<()> {
-        if width % self.subvectors != 0 {
+        if !width.is_multiple_of(self.subvectors) {
             let choices: Vec<String> = divisors(width).map(|d| d.to_string()).collect();
             return Err(Error::expected(
                 "subvectors",

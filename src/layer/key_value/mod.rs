@@ -52,6 +52,9 @@ const REFINED_WITHIN: f32 = 0.5;
 /// Below this many multiply-adds one thread is enough.
 const PARALLEL_FROM: usize = 1 << 17;
 
+/// The contributions that a row's output is made of, by key, and the bound on its error.
+type Answer = (Vec<(u32, f32)>, Option<f64>);
+
 /// A key–value layer.
 #[derive(Debug, Clone)]
 pub struct KeyValueLayer {
@@ -262,7 +265,7 @@ impl KeyValueLayer {
             (keys.iter().map(|&key| (key, contributions[key as usize])).collect::<Vec<_>>(), bound)
         };
         let in_parallel = batch > 1 && batch * keys >= PARALLEL_FROM;
-        let answers: Vec<_> = match in_parallel {
+        let answers: Vec<Answer> = match in_parallel {
             true => (0..batch).into_par_iter().map(answer).collect(),
             false => (0..batch).map(answer).collect(),
         };
@@ -280,7 +283,7 @@ impl KeyValueLayer {
             y += &core.values.weighted(contributions.view());
         } else if outputs > 0 {
             let rows = y.as_slice_mut().expect("a fresh array is contiguous");
-            let gather = |(y, (picks, _)): (&mut [f32], &(Vec<(u32, f32)>, _))| core.values.accumulate(picks, y);
+            let gather = |(y, answer): (&mut [f32], &Answer)| core.values.accumulate(&answer.0, y);
             match in_parallel || used * outputs >= PARALLEL_FROM && batch > 1 {
                 true => rows.par_chunks_mut(outputs).zip(&answers).for_each(gather),
                 false => rows.chunks_mut(outputs).zip(&answers).for_each(gather),
