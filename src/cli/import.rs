@@ -40,6 +40,13 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     for rule in &report.unused_rules {
         context.output.note(format!("note: the rule at {rule} takes no layer of this checkpoint"));
     }
+    if let Some(name) = report.unmatched_calibration.first() {
+        let count = report.unmatched_calibration.len();
+        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
+        context
+            .output
+            .note(format!("note: calibration tensor '{name}'{others}: no layer of this checkpoint has the name"));
+    }
     context.output.result(&report, human)?;
     Ok(0)
 }

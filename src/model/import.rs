@@ -1,5 +1,6 @@
 //! A checkpoint into the store: every tensor, each layer by the first rule that takes it.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -72,6 +73,8 @@ pub struct ImportReport {
     pub written_bytes: u64,
     /// Patterns of rules that took no layer, with their lines: likely mistakes.
     pub unused_rules: Vec<String>,
+    /// Calibration tensors that are named after no layer of the checkpoint: likely mistakes too.
+    pub unmatched_calibration: Vec<String>,
 }
 
 /// A layer and what is to become of it.
@@ -98,6 +101,9 @@ pub async fn import(
     check_model_name(model)?;
     let ImportOptions { rules, calibration, message, progress, cancel } = options;
     let (planned, unused_rules) = plan(&checkpoint, &rules, calibration.as_ref())?;
+    let named: HashSet<&str> = planned.iter().map(|p| p.source.layer.as_str()).collect();
+    let given = calibration.iter().flat_map(Activations::layers);
+    let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
     let calibration = Arc::new(calibration);
     let bytes = planned.iter().map(|p| p.source.byte_len() as u64).sum();
     progress.started(planned.len(), bytes);
@@ -178,6 +184,7 @@ pub async fn import(
         written_bytes,
         layers,
         unused_rules,
+        unmatched_calibration,
     })
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 
 use half::f16;
 use ndarray::{Array2, ArrayView2, Axis, s};
+use rayon::prelude::*;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -89,8 +90,8 @@ enum TaggedFormat {
 /// Queries below this many go row by row; from it on a block of rows is widened once for all of them.
 const PRODUCT_FROM: usize = 4;
 
-/// Rows widened at a time: a few hundred KiB of most layers.
-const BLOCK_ROWS: usize = 256;
+/// Rows widened at a time, by each thread: a few hundred KiB of most layers.
+const BLOCK_ROWS: usize = 64;
 
 /// A matrix `[rows, columns]` in one of the [`RowFormat`]s.
 #[derive(Debug, Clone, PartialEq)]
@@ -278,11 +279,15 @@ impl RowMatrix {
             if let Data::F32(m) = &self.data {
                 return matmul_nt(queries, m.view());
             }
+            let starts: Vec<usize> = (0..rows).step_by(BLOCK_ROWS).collect();
+            let widened = |&start: &usize| {
+                let block = self.block(start, (start + BLOCK_ROWS).min(rows));
+                matmul_nt(queries, block.view())
+            };
+            let parts: Vec<Array2<f32>> = starts.par_iter().map(widened).collect();
             let mut out = Array2::zeros((queries.nrows(), rows));
-            for start in (0..rows).step_by(BLOCK_ROWS) {
-                let end = (start + BLOCK_ROWS).min(rows);
-                let part = matmul_nt(queries, self.block(start, end).view());
-                out.slice_mut(s![.., start..end]).assign(&part);
+            for (start, part) in starts.into_iter().zip(parts) {
+                out.slice_mut(s![.., start..start + part.ncols()]).assign(&part);
             }
             return out;
         }

@@ -41,6 +41,22 @@ fn import_lists_and_shows() {
 }
 
 #[test]
+fn likely_mistakes_are_reported() {
+    let place = Place::new();
+    let rules = place.path("rules.toml");
+    std::fs::write(&rules, "[[rule]]\nlayers = 'block\\.0\\.up'\nmethod = 'key_value'\n").unwrap();
+    let inputs = format!("{}:block.0.up", place.path("inputs.safetensors").display());
+    write_array(&inputs, ndarray::Array2::ones((3, 48)).view(), false).unwrap();
+    let (rules, inputs) = (rules.display().to_string(), place.path("inputs.safetensors").display().to_string());
+    let args = ["import", CHECKPOINT, "--model", "m", "--rules", &rules, "--calibration", &inputs];
+    let report = place.json(&args);
+    assert_eq!(report["unused_rules"].as_array().unwrap().len(), 1);
+    assert_eq!(report["unmatched_calibration"], serde_json::json!(["block.0.up"]));
+    let said = place.run(&args).err;
+    assert!(said.contains("takes no layer") && said.contains("calibration tensor 'block.0.up'"), "{said}");
+}
+
+#[test]
 fn a_second_import_writes_nothing() {
     let place = Place::new();
     for rules in [INT4, KEYS] {
