@@ -182,13 +182,16 @@ fn check_inputs(
     require_finite("the weight", weight.iter())
 }
 
-pub(crate) fn require_finite<'a>(what: &str, values: impl Iterator<Item = &'a f32>) -> Result<()> {
-    for (index, value) in values.enumerate() {
-        if !value.is_finite() {
-            return Err(Error::NotFinite { what: what.to_owned(), value: f64::from(*value), index });
-        }
+pub(crate) fn require_finite<'a>(what: &str, values: impl Iterator<Item = &'a f32> + Clone) -> Result<()> {
+    // Less their signs, infinities and NaN are the largest bit patterns; a maximum needs no branch for each value.
+    let largest = values.clone().fold(0, |most, value| (value.to_bits() & (u32::MAX >> 1)).max(most));
+    if largest < f32::INFINITY.to_bits() {
+        return Ok(());
     }
-    Ok(())
+    match values.enumerate().find(|(_, value)| !value.is_finite()) {
+        Some((index, value)) => Err(Error::NotFinite { what: what.to_owned(), value: f64::from(*value), index }),
+        None => Ok(()),
+    }
 }
 
 /// Whether a forward pass may leave out what matters little.

@@ -7,7 +7,7 @@ use arrow::array::{Array, AsArray, RecordBatch};
 use futures::TryStreamExt;
 use lance::Dataset;
 
-use super::files::Files;
+use super::files::{Files, Run};
 use super::location::{Location, readable, storage_error};
 use super::record::{ArtifactRecord, LayerRecord, Places, Rows, read_artifacts};
 use super::schema::{ARTIFACTS, Table};
@@ -20,12 +20,12 @@ use crate::layer::parts::{ArtifactId, Parts};
 #[derive(Debug)]
 pub struct Data {
     location: Location,
-    files: Files,
+    files: Arc<Files>,
 }
 
 impl Data {
     pub fn new(location: Location) -> Self {
-        Data { files: Files::new(location.clone()), location }
+        Data { files: Arc::new(Files::new(location.clone())), location }
     }
 
     /// The artifact's record.
@@ -97,19 +97,28 @@ impl Data {
         search: bool,
     ) -> Result<Parts> {
         let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
-        let mut reads = Vec::with_capacity(places.0.len());
+        let mut tables = Vec::with_capacity(places.0.len());
         for (name, rows) in &places.0 {
-            let table = Table::named(name)
-                .ok_or_else(|| corrupt(format!("it has rows in '{name}', which is no table of this format")))?;
-            let (data, name, rows) = (self.clone(), name.clone(), rows.clone());
-            reads.push((table, tokio::spawn(async move { data.rows(id, &name, &rows, search).await })));
+            let table = Table::named(name);
+            let table =
+                table.ok_or_else(|| corrupt(format!("it has rows in '{name}', which is no table of this format")))?;
+            tables.push((table, name.as_str(), rows));
         }
-        let mut tables: Vec<(Table, Vec<RecordBatch>)> = Vec::with_capacity(reads.len());
-        for (table, read) in reads {
-            // Decoding damaged bytes may panic in Lance.
-            let rows = read.await.map_err(|_| corrupt(format!("its rows in '{}' cannot be decoded", table.name())))?;
-            tables.push((table, rows?));
-        }
+        let batches = match self.at_places(places.0.iter().map(|(name, rows)| (name.as_str(), rows))).await {
+            Ok(all) if all.iter().zip(&tables).all(|(batches, (.., rows))| all_of(batches, id, rows.rows)) => all,
+            _ if search => {
+                let mut all = Vec::with_capacity(tables.len());
+                for &(_, name, rows) in &tables {
+                    let (data, name, rows) = (self.clone(), name.to_owned(), rows.clone());
+                    let read = tokio::spawn(async move { data.rows(id, &name, &rows).await });
+                    // Decoding damaged bytes may panic in Lance.
+                    all.push(read.await.map_err(|_| corrupt("its rows cannot be decoded".into()))??);
+                }
+                all
+            }
+            _ => return Err(corrupt("its rows have been moved".into())),
+        };
+        let mut tables: Vec<_> = tables.into_iter().map(|(table, ..)| table).zip(batches).collect();
         tables.sort_by_key(|(table, _)| *table);
         let mut parts = Parts::new(method, config.clone());
         for (table, batches) in tables {
@@ -118,20 +127,18 @@ impl Data {
         Ok(parts)
     }
 
-    /// One table's rows of an artifact: where they were written if they are still there, else by search, if that is
-    /// asked for.
-    async fn rows(&self, id: ArtifactId, table: &str, rows: &Rows, search: bool) -> Result<Vec<RecordBatch>> {
+    /// One table's rows of an artifact: where they were written if they are still there, else by search.
+    async fn rows(&self, id: ArtifactId, table: &str, rows: &Rows) -> Result<Vec<RecordBatch>> {
         let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
         let unreadable =
             |e: &lance::Error| corrupt(format!("its rows in table '{table}' cannot be read: {}", readable(e)));
-        let failure = match self.at_places(table, rows).await {
-            Ok(batches) if all_of(&batches, id, rows.rows) => return Ok(batches),
-            Ok(_) => None,
+        let failure = match self.at_places([(table, rows)].into_iter()).await {
+            Ok(mut found) => match found.pop().filter(|batches| all_of(batches, id, rows.rows)) {
+                Some(batches) => return Ok(batches),
+                None => None,
+            },
             Err(e) => Some(e),
         };
-        if !search {
-            return Err(failure.map_or_else(|| corrupt("its rows have been moved".into()), |e| unreadable(&e)));
-        }
         let found = async {
             let dataset = self.location.open_table(table, None).await?;
             by_search(&dataset, id, rows.rows as usize).await
@@ -149,12 +156,22 @@ impl Data {
         }
     }
 
-    async fn at_places(&self, table: &str, rows: &Rows) -> lance::Result<Vec<RecordBatch>> {
-        let mut all = Vec::new();
-        for run in &rows.runs {
-            all.extend(self.files.rows(table, &run.file, run.offset..run.offset.saturating_add(run.rows)).await?);
+    /// Rows of tables, from where they were written: those of each table.
+    async fn at_places<'a>(
+        &self,
+        tables: impl Iterator<Item = (&'a str, &'a Rows)>,
+    ) -> lance::Result<Vec<Vec<RecordBatch>>> {
+        let (mut runs, mut counts) = (vec![], vec![]);
+        for (table, rows) in tables {
+            counts.push(rows.runs.len());
+            runs.extend(rows.runs.iter().map(|run| Run {
+                table,
+                file: &run.file,
+                rows: run.offset..run.offset.saturating_add(run.rows),
+            }));
         }
-        Ok(all)
+        let mut read = self.files.rows(&runs).await?.into_iter();
+        Ok(counts.into_iter().map(|count| read.by_ref().take(count).flatten().collect()).collect())
     }
 }
 

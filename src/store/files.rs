@@ -5,16 +5,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::compute::concat_batches;
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::datatypes::{Field, Schema, SchemaRef};
 use futures::TryStreamExt;
 use lance_encoding::decoder::{DecoderPlugins, FilterExpression};
 use lance_file::reader::{FileReader, FileReaderOptions, ReaderProjection};
-use lance_file::versions::reader_projection_from_column_names;
+use lance_file::versions::{reader_projection_from_column_names, reader_projection_from_whole_schema};
 use lance_io::ReadBatchParams;
 use lance_io::object_store::{ObjectStore, ObjectStoreParams};
 use lance_io::scheduler::{ScanScheduler, SchedulerConfig};
@@ -36,6 +37,17 @@ const BATCH_ROWS: u32 = 1 << 12;
 /// Pieces decoded ahead.
 const AHEAD: u32 = 2;
 
+/// A column of so many bytes is read by a thread of its own.
+const LARGE: u64 = 4 << 20;
+
+/// Rows of a data file.
+#[derive(Debug, Clone)]
+pub struct Run<'a> {
+    pub table: &'a str,
+    pub file: &'a str,
+    pub rows: Range<u64>,
+}
+
 /// The data files of a store.
 #[derive(Debug)]
 pub struct Files {
@@ -49,43 +61,66 @@ impl Files {
         Files { location, storage: OnceCell::new(), open: Cache::new(OPEN_FILES) }
     }
 
-    /// Rows of one file of a table, deleted ones too.
+    /// Runs of rows, deleted ones too: the batches of each.
     ///
     /// # Errors
-    /// When the file is not there any more, has fewer rows, or cannot be read.
-    pub async fn rows(&self, table: &str, file: &str, rows: Range<u64>) -> lance::Result<Vec<RecordBatch>> {
-        let opened = self.opened(table, file).await?;
-        let Some(local) = opened.local.clone() else { return opened.decode(rows, None).await };
-        let plain = opened.plain(&rows);
-        if plain.is_empty() {
-            return opened.decode(rows, None).await;
-        }
-        let schema = &opened.schema;
-        let others: Vec<&str> =
-            schema.fields().iter().map(|f| f.name().as_str()).filter(|n| !plain.contains_key(*n)).collect();
-        let names: Vec<String> = plain.keys().cloned().collect();
-        let read = plain.into_values().map(|column| {
-            let local = local.clone();
-            async move {
-                let read = tokio::task::spawn_blocking(move || column.read(&local)).await;
-                read.map_err(|e| lance::Error::io(e.to_string()))?.map_err(|e| lance::Error::io(e.to_string()))
+    /// When a file is not there any more, has fewer rows, or cannot be read.
+    pub async fn rows(self: &Arc<Self>, runs: &[Run<'_>]) -> lance::Result<Vec<Vec<RecordBatch>>> {
+        let opened = futures::future::try_join_all(runs.iter().map(|run| self.opened(run.table, run.file))).await?;
+        // One thread reads what lies plainly: for a small layer that costs less than handing it to several does.
+        let (mut groups, mut decoded) = (vec![vec![]], vec![]);
+        for (place, (opened, run)) in opened.iter().zip(runs).enumerate() {
+            let plain = opened.plain(&run.rows);
+            decoded.push(opened.clone().decode_others(run.rows.clone(), &plain));
+            for (name, column) in plain {
+                let large = column.bytes() >= LARGE;
+                let group = if large { groups.push_mut(vec![]) } else { &mut groups[0] };
+                group.push((place, name, opened.local.clone(), column));
             }
+        }
+        let reads = groups.into_iter().filter(|group| !group.is_empty()).map(|group| {
+            let read = move || -> io::Result<Vec<_>> {
+                let read = group.into_iter().map(|(place, name, file, column)| {
+                    let file = file.ok_or_else(|| io::Error::other("a file that is not local"))?;
+                    Ok(((place, name), column.read(&file)?))
+                });
+                read.collect()
+            };
+            async { tokio::task::spawn_blocking(read).await.map_err(failed)?.map_err(failed) }
         });
-        let (read, decoded) =
-            futures::future::try_join(futures::future::try_join_all(read), opened.decode(rows, Some(&others))).await?;
-        let decoded = concat_batches(&decoded.first().map_or_else(|| schema.clone(), |b| b.schema()), &decoded)?;
-        let read: HashMap<&str, ArrayRef> = names.iter().map(String::as_str).zip(read).collect();
-        let columns = schema.fields().iter().map(|field| {
-            let column = read.get(field.name().as_str()).or_else(|| decoded.column_by_name(field.name())).cloned();
-            column.ok_or_else(|| lance::Error::internal(format!("column '{}' was not read", field.name())))
+        let reads = futures::future::try_join_all(reads);
+        let (reads, decoded) = futures::future::try_join(reads, futures::future::try_join_all(decoded)).await?;
+        let mut columns: HashMap<(usize, String), ArrayRef> = reads.into_iter().flatten().collect();
+        let joined = opened.iter().zip(decoded).enumerate().map(|(place, (opened, decoded))| {
+            let read = opened.schema.fields().iter().map(|field| columns.remove(&(place, field.name().clone())));
+            let read: Vec<Option<ArrayRef>> = read.collect();
+            if read.iter().all(Option::is_none) {
+                return Ok(decoded);
+            }
+            let decoded = match decoded.first() {
+                Some(first) => Some(concat_batches(&first.schema(), &decoded)?),
+                None => None,
+            };
+            let all = opened.schema.fields().iter().zip(read).map(|(field, column)| {
+                let decoded = || decoded.as_ref().and_then(|d| d.column_by_name(field.name()).cloned());
+                let column = column.or_else(decoded);
+                column.ok_or_else(|| lance::Error::internal(format!("column '{}' was not read", field.name())))
+            });
+            Ok(vec![RecordBatch::try_new(opened.schema.clone(), all.collect::<lance::Result<_>>()?)?])
         });
-        Ok(vec![RecordBatch::try_new(schema.clone(), columns.collect::<lance::Result<_>>()?)?])
+        joined.collect()
     }
 
-    async fn opened(&self, table: &str, file: &str) -> lance::Result<Arc<Opened>> {
+    async fn opened(self: &Arc<Self>, table: &str, file: &str) -> lance::Result<Arc<Opened>> {
         let key = (table.to_owned(), file.to_owned());
-        let opened = self.open.try_get_with(key, self.open_file(table, file)).await;
-        opened.map_err(|e| lance::Error::io(e.to_string()))
+        if let Some(opened) = self.open.get(&key).await {
+            return Ok(opened);
+        }
+        // On a task of its own: a layer's files are opened side by side.
+        let (files, (table, file)) = (self.clone(), key.clone());
+        let open =
+            async move { tokio::spawn(async move { files.open_file(&table, &file).await }).await.map_err(failed)? };
+        self.open.try_get_with(key, open).await.map_err(failed)
     }
 
     async fn open_file(&self, table: &str, name: &str) -> lance::Result<Arc<Opened>> {
@@ -108,15 +143,11 @@ impl Files {
         let (plugins, options) = (Arc::<DecoderPlugins>::default(), FileReaderOptions::default());
         let reader = FileReader::try_open(file, None, plugins, session.file_metadata_cache(), options).await?;
         let schema = Arc::new(Schema::from(reader.schema().as_ref()));
-        let mut wide = vec![];
-        for field in schema.fields() {
-            if matches!(field.data_type(), DataType::FixedSizeList(..) | DataType::Binary)
-                && let [index] = projection(&reader, &[field.name()])?.column_indices[..]
-            {
-                wide.push((field.clone(), index as usize));
-            }
-        }
-        Ok(Arc::new(Opened { reader, local, schema, wide }))
+        let all = reader_projection_from_whole_schema(reader.schema(), reader.version()).column_indices;
+        // As many as fields: each is one column of the file.
+        let fields = schema.fields().iter().filter(|_| all.len() == schema.fields().len());
+        let single = fields.cloned().zip(all.iter().map(|&index| index as usize)).collect();
+        Ok(Arc::new(Opened { reader, local, schema, single }))
     }
 
     async fn connect(&self) -> lance::Result<(Arc<ScanScheduler>, Path)> {
@@ -135,37 +166,53 @@ struct Opened {
     reader: FileReader,
     local: Option<Arc<File>>,
     schema: SchemaRef,
-    /// Columns of a kind that may lie plainly, and where the file describes them.
-    wide: Vec<(Arc<Field>, usize)>,
+    /// The columns that are one column of the file each, and which.
+    single: Vec<(Arc<Field>, usize)>,
 }
 
 impl Opened {
-    /// Through Lance's decoder: all columns, or those named.
-    async fn decode(&self, rows: Range<u64>, columns: Option<&[&str]>) -> lance::Result<Vec<RecordBatch>> {
-        let range = ReadBatchParams::Range(rows.start as usize..rows.end as usize);
-        let filter = FilterExpression::no_filter();
-        let batches = match columns {
-            None => self.reader.read_stream(range, BATCH_ROWS, AHEAD, filter).await?,
-            Some(columns) => {
-                let projection = self.projection(columns)?;
-                self.reader.read_stream_projected(range, u32::MAX, AHEAD, projection, filter).await?
-            }
-        };
-        batches.try_collect().await
-    }
-
-    /// The large columns whose bytes lie plainly in the file.
+    /// The columns whose bytes lie plainly in the file, if it is a local one.
     fn plain(&self, rows: &Range<u64>) -> BTreeMap<String, PlainColumn> {
+        if self.local.is_none() {
+            return BTreeMap::new();
+        }
         let columns = &self.reader.metadata().column_infos;
-        let found = self.wide.iter().filter_map(|(field, index)| {
+        let found = self.single.iter().filter_map(|(field, index)| {
             Some((field.name().clone(), PlainColumn::find(field, columns.get(*index)?, rows.clone())?))
         });
-        found.collect()
+        let found: BTreeMap<String, PlainColumn> = found.collect();
+        // They come as one batch, whose offsets have 32 bits; the decoder makes several.
+        if found.values().any(|column| column.bytes() > i32::MAX as u64) { BTreeMap::new() } else { found }
     }
 
-    fn projection(&self, columns: &[&str]) -> lance::Result<ReaderProjection> {
-        projection(&self.reader, columns)
+    /// The rows' other columns, through Lance's decoder.
+    fn decode_others(
+        self: Arc<Self>,
+        rows: Range<u64>,
+        plain: &BTreeMap<String, PlainColumn>,
+    ) -> impl Future<Output = lance::Result<Vec<RecordBatch>>> + use<> {
+        let names = self.schema.fields().iter().map(|f| f.name().clone());
+        let names: Vec<String> = names.filter(|name| !plain.contains_key(name)).collect();
+        async move {
+            if names.is_empty() {
+                return Ok(vec![]);
+            }
+            // Decoding damaged bytes may panic in Lance.
+            tokio::spawn(async move { self.decode(rows, &names).await }).await.map_err(failed)?
+        }
     }
+
+    async fn decode(&self, rows: Range<u64>, columns: &[String]) -> lance::Result<Vec<RecordBatch>> {
+        let range = ReadBatchParams::Range(rows.start as usize..rows.end as usize);
+        let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
+        let projection = projection(&self.reader, &columns)?;
+        let all = FilterExpression::no_filter();
+        self.reader.read_stream_projected(range, BATCH_ROWS, AHEAD, projection, all).await?.try_collect().await
+    }
+}
+
+fn failed(e: impl std::fmt::Display) -> lance::Error {
+    lance::Error::io(e.to_string())
 }
 
 fn projection(reader: &FileReader, columns: &[&str]) -> lance::Result<ReaderProjection> {
@@ -174,11 +221,23 @@ fn projection(reader: &FileReader, columns: &[&str]) -> lance::Result<ReaderProj
 
 #[cfg(test)]
 impl Files {
-    pub async fn decoded(&self, table: &str, file: &str, rows: Range<u64>) -> lance::Result<Vec<RecordBatch>> {
-        self.opened(table, file).await?.decode(rows, None).await
+    pub async fn decoded(
+        self: &Arc<Self>,
+        table: &str,
+        file: &str,
+        rows: Range<u64>,
+    ) -> lance::Result<Vec<RecordBatch>> {
+        let opened = self.opened(table, file).await?;
+        let columns: Vec<String> = opened.schema.fields().iter().map(|f| f.name().clone()).collect();
+        opened.decode(rows, &columns).await
     }
 
-    pub async fn plain_columns(&self, table: &str, file: &str, rows: Range<u64>) -> lance::Result<Vec<String>> {
+    pub async fn plain_columns(
+        self: &Arc<Self>,
+        table: &str,
+        file: &str,
+        rows: Range<u64>,
+    ) -> lance::Result<Vec<String>> {
         Ok(self.opened(table, file).await?.plain(&rows).into_keys().collect())
     }
 }

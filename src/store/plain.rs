@@ -1,25 +1,28 @@
-//! Large columns of local data files, read straight into place.
+//! Columns of local data files, read straight into place.
 //!
-//! Lance lays wide values out one after another, uncompressed: fixed-width ones with nothing between them, variable ones
-//! each behind its length. Its decoder copies such bytes two or three times, which for megabytes costs more than reading
-//! them does. What is not laid out like this is left to the decoder, and so is all that a test compares with it.
+//! The data tables ask Lance to lay most of their columns out plainly: values one after another, fixed-width ones with
+//! nothing between them, variable ones each behind its length, and a run of equal values as one. Its decoder takes some
+//! 50 µs a column whatever the column's size, and copies the bytes two or three times; here a column is one read. What
+//! is not laid out like this is left to the decoder, and so is all that a test compares with it.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, BinaryArray, FixedSizeListArray, Float32Array};
-use arrow::buffer::{Buffer, OffsetBuffer, ScalarBuffer};
-use arrow::datatypes::{DataType, Field};
+use arrow::array::{
+    ArrayRef, AsArray, BinaryArray, FixedSizeBinaryArray, FixedSizeListArray, Float32Array, LargeBinaryArray,
+    StringArray, UInt8Array, UInt32Array,
+};
+use arrow::buffer::{Buffer, OffsetBuffer};
+use arrow::datatypes::{DataType, Field, Float32Type, UInt32Type};
+use bytemuck::{Pod, Zeroable};
+use bytes::Bytes;
 use lance_encoding::decoder::{ColumnInfo, PageEncoding};
 use lance_encoding::format::metadata::compressive_encoding::Compression;
 use lance_encoding::format::metadata::full_zip_layout::Details;
 use lance_encoding::format::metadata::page_layout::Layout;
-use lance_encoding::format::metadata::{CompressiveEncoding, FullZipLayout};
-
-/// Below this many bytes the decoder is as fast.
-const LARGE: u64 = 64 << 10;
+use lance_encoding::format::metadata::{CompressiveEncoding, ConstantLayout, FullZipLayout};
 
 /// Read at a time where lengths have to be taken out.
 const WINDOW: usize = 256 << 10;
@@ -33,61 +36,94 @@ pub struct PlainColumn {
     rows: usize,
 }
 
+/// What the values of a column are made of.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Kind {
-    /// f32 vectors of this length.
-    Vectors(usize),
-    /// Bytes behind their length, in this many bytes.
-    Prefixed(usize),
+    /// This many bytes each.
+    Fixed(usize),
+    /// Any number of bytes.
+    Variable,
 }
 
 /// A run of rows of one page.
 #[derive(Debug)]
 struct Piece {
     rows: Range<u64>,
-    /// The values' bytes in the file.
-    data: Range<u64>,
-    /// Where the page says at which of these bytes each row begins, for rows of varying width: the first entry, and
-    /// the bytes of one.
-    starts: Option<(u64, u64)>,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// Fixed-width values in these bytes of the file.
+    Fixed(Range<u64>),
+    /// Values behind their lengths.
+    Prefixed {
+        data: Range<u64>,
+        /// The bytes of a length.
+        prefix: usize,
+        /// Where the page says at which of its bytes each row begins: the first entry, and the bytes of one.
+        starts: (u64, u64),
+    },
+    /// One value for all rows, in the file's description.
+    Same(Bytes),
+    /// One value for all rows, as Lance writes a single value into these bytes.
+    SameAt(Range<u64>),
 }
 
 impl PlainColumn {
-    /// These rows of a column, if that is how they lie in the file and there are enough of them to matter.
+    /// These rows of a column, if that is how they lie in the file.
     pub fn find(field: &Arc<Field>, column: &ColumnInfo, rows: Range<u64>) -> Option<Self> {
-        let mut kind = None;
+        let kind = kind(field.data_type())?;
         let mut pieces = vec![];
         let mut first = 0;
         for page in column.page_infos.iter() {
             let wanted = rows.start.max(first)..rows.end.min(first + page.num_rows);
             if wanted.start < wanted.end {
                 let PageEncoding::Structural(layout) = &page.encoding else { return None };
-                let Some(Layout::FullZipLayout(layout)) = &layout.layout else { return None };
-                let found = plain(field.data_type(), layout)?;
-                if *kind.get_or_insert(found) != found {
-                    return None;
-                }
-                let &(at, size) = page.buffer_offsets_and_sizes.first()?;
-                let data = at..at.checked_add(size)?;
-                let starts = match (found, page.buffer_offsets_and_sizes.get(1)) {
-                    (Kind::Vectors(_), _) => None,
-                    (Kind::Prefixed(_), Some(&(at, size))) if size % (page.num_rows + 1) == 0 => {
-                        Some((at, size / (page.num_rows + 1)))
-                    }
+                let buffer = |i: usize| {
+                    let &(at, size) = page.buffer_offsets_and_sizes.get(i)?;
+                    Some(at..at.checked_add(size)?)
+                };
+                let source = match layout.layout.as_ref()? {
+                    Layout::FullZipLayout(layout) => match (kind, prefix_bytes(field.data_type(), layout)?) {
+                        (Kind::Fixed(_), 0) => Source::Fixed(buffer(0)?),
+                        (Kind::Variable, prefix @ 1..) => {
+                            let index = buffer(1)?;
+                            let (bytes, entries) = (index.end - index.start, page.num_rows + 1);
+                            if bytes % entries != 0 || bytes / entries > 8 {
+                                return None;
+                            }
+                            Source::Prefixed { data: buffer(0)?, prefix, starts: (index.start, bytes / entries) }
+                        }
+                        _ => return None,
+                    },
+                    Layout::ConstantLayout(layout) => match (same(layout)?, kind) {
+                        (Some(value), Kind::Fixed(width)) if value.len() == width => Source::Same(value.clone()),
+                        (None, _) if page.buffer_offsets_and_sizes.len() == 1 => Source::SameAt(buffer(0)?),
+                        _ => return None,
+                    },
                     _ => return None,
                 };
-                pieces.push(Piece { rows: wanted.start - first..wanted.end - first, data, starts });
+                pieces.push(Piece { rows: wanted.start - first..wanted.end - first, source });
             }
             first += page.num_rows;
         }
-        let bytes: u64 = pieces.iter().map(|p| p.data.end - p.data.start).sum();
         let column = PlainColumn {
             field: field.clone(),
-            kind: kind?,
+            kind,
             pieces,
-            rows: usize::try_from(rows.end - rows.start).ok()?,
+            rows: usize::try_from(rows.end.checked_sub(rows.start)?).ok()?,
         };
-        (rows.end <= first && bytes >= LARGE).then_some(column)
+        (rows.end <= first).then_some(column)
+    }
+
+    /// About how many bytes the rows take: all of the pages that they lie in.
+    pub fn bytes(&self) -> u64 {
+        let pages = self.pieces.iter().map(|piece| match &piece.source {
+            Source::Fixed(data) | Source::Prefixed { data, .. } => data.end - data.start,
+            Source::Same(_) | Source::SameAt(_) => 0,
+        });
+        pages.sum()
     }
 
     /// Reads the rows.
@@ -96,121 +132,246 @@ impl PlainColumn {
     /// When the file is shorter than its own description, or lengths in it do not add up.
     pub fn read(&self, file: &File) -> io::Result<ArrayRef> {
         let size = file.metadata()?.len();
-        if self.pieces.iter().any(|p| p.data.end > size) {
+        let ends = self.pieces.iter().filter_map(|piece| match &piece.source {
+            Source::Fixed(data) | Source::SameAt(data) | Source::Prefixed { data, .. } => Some(data.end),
+            Source::Same(_) => None,
+        });
+        if ends.max().is_some_and(|end| end > size) {
             return Err(inconsistent("a page ends behind the file"));
         }
         match self.kind {
-            Kind::Vectors(length) => self.vectors(file, length),
-            Kind::Prefixed(prefix) => self.prefixed(file, prefix),
+            Kind::Fixed(width) => self.fixed(file, width),
+            Kind::Variable => self.variable(file),
         }
     }
 
-    fn vectors(&self, file: &File, length: usize) -> io::Result<ArrayRef> {
-        let DataType::FixedSizeList(item, size) = self.field.data_type() else {
-            return Err(inconsistent("vectors in a column of another type"));
+    fn fixed(&self, file: &File, width: usize) -> io::Result<ArrayRef> {
+        let array: ArrayRef = match self.field.data_type() {
+            DataType::UInt32 => Arc::new(UInt32Array::from(self.values::<u32>(file, width)?)),
+            DataType::Float32 => Arc::new(Float32Array::from(self.values::<f32>(file, width)?)),
+            DataType::FixedSizeBinary(size) => {
+                let bytes = Buffer::from(self.values::<u8>(file, width)?);
+                Arc::new(FixedSizeBinaryArray::try_new(*size, bytes, None).map_err(io::Error::other)?)
+            }
+            DataType::FixedSizeList(item, length) => {
+                let values: ArrayRef = match item.data_type() {
+                    DataType::Float32 => Arc::new(Float32Array::from(self.values::<f32>(file, width)?)),
+                    _ => Arc::new(UInt8Array::from(self.values::<u8>(file, width)?)),
+                };
+                Arc::new(FixedSizeListArray::try_new(item.clone(), *length, values, None).map_err(io::Error::other)?)
+            }
+            other => return Err(inconsistent(&format!("{other} among values of fixed width"))),
         };
-        let width = 4 * length as u64;
-        let mut ranges = vec![];
+        Ok(array)
+    }
+
+    /// All rows' numbers, in one allocation.
+    fn values<T: Pod + Zeroable>(&self, file: &File, width: usize) -> io::Result<Vec<T>> {
+        // Before memory is asked for: that the pages do hold so many rows.
         for piece in &self.pieces {
-            let at = |row: u64| row.checked_mul(width).and_then(|bytes| piece.data.start.checked_add(bytes));
-            match (at(piece.rows.start), at(piece.rows.end)) {
-                (Some(start), Some(end)) if end <= piece.data.end => ranges.push(start..end),
-                _ => return Err(inconsistent("a page is shorter than its rows")),
+            if let Source::Fixed(data) = &piece.source {
+                let end = piece.rows.end.checked_mul(width as u64).and_then(|bytes| data.start.checked_add(bytes));
+                if end.is_none_or(|end| end > data.end) {
+                    return Err(inconsistent("a page is shorter than its rows"));
+                }
             }
         }
-        let mut values = vec![0f32; self.rows * length];
-        let mut rest = values.as_mut_slice();
-        for range in ranges {
-            let (now, later) = rest.split_at_mut(((range.end - range.start) / 4) as usize);
-            read_exact_at(file, bytemuck::cast_slice_mut(now), range.start)?;
+        let bytes = self.rows.checked_mul(width).ok_or_else(|| inconsistent("too long"))?;
+        let mut values = vec![T::zeroed(); bytes / size_of::<T>()];
+        let mut rest: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
+        for piece in &self.pieces {
+            let (now, later) = rest.split_at_mut((piece.rows.end - piece.rows.start) as usize * width);
+            match &piece.source {
+                Source::Fixed(data) => read_exact_at(file, now, data.start + piece.rows.start * width as u64)?,
+                Source::Same(value) => now.chunks_exact_mut(width.max(1)).for_each(|row| row.copy_from_slice(value)),
+                Source::SameAt(data) => {
+                    let value = self.single(file, data)?;
+                    if value.len() != width {
+                        return Err(inconsistent("a value is of another width"));
+                    }
+                    now.chunks_exact_mut(width.max(1)).for_each(|row| row.copy_from_slice(&value));
+                }
+                Source::Prefixed { .. } => return Err(inconsistent("lengths before values of fixed width")),
+            }
             rest = later;
         }
-        let values = Arc::new(Float32Array::from(values));
-        Ok(Arc::new(FixedSizeListArray::try_new(item.clone(), *size, values, None).map_err(io::Error::other)?))
+        Ok(values)
     }
 
-    fn prefixed(&self, file: &File, prefix: usize) -> io::Result<ArrayRef> {
-        let mut ranges = vec![];
-        let mut total = 0usize;
+    fn variable(&self, file: &File) -> io::Result<ArrayRef> {
+        let mut values = vec![];
+        let mut lengths = Vec::with_capacity(self.rows);
         for piece in &self.pieces {
-            let (at, width) = piece.starts.ok_or_else(|| inconsistent("no index of rows"))?;
-            let start = |row: u64| -> io::Result<u64> {
-                let mut bytes = [0; 8];
-                let entry =
-                    bytes.get_mut(..width as usize).ok_or_else(|| inconsistent("an index entry is too wide"))?;
-                read_exact_at(file, entry, at.saturating_add(row.saturating_mul(width)))?;
-                piece
-                    .data
-                    .start
-                    .checked_add(u64::from_le_bytes(bytes))
-                    .ok_or_else(|| inconsistent("an entry overflows"))
-            };
-            let range = start(piece.rows.start)?..start(piece.rows.end)?;
-            let prefixes = (piece.rows.end - piece.rows.start).saturating_mul(prefix as u64);
-            let bytes = range.end.checked_sub(range.start).and_then(|bytes| bytes.checked_sub(prefixes));
-            let bytes = bytes.filter(|_| range.end <= piece.data.end).ok_or_else(|| inconsistent("rows overlap"))?;
-            total = usize::try_from(bytes)
-                .ok()
-                .and_then(|b| total.checked_add(b))
-                .ok_or_else(|| inconsistent("too long"))?;
-            ranges.push((range, piece.rows.end - piece.rows.start));
-        }
-        if i32::try_from(total).is_err() {
-            return Err(inconsistent("more bytes than one array addresses"));
-        }
-        let mut values = vec![0u8; total];
-        let mut offsets = Vec::with_capacity(self.rows + 1);
-        let mut filled = 0usize;
-        offsets.push(0i32);
-        for (range, rows) in ranges {
-            let window = WINDOW.min((range.end - range.start) as usize);
-            let mut bytes = BufReader::with_capacity(window, At { file, range });
-            for _ in 0..rows {
-                let mut length = [0; 8];
-                bytes.read_exact(&mut length[..prefix])?;
-                let end =
-                    usize::try_from(u64::from_le_bytes(length)).ok().and_then(|length| filled.checked_add(length));
-                let target = end.and_then(|end| values.get_mut(filled..end));
-                let target = target.ok_or_else(|| inconsistent("a row's length is beyond its page"))?;
-                bytes.read_exact(target)?;
-                filled += target.len();
-                offsets.push(filled as i32);
+            let rows = piece.rows.end - piece.rows.start;
+            match &piece.source {
+                Source::Prefixed { data, prefix, starts } => {
+                    prefixed(file, &piece.rows, data, *prefix, *starts, &mut values, &mut lengths)?;
+                }
+                Source::SameAt(data) => {
+                    let value = self.single(file, data)?;
+                    let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(value.len()));
+                    if total.is_none_or(|total| total > i32::MAX as usize) {
+                        return Err(inconsistent("more bytes than one array addresses"));
+                    }
+                    values.extend(value.repeat(rows as usize));
+                    lengths.extend(std::iter::repeat_n(value.len(), rows as usize));
+                }
+                Source::Fixed(_) | Source::Same(_) => return Err(inconsistent("values of fixed width among others")),
             }
         }
-        if filled != total {
-            return Err(inconsistent("lengths do not add up to the page"));
-        }
-        let offsets = OffsetBuffer::new(ScalarBuffer::from(offsets));
-        Ok(Arc::new(BinaryArray::try_new(offsets, Buffer::from(values), None).map_err(io::Error::other)?))
+        let bytes = Buffer::from(values);
+        let array: ArrayRef = match self.field.data_type() {
+            DataType::LargeBinary => {
+                let offsets = OffsetBuffer::<i64>::from_lengths(lengths);
+                Arc::new(LargeBinaryArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
+            }
+            _ if i32::try_from(bytes.len()).is_err() => {
+                return Err(inconsistent("more bytes than one array addresses"));
+            }
+            DataType::Utf8 => {
+                let offsets = OffsetBuffer::<i32>::from_lengths(lengths);
+                Arc::new(StringArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
+            }
+            _ => {
+                let offsets = OffsetBuffer::<i32>::from_lengths(lengths);
+                Arc::new(BinaryArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
+            }
+        };
+        Ok(array)
+    }
+
+    /// The bytes of a value that Lance wrote by itself.
+    fn single(&self, file: &File, data: &Range<u64>) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(data.end - data.start).map_err(io::Error::other)?];
+        read_exact_at(file, &mut bytes, data.start)?;
+        let kind = self.field.data_type();
+        let value = lance_arrow::scalar::decode_scalar_from_value_buffer(kind, &bytes).map_err(io::Error::other)?;
+        let value = match kind {
+            DataType::UInt32 => value.as_primitive::<UInt32Type>().value(0).to_le_bytes().to_vec(),
+            DataType::Float32 => value.as_primitive::<Float32Type>().value(0).to_le_bytes().to_vec(),
+            DataType::FixedSizeBinary(_) => value.as_fixed_size_binary().value(0).to_vec(),
+            DataType::Utf8 => value.as_string::<i32>().value(0).into(),
+            DataType::Binary => value.as_binary::<i32>().value(0).into(),
+            DataType::LargeBinary => value.as_binary::<i64>().value(0).into(),
+            other => return Err(inconsistent(&format!("one value for a column of {other}"))),
+        };
+        Ok(value)
     }
 }
 
-/// How a page's values lie, if plainly.
-fn plain(kind: &DataType, layout: &FullZipLayout) -> Option<Kind> {
+/// Adds a page's rows, each behind its length, to those read before.
+fn prefixed(
+    file: &File,
+    rows: &Range<u64>,
+    data: &Range<u64>,
+    prefix: usize,
+    (index, width): (u64, u64),
+    values: &mut Vec<u8>,
+    lengths: &mut Vec<usize>,
+) -> io::Result<()> {
+    let start = |row: u64| -> io::Result<u64> {
+        let mut bytes = [0; 8];
+        let entry = bytes.get_mut(..width as usize).ok_or_else(|| inconsistent("an index entry is too wide"))?;
+        read_exact_at(file, entry, index.saturating_add(row.saturating_mul(width)))?;
+        data.start.checked_add(u64::from_le_bytes(bytes)).ok_or_else(|| inconsistent("an entry overflows"))
+    };
+    let range = start(rows.start)?..start(rows.end)?;
+    let count = rows.end - rows.start;
+    let bytes = range.end.checked_sub(range.start).and_then(|b| b.checked_sub(count.saturating_mul(prefix as u64)));
+    let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| inconsistent("rows overlap"))?;
+    let mut left = usize::try_from(bytes).map_err(io::Error::other)?;
+    values.reserve_exact(left);
+    let window = WINDOW.min((range.end - range.start) as usize);
+    let mut bytes = BufReader::with_capacity(window, At { file, range });
+    for _ in 0..count {
+        let mut length = [0; 8];
+        bytes.read_exact(&mut length[..prefix])?;
+        let length = usize::try_from(u64::from_le_bytes(length)).ok().filter(|&length| length <= left);
+        let length = length.ok_or_else(|| inconsistent("a row's length is beyond its page"))?;
+        lengths.push(length);
+        left -= length;
+        let mut missing = length;
+        while missing > 0 {
+            let some = bytes.fill_buf()?;
+            let some = &some[..missing.min(some.len())];
+            if some.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            values.extend_from_slice(some);
+            let taken = some.len();
+            bytes.consume(taken);
+            missing -= taken;
+        }
+    }
+    if left > 0 {
+        return Err(inconsistent("lengths do not add up to the page"));
+    }
+    Ok(())
+}
+
+/// What a column's values are made of, for the types that the data tables have.
+fn kind(kind: &DataType) -> Option<Kind> {
+    match kind {
+        DataType::UInt32 | DataType::Float32 => Some(Kind::Fixed(4)),
+        DataType::FixedSizeBinary(bytes) => Some(Kind::Fixed(usize::try_from(*bytes).ok()?)),
+        DataType::FixedSizeList(item, length) => {
+            let bytes = match item.data_type() {
+                DataType::Float32 => 4,
+                DataType::UInt8 => 1,
+                _ => return None,
+            };
+            Some(Kind::Fixed(usize::try_from(*length).ok()?.checked_mul(bytes)?))
+        }
+        DataType::Binary | DataType::LargeBinary | DataType::Utf8 => Some(Kind::Variable),
+        _ => None,
+    }
+}
+
+/// The bytes of the length before each value of a page, 0 for values of fixed width, if the values lie plainly.
+fn prefix_bytes(kind: &DataType, layout: &FullZipLayout) -> Option<usize> {
     let whole = layout.bits_rep == 0 && layout.bits_def == 0 && layout.num_items == layout.num_visible_items;
-    let compression = layout.value_compression.as_ref()?.compression.as_ref()?;
-    match (kind, compression, &layout.details) {
+    let compression = layout.value_compression.as_ref()?;
+    let prefix = match (kind, compression.compression.as_ref()?, &layout.details) {
         (
             DataType::FixedSizeList(item, length),
             Compression::FixedSizeList(list),
             Some(Details::BitsPerValue(bits)),
         ) => {
-            let length = usize::try_from(*length).ok()?;
-            let fits = *item.data_type() == DataType::Float32
-                && list.items_per_value == length as u64
+            let item = if *item.data_type() == DataType::Float32 { 32 } else { 8 };
+            let length = u64::try_from(*length).ok()?;
+            let fits = list.items_per_value == length
                 && !list.has_validity
-                && u64::from(*bits) == 32 * length as u64
-                && list.values.as_ref().is_some_and(|values| flat(values, 32));
-            (whole && fits).then_some(Kind::Vectors(length))
+                && Some(u64::from(*bits)) == length.checked_mul(item)
+                && list.values.as_ref().is_some_and(|values| flat(values, item));
+            fits.then_some(0)
         }
-        (DataType::Binary, Compression::Variable(variable), Some(Details::BitsPerOffset(bits))) => {
+        (DataType::UInt32 | DataType::Float32 | DataType::FixedSizeBinary(_), _, Some(Details::BitsPerValue(bits))) => {
+            let expected =
+                if let DataType::FixedSizeBinary(bytes) = kind { u64::try_from(*bytes).ok()? * 8 } else { 32 };
+            (u64::from(*bits) == expected && flat(compression, expected)).then_some(0)
+        }
+        (
+            DataType::Binary | DataType::LargeBinary | DataType::Utf8,
+            Compression::Variable(variable),
+            Some(Details::BitsPerOffset(bits)),
+        ) => {
             let fits = matches!(bits, 32 | 64)
                 && variable.values.is_none()
                 && variable.offsets.as_ref().is_some_and(|offsets| flat(offsets, u64::from(*bits)));
-            (whole && fits).then_some(Kind::Prefixed(*bits as usize / 8))
+            fits.then_some(*bits as usize / 8)
         }
         _ => None,
-    }
+    };
+    prefix.filter(|_| whole)
+}
+
+/// The one value of a page of equal ones, if it is in the description and not in the page.
+fn same(layout: &ConstantLayout) -> Option<Option<&Bytes>> {
+    let plain = layout.num_rep_values == 0
+        && layout.num_def_values == 0
+        && layout.rep_compression.is_none()
+        && layout.def_compression.is_none();
+    plain.then_some(layout.inline_value.as_ref())
 }
 
 fn flat(encoding: &CompressiveEncoding, bits: u64) -> bool {
@@ -251,10 +412,10 @@ fn read_exact_at(file: &File, into: &mut [u8], at: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::{AsArray, RecordBatch};
+    use arrow::array::RecordBatch;
     use proptest::prelude::*;
 
-    use crate::store::files::Files;
+    use crate::store::files::{Files, Run};
     use crate::store::location::Location;
     use crate::store::schema::Table;
     use crate::store::writer::append;
@@ -265,7 +426,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let location = Location::new(folder.path().to_str().unwrap(), None).unwrap();
-        let files = Files::new(location.clone());
+        let files = Arc::new(Files::new(location.clone()));
         let rows = 3000usize;
         let keys = {
             let names = FixedSizeBinary::new(rows);
@@ -294,13 +455,48 @@ mod tests {
             )
             .unwrap()
         };
+        let one = |bytes: &[u8]| -> ArrayRef {
+            Arc::new(FixedSizeBinaryArray::try_from_iter(std::iter::repeat_n(bytes, rows)).unwrap())
+        };
+        let same = |text: &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(vec![text; rows])) };
+        let list = |kind: &Table, values: ArrayRef, column: usize| -> ArrayRef {
+            let DataType::FixedSizeList(item, length) = kind.schema().field(column).data_type().clone() else {
+                panic!()
+            };
+            Arc::new(FixedSizeListArray::try_new(item, length, values, None).unwrap())
+        };
+        let factors = {
+            let table = Table::Factors(3);
+            let vectors = Float32Array::from_iter_values((0..rows * 3).map(|i| i as f32));
+            let columns = vec![
+                one(&[9; 32]),
+                same("a"),
+                counted(rows),
+                Arc::new(Float32Array::from(vec![0.5; rows])),
+                list(&table, Arc::new(vectors), 4),
+            ];
+            RecordBatch::try_new(table.schema(), columns).unwrap()
+        };
+        let codes = {
+            let table = Table::Codes(5);
+            let roles = StringArray::from_iter_values((0..rows).map(|i| ["keys", "values"][i * 2 / rows]));
+            let codes = UInt8Array::from_iter_values((0..rows * 5).map(|i| (i * i) as u8));
+            let columns =
+                vec![one(&[7; 32]), Arc::new(roles) as ArrayRef, counted(rows), list(&table, Arc::new(codes), 3)];
+            RecordBatch::try_new(table.schema(), columns).unwrap()
+        };
         let mut written = vec![];
-        for (table, batch, column) in [(Table::Keys(700), &keys, "vector"), (Table::Weights, &weights, "packed")] {
+        for (table, batch) in [
+            (Table::Keys(700), &keys),
+            (Table::Weights, &weights),
+            (Table::Factors(3), &factors),
+            (Table::Codes(5), &codes),
+        ] {
             let name = table.name();
             let done = append(&location, &name, table.schema(), vec![batch.clone()]);
             let file = runtime.block_on(done).unwrap().remove(0).0;
             let found = runtime.block_on(files.plain_columns(&table.name(), &file, 0..rows as u64)).unwrap();
-            assert_eq!(found, [column], "of {}", table.name());
+            assert_eq!(found.len(), table.schema().fields().len(), "{found:?} of {}", table.name());
             written.push((table, batch, file));
         }
         proptest!(ProptestConfig::with_cases(40), |(start in 0usize..2999, length in 1usize..3000)| {
@@ -311,7 +507,7 @@ mod tests {
                 let joined = |batches: Vec<RecordBatch>| {
                     arrow::compute::concat_batches(&batches[0].schema(), &batches).unwrap()
                 };
-                let fast = joined(runtime.block_on(files.rows(&table.name(), file, range.clone())).unwrap());
+                let fast = joined(runtime.block_on(read(&files, &table.name(), file, range.clone())).unwrap());
                 let slow = joined(runtime.block_on(files.decoded(&table.name(), file, range)).unwrap());
                 prop_assert_eq!(fast.columns(), slow.columns());
                 for (found, written) in fast.columns().iter().zip(expected.columns()) {
@@ -321,12 +517,16 @@ mod tests {
             }
         });
         for (table, _, file) in &written {
-            assert!(runtime.block_on(files.rows(&table.name(), file, 2990..3001)).is_err());
+            assert!(runtime.block_on(read(&files, &table.name(), file, 2990..3001)).is_err());
             // A page that is not there any more is no panic.
             let path = folder.path().join(format!("{}.lance/data/{file}", table.name()));
             File::options().write(true).open(&path).unwrap().set_len(5000).unwrap();
-            assert!(runtime.block_on(files.rows(&table.name(), file, 0..3000)).is_err());
+            assert!(runtime.block_on(read(&files, &table.name(), file, 0..3000)).is_err());
         }
+    }
+
+    async fn read(files: &Arc<Files>, table: &str, file: &str, rows: Range<u64>) -> lance::Result<Vec<RecordBatch>> {
+        Ok(files.rows(&[Run { table, file, rows }]).await?.remove(0))
     }
 
     struct FixedSizeBinary(ArrayRef);
@@ -357,8 +557,11 @@ mod tests {
             std::fs::write(&path, &bytes).unwrap();
             let column = PlainColumn {
                 field: Arc::new(Field::new("packed", DataType::Binary, false)),
-                kind: Kind::Prefixed(4),
-                pieces: vec![Piece { rows: 0..2, data: 0..11, starts: Some((11, 4)) }],
+                kind: Kind::Variable,
+                pieces: vec![Piece {
+                    rows: 0..2,
+                    source: Source::Prefixed { data: 0..11, prefix: 4, starts: (11, 4) },
+                }],
                 rows: 2,
             };
             column.read(&File::open(&path).unwrap())

@@ -69,40 +69,24 @@ impl Table {
 
     /// The Arrow schema.
     pub fn schema(self) -> SchemaRef {
-        let mut fields = vec![artifact()];
+        let mut fields = vec![plain(artifact())];
         fields.extend(match self {
-            Table::Keys(d) => {
-                vec![required("key", DataType::UInt32), required("scale", DataType::Float32), vector("vector", d)]
-            }
-            Table::Values(d) => vec![required("key", DataType::UInt32), vector("vector", d)],
-            Table::Codebooks(d) => vec![
-                required("role", DataType::Utf8),
-                required("subspace", DataType::UInt32),
-                required("code", DataType::UInt32),
-                vector("vector", d),
-            ],
-            Table::Codes(m) => vec![
-                required("role", DataType::Utf8),
-                required("key", DataType::UInt32),
-                fixed_list("codes", DataType::UInt8, m),
-            ],
+            Table::Keys(d) => vec![number("key"), plain(required("scale", DataType::Float32)), vector("vector", d)],
+            Table::Values(d) => vec![number("key"), vector("vector", d)],
+            Table::Codebooks(d) => vec![text("role"), number("subspace"), number("code"), vector("vector", d)],
+            Table::Codes(m) => vec![text("role"), number("key"), fixed_list("codes", DataType::UInt8, m)],
             Table::Factors(d) => vec![
-                required("side", DataType::Utf8),
-                required("component", DataType::UInt32),
-                required("singular_value", DataType::Float32),
+                text("side"),
+                number("component"),
+                plain(required("singular_value", DataType::Float32)),
                 vector("vector", d),
             ],
-            Table::Weights => vec![
-                required("row", DataType::UInt32),
-                plain_binary("packed"),
-                plain_binary("scales"),
-                plain_binary("zeros"),
-            ],
+            Table::Weights => vec![number("row"), bytes("packed"), bytes("scales"), bytes("zeros")],
             Table::Tensors => vec![
-                required("name", DataType::Utf8),
-                required("dtype", DataType::Utf8),
+                text("name"),
+                text("dtype"),
                 required("shape", DataType::List(Arc::new(required("item", DataType::UInt64)))),
-                required("data", DataType::LargeBinary),
+                plain(required("data", DataType::LargeBinary)),
             ],
         });
         Arc::new(Schema::new(fields))
@@ -166,23 +150,43 @@ fn time() -> DataType {
 // Child fields are required too: nullable ones take a slow path through Lance.
 fn fixed_list(name: &str, item: DataType, length: usize) -> Field {
     let length = i32::try_from(length).unwrap_or(i32::MAX);
-    required(name, DataType::FixedSizeList(Arc::new(required("item", item)), length))
+    plain(required(name, DataType::FixedSizeList(Arc::new(required("item", item)), length)))
 }
 
 fn vector(name: &str, length: usize) -> Field {
     fixed_list(name, DataType::Float32, length)
 }
 
-/// Packed numbers do not compress; trying would only slow the load.
-fn plain_binary(name: &str) -> Field {
-    let metadata = HashMap::from([("lance-encoding:compression".to_owned(), "none".to_owned())]);
-    required(name, DataType::Binary).with_metadata(metadata)
+fn number(name: &str) -> Field {
+    plain(required(name, DataType::UInt32))
+}
+
+fn text(name: &str) -> Field {
+    plain(required(name, DataType::Utf8))
+}
+
+fn bytes(name: &str) -> Field {
+    plain(required(name, DataType::Binary))
+}
+
+/// A column whose values lie one after another as they are, so that a layer's are one read. The vectors and packed
+/// numbers that make up nearly all of a table would not compress, and the rest is too small to matter.
+fn plain(field: Field) -> Field {
+    let settings = [
+        ("lance-encoding:structural-encoding", "fullzip"),
+        ("lance-encoding:compression", "none"),
+        // The smallest that Lance takes: no dictionaries.
+        ("lance-encoding:dict-size-ratio", "1e-9"),
+    ];
+    let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    field.with_metadata(HashMap::from(settings))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::{Value, json};
+    use std::collections::BTreeMap;
 
     fn described(schema: &Schema) -> Value {
         let fields: Vec<Value> = schema
@@ -192,7 +196,7 @@ mod tests {
                 let mut field =
                     json!({"name": f.name(), "type": f.data_type().to_string(), "nullable": f.is_nullable()});
                 if !f.metadata().is_empty() {
-                    field["metadata"] = json!(f.metadata());
+                    field["metadata"] = json!(f.metadata().iter().collect::<BTreeMap<_, _>>());
                 }
                 field
             })
