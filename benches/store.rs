@@ -11,7 +11,7 @@ use chrono::Utc;
 use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig};
 use layerstore::model::{Checkpoint, ImportOptions, Rules, import, open_inputs};
 use layerstore::store::{ErrorBasis, LayerRecord, Made, Places, Source, Store};
-use ndarray::Array2;
+use ndarray::{Array1, Array2};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -130,7 +130,9 @@ async fn first_load(folder: &Path) -> Result<()> {
     let key_value = MethodConfig::KeyValue(KeyValueConfig::default());
     let low_rank = MethodConfig::LowRank(LowRankConfig::default());
     let compressed = |method: &MethodConfig, rows: usize, columns: usize| -> layerstore::Result<Vec<Layer>> {
-        (0..SAME).map(|seed| method.compress(matrix(rows, columns, 77 + seed).view(), None, None)).collect()
+        let bias = Array1::from_elem(rows, 0.5);
+        let layer = |seed| method.compress(matrix(rows, columns, 77 + seed).view(), Some(bias.view()), None);
+        (0..SAME).map(layer).collect()
     };
     let dense = |n: usize| -> Vec<Layer> {
         (0..SAME).map(|seed| Layer::Dense(DenseLayer::from_f32(matrix(n, n, 99 + seed).view(), None))).collect()

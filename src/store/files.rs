@@ -81,8 +81,8 @@ impl Files {
         let reads = groups.into_iter().filter(|group| !group.is_empty()).map(|group| {
             let read = move || -> io::Result<Vec<_>> {
                 let read = group.into_iter().map(|(place, name, file, column)| {
-                    let file = file.ok_or_else(|| io::Error::other("a file that is not local"))?;
-                    Ok(((place, name), column.read(&file)?))
+                    let (file, size) = file.ok_or_else(|| io::Error::other("a file that is not local"))?;
+                    Ok(((place, name), column.read(&file, size)?))
                 });
                 read.collect()
             };
@@ -130,12 +130,14 @@ impl Files {
         let local = match self.location.local() {
             // The same name as above: a part of a path holds no separator once it is encoded.
             Some(folder) if !name.contains(['/', '\\']) => {
-                Some(Arc::new(File::open(folder.join(table).join("data").join(name))?))
+                let file = File::open(folder.join(table).join("data").join(name))?;
+                let size = file.metadata()?.len();
+                Some((Arc::new(file), size))
             }
             _ => None,
         };
         let size = match &local {
-            Some(file) => CachedFileSize::new(file.metadata()?.len()),
+            Some((_, size)) => CachedFileSize::new(*size),
             None => CachedFileSize::unknown(),
         };
         let file = scheduler.open_file(&path, &size).await?;
@@ -164,7 +166,8 @@ impl Files {
 #[derive(Debug)]
 struct Opened {
     reader: FileReader,
-    local: Option<Arc<File>>,
+    /// The file and its size, for a store on the local file system.
+    local: Option<(Arc<File>, u64)>,
     schema: SchemaRef,
     /// The columns that are one column of the file each, and which.
     single: Vec<(Arc<Field>, usize)>,

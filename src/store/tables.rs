@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use arrow::array::{
     Array, ArrayRef, AsArray, BinaryArray, FixedSizeBinaryArray, FixedSizeListArray, Float32Array, LargeBinaryArray,
-    ListArray, RecordBatch, StringArray, UInt8Array, UInt32Array, UInt64Array,
+    RecordBatch, StringArray, UInt8Array, UInt32Array,
 };
 use arrow::buffer::{Buffer, OffsetBuffer, ScalarBuffer};
-use arrow::datatypes::{DataType, Float32Type, UInt8Type, UInt32Type, UInt64Type};
+use arrow::datatypes::{DataType, Float32Type, UInt8Type, UInt32Type};
 use bytes::Bytes;
 use ndarray::Array2;
 
@@ -92,20 +92,10 @@ pub fn to_batches(id: ArtifactId, parts: &Parts) -> Result<BTreeMap<Table, Vec<R
         }
     }
     for tensor in &parts.tensors {
-        let shape: Vec<u64> = tensor.shape.iter().map(|&n| n as u64).collect();
-        let DataType::List(item) = Table::Tensors.schema().field(3).data_type().clone() else {
-            return Err(Error::Numeric("the tensors table's shape is a list".into()));
-        };
-        let lists = ListArray::try_new(
-            item,
-            OffsetBuffer::from_lengths([shape.len()]),
-            Arc::new(UInt64Array::from(shape)),
-            None,
-        );
         let columns: Vec<ArrayRef> = vec![
             repeated(&tensor.name, 1),
             repeated(&tensor.dtype, 1),
-            Arc::new(lists.map_err(unstorable)?),
+            repeated(&serde_json::json!(tensor.shape).to_string(), 1),
             Arc::new(LargeBinaryArray::from_vec(vec![&tensor.data])),
         ];
         add(Table::Tensors, columns)?;
@@ -247,15 +237,14 @@ pub fn add_rows(
         }
         Table::Tensors => {
             for batch in &batches {
-                let shapes = column(batch, "shape")?.as_list_opt::<i32>().ok_or("shape is of another type")?;
                 let data = column(batch, "data")?.as_binary_opt::<i64>().ok_or("data is of another type")?;
                 for i in 0..batch.num_rows() {
-                    let shape = shapes.value(i);
-                    let shape = shape.as_primitive_opt::<UInt64Type>().ok_or("shape is of another type")?;
+                    let shape = text(batch, "shape", i)?;
+                    let shape = serde_json::from_str(&shape).map_err(|e| format!("shape '{shape}': {e}"))?;
                     parts.tensors.push(Tensor {
                         name: text(batch, "name", i)?,
                         dtype: text(batch, "dtype", i)?,
-                        shape: shape.values().iter().map(|&n| n as usize).collect(),
+                        shape,
                         data: Bytes::copy_from_slice(data.value(i)),
                     });
                 }
