@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
-use super::SearchIndex;
+use super::{IndexInfo, SearchIndex};
 use crate::error::{Error, Result};
 use crate::linalg::dot_f64;
 use crate::quant::{RowFormat, RowMatrix, RowType};
@@ -111,6 +111,23 @@ impl SearchIndex for FlatIndex {
             Some(units) => self.keys.products((&queries / &units.view().insert_axis(Axis(0))).view()),
             None => self.keys.products(queries),
         }
+    }
+
+    fn scores_of(&self, query: ArrayView1<f32>, keys: &[u32]) -> Vec<f32> {
+        match &self.units {
+            Some(units) => self.keys.products_of((&query / units).view(), keys),
+            None => self.keys.products_of(query, keys),
+        }
+    }
+
+    fn info(&self) -> IndexInfo {
+        let backend = if self.keys.quantizer().is_some() { "pq" } else { "flat" };
+        IndexInfo { backend, keys: self.len(), dimension: self.dimension(), memory_bytes: self.memory_bytes() }
+    }
+
+    fn reset(&mut self) -> Result<()> {
+        self.keys = RowMatrix::new(Array2::zeros((0, self.dimension())), RowType::F32)?;
+        Ok(())
     }
 
     fn reconstruct(&self) -> Array2<f32> {

@@ -2,9 +2,12 @@
 
 mod integer;
 mod kernels;
+mod kmeans;
 mod packing;
 mod product;
 mod rows;
+
+pub(crate) use kmeans::{kmeans, nearest};
 
 pub use integer::{Group, IntegerFormat, PackedMatrix, WeightType};
 pub use packing::{pack_nibbles, unpack_nibbles};

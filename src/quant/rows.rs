@@ -3,7 +3,7 @@
 use std::fmt;
 
 use half::f16;
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{IntoDeserializer, MapAccess, Visitor};
@@ -308,6 +308,40 @@ impl RowMatrix {
                         let pieces = codes.iter().enumerate();
                         *out = pieces.map(|(piece, &code)| table[piece * words + usize::from(code)]).sum();
                     }
+                }
+            }
+        }
+        out
+    }
+
+    /// Inner products of some rows with a query `[columns]`.
+    ///
+    /// # Panics
+    /// When a row is not there, or the query's length is another.
+    pub fn products_of(&self, query: ArrayView1<f32>, rows: &[u32]) -> Vec<f32> {
+        assert_eq!(query.len(), self.columns, "length of the query");
+        let query = query.as_standard_layout();
+        let query = query.as_slice().expect("contiguous");
+        let mut out = vec![0f32; rows.len()];
+        let range = |row: u32| row as usize * self.columns..(row as usize + 1) * self.columns;
+        match &self.data {
+            Data::F32(m) => {
+                let all = m.as_slice().expect("standard layout");
+                rows.iter().zip(out.chunks_mut(1)).for_each(|(&row, out)| dots(&all[range(row)], query, out));
+            }
+            Data::F16(v) => rows.iter().zip(out.chunks_mut(1)).for_each(|(&row, out)| dots(&v[range(row)], query, out)),
+            Data::Int8(v, scales) => {
+                for (&row, out) in rows.iter().zip(out.chunks_mut(1)) {
+                    dots(&v[range(row)], query, out);
+                    out[0] *= scales[row as usize];
+                }
+            }
+            Data::Product(quantizer, codes) => {
+                let (table, words) = (quantizer.table(query), quantizer.codewords());
+                for (&row, out) in rows.iter().zip(&mut out) {
+                    let pieces = codes.row(row as usize);
+                    *out =
+                        pieces.iter().enumerate().map(|(piece, &code)| table[piece * words + usize::from(code)]).sum();
                 }
             }
         }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
+use super::backend::{Backend, fitted_format};
 use super::config::{Decomposition, KeyValueConfig};
 use super::threshold::Curves;
 use super::{Core, KeyValueLayer, StoredConfig};
 use crate::error::{Error, Result};
-use crate::index::{FlatIndex, SearchIndex};
+use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex, SearchIndex};
 use crate::layer::{check_inputs, require_finite};
 use crate::linalg::{
     Moments, cholesky, kept_rank, matmul_f64, matmul_nt, solve_lower_transposed, spectral_norm_bound, svd,
@@ -102,35 +103,48 @@ impl KeyValueLayer {
         require_finite("the folded keys", keys.iter())?;
         let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
         let rank = scales.len();
-        let (key_format, mut adapted) = config.fitted(config.backend.format(), "backend", rank, in_features)?;
-        let (value_format, more) = config.fitted(config.values, "values", rank, out_features)?;
+        let (backend, mut adapted) = config.backend.fitted(config.on_misfit, rank, in_features)?;
+        let (value_format, more) = fitted_format(config.values, config.on_misfit, "values", rank, out_features)?;
         adapted.extend(more);
         // A wrong score moves the output by its key's scale.
         let weights: Vec<f32> = scales.iter().map(|s| s * s).collect();
-        let float_keys = config.backend.stores_float_keys().then(|| keys.clone());
+        let key_format = backend.format();
+        let exact = RowFormat::Plain(RowType::F32);
+        let float_keys = (backend.stores_float_keys() && key_format != exact).then(|| keys.clone());
         let in_units_of_spread = |f: RowFormat| !matches!(f, RowFormat::Plain(RowType::F32 | RowType::F16));
         let units = inputs.spread.clone().filter(|_| in_units_of_spread(key_format));
-        let index = FlatIndex::in_format(keys, key_format, &weights, units)?;
+        let spread = inputs.spread.clone();
+        let index = match (backend, backend.graph()) {
+            (_, Some(options)) => {
+                KeyIndex::Hnsw(HnswIndex::fit(keys.view(), &scales, spread, options, backend.stores_float_keys())?)
+            }
+            (Backend::IvfPq { clusters, probes, seed, .. }, _) => {
+                let codes = FlatIndex::in_format(keys.clone(), key_format, &weights, units)?;
+                let cells = (clusters, probes);
+                KeyIndex::IvfPq(IvfPqIndex::fit(codes, keys.view(), &scales, spread, cells, seed)?)
+            }
+            _ => KeyIndex::Flat(FlatIndex::in_format(keys, key_format, &weights, units)?),
+        };
+        let rows = index.rows();
         let values = RowMatrix::in_format(exact_values.mapv(|v| v as f32), value_format, &weights)?;
         let scaled = |keys: &Array2<f64>| keys * &Array1::from(scales.clone()).mapv(f64::from).insert_axis(Axis(1));
-        let used = index.reconstruct().mapv(f64::from);
-        let exact = RowFormat::Plain(RowType::F32);
-        let key_error = match key_format == exact {
+        let used = rows.reconstruct().mapv(f64::from);
+        let key_error = match key_format == exact && backend.stores_float_keys() {
             true => 0.0,
-            false => spectral_norm_bound(in_units_of(scaled(&(&used - &folded)), &index).view()),
+            false => spectral_norm_bound(in_units_of(scaled(&(&used - &folded)), rows).view()),
         };
         let value_error = match value_format == exact {
             true => 0.0,
             false => spectral_norm_bound((values.to_f32().mapv(f64::from) - &exact_values).view()),
         };
         let rounding =
-            in_units_of(scaled(&used), &index).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
+            in_units_of(scaled(&used), rows).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
         let mean = inputs.mean.mapv(|v| v as f32);
         let curves = calibration.map(|x| {
             let centred = &x - &mean;
             let scores = match &float_keys {
                 Some(keys) => matmul_nt(centred.view(), keys.view()),
-                None => index.scores(centred.view()),
+                None => rows.scores(centred.view()),
             };
             Curves::measure(scores.view(), &scales)
         });
@@ -143,7 +157,7 @@ impl KeyValueLayer {
             ridge_regularization: config.ridge_regularization,
             ridge_relative: config.ridge_relative,
             use_bias: config.use_bias,
-            backend: config.backend.with_format(key_format),
+            backend,
             values: value_format,
             adapted,
             calibrated: inputs.factor.is_some(),

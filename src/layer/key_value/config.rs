@@ -3,9 +3,10 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::backend::{Backend, fitted_format};
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
-use crate::quant::{ProductFormat, RowFormat, RowType};
+use crate::quant::RowFormat;
 
 /// Which factorisation the keys and values come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -40,67 +41,6 @@ pub enum Sides {
     Positive,
 }
 
-/// How keys are found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Backend {
-    /// Every key scanned, kept as this type.
-    Flat {
-        #[serde(default)]
-        keys: RowType,
-    },
-    /// Every key scanned in product codes (NanoPQ's way).
-    Pq {
-        /// Pieces that a key is cut into.
-        #[serde(default = "default_subvectors")]
-        subvectors: usize,
-        /// Codewords of a piece, at most 256.
-        #[serde(default = "default_codewords")]
-        codewords: usize,
-        /// Where k-means starts.
-        #[serde(default)]
-        seed: u64,
-        /// Whether f32 keys are kept beside the codes: scores near the threshold or above are then worked out anew.
-        #[serde(default)]
-        store_float_keys: bool,
-    },
-}
-
-fn default_subvectors() -> usize {
-    ProductFormat::default().subvectors
-}
-
-fn default_codewords() -> usize {
-    ProductFormat::default().codewords
-}
-
-impl Backend {
-    /// What keys are kept as.
-    pub fn format(self) -> RowFormat {
-        match self {
-            Backend::Flat { keys } => RowFormat::Plain(keys),
-            Backend::Pq { subvectors, codewords, seed, .. } => {
-                RowFormat::Product(ProductFormat { subvectors, codewords, seed })
-            }
-        }
-    }
-
-    /// Whether f32 keys are kept beside those that are searched.
-    pub fn stores_float_keys(self) -> bool {
-        matches!(self, Backend::Pq { store_float_keys: true, .. })
-    }
-
-    pub(super) fn with_format(self, format: RowFormat) -> Self {
-        match (self, format) {
-            (
-                Backend::Pq { store_float_keys, .. },
-                RowFormat::Product(ProductFormat { subvectors, codewords, seed }),
-            ) => Backend::Pq { subvectors, codewords, seed, store_float_keys },
-            _ => self,
-        }
-    }
-}
-
 /// What happens to settings that a layer's shape does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -110,12 +50,6 @@ pub enum OnMisfit {
     Adapt,
     /// They are an error that names what would fit.
     Error,
-}
-
-impl Default for Backend {
-    fn default() -> Self {
-        Backend::Flat { keys: RowType::F32 }
-    }
 }
 
 /// How many keys a query uses.
@@ -254,7 +188,7 @@ pub struct KeyValueConfig {
     pub backend: Backend,
     #[serde(default)]
     pub values: RowFormat,
-    /// What happens to `subvectors` that do not divide a vector, and to more `codewords` than keys.
+    /// What happens to settings of `backend` and `values` that the layer's shape does not allow.
     #[serde(default)]
     pub on_misfit: OnMisfit,
     // The fields of SearchSettings, spelled out: serde cannot flatten and refuse unknown names at once.
@@ -319,12 +253,12 @@ impl KeyValueConfig {
                 return Err(Error::expected(name, value, "a number of at least 0"));
             }
         }
-        for format in [self.backend.format(), self.values] {
-            if let RowFormat::Product(format) = format {
-                format.validate()?;
-            }
+        if let RowFormat::Product(format) = self.values {
+            format.validate()?;
         }
-        self.search().validate()
+        self.backend.validate()?;
+        self.search().validate()?;
+        self.backend.check_limit(self.search().limit(usize::MAX))
     }
 
     pub(crate) fn check(&self, out_features: usize, in_features: usize) -> Result<()> {
@@ -337,33 +271,9 @@ impl KeyValueConfig {
             ));
         }
         check_keys(self.expected_keys_per_query, keys)?;
-        self.fitted(self.backend.format(), "backend", keys, in_features)?;
-        self.fitted(self.values, "values", keys, out_features)?;
+        self.backend.fitted(self.on_misfit, keys, in_features)?;
+        fitted_format(self.values, self.on_misfit, "values", keys, out_features)?;
         Ok(())
-    }
-
-    /// A format that fits `rows` rows of `width` numbers, and what was changed to make it fit.
-    pub(super) fn fitted(
-        &self,
-        format: RowFormat,
-        what: &str,
-        rows: usize,
-        width: usize,
-    ) -> Result<(RowFormat, Vec<String>)> {
-        let RowFormat::Product(asked) = format else { return Ok((format, vec![])) };
-        if self.on_misfit == OnMisfit::Error {
-            asked.check(rows, width)?;
-        }
-        let fitted = asked.fitted(rows, width);
-        let mut changed = vec![];
-        for (name, asked, fitted) in
-            [("subvectors", asked.subvectors, fitted.subvectors), ("codewords", asked.codewords, fitted.codewords)]
-        {
-            if asked != fitted {
-                changed.push(format!("{what} {name}: {asked} to {fitted}"));
-            }
-        }
-        Ok((RowFormat::Product(fitted), changed))
     }
 }
 

@@ -11,6 +11,8 @@
 //!
 //! After AXL's `ApproximateLinear`, which multiplies keys by L⁻ᵀ where Lᵀ is right, forgets s_i, and keeps one sign only.
 
+mod answer;
+mod backend;
 mod build;
 mod config;
 mod parts;
@@ -26,17 +28,19 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub use backend::Backend;
 pub use build::InputStatistics;
-pub use config::{Backend, Decomposition, KeyValueConfig, Limit, OnMisfit, Ranking, SearchSettings, Sides};
+pub use config::{Decomposition, KeyValueConfig, Limit, OnMisfit, Ranking, SearchSettings, Sides};
 pub use search::{Hit, QueryHits};
 pub use threshold::{ThresholdMethod, search_threshold};
 pub use train::Refit;
 
-use self::search::{Certificate, Scored, SelectLimit};
-use self::threshold::{Curves, gaussian, rank_value};
+use self::answer::Answer;
+use self::search::{SelectLimit, rank_hits};
+use self::threshold::{Curves, gaussian};
 use super::{Accuracy, Method, Output, read_config, require_finite};
 use crate::error::{Error, Result};
-use crate::index::{FlatIndex, SearchIndex};
+use crate::index::{IndexInfo, KeyIndex, SearchIndex};
 use crate::linalg::{dot_f64, matmul};
 use crate::quant::{RowFormat, RowMatrix};
 
@@ -46,14 +50,8 @@ const PRODUCT_FROM: usize = 8;
 /// And where they are more than one key in so many: a gather touches only the hits, at a fraction of a product's speed.
 const PRODUCT_SHARE: usize = 2;
 
-/// Scores are worked out anew from float keys down to this share below the threshold.
-const REFINED_WITHIN: f32 = 0.5;
-
 /// Below this many multiply-adds one thread is enough.
 const PARALLEL_FROM: usize = 1 << 17;
-
-/// The contributions that a row's output is made of, by key, and the bound on its error.
-type Answer = (Vec<(u32, f32)>, Option<f64>);
 
 /// A key–value layer.
 #[derive(Debug, Clone)]
@@ -67,7 +65,7 @@ pub struct KeyValueLayer {
 #[derive(Debug)]
 struct Core {
     config: StoredConfig,
-    index: FlatIndex,
+    index: KeyIndex,
     /// κ `[keys, in]`, where they are kept beside an index that rounds them.
     float_keys: Option<Array2<f32>>,
     scales: Vec<f32>,
@@ -144,11 +142,17 @@ impl KeyValueLayer {
         &self.settings
     }
 
+    /// What finds the keys, and the memory that it takes.
+    pub fn index(&self) -> IndexInfo {
+        self.core.index.as_search_index().info()
+    }
+
     /// The folded keys κ as they are used, `[keys, in_features]`: borrowed where they are stored as f32.
     pub fn keys(&self) -> CowArray<'_, f32, Ix2> {
-        match (self.core.index.rows().floats(), self.core.index.units()) {
+        let rows = self.core.index.rows();
+        match (rows.rows().floats(), rows.units()) {
             (Some(keys), None) => keys.into(),
-            _ => self.core.index.reconstruct().into(),
+            _ => rows.reconstruct().into(),
         }
     }
 
@@ -232,15 +236,9 @@ impl KeyValueLayer {
         require_finite("the query", x.iter())?;
         let limit = limit.map_or(Ok(self.limit), |l| self.core.resolve(l, &self.settings))?;
         let centred = &x - &self.core.mean;
-        let scores = self.core.scores(centred.view(), &self.settings, limit);
-        let answers = centred.rows().into_iter().zip(scores.rows()).map(|(x, scores)| {
-            let scores = scores.to_slice().expect("a fresh array is contiguous");
-            let contributions = self.core.contributions(scores);
-            let certificate = self.core.certificate(x, &contributions);
-            let scored = Scored { scores, contributions: &contributions };
-            let (keys, threshold) = scored.select(&self.settings, limit, &certificate);
-            let certified_error = certificate.bound(certificate.dropped(&contributions, &keys));
-            QueryHits { threshold, certified_error, hits: scored.hits(&keys, &self.settings) }
+        let answers = self.core.answers(centred.view(), &self.settings, limit).into_iter().map(|mut answer| {
+            rank_hits(&mut answer.hits, &self.settings);
+            QueryHits { threshold: answer.threshold, certified_error: answer.bound, hits: answer.hits }
         });
         Ok(answers.collect())
     }
@@ -250,46 +248,33 @@ impl KeyValueLayer {
         let core = &*self.core;
         let (batch, keys, outputs) = (x.nrows(), core.scales.len(), core.config.out_features);
         let centred = &x - &core.mean;
-        let scores = core.scores(centred.view(), &self.settings, self.limit);
-        let every_key = accuracy == Accuracy::Full || !self.settings.use_approximate_inference;
-        let answer = |row: usize| {
-            let scores = scores.row(row).to_slice().expect("a fresh array is contiguous");
-            let contributions = core.contributions(scores);
-            let certificate = core.certificate(centred.row(row), &contributions);
-            if every_key {
-                return (vec![], certificate.bound(0.0));
-            }
-            let scored = Scored { scores, contributions: &contributions };
-            let (keys, _) = scored.select(&self.settings, self.limit, &certificate);
-            let bound = certificate.bound(certificate.dropped(&contributions, &keys));
-            (keys.iter().map(|&key| (key, contributions[key as usize])).collect::<Vec<_>>(), bound)
-        };
-        let in_parallel = batch > 1 && batch * keys >= PARALLEL_FROM;
-        let answers: Vec<Answer> = match in_parallel {
-            true => (0..batch).into_par_iter().map(answer).collect(),
-            false => (0..batch).map(answer).collect(),
-        };
-        let bound = answers.iter().map(|(_, bound)| *bound).try_fold(0f64, |worst, bound| Some(worst.max(bound?)));
         let mut y = Array2::zeros((batch, outputs));
         y += &core.mean_output;
-        let used: usize = answers.iter().map(|(picks, _)| picks.len()).sum();
-        if every_key {
-            y += &core.values.weighted((&scores * &ArrayView1::from(&core.scales)).view());
-        } else if used * PRODUCT_SHARE >= batch * keys && batch >= PRODUCT_FROM {
-            let mut contributions = Array2::zeros(scores.dim());
-            for (mut row, (picks, _)) in contributions.rows_mut().into_iter().zip(&answers) {
-                picks.iter().for_each(|&(key, contribution)| row[key as usize] = contribution);
+        if accuracy == Accuracy::Full || !self.settings.use_approximate_inference {
+            let (contributions, bounds) = core.every_contribution(centred.view());
+            y += &core.values.weighted(contributions.view());
+            return Output { y, relative_error_bound: worst(bounds.into_iter()) };
+        }
+        let answers = core.answers(centred.view(), &self.settings, self.limit);
+        let used: usize = answers.iter().map(|answer| answer.hits.len()).sum();
+        if used * PRODUCT_SHARE >= batch * keys && batch >= PRODUCT_FROM {
+            let mut contributions = Array2::zeros((batch, keys));
+            for (mut row, answer) in contributions.rows_mut().into_iter().zip(&answers) {
+                answer.hits.iter().for_each(|hit| row[hit.key as usize] = hit.contribution);
             }
             y += &core.values.weighted(contributions.view());
         } else if outputs > 0 {
             let rows = y.as_slice_mut().expect("a fresh array is contiguous");
-            let gather = |(y, answer): (&mut [f32], &Answer)| core.values.accumulate(&answer.0, y);
-            match in_parallel || used * outputs >= PARALLEL_FROM && batch > 1 {
+            let gather = |(y, answer): (&mut [f32], &Answer)| {
+                let picks: Vec<(u32, f32)> = answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect();
+                core.values.accumulate(&picks, y)
+            };
+            match batch > 1 && (batch * keys).max(used * outputs) >= PARALLEL_FROM {
                 true => rows.par_chunks_mut(outputs).zip(&answers).for_each(gather),
                 false => rows.chunks_mut(outputs).zip(&answers).for_each(gather),
             }
         }
-        Output { y, relative_error_bound: bound }
+        Output { y, relative_error_bound: worst(answers.iter().map(|answer| answer.bound)) }
     }
 
     /// Σ s_i u_i κ_iᵀ, `[out, in]`.
@@ -300,18 +285,23 @@ impl KeyValueLayer {
 
     pub(super) fn memory_bytes(&self) -> usize {
         let core = &*self.core;
-        core.index.memory_bytes()
+        core.index.as_search_index().info().memory_bytes
             + core.float_keys.as_ref().map_or(0, |k| 4 * k.len())
             + core.values.memory_bytes()
             + 4 * (core.mean.len() + core.mean_output.len() + 7 * core.scales.len())
     }
 }
 
+/// The largest bound, where there is one for every row.
+fn worst(mut bounds: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    bounds.try_fold(0f64, |worst, bound| Some(worst.max(bound?)))
+}
+
 impl Core {
     #[allow(clippy::too_many_arguments)] // Private, and each is one stored array.
     fn new(
         config: StoredConfig,
-        index: FlatIndex,
+        index: KeyIndex,
         float_keys: Option<Array2<f32>>,
         scales: Vec<f32>,
         values: RowMatrix,
@@ -323,8 +313,8 @@ impl Core {
         let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
         let float_shape = float_keys.as_ref().map_or((rank, inputs), Array2::dim);
         let found = [
-            index.len(),
-            index.dimension(),
+            index.rows().len(),
+            index.rows().dimension(),
             float_shape.0,
             float_shape.1,
             scales.len(),
@@ -370,6 +360,7 @@ impl Core {
     /// K as a threshold: from the calibration inputs where the layer has them, else for normal scores.
     fn resolve(&self, limit: Limit, settings: &SearchSettings) -> Result<SelectLimit> {
         limit.validate(settings.sides)?;
+        self.config.backend.check_limit(limit)?;
         let keys = self.scales.len();
         if let Limit::Keys(k) = limit {
             config::check_keys(Some(k), self.config.in_features.min(self.config.out_features))?;
@@ -386,51 +377,6 @@ impl Core {
                 None => gaussian(&self.scales, k, settings.ranking, settings.sides),
             })
         }))
-    }
-
-    /// The scores of centred queries `[batch, in]`: from the index, and anew from float keys, where there are any, for
-    /// those that come near the threshold or above.
-    fn scores(&self, centred: ArrayView2<f32>, settings: &SearchSettings, limit: SelectLimit) -> Array2<f32> {
-        let mut scores = self.index.scores(centred);
-        let (Some(keys), SelectLimit::Threshold(threshold)) = (&self.float_keys, limit) else { return scores };
-        let near = threshold - REFINED_WITHIN * threshold.abs();
-        for (x, mut scores) in centred.rows().into_iter().zip(scores.rows_mut()) {
-            for ((score, &scale), key) in scores.iter_mut().zip(&self.scales).zip(keys.rows()) {
-                if rank_value(*score, scale, settings.ranking, settings.sides) >= near {
-                    *score = key.dot(&x);
-                }
-            }
-        }
-        scores
-    }
-
-    /// c_i = s_i · score_i.
-    fn contributions(&self, scores: &[f32]) -> Vec<f32> {
-        scores.iter().zip(&self.scales).map(|(score, scale)| score * scale).collect()
-    }
-
-    fn certificate(&self, centred: ArrayView1<f32>, contributions: &[f32]) -> Certificate {
-        let distance = self.index.length(centred);
-        let truncated = match self.config.truncation {
-            0.0 => 0.0,
-            norm => norm * centred.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
-        };
-        // ‖W μ + Σ c_i u_i‖² for orthonormal u_i.
-        let contributed = dot_f64(contributions, contributions);
-        let crossed = dot_f64(contributions, &self.values_on_mean);
-        let contributed_norm = contributed.sqrt();
-        let values = self.config.value_error * contributed_norm;
-        // ⟨u_i, W μ⟩ is known of rounded values only.
-        let squared = self.mean_output_norm.powi(2) + contributed + 2.0 * (crossed - values * self.mean_output_norm);
-        Certificate {
-            norm: squared.max(0.0).sqrt(),
-            contributed,
-            truncated,
-            rounded: self.config.key_error * distance,
-            values,
-            rounding: self.config.rounding * distance
-                + f64::from(f32::EPSILON) * (2.0 * self.mean_output_norm + contributed_norm),
-        }
     }
 }
 

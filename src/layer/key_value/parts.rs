@@ -4,27 +4,37 @@
 //! `codes` with the roles `keys` and `values`, and what brings them back is in `tensors`: `key_scales` and
 //! `value_scales` for int8, `key_units` where keys are kept in units, and `scales`, which float keys have beside them.
 //! Product codes have their codewords in `codebooks`, and may have the float keys as well.
+//!
+//! `ivf_pq` has the centres of its cells in `codebooks` with the role `cells`, and each key's cell in the tensor `cells`.
+//! `hnsw` has the tensor `graph`, in usearch's format, and its BLAKE3 hash in `graph_hash`. Both have `index_units`, what
+//! their vectors are in units of, where inputs are known.
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use ndarray::{Array1, Array2};
 use serde_json::json;
 
+use super::backend::Backend;
 use super::config::SearchSettings;
 use super::threshold::Curves;
 use super::{Core, KeyValueLayer, StoredConfig};
 use crate::error::{Error, Result};
-use crate::index::FlatIndex;
+use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex};
 use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::layer::{Method, read_config};
 use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
+
+/// The role and the tensor that cells are kept under.
+const CELLS: &str = "cells";
 
 impl KeyValueLayer {
     pub(in crate::layer) fn to_parts(&self) -> Parts {
         let core = &*self.core;
         let mut parts = Parts::new(Method::KeyValue, json!(core.config));
-        let keys = core.index.rows();
-        match keys.floats().or(core.float_keys.as_ref().map(|k| k.view())) {
+        let keys = core.index.rows().rows();
+        let floats = core.float_keys.as_ref().map(|k| k.view()).or(keys.floats());
+        match floats.filter(|_| core.config.backend.stores_float_keys()) {
             Some(floats) => parts.keys = Some(Keys { vectors: floats.to_owned(), scales: core.scales.clone() }),
             None => parts.tensors.push(Tensor::vector("scales", &core.scales)),
         }
@@ -40,7 +50,28 @@ impl KeyValueLayer {
                 parts.tensors.push(Tensor::vector(name, scales));
             }
         }
-        if let Some(units) = core.index.units() {
+        let index_units = match &core.index {
+            KeyIndex::Flat(_) => None,
+            KeyIndex::IvfPq(index) => {
+                let (centres, cells) = index.cells();
+                parts.codebooks.push(Codebook { role: CELLS.into(), subspace: 0, vectors: centres.to_owned() });
+                parts.tensors.push(Tensor {
+                    name: CELLS.into(),
+                    dtype: "U32".into(),
+                    shape: vec![cells.len()],
+                    data: cells.iter().flat_map(|cell| cell.to_le_bytes()).collect(),
+                });
+                index.units()
+            }
+            KeyIndex::Hnsw(index) => {
+                parts.tensors.extend(graph_tensors(index.serialized()));
+                index.units()
+            }
+        };
+        if let Some(units) = index_units {
+            parts.tensors.push(Tensor::vector("index_units", &units.to_vec()));
+        }
+        if let Some(units) = core.index.rows().units() {
             parts.tensors.push(Tensor::vector("key_units", &units.to_vec()));
         }
         parts.tensors.push(Tensor::vector("mean", &core.mean.to_vec()));
@@ -62,20 +93,40 @@ impl KeyValueLayer {
         let config: StoredConfig = read_config(parts.method, &parts.config)?;
         let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
         let exact = RowFormat::Plain(RowType::F32);
-        let (key_format, stored) = (config.backend.format(), parts.keys.take());
-        let (floats, scales) = match stored {
+        let backend = config.backend;
+        let (floats, scales) = match parts.keys.take() {
             Some(keys) => (Some(keys.vectors), keys.scales),
             None => (None, vector(&parts, "scales")?.to_vec()),
         };
-        let (keys, float_keys) = match floats {
-            Some(floats) if key_format == exact => (RowMatrix::new(floats, RowType::F32)?, None),
-            Some(_) | None if key_format == exact => return Err(missing("keys")),
-            floats if floats.is_some() == config.backend.stores_float_keys() => {
-                (rows(&mut parts, "keys", "key_scales", key_format, (rank, inputs))?, floats)
+        if floats.is_some() != backend.stores_float_keys() {
+            return Err(missing(if floats.is_some() { "keys but codes or a graph" } else { "float keys" }));
+        }
+        let optional = |parts: &Parts, name| parts.tensor(name).map(Tensor::to_vector).transpose();
+        let units = optional(&parts, "key_units")?;
+        let index_units = optional(&parts, "index_units")?;
+        let (index, float_keys) = match (backend, backend.graph(), backend.format(), floats) {
+            (_, Some(options), _, floats) => {
+                let graph = graph(&parts)?;
+                let index = HnswIndex::restore(&graph, floats, &scales, inputs, index_units, options)?;
+                (KeyIndex::Hnsw(index), None)
             }
-            _ => return Err(missing("float keys")),
+            (_, None, format, Some(floats)) if format == exact => {
+                let keys = RowMatrix::new(floats, RowType::F32)?;
+                (KeyIndex::Flat(FlatIndex::from_rows(keys, units)?), None)
+            }
+            (backend, None, format, floats) => {
+                let keys = rows(&mut parts, "keys", "key_scales", format, (rank, inputs))?;
+                let keys = FlatIndex::from_rows(keys, units)?;
+                let index = match backend {
+                    Backend::IvfPq { probes, .. } => {
+                        let (centres, cells) = cells(&mut parts)?;
+                        KeyIndex::IvfPq(IvfPqIndex::from_cells(keys, centres, cells, index_units, probes)?)
+                    }
+                    _ => KeyIndex::Flat(keys),
+                };
+                (index, floats)
+            }
         };
-        let units = parts.tensor("key_units").map(Tensor::to_vector).transpose()?;
         let values = match (config.values == exact, parts.values.take()) {
             (true, Some(values)) => RowMatrix::new(values, RowType::F32)?,
             (true, None) => return Err(missing("values")),
@@ -84,7 +135,6 @@ impl KeyValueLayer {
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
         let curves = parts.tensor("calibration_thresholds").map(|t| curves(t, rank)).transpose()?;
         let (mean, mean_output) = (vector(&parts, "mean")?, vector(&parts, "mean_output")?);
-        let index = FlatIndex::from_rows(keys, units)?;
         let core = Core::new(config, index, float_keys, scales, values, mean, mean_output, bias, curves)?;
         Self::with_settings(Arc::new(core), SearchSettings::default())
     }
@@ -92,6 +142,37 @@ impl KeyValueLayer {
 
 fn missing(what: &str) -> Error {
     Error::expected("parts of a key–value layer", format!("no {what}"), what)
+}
+
+/// The graph's bytes, and what they have to be: usearch trusts what it reads.
+fn graph_tensors(graph: Vec<u8>) -> [Tensor; 2] {
+    let bytes =
+        |name: &str, data: Bytes| Tensor { name: name.into(), dtype: "U8".into(), shape: vec![data.len()], data };
+    let hash = Bytes::copy_from_slice(blake3::hash(&graph).as_bytes());
+    [bytes("graph", graph.into()), bytes("graph_hash", hash)]
+}
+
+fn graph(parts: &Parts) -> Result<Bytes> {
+    let graph = &parts.tensor("graph").ok_or_else(|| missing("graph"))?.data;
+    let hash = parts.tensor("graph_hash").ok_or_else(|| missing("graph_hash"))?;
+    let found = blake3::hash(graph);
+    if *found.as_bytes() != *hash.data {
+        return Err(Error::expected(
+            "graph of keys",
+            format!("bytes with the hash {found}"),
+            "the bytes that were written",
+        ));
+    }
+    Ok(graph.clone())
+}
+
+/// The centres of the cells, and by key its cell.
+fn cells(parts: &mut Parts) -> Result<(Array2<f32>, Vec<u32>)> {
+    let place = parts.codebooks.iter().position(|book| book.role == CELLS).ok_or_else(|| missing(CELLS))?;
+    let centres = parts.codebooks.swap_remove(place).vectors;
+    let cells = parts.tensor(CELLS).ok_or_else(|| missing(CELLS))?;
+    let cells = cells.data.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    Ok((centres, cells))
 }
 
 fn vector(parts: &Parts, name: &str) -> Result<Array1<f32>> {

@@ -91,7 +91,12 @@ impl Scored<'_> {
     }
 
     /// The keys that the query uses, in no order, and the threshold in force.
-    pub fn select(&self, settings: &SearchSettings, limit: SelectLimit, certificate: &Certificate) -> (Vec<u32>, f32) {
+    pub fn select(
+        &self,
+        settings: &SearchSettings,
+        limit: SelectLimit,
+        certificate: Option<&Certificate>,
+    ) -> (Vec<u32>, f32) {
         let values = self.ranked(settings.ranking);
         let rank = |key: u32| signed(values[key as usize], settings.sides);
         let (mut chosen, mut threshold) = match limit {
@@ -105,7 +110,8 @@ impl Scored<'_> {
             SelectLimit::MaxError(max_error) => {
                 let mut order: Vec<u32> = (0..values.len() as u32).collect();
                 order.sort_unstable_by(|&a, &b| rank(a).total_cmp(&rank(b)));
-                let budget = certificate.budget(max_error);
+                // Without a certificate no error can be promised: nothing may be left out.
+                let budget = certificate.map_or(0.0, |certificate| certificate.budget(max_error));
                 let mut dropped = 0.0;
                 let first = order
                     .iter()
@@ -130,16 +136,26 @@ impl Scored<'_> {
         (chosen, threshold)
     }
 
-    /// The hits of these keys, highest ranked first.
-    pub fn hits(&self, keys: &[u32], settings: &SearchSettings) -> Vec<Hit> {
+    /// The hits of these keys.
+    pub fn hits(&self, keys: &[u32]) -> Vec<Hit> {
         let hit =
             |&key: &u32| Hit { key, score: self.scores[key as usize], contribution: self.contributions[key as usize] };
-        let mut hits: Vec<Hit> = keys.iter().map(hit).collect();
-        let values = self.ranked(settings.ranking);
-        let rank = |h: &Hit| signed(values[h.key as usize], settings.sides);
-        hits.sort_by(|a, b| rank(b).total_cmp(&rank(a)).then(a.key.cmp(&b.key)));
-        hits
+        keys.iter().map(hit).collect()
     }
+}
+
+/// Sorts hits, highest ranked first.
+pub fn rank_hits(hits: &mut [Hit], settings: &SearchSettings) {
+    let rank = |hit: &Hit| {
+        let value = if settings.ranking == Ranking::Contribution { hit.contribution } else { hit.score };
+        signed(value, settings.sides)
+    };
+    hits.sort_by(|a, b| rank(b).total_cmp(&rank(a)).then(a.key.cmp(&b.key)));
+}
+
+/// What a key is ranked by.
+pub fn rank_value(score: f32, scale: f32, ranking: Ranking, sides: Sides) -> f32 {
+    signed(if ranking == Ranking::Contribution { score * scale } else { score }, sides)
 }
 
 fn signed(value: f32, sides: Sides) -> f32 {

@@ -2,6 +2,7 @@ use ndarray::{Array1, Array2, s};
 use proptest::prelude::*;
 
 use super::*;
+use crate::index::GraphType;
 use crate::layer::{Layer, MethodConfig};
 use crate::linalg::relative_error;
 
@@ -256,4 +257,112 @@ fn float_keys_refine_the_scores_of_codes() {
     let codes = recall(&with(r#"{"type":"pq","subvectors":12,"codewords":16}"#));
     let refined = recall(&with(r#"{"type":"pq","subvectors":12,"codewords":16,"store_float_keys":true}"#));
     assert!(refined > 0.95 && refined > codes, "{codes} without, {refined} with float keys");
+}
+
+fn proposing() -> impl Strategy<Value = Backend> {
+    let graph = prop_oneof![Just(GraphType::F32), Just(GraphType::F16), Just(GraphType::Bf16)];
+    prop_oneof![
+        (1usize..6, 1usize..4, any::<bool>()).prop_map(|(clusters, probes, store_float_keys)| Backend::IvfPq {
+            clusters,
+            probes: probes.min(clusters),
+            subvectors: 2,
+            bits: 3,
+            seed: 1,
+            store_float_keys,
+        }),
+        (graph, any::<bool>()).prop_map(|(vectors, store_float_keys)| Backend::Hnsw {
+            vectors,
+            connectivity: 4,
+            expansion_add: 16,
+            expansion_search: 4,
+            store_float_keys,
+        }),
+    ]
+}
+
+proptest! {
+    /// What a backend that looks at some keys finds is what one that looks at all of them finds, with the same scores,
+    /// less what it missed; no error is promised of it; and it comes back from its parts.
+    #[test]
+    fn proposed_keys_are_hits(backend in proposing(), out in 2usize..12, inputs in 2usize..12, calibrated in any::<bool>(), two_sided in any::<bool>(), seed in 0u64..200) {
+        let config = KeyValueConfig {
+            backend,
+            sides: if two_sided { Sides::Both } else { Sides::Positive },
+            expected_keys_per_query: Some(1.5),
+            ..KeyValueConfig::default()
+        };
+        let (w, calibration) = (sample(out, inputs, seed), sample(3 * inputs, inputs, seed + 1));
+        let layer = build(&config, &w, None, calibrated.then_some(&calibration));
+        let x = sample(6, inputs, seed + 2);
+        let threshold = layer.search(x.view(), None).unwrap()[0].threshold;
+        let found = layer.search(x.view(), None).unwrap();
+        let scores = (&x - &layer.core.mean).dot(&layer.keys().t());
+        for (row, answer) in found.iter().enumerate() {
+            prop_assert_eq!(answer.certified_error, None);
+            prop_assert_eq!(answer.threshold, threshold);
+            for hit in &answer.hits {
+                let contribution = if two_sided { hit.contribution.abs() } else { hit.contribution };
+                prop_assert!(contribution >= threshold);
+                // Float keys beside codes are what scores come from.
+                if !matches!(backend, Backend::IvfPq { store_float_keys: true, .. }) {
+                    let expected = scores[[row, hit.key as usize]];
+                    prop_assert!((hit.score - expected).abs() <= 1e-4 * (1.0 + expected.abs()), "{} for {}", hit.score, expected);
+                }
+            }
+        }
+        let all = Layer::KeyValue(layer.clone());
+        let back = Layer::from_parts(all.to_parts()).unwrap().configured(&all.config()).unwrap();
+        prop_assert_eq!(back.to_parts(), all.to_parts());
+        prop_assert_eq!(back.config(), all.config());
+        let y = |layer: &Layer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
+        prop_assert_eq!(y(&back), y(&all));
+        // With every key: exact from float keys, and within its bound from others.
+        let full = all.forward(x.view(), Accuracy::Full).unwrap();
+        let exact = x.dot(&w.t());
+        let error = relative_error(full.y.view(), exact.view());
+        if backend.stores_float_keys() {
+            prop_assert!(error < 1e-4, "{}", error);
+        }
+        if let Some(bound) = full.relative_error_bound {
+            prop_assert!(error <= bound);
+        }
+    }
+
+    /// A walk that may look at every key finds every hit.
+    #[test]
+    fn wide_walks_miss_little(seed in 0u64..40) {
+        let (w, x) = (sample(40, 48, seed), sample(150, 48, seed + 1));
+        let config = |backend| KeyValueConfig { backend, expected_keys_per_query: Some(8.0), ..KeyValueConfig::default() };
+        let graph = Backend::Hnsw { vectors: GraphType::F32, connectivity: 16, expansion_add: 64, expansion_search: 40, store_float_keys: true };
+        let exact = build(&config(Backend::default()), &w, None, Some(&x)).search(x.view(), None).unwrap();
+        let found = build(&config(graph), &w, None, Some(&x)).search(x.view(), None).unwrap();
+        let (mut hits, mut missed) = (0, 0);
+        for (exact, found) in exact.iter().zip(&found) {
+            hits += exact.hits.len();
+            missed += exact.hits.iter().filter(|hit| !found.hits.iter().any(|f| f.key == hit.key)).count();
+        }
+        prop_assert!(hits > 500 && missed * 20 <= hits, "{} of {} missed", missed, hits);
+    }
+}
+
+#[test]
+fn changed_graphs_are_refused() {
+    let (w, x) = (sample(8, 6, 1), sample(30, 6, 2));
+    let backend = Backend::Hnsw {
+        vectors: GraphType::F32,
+        connectivity: 4,
+        expansion_add: 16,
+        expansion_search: 8,
+        store_float_keys: false,
+    };
+    let layer = build(&KeyValueConfig { backend, ..KeyValueConfig::default() }, &w, None, Some(&x));
+    let mut parts = layer.to_parts();
+    let graph = parts.tensors.iter_mut().find(|t| t.name == "graph").unwrap();
+    let mut bytes = graph.data.to_vec();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    graph.data = bytes.into();
+    assert!(Layer::from_parts(parts).unwrap_err().to_string().contains("hash"));
+    let limit = Some(Limit::MaxError(0.1));
+    assert!(layer.search(x.view(), limit).unwrap_err().to_string().contains("flat"));
 }

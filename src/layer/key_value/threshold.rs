@@ -4,6 +4,7 @@ use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 use super::config::{Ranking, Sides};
+use super::search::rank_value;
 use crate::error::{Error, Result};
 use crate::linalg::{normal_pdf, normal_quantile, normal_survival};
 
@@ -144,18 +145,6 @@ const KINDS: [(Ranking, Sides); 4] = [
     (Ranking::Score, Sides::Both),
     (Ranking::Score, Sides::Positive),
 ];
-
-/// What a key is ranked by.
-pub fn rank_value(score: f32, scale: f32, ranking: Ranking, sides: Sides) -> f32 {
-    let value = match ranking {
-        Ranking::Contribution => score * scale,
-        Ranking::Score => score,
-    };
-    match sides {
-        Sides::Both => value.abs(),
-        Sides::Positive => value,
-    }
-}
 
 #[cfg(test)]
 mod tests {

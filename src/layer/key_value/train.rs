@@ -4,7 +4,6 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
 use super::KeyValueLayer;
 use super::build::{Components, Inputs, standardized};
-use super::search::Scored;
 use crate::error::{Error, Result};
 use crate::layer::check_inputs;
 use crate::linalg::{Moments, matmul, matmul_f64, matmul_nt, spectral_norm_bound};
@@ -38,15 +37,10 @@ impl KeyValueLayer {
             matmul(grad_output.t(), x)
         } else {
             let centred = &x - &core.mean;
-            let scores = core.scores(centred.view(), &self.settings, self.limit);
-            for ((x, scores), mut row) in centred.rows().into_iter().zip(scores.rows()).zip(on_values.rows_mut()) {
-                let scores = scores.to_slice().expect("a fresh array is contiguous");
-                let contributions = core.contributions(scores);
-                let certificate = core.certificate(x, &contributions);
-                let scored = Scored { scores, contributions: &contributions };
-                let (keys, _) = scored.select(&self.settings, self.limit, &certificate);
+            let answers = core.answers(centred.view(), &self.settings, self.limit);
+            for (answer, mut row) in answers.iter().zip(on_values.rows_mut()) {
                 let mut kept = vec![0f32; row.len()];
-                keys.iter().for_each(|&key| kept[key as usize] = row[key as usize]);
+                answer.hits.iter().for_each(|hit| kept[hit.key as usize] = row[hit.key as usize]);
                 row.assign(&ArrayView1::from(&kept));
             }
             let projected = matmul(on_values.view(), values.view());

@@ -1,0 +1,191 @@
+//! Product codes in cells: a query scores the keys of the few cells that it points at (FAISS's IVF-PQ).
+//!
+//! The codes are those of the keys themselves (FAISS's `by_residual = false`): a layer's keys are orthogonal, so what is
+//! left of one after its cell's centre is taken off is hardly shorter.
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+
+use super::{FlatIndex, IndexInfo, Range, SearchIndex, Space};
+use crate::error::{Error, Result};
+use crate::quant::{kmeans, nearest};
+
+/// Product codes, and the cells that their keys fall into.
+#[derive(Debug, Clone, PartialEq)]
+pub struct IvfPqIndex {
+    codes: FlatIndex,
+    space: Space,
+    /// `[clusters, dimension]`, of contributions in their units.
+    centres: Array2<f32>,
+    /// By key, its cell.
+    cells: Vec<u32>,
+    /// By cell, its keys.
+    lists: Vec<Vec<u32>>,
+    probes: usize,
+}
+
+impl IvfPqIndex {
+    /// Puts `keys` `[len, dimension]` of these `scales` `[len]` into `clusters` cells by k-means; `codes` are the same
+    /// keys. `units` `[dimension]` say how much each input varies. A search looks into `probes` cells.
+    ///
+    /// # Errors
+    /// When there are fewer keys than cells, no cells, or more probes than cells.
+    pub fn fit(
+        codes: FlatIndex,
+        keys: ArrayView2<f32>,
+        scales: &[f32],
+        units: Option<Array1<f32>>,
+        (clusters, probes): (usize, usize),
+        seed: u64,
+    ) -> Result<Self> {
+        let space = Space { units };
+        if clusters == 0 || clusters > codes.len() {
+            return Err(Error::expected("clusters", clusters, format!("1 to {}, the layer's keys", codes.len())));
+        }
+        let points = space.keys(keys, scales);
+        let centres = kmeans(points.view(), &vec![1.0; points.nrows()], clusters, seed);
+        let cell = |point: ArrayView1<f32>| nearest(&centres, point.to_slice().expect("standard layout")).0 as u32;
+        let cells = points.rows().into_iter().map(|point| cell(point.reborrow())).collect();
+        Self::from_cells(codes, centres, cells, space.units, probes)
+    }
+
+    /// From what was fitted before.
+    ///
+    /// # Errors
+    /// When shapes do not belong together, a cell is not there, or there are more probes than cells.
+    pub fn from_cells(
+        codes: FlatIndex,
+        centres: Array2<f32>,
+        cells: Vec<u32>,
+        units: Option<Array1<f32>>,
+        probes: usize,
+    ) -> Result<Self> {
+        let width = codes.dimension();
+        let found = (centres.ncols(), cells.len(), units.as_ref().map_or(width, Array1::len));
+        if found != (width, codes.len(), width) {
+            return Err(Error::expected(
+                "length of the cells' centres, number of keys in cells, number of units",
+                format!("{found:?}"),
+                format!("{:?}", (width, codes.len(), width)),
+            ));
+        }
+        let mut lists = vec![vec![]; centres.nrows()];
+        for (key, &cell) in cells.iter().enumerate() {
+            let list = lists.get_mut(cell as usize).ok_or_else(|| {
+                Error::expected("a key's cell", cell, format!("less than {}, the number of cells", centres.nrows()))
+            })?;
+            list.push(key as u32);
+        }
+        if probes == 0 || probes > lists.len() {
+            return Err(Error::expected("probes", probes, format!("1 to {}, the number of cells", lists.len())));
+        }
+        let centres = centres.as_standard_layout().into_owned();
+        Ok(IvfPqIndex { codes, space: Space { units }, centres, cells, lists, probes })
+    }
+
+    /// The keys' codes.
+    pub fn rows(&self) -> &FlatIndex {
+        &self.codes
+    }
+
+    /// The cells' centres `[clusters, dimension]`, and by key its cell `[len]`.
+    pub fn cells(&self) -> (ArrayView2<'_, f32>, &[u32]) {
+        (self.centres.view(), &self.cells)
+    }
+
+    /// What centres are in units of `[dimension]`.
+    pub fn units(&self) -> Option<ArrayView1<'_, f32>> {
+        self.space.units.as_ref().map(|u| u.view())
+    }
+}
+
+impl SearchIndex for IvfPqIndex {
+    fn len(&self) -> usize {
+        self.codes.len()
+    }
+
+    fn dimension(&self) -> usize {
+        self.codes.dimension()
+    }
+
+    fn scores(&self, queries: ArrayView2<f32>) -> Array2<f32> {
+        self.codes.scores(queries)
+    }
+
+    fn scores_of(&self, query: ArrayView1<f32>, keys: &[u32]) -> Vec<f32> {
+        self.codes.scores_of(query, keys)
+    }
+
+    fn candidates(&self, query: ArrayView1<f32>, range: Range) -> Option<Vec<u32>> {
+        let query = Array1::from(self.space.query(query));
+        let near = self.centres.dot(&query);
+        let rank = |cell: usize| if range.two_sided { near[cell].abs() } else { near[cell] };
+        let mut order: Vec<usize> = (0..self.lists.len()).collect();
+        order.sort_unstable_by(|&a, &b| rank(b).total_cmp(&rank(a)));
+        let mut keys: Vec<u32> = order.iter().take(self.probes).flat_map(|&cell| &self.lists[cell]).copied().collect();
+        keys.sort_unstable();
+        Some(keys)
+    }
+
+    fn reconstruct(&self) -> Array2<f32> {
+        self.codes.reconstruct()
+    }
+
+    fn info(&self) -> IndexInfo {
+        let cells = 4 * (self.centres.len() + 2 * self.cells.len());
+        IndexInfo { backend: "ivf_pq", memory_bytes: self.codes.memory_bytes() + cells, ..self.codes.info() }
+    }
+
+    fn reset(&mut self) -> Result<()> {
+        self.codes.reset()?;
+        self.cells.clear();
+        self.lists.iter_mut().for_each(Vec::clear);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::RowType;
+
+    fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
+        let cell = |i: usize, j: usize| ((i * 7919 + j * 104_729 + seed * 31) % 1009) as f32 / 500.0 - 1.0;
+        Array2::from_shape_fn((rows, columns), |(i, j)| cell(i, j))
+    }
+
+    #[test]
+    fn every_cell_probed_is_every_key() {
+        let (keys, scales) = (sample(60, 8, 1), vec![1.0; 60]);
+        let rows = FlatIndex::new(keys.clone(), RowType::F32, None).unwrap();
+        let fitted = |probes| IvfPqIndex::fit(rows.clone(), keys.view(), &scales, None, (12, probes), 0).unwrap();
+        let range = Range { least: 0.5, two_sided: true };
+        let mut last = 0;
+        for probes in [1, 4, 12] {
+            let index = fitted(probes);
+            let found = index.candidates(sample(1, 8, 9).row(0), range).unwrap();
+            assert!(found.len() > last && found.windows(2).all(|w| w[0] < w[1]));
+            last = found.len();
+            let (centres, cells) = index.cells();
+            let back = IvfPqIndex::from_cells(rows.clone(), centres.to_owned(), cells.to_vec(), None, probes).unwrap();
+            assert_eq!(back, index);
+        }
+        assert_eq!(last, 60);
+        // A key's own cell is the first that its own direction probes.
+        let index = fitted(1);
+        let own = keys.row(7);
+        assert!(index.candidates(own, range).unwrap().contains(&7));
+    }
+
+    #[test]
+    fn cells_that_do_not_belong_are_refused() {
+        let (keys, scales) = (sample(5, 4, 1), vec![1.0; 5]);
+        let rows = FlatIndex::new(keys.clone(), RowType::F32, None).unwrap();
+        for (clusters, probes) in [(0, 1), (6, 1), (3, 0), (3, 4)] {
+            assert!(IvfPqIndex::fit(rows.clone(), keys.view(), &scales, None, (clusters, probes), 0).is_err());
+        }
+        let centres = sample(2, 4, 3);
+        assert!(IvfPqIndex::from_cells(rows.clone(), centres.clone(), vec![0, 1, 2, 0, 1], None, 1).is_err());
+        assert!(IvfPqIndex::from_cells(rows.clone(), centres.clone(), vec![0, 1], None, 1).is_err());
+        assert!(IvfPqIndex::from_cells(rows, centres, vec![0; 5], Some(Array1::ones(3)), 1).is_err());
+    }
+}
