@@ -52,8 +52,7 @@ impl Store {
     }
 
     fn with(opening: impl Future<Output = Result<crate::store::Store>>) -> Result<Self> {
-        let runtime = Builder::new_multi_thread().enable_all().build();
-        let runtime = runtime.map_err(|e| Error::io("the store's runtime", e))?;
+        let runtime = runtime()?;
         let store = runtime.block_on(opening)?;
         Ok(Store { store, runtime: Arc::new(runtime) })
     }
@@ -123,4 +122,24 @@ impl Store {
     pub fn log(&self) -> Result<Vec<VersionInfo>> {
         self.run(self.store.log())
     }
+}
+
+/// See [`crate::store::save_backend`].
+///
+/// # Errors
+/// As there.
+pub fn save_backend(layer: &Layer, uri: &str) -> Result<()> {
+    runtime()?.block_on(crate::store::save_backend(layer, uri))
+}
+
+/// See [`crate::store::load_backend`].
+///
+/// # Errors
+/// As there.
+pub fn load_backend(uri: &str) -> Result<Layer> {
+    runtime()?.block_on(crate::store::load_backend(uri))
+}
+
+fn runtime() -> Result<Runtime> {
+    Builder::new_multi_thread().enable_all().build().map_err(|e| Error::io("the store's runtime", e))
 }

@@ -2,6 +2,7 @@
 
 mod catalogue;
 mod import;
+mod keys;
 mod maintain;
 mod output;
 mod run;
@@ -54,6 +55,19 @@ enum Command {
     Forward(ForwardArgs),
     /// Show which keys of a key–value layer each input uses.
     Search(SearchArgs),
+    /// Show the keys of all layers that point most nearly along a key, or a vector, or against it.
+    Nearest(NearestArgs),
+    /// Show which layers of two models share directions.
+    Shared(SharedArgs),
+    /// Make, or make anew, the index of every table of keys, which nearest uses.
+    Index,
+    /// Copy one layer into a store of its own.
+    Copy {
+        model: String,
+        layer: String,
+        /// The store to make: a directory, or an object-store URI.
+        to: String,
+    },
     /// Measure a model's layers on inputs, against their dense weights.
     Evaluate(EvaluateArgs),
     /// Name the latest version, list the names, or delete one.
@@ -136,6 +150,40 @@ struct SearchArgs {
     input: String,
     #[command(flatten)]
     limit: LimitArgs,
+    /// Search the keys where they lie, through Lance, without loading the layer.
+    #[arg(long)]
+    on_disk: bool,
+}
+
+#[derive(Debug, Args)]
+struct NearestArgs {
+    /// The key to look for: its model, its layer and its number.
+    #[arg(value_name = "MODEL LAYER KEY", num_args = 0..=3)]
+    of: Vec<String>,
+    /// Directions to look for in its place: a vector or a matrix [batch, in_features], .npy or FILE.safetensors:TENSOR.
+    #[arg(long, value_name = "FILE")]
+    input: Option<String>,
+    /// How many keys to show.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    count: usize,
+    /// Only keys of this model; may be given more than once.
+    #[arg(long, value_name = "MODEL")]
+    among: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct SharedArgs {
+    model: String,
+    other: String,
+    /// Keys of each layer to look for: those of the largest scale.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    keys: usize,
+    /// A direction is shared where |cosine| is at least this.
+    #[arg(long, value_name = "C", default_value_t = 0.9)]
+    least: f32,
+    /// How many pairs of layers to show, the most alike first.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    count: usize,
 }
 
 #[derive(Debug, Args)]
@@ -219,6 +267,10 @@ async fn run(cli: Cli) -> Result<u8> {
         Command::Diff { old, new } => catalogue::diff(&context, &old, &new).await,
         Command::Forward(args) => run::forward(&context, args).await,
         Command::Search(args) => run::search(&context, args).await,
+        Command::Nearest(args) => keys::nearest(&context, args).await,
+        Command::Shared(args) => keys::shared(&context, args).await,
+        Command::Index => keys::index(&context).await,
+        Command::Copy { model, layer, to } => keys::copy(&context, model, layer, to).await,
         Command::Evaluate(args) => run::evaluate(&context, args).await,
         Command::Verify => maintain::verify(&context).await,
         Command::Gc { older_than, apply } => maintain::gc(&context, older_than, apply).await,

@@ -60,15 +60,19 @@ pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
         LimitArgs { max_error: Some(e), .. } => Some(Limit::MaxError(e)),
         _ => None,
     };
-    let Layer::KeyValue(layer) = handle.load().await? else {
-        return Err(Error::expected(
-            "layer to search",
-            format!("'{}', a {} layer", args.layer, handle.record().method),
-            "a key_value layer",
-        ));
+    let answers = if args.on_disk {
+        handle.search_on_disk(x.view(), limit).await?
+    } else {
+        let Layer::KeyValue(layer) = handle.load().await? else {
+            return Err(Error::expected(
+                "layer to search",
+                format!("'{}', a {} layer", args.layer, handle.record().method),
+                "a key_value layer",
+            ));
+        };
+        let answers = tokio::task::spawn_blocking(move || layer.search(x.view(), limit)).await;
+        joined(answers)?.map_err(|e| e.in_layer(&args.layer))?
     };
-    let answers = tokio::task::spawn_blocking(move || layer.search(x.view(), limit)).await;
-    let answers = joined(answers)?.map_err(|e| e.in_layer(&args.layer))?;
     let results: Vec<Searched> =
         answers.into_iter().enumerate().map(|(query, answer)| Searched { query, answer }).collect();
     context.output.result(&results, |results| {

@@ -19,6 +19,7 @@ use serde_json::Value;
 pub use backward::Gradients;
 pub use dense::{DType, DenseLayer};
 pub(crate) use dense::{dtype_name, dtype_named, from_f32, to_f32};
+pub(crate) use key_value::StoredSearch;
 pub use key_value::{
     Backend, Decomposition, Hit, InputStatistics, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, Refit,
     SearchSettings, Sides, ThresholdMethod, search_threshold,

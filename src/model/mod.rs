@@ -6,6 +6,7 @@ mod evaluate;
 mod export;
 mod import;
 mod rules;
+mod shared;
 mod work;
 
 pub use arrays::{read_array, write_array};
@@ -14,4 +15,5 @@ pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
 pub use export::{ExportReport, export};
 pub use import::{ImportOptions, ImportReport, LayerReport, check, import, open_inputs};
 pub use rules::{Rule, Rules};
+pub use shared::{SharedDirections, SharedOptions, shared_directions};
 pub use work::{Cancel, Progress, Silent};

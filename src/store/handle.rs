@@ -21,6 +21,10 @@ impl LayerHandle {
         LayerHandle { store, record: Arc::new(record) }
     }
 
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// The catalogue's row.
     pub fn record(&self) -> &LayerRecord {
         &self.record

@@ -95,6 +95,10 @@ impl Snapshot {
         self.dataset().version_id()
     }
 
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     pub(super) fn dataset(&self) -> &Dataset {
         self.catalogue.dataset()
     }

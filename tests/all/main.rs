@@ -3,6 +3,7 @@
 mod cli;
 mod faults;
 mod golden;
+mod keys;
 mod processes;
 mod store;
 mod support;

@@ -224,7 +224,7 @@ fn rows(
     }
 }
 
-fn curves(tensor: &Tensor, rank: usize) -> Result<Curves> {
+pub(super) fn curves(tensor: &Tensor, rank: usize) -> Result<Curves> {
     let thresholds = Array2::from_shape_vec((4, rank), bytes_f32(&tensor.data)).map_err(|_| {
         Error::expected("calibration_thresholds", format!("{} bytes", tensor.data.len()), format!("[4, {rank}] of F32"))
     })?;

@@ -1,0 +1,107 @@
+//! `nearest`, `shared`, `index` and `copy`: keys of all layers as one collection, and one layer by itself.
+
+use serde::Serialize;
+
+use super::output::table;
+use super::{Context, NearestArgs, SharedArgs};
+use crate::error::{Error, Result};
+use crate::model::{self, SharedOptions};
+use crate::store::NearKey;
+
+#[derive(Serialize)]
+struct Nearest {
+    query: usize,
+    nearest: Vec<NearKey>,
+}
+
+pub async fn nearest(context: &Context, args: NearestArgs) -> Result<u8> {
+    let snapshot = context.snapshot().await?;
+    let directions = match (&args.of[..], &args.input) {
+        ([model, layer, key], None) => {
+            let key = key.parse().map_err(|_| Error::expected("key", format!("'{key}'"), "its number"))?;
+            let handle = snapshot.layer(model, layer).await?;
+            let key = context.open().await?.key(handle.record(), key).await?;
+            key.insert_axis(ndarray::Axis(0))
+        }
+        ([], Some(input)) => model::read_array(input)?.0,
+        (of, input) => {
+            let found = format!("{} names{}", of.len(), if input.is_some() { " and --input" } else { "" });
+            return Err(Error::expected("what to look for", found, "MODEL LAYER KEY, or --input FILE"));
+        }
+    };
+    let models = (!args.among.is_empty()).then_some(&args.among[..]);
+    let mut results = vec![];
+    for (query, direction) in directions.rows().into_iter().enumerate() {
+        results.push(Nearest { query, nearest: snapshot.nearest_keys(direction, args.count, models).await? });
+    }
+    context.output.result(&results, |results| {
+        let rows = results.iter().flat_map(|r| {
+            r.nearest.iter().map(|near| {
+                let names: Vec<String> = near.layers.iter().map(|l| format!("{}/{}", l.model, l.layer)).collect();
+                vec![
+                    r.query.to_string(),
+                    format!("{:+.4}", near.cosine),
+                    names.join(", "),
+                    near.key.to_string(),
+                    format!("{:.3e}", near.scale),
+                ]
+            })
+        });
+        table(&["query", "cosine", "layer", "key", "scale"], rows)
+    })?;
+    Ok(0)
+}
+
+pub async fn shared(context: &Context, args: SharedArgs) -> Result<u8> {
+    let snapshot = context.snapshot().await?;
+    if !(0.0..=1.0).contains(&args.least) {
+        return Err(Error::expected("--least", args.least, "a cosine between 0 and 1"));
+    }
+    if args.keys == 0 {
+        return Err(Error::expected("--keys", 0, "at least 1"));
+    }
+    let options = SharedOptions { keys: args.keys, least: args.least };
+    let mut pairs = model::shared_directions(&snapshot, &args.model, &args.other, options).await?;
+    pairs.truncate(args.count);
+    context.output.result(&pairs, |pairs| {
+        let rows = pairs.iter().map(|p| {
+            vec![
+                p.layer.clone(),
+                p.other.clone(),
+                format!("{} of {}", p.shared, p.keys),
+                format!("{:.4}", p.mean_cosine),
+            ]
+        });
+        table(&["layer", "other", "shared keys", "mean |cosine|"], rows)
+    })?;
+    Ok(0)
+}
+
+pub async fn index(context: &Context) -> Result<u8> {
+    context.refuse_at("index")?;
+    let note = |name: &str, keys: usize| context.output.note(format!("{name}: {keys} keys"));
+    let reports = context.open().await?.index_keys(note).await?;
+    context.output.result(&reports, |reports| {
+        let rows = reports.iter().map(|r| {
+            let made = r.partitions.map_or("none: too few keys".to_owned(), |n| format!("{n} partitions"));
+            vec![r.table.clone(), r.keys.to_string(), made]
+        });
+        table(&["table", "keys", "index"], rows)
+    })?;
+    Ok(0)
+}
+
+#[derive(Serialize)]
+struct Copied {
+    model: String,
+    layer: String,
+    store: String,
+}
+
+pub async fn copy(context: &Context, model: String, layer: String, store: String) -> Result<u8> {
+    context.snapshot().await?.layer(&model, &layer).await?.copy_to(&store).await?;
+    context.output.result(&Copied { model, layer, store }, |c| {
+        format!("layer '{}' of '{}' is in {}", c.layer, c.model, c.store)
+    })?;
+    Ok(0)
+}

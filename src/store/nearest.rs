@@ -1,0 +1,233 @@
+//! Keys of all layers as one collection: the nearest to a direction, through Lance, with or without an index.
+
+use std::collections::{HashMap, HashSet};
+
+use arrow::array::{AsArray, Float32Array, RecordBatch};
+use arrow::datatypes::{Float32Type, UInt32Type};
+use futures::TryStreamExt;
+use lance::Dataset;
+use lance::index::DatasetIndexExt;
+use lance::index::vector::VectorIndexParams;
+use lance_index::IndexType;
+use lance_linalg::distance::DistanceType;
+use ndarray::{Array1, ArrayView1};
+use serde::Serialize;
+
+use super::location::storage_error;
+use super::record::LayerRecord;
+use super::schema::Table;
+use super::stats::data_tables;
+use super::verify::LayerName;
+use super::{Snapshot, Store, lock};
+use crate::error::{Error, Result};
+use crate::layer::ArtifactId;
+
+/// The name of the index on a table's keys.
+const INDEX: &str = "key_directions";
+
+/// A product code of 256 codewords is learned from no fewer rows.
+const LEAST_ROWS: usize = 256;
+
+/// Rows of a partition of the index.
+const PARTITION_ROWS: usize = 4096;
+
+/// Numbers of a key that share a code.
+const PIECE: usize = 8;
+
+/// k-means passes over a table's keys.
+const PASSES: usize = 50;
+
+/// Candidates of the index, for each key asked for, whose cosine is worked out from the key itself.
+const REFINED: u32 = 8;
+
+/// A key near a direction.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct NearKey {
+    /// The layers that it is a key of: several where they share an artifact.
+    pub layers: Vec<LayerName>,
+    pub key: u32,
+    pub scale: f32,
+    /// Between the key and the direction.
+    pub cosine: f32,
+}
+
+/// A table's index.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct KeyIndexReport {
+    pub table: String,
+    pub keys: u64,
+    /// Partitions of the index; `None` where there are too few keys for one, and a search looks at all of them.
+    pub partitions: Option<usize>,
+}
+
+impl Snapshot {
+    /// The `count` keys of this snapshot's layers that point most nearly along `direction` or against it, nearest first:
+    /// of layers with `direction.len()` inputs that keep their keys as f32. Of `models`, or of all.
+    ///
+    /// With an index ([`Store::index_keys`]) the nearest are looked for in part of the table; without one in all of it.
+    ///
+    /// # Errors
+    /// When the direction is zero or not finite, no layer has keys of its length, or the storage refuses.
+    pub async fn nearest_keys(
+        &self,
+        direction: ArrayView1<'_, f32>,
+        count: usize,
+        models: Option<&[String]>,
+    ) -> Result<Vec<NearKey>> {
+        if let Some((index, value)) = direction.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+            return Err(Error::NotFinite { what: "the direction".into(), value: f64::from(*value), index });
+        }
+        if direction.iter().all(|v| *v == 0.0) {
+            return Err(Error::expected("direction", "zeros", "a vector that points somewhere"));
+        }
+        let mut layers: HashMap<ArtifactId, Vec<LayerName>> = HashMap::new();
+        for record in self.records().await? {
+            if models.is_none_or(|models| models.contains(&record.model)) {
+                let name = LayerName { model: record.model, layer: record.layer };
+                layers.entry(record.artifact).or_default().push(name);
+            }
+        }
+        let table = Table::Keys(direction.len()).name();
+        let dataset = match self.store().inner.location.open_table(&table, None).await {
+            Ok(dataset) => dataset,
+            Err(lance::Error::DatasetNotFound { .. }) => return Err(self.no_such_width(direction.len()).await?),
+            Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
+        };
+        let action = || format!("searching table '{table}'");
+        let total = dataset.count_rows(None).await.map_err(storage_error(action()))?;
+        let along = Float32Array::from(direction.to_vec());
+        let against = Float32Array::from(direction.iter().map(|v| -v).collect::<Vec<_>>());
+        // Keys of other snapshots and models are in the same table: ask for more until enough are left.
+        let mut asked = count.max(1);
+        loop {
+            let mut found = vec![];
+            for (direction, sign) in [(&along, 1.0), (&against, -1.0)] {
+                let batches =
+                    nearest(&dataset, direction, asked.min(total).max(1)).await.map_err(storage_error(action()))?;
+                for batch in &batches {
+                    found.extend(near_keys(batch, sign).ok_or_else(|| unreadable(&table))?);
+                }
+            }
+            found.sort_by(|a, b| b.1.cosine.abs().total_cmp(&a.1.cosine.abs()).then(a.1.key.cmp(&b.1.key)));
+            // The same row may be among the nearest both ways; rows of unfinished imports have no layer.
+            let mut seen = HashSet::new();
+            let mut nearest: Vec<NearKey> = found
+                .into_iter()
+                .filter(|(artifact, near)| seen.insert((*artifact, near.key)))
+                .filter_map(|(artifact, near)| Some(NearKey { layers: layers.get(&artifact)?.clone(), ..near }))
+                .collect();
+            if nearest.len() >= count || asked >= total {
+                nearest.truncate(count);
+                return Ok(nearest);
+            }
+            asked = (4 * asked).min(total);
+        }
+    }
+
+    async fn no_such_width(&self, width: usize) -> Result<Error> {
+        let tables = data_tables(&self.store().inner.location).await?;
+        let mut widths: Vec<usize> =
+            tables.into_iter().filter_map(|(_, t)| if let Table::Keys(d) = t { Some(d) } else { None }).collect();
+        widths.sort_unstable();
+        let known = match widths.is_empty() {
+            true => "no layer of the store keeps f32 keys".to_owned(),
+            false => format!("a length of keys in the store: {}", list(&widths)),
+        };
+        Ok(Error::expected("length of the direction", width, known))
+    }
+}
+
+fn list(widths: &[usize]) -> String {
+    widths.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+}
+
+impl Store {
+    /// Makes the index of every table of keys that has enough of them, or makes it anew: Lance's IVF-PQ by cosine, which
+    /// [`Snapshot::nearest_keys`] uses, and any notebook. Keys that come later are looked at one by one until the next
+    /// call. `progress` is told of each table before its index is made.
+    ///
+    /// # Errors
+    /// When the storage refuses, or gc is at work.
+    pub async fn index_keys(&self, progress: impl Fn(&str, usize)) -> Result<Vec<KeyIndexReport>> {
+        let location = &self.inner.location;
+        let _guard = lock::importing(location.local()).await?;
+        let mut reports = vec![];
+        for (name, table) in data_tables(location).await? {
+            let Table::Keys(width) = table else { continue };
+            let action = || format!("indexing table '{name}'");
+            let mut dataset = location.open_for_write(&name).await.map_err(storage_error(action()))?;
+            let rows = dataset.count_rows(None).await.map_err(storage_error(action()))?;
+            let partitions = (rows >= LEAST_ROWS).then_some((rows / PARTITION_ROWS).max(1));
+            if let Some(partitions) = partitions {
+                progress(&name, rows);
+                let pieces = (1..=width.div_ceil(PIECE)).rev().find(|n| width.is_multiple_of(*n)).unwrap_or(1);
+                let params = VectorIndexParams::ivf_pq(partitions, 8, pieces, DistanceType::Cosine, PASSES);
+                let made = dataset.create_index(&["vector"], IndexType::Vector, Some(INDEX.into()), &params, true);
+                made.await.map_err(storage_error(action()))?;
+            }
+            reports.push(KeyIndexReport { table: name, keys: rows as u64, partitions });
+        }
+        Ok(reports)
+    }
+
+    /// One f32 key of a stored layer, `[in_features]`, read by itself.
+    ///
+    /// # Errors
+    /// When the layer keeps no f32 keys, or has no such key.
+    pub async fn key(&self, layer: &LayerRecord, key: u32) -> Result<Array1<f32>> {
+        let table = Table::Keys(layer.in_features as usize).name();
+        let kept = layer.places.0.get(&table).ok_or_else(|| no_float_keys(layer))?;
+        let dataset = self.inner.location.open_table(&table, None).await;
+        let dataset = dataset.map_err(storage_error(format!("opening table '{table}'")))?;
+        let read = async {
+            let mut scan = dataset.scan();
+            scan.filter(&format!("artifact = X'{}' AND key = {key}", layer.artifact))?.project(&["vector"])?;
+            scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
+        };
+        let batches = read.await.map_err(storage_error(format!("reading table '{table}'")))?;
+        let found = batches.iter().find(|b| b.num_rows() > 0).ok_or_else(|| {
+            Error::expected("key", key, format!("less than {}, the number of the layer's keys", kept.rows))
+        })?;
+        let vectors = found.column(0).as_fixed_size_list_opt().ok_or_else(|| unreadable(&table))?;
+        let first = vectors.value(0);
+        let numbers = first.as_primitive_opt::<Float32Type>().ok_or_else(|| unreadable(&table))?;
+        Ok(Array1::from(numbers.values().to_vec()))
+    }
+}
+
+/// The error of a layer whose keys Lance cannot search.
+pub fn no_float_keys(layer: &LayerRecord) -> Error {
+    Error::expected(
+        format!("keys of layer '{}'", layer.layer),
+        match layer.config.get("backend") {
+            Some(backend) => format!("none as f32, with backend {backend}"),
+            None => format!("none: it is a {} layer", layer.method),
+        },
+        "a key_value layer that keeps them: backend \"flat\" with keys \"f32\", or store_float_keys = true",
+    )
+}
+
+fn unreadable(table: &str) -> Error {
+    Error::Storage { action: format!("searching table '{table}'"), message: "its columns are of other types".into() }
+}
+
+async fn nearest(dataset: &Dataset, direction: &Float32Array, count: usize) -> lance::Result<Vec<RecordBatch>> {
+    let mut scan = dataset.scan();
+    scan.nearest("vector", direction, count)?.distance_metric(DistanceType::Cosine).refine(REFINED);
+    scan.project(&["artifact", "key", "scale", "_distance"])?;
+    scan.try_into_stream().await?.try_collect().await
+}
+
+/// The rows of a search, with the artifact that each belongs to.
+fn near_keys(batch: &RecordBatch, sign: f32) -> Option<Vec<(ArtifactId, NearKey)>> {
+    let artifacts = batch.column_by_name("artifact")?.as_fixed_size_binary_opt()?;
+    let keys = batch.column_by_name("key")?.as_primitive_opt::<UInt32Type>()?;
+    let scales = batch.column_by_name("scale")?.as_primitive_opt::<Float32Type>()?;
+    let distances = batch.column_by_name("_distance")?.as_primitive_opt::<Float32Type>()?;
+    let row = |i: usize| {
+        let artifact = ArtifactId(artifacts.value(i).try_into().ok()?);
+        let cosine = sign * (1.0 - distances.value(i));
+        Some((artifact, NearKey { layers: vec![], key: keys.value(i), scale: scales.value(i), cosine }))
+    };
+    (0..batch.num_rows()).map(row).collect()
+}

@@ -1,0 +1,86 @@
+//! One layer as a store of its own: to hand on, or to keep a backend between runs.
+
+use chrono::Utc;
+
+use super::record::{ErrorBasis, LayerRecord, Places, Source};
+use super::writer::Made;
+use super::{LayerHandle, Store};
+use crate::error::{Error, Result};
+use crate::layer::{Layer, Parts};
+
+/// What model and layer are called in a store that [`save_backend`] made.
+const NAME: &str = "layer";
+
+/// Writes a layer into a store of its own at `uri`, made where there is none. Saving again there adds a version.
+///
+/// # Errors
+/// When the place holds something else than a store of one layer, or the storage refuses.
+pub async fn save_backend(layer: &Layer, uri: &str) -> Result<()> {
+    let parts = layer.to_parts();
+    let bytes = parts.stored_bytes();
+    let record = LayerRecord {
+        model: NAME.into(),
+        layer: NAME.into(),
+        method: layer.method(),
+        in_features: layer.in_features() as u64,
+        out_features: layer.out_features() as u64,
+        artifact: parts.id(),
+        relative_error: None,
+        error_basis: ErrorBasis::Weights,
+        dense_bytes: 4 * layer.in_features() as u64 * layer.out_features() as u64,
+        stored_bytes: bytes,
+        config: layer.config(),
+        source: Source::default(),
+        created_at: Utc::now(),
+        places: Places::default(),
+    };
+    save(record, parts, uri).await
+}
+
+/// The layer of a store that [`save_backend`] or [`LayerHandle::copy_to`] made, as it was, settings included.
+///
+/// # Errors
+/// When there is no store, it holds not exactly one layer, or the layer cannot be read.
+pub async fn load_backend(uri: &str) -> Result<Layer> {
+    let store = Store::open(uri).await?;
+    let snapshot = store.latest().await?;
+    let mut records = snapshot.records().await?;
+    match (records.pop(), records.len()) {
+        (Some(record), 0) => snapshot.handle(record).load().await,
+        (last, others) => Err(Error::expected(
+            format!("layers in {uri}"),
+            others + usize::from(last.is_some()),
+            "one: open a store of many as a store",
+        )),
+    }
+}
+
+impl LayerHandle {
+    /// Copies this layer, with its names, into a store of its own at `uri`.
+    ///
+    /// # Errors
+    /// As [`save_backend`], and when the layer cannot be read.
+    pub async fn copy_to(&self, uri: &str) -> Result<()> {
+        let record = LayerRecord { places: Places::default(), ..self.record().clone() };
+        save(record, self.load().await?.to_parts(), uri).await
+    }
+}
+
+async fn save(record: LayerRecord, parts: Parts, uri: &str) -> Result<()> {
+    let store = Store::create(uri).await?;
+    let held = store.latest().await?.records().await?;
+    if let Some(other) = held.iter().find(|r| (&r.model, &r.layer) != (&record.model, &record.layer)) {
+        return Err(Error::expected(
+            format!("layers in {uri}"),
+            format!("layer '{}' of model '{}'", other.layer, other.model),
+            format!("none, or layer '{}' of model '{}' alone", record.layer, record.model),
+        ));
+    }
+    let mut writer = store.writer().await?;
+    // It was made elsewhere: its name says all that is known.
+    let made = Made { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
+    writer.add(&parts, made).await?;
+    let model = record.model.clone();
+    writer.commit(&model, &[record], None).await?;
+    Ok(())
+}

@@ -1,0 +1,209 @@
+//! Keys: their backends in a store, searched on disk, across layers, and by themselves.
+
+use layerstore::layer::{Accuracy, KeyValueLayer, Layer, Limit};
+use layerstore::model::{Activations, write_array};
+use layerstore::store::{Store, load_backend, save_backend};
+use ndarray::{Array2, s};
+use serde_json::json;
+
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
+
+const BACKENDS: &str = "tests/fixtures/backends.toml";
+const SVD: &str = "[[rule]]\nlayers = 'blocks\\..*'\nmethod = \"key_value\"\ndecomposition = \"svd\"\n\
+                   ranking = \"score\"\nexpected_keys_per_query = 6\n";
+
+fn inputs(layer: &str, width: usize) -> Array2<f32> {
+    Activations::open(INPUTS).unwrap().get(layer, width).unwrap().unwrap().slice(s![..16, ..]).to_owned()
+}
+
+fn key_value(layer: Layer) -> KeyValueLayer {
+    match layer {
+        Layer::KeyValue(layer) => layer,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn backends_are_stored_and_run() {
+    let place = Place::new();
+    place.import("f32", None);
+    place.import("keys", Some(KEYS));
+    place.import("backends", Some(BACKENDS));
+    assert_eq!(place.json(&["verify"])["corrupt"], json!([]));
+    let measured = |model: &str| place.json(&["evaluate", model, "--activations", INPUTS]);
+    let (flat, others) = (measured("keys"), measured("backends"));
+    for (flat, other) in flat["layers"].as_array().unwrap().iter().zip(others["layers"].as_array().unwrap()) {
+        let error = |l: &serde_json::Value| l["relative_error"].as_f64().unwrap();
+        assert_eq!(flat["layer"], other["layer"]);
+        // One cell in four is not looked into, and the keys in it are missed.
+        let slack = if other["layer"].as_str().unwrap().ends_with("down") { 0.6 } else { 0.15 };
+        assert!(error(other) < error(flat) + slack, "{other} beside {flat}");
+        // Of keys that nobody looked at no error is known; of coarse codes no useful bound.
+        assert!(other["mean_certified_error"].is_null() && !flat["mean_certified_error"].is_null(), "{other}");
+    }
+    let x = place.path("x.npy").display().to_string();
+    write_array(&x, inputs("blocks.0.up", 48).view(), false).unwrap();
+    let search = ["search", "backends", "blocks.0.up", "--input", &x];
+    assert_eq!(place.json(&[&search[..], &["--keys", "4"]].concat()).as_array().unwrap().len(), 16);
+    place.fails(1, &["max_relative_error", "flat"], &[&search[..], &["--max-error", "0.2"]].concat());
+    // What does not fit the layers is adapted and said, or refused.
+    let rules = std::fs::read_to_string(BACKENDS).unwrap().replace("clusters = 4", "clusters = 64");
+    std::fs::write(place.path("many.toml"), &rules).unwrap();
+    let many = place.path("many.toml").display().to_string();
+    place.import("many", Some(&many));
+    let shown = place.json(&["show", "many", "blocks.0.down"]);
+    assert_eq!(shown["config"]["adapted"], json!(["backend clusters: 64 to 48"]), "{shown}");
+    let strict = rules.replace("method = \"key_value\"", "method = \"key_value\"\non_misfit = \"error\"");
+    std::fs::write(&many, strict).unwrap();
+    let import = ["import", CHECKPOINT, "--model", "strict", "--rules", &many, "--calibration", INPUTS];
+    place.fails(1, &["clusters: found 64, expected at most 48"], &import);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn searching_on_disk_finds_the_same() {
+    let place = Place::new();
+    std::fs::write(place.path("svd.toml"), SVD).unwrap();
+    place.import("keys", Some(KEYS));
+    place.import("svd", Some(place.path("svd.toml").to_str().unwrap()));
+    place.import("backends", Some(BACKENDS));
+    let store = Store::open(&place.store()).await.unwrap();
+    let latest = store.latest().await.unwrap();
+    let x = inputs("blocks.1.up", 48);
+    for model in ["keys", "svd"] {
+        let handle = latest.layer(model, "blocks.1.up").await.unwrap();
+        for limit in [None, Some(Limit::Keys(3.0)), Some(Limit::Threshold(0.5)), Some(Limit::Threshold(0.0))] {
+            let found = handle.search_on_disk(x.view(), limit).await.unwrap();
+            let (mut hits, mut apart) = (0, 0);
+            for (found, loaded) in
+                found.iter().zip(key_value(handle.load().await.unwrap()).search(x.view(), limit).unwrap())
+            {
+                assert_eq!((found.threshold, found.certified_error), (loaded.threshold, None));
+                hits += loaded.hits.len();
+                for hit in &loaded.hits {
+                    match found.hits.iter().find(|h| h.key == hit.key) {
+                        Some(same) => assert!((same.score - hit.score).abs() < 1e-3 * (1.0 + hit.score.abs())),
+                        None => apart += 1,
+                    }
+                }
+                apart += found.hits.len().abs_diff(loaded.hits.len());
+            }
+            // Scores at the threshold may fall either way.
+            assert!(hits > 20 && apart <= 1, "{model} {limit:?}: {apart} of {hits}");
+        }
+    }
+    let handle = latest.layer("keys", "blocks.1.up").await.unwrap();
+    let error = handle.search_on_disk(x.view(), Some(Limit::MaxError(0.1))).await.unwrap_err().to_string();
+    assert!(error.contains("max_relative_error"), "{error}");
+    assert!(handle.search_on_disk(inputs("blocks.0.down", 96).view(), None).await.is_err());
+    let rounded = latest.layer("backends", "blocks.1.up").await.unwrap();
+    let error = rounded.search_on_disk(x.view(), None).await.unwrap_err().to_string();
+    assert!(error.contains("store_float_keys"), "{error}");
+    // A layer whose keys are stored beside a graph.
+    let kept = latest.layer("backends", "blocks.0.up").await.unwrap();
+    assert!(!kept.search_on_disk(x.view(), None).await.unwrap()[0].hits.is_empty());
+}
+
+#[test]
+fn keys_are_found_across_layers_with_and_without_an_index() {
+    let place = Place::new();
+    std::fs::write(place.path("svd.toml"), SVD).unwrap();
+    place.import("one", Some(KEYS));
+    place.import("two", Some(KEYS));
+    place.import("svd", Some(place.path("svd.toml").to_str().unwrap()));
+    let nearest = |more: &[&str]| place.json(&[&["nearest"], more].concat())[0]["nearest"].clone();
+    let own = ["one", "blocks.0.up", "5", "--count", "3"];
+    let before = nearest(&own);
+    assert_eq!(before.as_array().unwrap().len(), 3);
+    // The key itself, by the names of both models that share the artifact.
+    let itself = &before[0];
+    assert!(itself["cosine"].as_f64().unwrap() > 0.9999 && itself["key"] == 5);
+    let names = json!([{"model": "one", "layer": "blocks.0.up"}, {"model": "two", "layer": "blocks.0.up"}]);
+    assert_eq!(itself["layers"], names);
+    let among = nearest(&[&own[..], &["--among", "svd"]].concat());
+    assert!(among.as_array().unwrap().iter().all(|n| n["layers"][0]["model"] == "svd"), "{among}");
+
+    let made = place.json(&["index"]);
+    assert_eq!(made[0], json!({"table": "keys_d48", "keys": 384, "partitions": 1}));
+    assert_eq!(made[1], json!({"table": "keys_d96", "keys": 192, "partitions": null}));
+    let indexed = nearest(&own);
+    assert_eq!(indexed[0]["layers"], names);
+    assert!((indexed[0]["cosine"].as_f64().unwrap() - 1.0).abs() < 1e-3, "{indexed}");
+    // Keys that came after the index are found too, and gc leaves an index that works.
+    place.import("int4", Some(INT4));
+    std::fs::write(place.path("ridge.toml"), SVD.replace("\"svd\"", "\"whitened_svd\"\nridge_relative = 0.5")).unwrap();
+    place.import("later", Some(place.path("ridge.toml").to_str().unwrap()));
+    let later = nearest(&["later", "blocks.1.up", "7", "--count", "2"]);
+    assert_eq!(later[0]["layers"][0]["model"], "later", "{later}");
+    place.import("svd", None);
+    place.json(&["gc", "--older-than", "0s", "--apply"]);
+    assert_eq!(place.json(&["verify"])["corrupt"], json!([]));
+    assert_eq!(nearest(&own)[0]["layers"], names);
+    assert_eq!(nearest(&["later", "blocks.1.up", "7"])[0]["layers"][0]["model"], "later");
+    assert_eq!(place.json(&["index"])[0]["keys"], 384);
+    assert_eq!(nearest(&own)[0]["layers"], names);
+
+    let v = place.path("v.npy").display().to_string();
+    write_array(&v, inputs("blocks.0.up", 48).slice(s![..2, ..]), false).unwrap();
+    assert_eq!(place.json(&["nearest", "--input", &v]).as_array().unwrap().len(), 2);
+    write_array(&v, Array2::zeros((1, 48)).view(), false).unwrap();
+    place.fails(1, &["direction", "points somewhere"], &["nearest", "--input", &v]);
+    write_array(&v, Array2::ones((1, 7)).view(), false).unwrap();
+    place.fails(1, &["length of the direction", "7", "48, 96"], &["nearest", "--input", &v]);
+    place.fails(1, &["key", "48", "less than 48"], &["nearest", "one", "blocks.0.up", "48"]);
+    place.fails(1, &["backend", "f32"], &["nearest", "int4", "blocks.0.up", "0"]);
+    place.fails(1, &["MODEL LAYER KEY"], &["nearest", "one"]);
+}
+
+#[test]
+fn layers_that_share_directions_are_shown() {
+    let place = Place::new();
+    std::fs::write(place.path("svd.toml"), SVD).unwrap();
+    place.import("one", Some(KEYS));
+    place.import("svd", Some(place.path("svd.toml").to_str().unwrap()));
+    place.import("f32", None);
+    let same = place.json(&["shared", "one", "one", "--keys", "8", "--count", "6"]);
+    for pair in same.as_array().unwrap() {
+        assert_eq!((&pair["layer"], pair["shared"].as_u64()), (&pair["other"], Some(8)));
+        assert!(pair["mean_cosine"].as_f64().unwrap() > 0.9999);
+    }
+    let other = place.json(&["shared", "one", "svd", "--keys", "8"]);
+    // Four layers of width 48 and two of width 96, each beside each of its width.
+    assert_eq!(other.as_array().unwrap().len(), 20);
+    assert!(other[0]["mean_cosine"].as_f64().unwrap() < 0.9999);
+    place.fails(1, &["no keys", "key_value"], &["shared", "one", "f32"]);
+    place.fails(1, &["--least", "2"], &["shared", "one", "svd", "--least", "2"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_is_a_store_of_its_own() {
+    let place = Place::new();
+    place.import("backends", Some(BACKENDS));
+    place.import("keys", Some(KEYS));
+    let store = Store::open(&place.store()).await.unwrap();
+    let latest = store.latest().await.unwrap();
+    for (model, name) in [("backends", "blocks.0.up"), ("backends", "blocks.1.down"), ("keys", "blocks.0.mix")] {
+        let handle = latest.layer(model, name).await.unwrap();
+        let layer = handle.load().await.unwrap();
+        let to = place.path(&format!("{model}-{name}")).display().to_string();
+        save_backend(&layer, &to).await.unwrap();
+        let back = load_backend(&to).await.unwrap();
+        assert_eq!((back.to_parts(), back.config()), (layer.to_parts(), layer.config()));
+        let x = inputs(name, layer.in_features());
+        let y = |layer: &Layer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
+        assert_eq!(y(&back), y(&layer));
+        // Again at the same place, with other settings: a new version of the same layer.
+        let fewer = key_value(layer);
+        let mut settings = fewer.settings().clone();
+        settings.expected_keys_per_query = Some(2.0);
+        save_backend(&Layer::KeyValue(fewer.with_search(settings).unwrap()), &to).await.unwrap();
+        assert_eq!(load_backend(&to).await.unwrap().config()["expected_keys_per_query"], 2.0);
+        // Another process opens it.
+        let copied = Place::new();
+        let target = copied.store();
+        place.json(&["copy", model, name, &target]);
+        assert_eq!(copied.json(&["show", model, name])["artifact"], handle.record().artifact.to_string());
+        assert_eq!(y(&load_backend(&target).await.unwrap()), y(&handle.load().await.unwrap()));
+        place.fails(1, &["layers in", name], &["copy", "keys", "blocks.1.mix", &target]);
+    }
+    assert!(load_backend(&place.store()).await.unwrap_err().to_string().contains("expected one"));
+}
