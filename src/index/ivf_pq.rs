@@ -16,6 +16,8 @@ pub struct IvfPqIndex {
     space: Space,
     /// `[clusters, dimension]`, of contributions in their units.
     centres: Array2<f32>,
+    /// By cell, how far its farthest key is from the centre `[clusters]`.
+    radii: Array1<f32>,
     /// By key, its cell.
     cells: Vec<u32>,
     /// By cell, its keys.
@@ -43,9 +45,14 @@ impl IvfPqIndex {
         }
         let points = space.keys(keys, scales);
         let centres = kmeans(points.view(), &vec![1.0; points.nrows()], clusters, seed);
-        let cell = |point: ArrayView1<f32>| nearest(&centres, point.to_slice().expect("standard layout")).0 as u32;
-        let cells = points.rows().into_iter().map(|point| cell(point.reborrow())).collect();
-        Self::from_cells(codes, centres, cells, space.units, probes)
+        let mut radii = Array1::zeros(clusters);
+        let cells = points.rows().into_iter().map(|point| {
+            let (cell, distance) = nearest(&centres, point.to_slice().expect("standard layout"));
+            radii[cell] = distance.sqrt().max(radii[cell]);
+            cell as u32
+        });
+        let cells = cells.collect();
+        Self::from_cells(codes, centres, radii, cells, space.units, probes)
     }
 
     /// From what was fitted before.
@@ -55,17 +62,19 @@ impl IvfPqIndex {
     pub fn from_cells(
         codes: FlatIndex,
         centres: Array2<f32>,
+        radii: Array1<f32>,
         cells: Vec<u32>,
         units: Option<Array1<f32>>,
         probes: usize,
     ) -> Result<Self> {
         let width = codes.dimension();
-        let found = (centres.ncols(), cells.len(), units.as_ref().map_or(width, Array1::len));
-        if found != (width, codes.len(), width) {
+        let found = (centres.ncols(), radii.len(), cells.len(), units.as_ref().map_or(width, Array1::len));
+        let expected = (width, centres.nrows(), codes.len(), width);
+        if found != expected {
             return Err(Error::expected(
-                "length of the cells' centres, number of keys in cells, number of units",
+                "length of the cells' centres, number of radii, number of keys in cells, number of units",
                 format!("{found:?}"),
-                format!("{:?}", (width, codes.len(), width)),
+                format!("{expected:?}"),
             ));
         }
         let mut lists = vec![vec![]; centres.nrows()];
@@ -79,7 +88,7 @@ impl IvfPqIndex {
             return Err(Error::expected("probes", probes, format!("1 to {}, the number of cells", lists.len())));
         }
         let centres = centres.as_standard_layout().into_owned();
-        Ok(IvfPqIndex { codes, space: Space { units }, centres, cells, lists, probes })
+        Ok(IvfPqIndex { codes, space: Space { units }, centres, radii, cells, lists, probes })
     }
 
     /// The keys' codes.
@@ -87,9 +96,9 @@ impl IvfPqIndex {
         &self.codes
     }
 
-    /// The cells' centres `[clusters, dimension]`, and by key its cell `[len]`.
-    pub fn cells(&self) -> (ArrayView2<'_, f32>, &[u32]) {
-        (self.centres.view(), &self.cells)
+    /// The cells' centres `[clusters, dimension]`, their radii `[clusters]`, and by key its cell `[len]`.
+    pub fn cells(&self) -> (ArrayView2<'_, f32>, ArrayView1<'_, f32>, &[u32]) {
+        (self.centres.view(), self.radii.view(), &self.cells)
     }
 
     /// What centres are in units of `[dimension]`.
@@ -117,8 +126,14 @@ impl SearchIndex for IvfPqIndex {
 
     fn candidates(&self, query: ArrayView1<f32>, range: Range) -> Option<Vec<u32>> {
         let query = Array1::from(self.space.query(query));
+        // What a key at the centre adds, and what one at the rim may add by a direction of which the query has its usual
+        // share: keys are orthogonal, so their centre says little of them, and their lengths say more.
+        let usual = query.dot(&query).sqrt() / (query.len().max(1) as f32).sqrt();
         let near = self.centres.dot(&query);
-        let rank = |cell: usize| if range.two_sided { near[cell].abs() } else { near[cell] };
+        let rank = |cell: usize| {
+            let centre = if range.two_sided { near[cell].abs() } else { near[cell] };
+            centre + usual * self.radii[cell]
+        };
         let mut order: Vec<usize> = (0..self.lists.len()).collect();
         order.sort_unstable_by(|&a, &b| rank(b).total_cmp(&rank(a)));
         let mut keys: Vec<u32> = order.iter().take(self.probes).flat_map(|&cell| &self.lists[cell]).copied().collect();
@@ -165,15 +180,23 @@ mod tests {
             let found = index.candidates(sample(1, 8, 9).row(0), range).unwrap();
             assert!(found.len() > last && found.windows(2).all(|w| w[0] < w[1]));
             last = found.len();
-            let (centres, cells) = index.cells();
-            let back = IvfPqIndex::from_cells(rows.clone(), centres.to_owned(), cells.to_vec(), None, probes).unwrap();
+            let (centres, radii, cells) = index.cells();
+            let back = IvfPqIndex::from_cells(
+                rows.clone(),
+                centres.to_owned(),
+                radii.to_owned(),
+                cells.to_vec(),
+                None,
+                probes,
+            )
+            .unwrap();
             assert_eq!(back, index);
         }
         assert_eq!(last, 60);
-        // A key's own cell is the first that its own direction probes.
-        let index = fitted(1);
-        let own = keys.row(7);
-        assert!(index.candidates(own, range).unwrap().contains(&7));
+        // A direction probes the cell of the key that it is, before most.
+        let index = fitted(4);
+        let found = (0..60u32).filter(|&i| index.candidates(keys.row(i as usize), range).unwrap().contains(&i)).count();
+        assert!(found > 50, "{found}");
     }
 
     #[test]
@@ -183,9 +206,13 @@ mod tests {
         for (clusters, probes) in [(0, 1), (6, 1), (3, 0), (3, 4)] {
             assert!(IvfPqIndex::fit(rows.clone(), keys.view(), &scales, None, (clusters, probes), 0).is_err());
         }
-        let centres = sample(2, 4, 3);
-        assert!(IvfPqIndex::from_cells(rows.clone(), centres.clone(), vec![0, 1, 2, 0, 1], None, 1).is_err());
-        assert!(IvfPqIndex::from_cells(rows.clone(), centres.clone(), vec![0, 1], None, 1).is_err());
-        assert!(IvfPqIndex::from_cells(rows, centres, vec![0; 5], Some(Array1::ones(3)), 1).is_err());
+        let made = |cells: Vec<u32>, radii: usize, units: Option<Array1<f32>>| {
+            IvfPqIndex::from_cells(rows.clone(), sample(2, 4, 3), Array1::ones(radii), cells, units, 1)
+        };
+        assert!(made(vec![0, 1, 1, 0, 1], 2, None).is_ok());
+        assert!(made(vec![0, 1, 2, 0, 1], 2, None).is_err());
+        assert!(made(vec![0, 1], 2, None).is_err());
+        assert!(made(vec![0; 5], 3, None).is_err());
+        assert!(made(vec![0; 5], 2, Some(Array1::ones(3))).is_err());
     }
 }

@@ -35,8 +35,8 @@ fn backends_are_stored_and_run() {
     for (flat, other) in flat["layers"].as_array().unwrap().iter().zip(others["layers"].as_array().unwrap()) {
         let error = |l: &serde_json::Value| l["relative_error"].as_f64().unwrap();
         assert_eq!(flat["layer"], other["layer"]);
-        // One cell in four is not looked into, and the keys in it are missed.
-        let slack = if other["layer"].as_str().unwrap().ends_with("down") { 0.6 } else { 0.15 };
+        // One cell in four is not looked into, and codes are coarse.
+        let slack = if other["layer"].as_str().unwrap().ends_with("down") { 0.25 } else { 0.15 };
         assert!(error(other) < error(flat) + slack, "{other} beside {flat}");
         // Of keys that nobody looked at no error is known; of coarse codes no useful bound.
         assert!(other["mean_certified_error"].is_null() && !flat["mean_certified_error"].is_null(), "{other}");

@@ -5,7 +5,8 @@
 //! `value_scales` for int8, `key_units` where keys are kept in units, and `scales`, which float keys have beside them.
 //! Product codes have their codewords in `codebooks`, and may have the float keys as well.
 //!
-//! `ivf_pq` has the centres of its cells in `codebooks` with the role `cells`, and each key's cell in the tensor `cells`.
+//! `ivf_pq` has the centres of its cells in `codebooks` with the role `cells`, each key's cell in the tensor
+//! `cells`, and how far cells reach in `cell_radii`.
 //! `hnsw` has the tensor `graph`, in usearch's format, and its BLAKE3 hash in `graph_hash`. Both have `index_units`, what
 //! their vectors are in units of, where inputs are known.
 
@@ -27,6 +28,9 @@ use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
 
 /// The role and the tensor that cells are kept under.
 const CELLS: &str = "cells";
+
+/// The tensor of how far cells reach.
+const RADII: &str = "cell_radii";
 
 impl KeyValueLayer {
     pub(in crate::layer) fn to_parts(&self) -> Parts {
@@ -53,7 +57,8 @@ impl KeyValueLayer {
         let index_units = match &core.index {
             KeyIndex::Flat(_) => None,
             KeyIndex::IvfPq(index) => {
-                let (centres, cells) = index.cells();
+                let (centres, radii, cells) = index.cells();
+                parts.tensors.push(Tensor::vector(RADII, &radii.to_vec()));
                 parts.codebooks.push(Codebook { role: CELLS.into(), subspace: 0, vectors: centres.to_owned() });
                 parts.tensors.push(Tensor {
                     name: CELLS.into(),
@@ -120,7 +125,8 @@ impl KeyValueLayer {
                 let index = match backend {
                     Backend::IvfPq { probes, .. } => {
                         let (centres, cells) = cells(&mut parts)?;
-                        KeyIndex::IvfPq(IvfPqIndex::from_cells(keys, centres, cells, index_units, probes)?)
+                        let radii = vector(&parts, RADII)?;
+                        KeyIndex::IvfPq(IvfPqIndex::from_cells(keys, centres, radii, cells, index_units, probes)?)
                     }
                     _ => KeyIndex::Flat(keys),
                 };
