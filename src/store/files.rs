@@ -68,17 +68,18 @@ impl Files {
     pub async fn rows(self: &Arc<Self>, runs: &[Run<'_>]) -> lance::Result<Vec<Vec<RecordBatch>>> {
         let opened = futures::future::try_join_all(runs.iter().map(|run| self.opened(run.table, run.file))).await?;
         // One thread reads what lies plainly: for a small layer that costs less than handing it to several does.
-        let (mut groups, mut decoded) = (vec![vec![]], vec![]);
+        let (mut together, mut alone, mut decoded) = (vec![], vec![], vec![]);
         for (place, (opened, run)) in opened.iter().zip(runs).enumerate() {
             let plain = opened.plain(&run.rows);
             decoded.push(opened.clone().decode_others(run.rows.clone(), &plain));
             for (name, column) in plain {
                 let large = column.bytes() >= LARGE;
-                let group = if large { groups.push_mut(vec![]) } else { &mut groups[0] };
-                group.push((place, name, opened.local.clone(), column));
+                let read = (place, name, opened.local.clone(), column);
+                if large { alone.push(vec![read]) } else { together.push(read) }
             }
         }
-        let reads = groups.into_iter().filter(|group| !group.is_empty()).map(|group| {
+        alone.push(together);
+        let reads = alone.into_iter().filter(|group| !group.is_empty()).map(|group| {
             let read = move || -> io::Result<Vec<_>> {
                 let read = group.into_iter().map(|(place, name, file, column)| {
                     let (file, size) = file.ok_or_else(|| io::Error::other("a file that is not local"))?;
