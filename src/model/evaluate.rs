@@ -172,21 +172,28 @@ async fn stored_reference(
 }
 
 /// The layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer of the
-/// same tensor.
+/// same tensor; a key–value layer with rounded keys or values of which the store has no dense weights is run with every
+/// key.
 ///
 /// # Errors
 /// When the store holds no dense weights for a quantised layer.
 pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<Layer> {
-    if handle.record().method != Method::LowRank {
-        return handle.load().await;
-    }
+    let every_key = match handle.record().method {
+        Method::Dense => return handle.load().await,
+        Method::LowRank => None,
+        Method::KeyValue => match handle.load().await? {
+            Layer::KeyValue(layer) if !layer.holds_its_weight() => Some(Layer::KeyValue(layer)),
+            layer => return Ok(layer),
+        },
+    };
     // The bias has to be the same too: a tied weight may be another layer's, without one.
     let hashes = |r: &LayerRecord| r.source.tensors.iter().map(|t| t.hash.clone()).collect::<Vec<_>>();
     let wanted = hashes(handle.record());
     let found = dense_layers(snapshot).await?.into_iter().find(|r| !wanted.is_empty() && hashes(r) == wanted);
-    match found {
-        Some(record) => snapshot.handle(record).load().await,
-        None => Err(Error::expected(
+    match (found, every_key) {
+        (Some(record), _) => snapshot.handle(record).load().await,
+        (None, Some(layer)) => Ok(layer),
+        (None, None) => Err(Error::expected(
             format!("dense weights of layer '{}'", handle.record().layer),
             "none in the store",
             "a model of the same checkpoint with that layer dense; a quantised layer alone cannot answer exactly",

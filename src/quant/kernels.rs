@@ -69,19 +69,21 @@ pub fn dots<T: Element>(rows: &[T], x: &[f32], out: &mut [f32]) {
     portable::dots(rows, x, out);
 }
 
-/// `y += Σ weight · row`, over pairs of a row's number and its weight.
+/// `y += Σ weight · row[start..]`, over pairs of a row's number and its weight, for rows of `width` elements: as many of
+/// each as `y` has.
 ///
 /// # Panics
-/// When a row is not there.
-pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
-    let count = if y.is_empty() { 0 } else { rows.len() / y.len() };
+/// When a row is not there, or is shorter than that.
+pub fn accumulate<T: Element>(rows: &[T], width: usize, start: usize, picks: &[(u32, f32)], y: &mut [f32]) {
+    let count = rows.len().checked_div(width).unwrap_or(0);
+    assert!(start + y.len() <= width, "columns that are not there");
     assert!(y.is_empty() || picks.iter().all(|&(row, _)| (row as usize) < count), "a row that is not there");
     #[cfg(target_arch = "x86_64")]
     if x86::available() {
         // SAFETY: the features are there.
-        return unsafe { x86::accumulate(rows, picks, y) };
+        return unsafe { x86::accumulate(rows, width, start, picks, y) };
     }
-    portable::accumulate(rows, picks, y);
+    portable::accumulate(rows, width, start, picks, y);
 }
 
 /// `out = numbers`, as floats.
@@ -112,9 +114,9 @@ mod portable {
         out.iter_mut().zip(numbers).for_each(|(o, v)| *o = v.value());
     }
 
-    pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
+    pub fn accumulate<T: Element>(rows: &[T], width: usize, start: usize, picks: &[(u32, f32)], y: &mut [f32]) {
         for &(row, weight) in picks {
-            let row = &rows[row as usize * y.len()..][..y.len()];
+            let row = &rows[row as usize * width + start..][..y.len()];
             y.iter_mut().zip(row).for_each(|(y, v)| *y += weight * v.value());
         }
     }
@@ -176,12 +178,12 @@ mod x86 {
 
     /// Four rows at a time, so that `y` is read and written a quarter as often.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn accumulate<T: Element>(rows: &[T], picks: &[(u32, f32)], y: &mut [f32]) {
+    pub fn accumulate<T: Element>(rows: &[T], width: usize, start: usize, picks: &[(u32, f32)], y: &mut [f32]) {
         let n = y.len();
         let eights = n - n % 8;
         let (fours, rest) = picks.as_chunks::<4>();
         for four in fours {
-            let starts = four.map(|(row, _)| &rows[row as usize * n..][..n]);
+            let starts = four.map(|(row, _)| &rows[row as usize * width + start..][..n]);
             let weights = four.map(|(_, weight)| _mm256_set1_ps(weight));
             for at in (0..eights).step_by(8) {
                 // SAFETY: every eight lie below `n`, the length of each row and of `y`.
@@ -198,7 +200,7 @@ mod x86 {
             }
         }
         for &(row, weight) in rest {
-            let row = &rows[row as usize * n..][..n];
+            let row = &rows[row as usize * width + start..][..n];
             let lanes = _mm256_set1_ps(weight);
             for at in (0..eights).step_by(8) {
                 // SAFETY: as above.
@@ -233,11 +235,14 @@ mod tests {
         portable::widen(rows_of, &mut slow);
         prop_assert_eq!(fast, slow);
         let picks: Vec<(u32, f32)> = picks.iter().map(|&(row, weight)| (row % rows as u32, weight)).collect();
-        let (mut fast, mut slow) = (x.to_vec(), x.to_vec());
-        accumulate(rows_of, &picks, &mut fast);
-        portable::accumulate(rows_of, &picks, &mut slow);
         let size = size * picks.len().max(1) as f32;
-        prop_assert!(fast.iter().zip(&slow).all(|(a, b)| (a - b).abs() <= 1e-5 * size), "{:?} {:?}", fast, slow);
+        // Whole rows, and a part of each.
+        for part in [0..width, width / 3..width - width / 4] {
+            let (mut fast, mut slow) = (x[part.clone()].to_vec(), x[part.clone()].to_vec());
+            accumulate(rows_of, width, part.start, &picks, &mut fast);
+            portable::accumulate(rows_of, width, part.start, &picks, &mut slow);
+            prop_assert!(fast.iter().zip(&slow).all(|(a, b)| (a - b).abs() <= 1e-5 * size), "{:?} {:?}", fast, slow);
+        }
         Ok(())
     }
 
@@ -261,9 +266,9 @@ mod tests {
     #[test]
     fn nothing_at_all() {
         dots::<i8>(&[], &[], &mut []);
-        accumulate::<i8>(&[], &[], &mut []);
+        accumulate::<i8>(&[], 0, 0, &[], &mut []);
         let mut y = [1.0, 2.0];
-        accumulate::<f32>(&[], &[], &mut y);
+        accumulate::<f32>(&[], 2, 0, &[], &mut y);
         assert_eq!(y, [1.0, 2.0]);
     }
 }

@@ -3,13 +3,13 @@
 use std::fmt;
 
 use half::f16;
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::kernels::{accumulate, dots, widen};
+use super::kernels::{Element, accumulate, dots, widen};
 use super::product::{ProductFormat, ProductQuantizer};
 use crate::error::{Error, Result};
 use crate::linalg::{matmul, matmul_nt};
@@ -92,6 +92,12 @@ const PRODUCT_FROM: usize = 4;
 
 /// Rows widened at a time, by each thread: a few hundred KiB of most layers.
 const BLOCK_ROWS: usize = 64;
+
+/// Bytes of rows that a batch's sums go over at a time: less than a core's second cache.
+const NEAR_BYTES: usize = 512 << 10;
+
+/// Floats of a cache line.
+const LINE: usize = 16;
 
 /// A matrix `[rows, columns]` in one of the [`RowFormat`]s.
 #[derive(Debug, Clone, PartialEq)]
@@ -372,13 +378,11 @@ impl RowMatrix {
     /// When a row is not there, or `y` has another length.
     pub fn accumulate(&self, picks: &[(u32, f32)], y: &mut [f32]) {
         assert_eq!(y.len(), self.columns, "length of a sum of rows");
+        let (width, start) = (self.columns, 0);
         match &self.data {
-            Data::F32(m) => accumulate(m.as_slice().expect("standard layout"), picks, y),
-            Data::F16(v) => accumulate(v, picks, y),
-            Data::Int8(v, scales) => {
-                let scaled: Vec<(u32, f32)> = picks.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect();
-                accumulate(v, &scaled, y);
-            }
+            Data::F32(m) => accumulate(m.as_slice().expect("standard layout"), width, start, picks, y),
+            Data::F16(v) => accumulate(v, width, start, picks, y),
+            Data::Int8(v, _) => accumulate(v, width, start, &self.scaled(picks), y),
             Data::Product(quantizer, codes) => {
                 for &(row, weight) in picks {
                     let pieces =
@@ -392,6 +396,39 @@ impl RowMatrix {
         }
     }
 
+    /// [`RowMatrix::accumulate`] for each row of `y` `[picks.len(), columns]`, on all threads: some columns of all rows at a
+    /// time, so that what the rows share comes from a near cache.
+    ///
+    /// # Panics
+    /// When a row is not there, or `y` has another shape.
+    pub fn accumulate_batch(&self, picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+        assert_eq!(y.dim(), (picks.len(), self.columns), "shape of sums of rows");
+        match &self.data {
+            Data::F32(m) => by_columns(m.as_slice().expect("standard layout"), picks, y),
+            Data::F16(v) => by_columns(v, picks, y),
+            Data::Int8(v, _) => {
+                let scaled: Vec<Vec<(u32, f32)>> = picks.iter().map(|picks| self.scaled(picks)).collect();
+                by_columns(v, &scaled, y);
+            }
+            Data::Product(..) => {
+                let rows: Vec<_> = y.rows_mut().into_iter().zip(picks).collect();
+                rows.into_par_iter().for_each(|(mut y, picks)| {
+                    let mut sum = y.to_vec();
+                    self.accumulate(picks, &mut sum);
+                    y.assign(&ArrayView1::from(&sum));
+                });
+            }
+        }
+    }
+
+    /// Weights times the scales of their rows, for int8.
+    fn scaled(&self, picks: &[(u32, f32)]) -> Vec<(u32, f32)> {
+        match &self.data {
+            Data::Int8(_, scales) => picks.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect(),
+            _ => picks.to_vec(),
+        }
+    }
+
     /// Memory that numbers, scales, codes and codewords take.
     pub fn memory_bytes(&self) -> usize {
         match &self.data {
@@ -401,6 +438,22 @@ impl RowMatrix {
             Data::Product(quantizer, codes) => codes.len() + quantizer.memory_bytes(),
         }
     }
+}
+
+/// Some columns of all rows of `y` at a time, on all threads.
+fn by_columns<T: Element>(rows: &[T], picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+    let width = y.ncols();
+    let column_bytes = std::mem::size_of_val(rows).checked_div(width).unwrap_or(0).max(1);
+    let columns = (NEAR_BYTES / column_bytes).next_multiple_of(LINE).max(4 * LINE);
+    let blocks: Vec<_> = y.axis_chunks_iter_mut(Axis(1), columns).enumerate().collect();
+    blocks.into_par_iter().for_each(|(block, mut y)| {
+        let mut sum = vec![0f32; y.ncols()];
+        for (mut y, picks) in y.rows_mut().into_iter().zip(picks) {
+            sum.fill(0.0);
+            accumulate(rows, width, block * columns, picks, &mut sum);
+            y += &ArrayView1::from(&sum);
+        }
+    });
 }
 
 #[cfg(test)]
@@ -451,6 +504,27 @@ mod tests {
                 let difference = kept.weighted(weights.view()) - weights.dot(&floats);
                 prop_assert!(difference.iter().all(|d| d.abs() < 2e-3));
             }
+        }
+    }
+
+    /// Several blocks of columns, the last of them narrow.
+    #[test]
+    fn a_batch_sums_as_its_rows_do() {
+        let matrix = sample(3000, 203, 1);
+        let product = RowFormat::Product(ProductFormat { subvectors: 7, codewords: 5, seed: 0 });
+        let plain = [RowType::F32, RowType::F16, RowType::Int8].map(RowFormat::Plain);
+        for format in plain.into_iter().chain([product]) {
+            let kept = RowMatrix::in_format(matrix.clone(), format, &[1.0; 3000]).unwrap();
+            let picks: Vec<Vec<(u32, f32)>> = (0..9)
+                .map(|q| (0..q * 5).map(|i| ((i * 397 + q) as u32 % 3000, i as f32 * 0.1 - 1.0)).collect())
+                .collect();
+            let mut together = sample(9, 203, 2);
+            let mut alone = together.clone();
+            kept.accumulate_batch(&picks, together.view_mut());
+            for (mut y, picks) in alone.rows_mut().into_iter().zip(&picks) {
+                kept.accumulate(picks, y.as_slice_mut().unwrap());
+            }
+            assert!((together - alone).iter().all(|d| d.abs() < 1e-4), "{format:?}");
         }
     }
 

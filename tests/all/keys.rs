@@ -46,6 +46,17 @@ fn backends_are_stored_and_run() {
     let search = ["search", "backends", "blocks.0.up", "--input", &x];
     assert_eq!(place.json(&[&search[..], &["--keys", "4"]].concat()).as_array().unwrap().len(), 16);
     place.fails(1, &["max_relative_error", "flat"], &[&search[..], &["--max-error", "0.2"]].concat());
+    // Exact: of rounded keys, the dense weights that another model of the store has.
+    let y = place.path("y.npy").display().to_string();
+    let exact = |layer: &str| {
+        let done = place.json(&["forward", "backends", layer, "--input", &x, "--output", &y, "--exact"]);
+        (done["relative_error_bound"].as_f64(), layerstore::model::read_array(&y).unwrap().0)
+    };
+    let (bound, found) = exact("blocks.1.up");
+    let dense = place.json(&["forward", "f32", "blocks.1.up", "--input", &x, "--output", &y]);
+    assert_eq!((dense["shape"].clone(), bound), (json!([16, 96]), None));
+    assert_eq!(found, layerstore::model::read_array(&y).unwrap().0);
+    assert!(exact("blocks.0.up").0.unwrap() < 1e-3);
     // What does not fit the layers is adapted and said, or refused.
     let rules = std::fs::read_to_string(BACKENDS).unwrap().replace("clusters = 4", "clusters = 64");
     std::fs::write(place.path("many.toml"), &rules).unwrap();

@@ -25,7 +25,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -149,6 +148,13 @@ impl KeyValueLayer {
         self.core.index.as_search_index().info()
     }
 
+    /// Whether all keys together are the weight that the layer was made of, but for f32 rounding: nothing was cut off,
+    /// and keys and values are stored as f32.
+    pub fn holds_its_weight(&self) -> bool {
+        let config = &self.core.config;
+        config.backend.stores_float_keys() && config.truncation == 0.0 && config.value_error == 0.0
+    }
+
     /// The folded keys κ as they are used, `[keys, in_features]`: borrowed where they are stored as f32.
     pub fn keys(&self) -> CowArray<'_, f32, Ix2> {
         let rows = self.core.index.rows();
@@ -266,14 +272,13 @@ impl KeyValueLayer {
             }
             y += &core.values.weighted(contributions.view());
         } else if outputs > 0 {
-            let rows = y.as_slice_mut().expect("a fresh array is contiguous");
-            let gather = |(y, answer): (&mut [f32], &Answer)| {
-                let picks: Vec<(u32, f32)> = answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect();
-                core.values.accumulate(&picks, y)
-            };
-            match batch > 1 && (batch * keys).max(used * outputs) >= PARALLEL_FROM {
-                true => rows.par_chunks_mut(outputs).zip(&answers).for_each(gather),
-                false => rows.chunks_mut(outputs).zip(&answers).for_each(gather),
+            let picks = |answer: &Answer| answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect::<Vec<_>>();
+            let picks: Vec<Vec<(u32, f32)>> = answers.iter().map(picks).collect();
+            if batch > 1 && used * outputs >= PARALLEL_FROM {
+                core.values.accumulate_batch(&picks, y.view_mut());
+            } else {
+                let rows = y.as_slice_mut().expect("a fresh array is contiguous");
+                rows.chunks_mut(outputs).zip(&picks).for_each(|(y, picks)| core.values.accumulate(picks, y));
             }
         }
         Output { y, relative_error_bound: worst(answers.iter().map(|answer| answer.bound)) }
