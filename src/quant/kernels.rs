@@ -179,40 +179,39 @@ mod x86 {
     /// Four rows at a time, so that `y` is read and written a quarter as often.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub fn accumulate<T: Element>(rows: &[T], width: usize, start: usize, picks: &[(u32, f32)], y: &mut [f32]) {
+        // Many rows at a time: `y` is read and written once for all of them.
+        let (eights, rest) = picks.as_chunks::<8>();
+        let (fours, rest) = rest.as_chunks::<4>();
+        let (ones, _) = rest.as_chunks::<1>();
+        for picks in eights {
+            add(rows, width, start, picks, y);
+        }
+        for picks in fours {
+            add(rows, width, start, picks, y);
+        }
+        for picks in ones {
+            add(rows, width, start, picks, y);
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn add<T: Element, const N: usize>(rows: &[T], width: usize, start: usize, picks: &[(u32, f32); N], y: &mut [f32]) {
         let n = y.len();
         let eights = n - n % 8;
-        let (fours, rest) = picks.as_chunks::<4>();
-        for four in fours {
-            let starts = four.map(|(row, _)| &rows[row as usize * width + start..][..n]);
-            let weights = four.map(|(_, weight)| _mm256_set1_ps(weight));
-            for at in (0..eights).step_by(8) {
-                // SAFETY: every eight lie below `n`, the length of each row and of `y`.
-                unsafe {
-                    let mut lanes = _mm256_loadu_ps(y.as_ptr().add(at));
-                    for (row, weight) in starts.iter().zip(&weights) {
-                        lanes = _mm256_fmadd_ps(T::eight(row.as_ptr().add(at)), *weight, lanes);
-                    }
-                    _mm256_storeu_ps(y.as_mut_ptr().add(at), lanes);
+        let starts = picks.map(|(row, _)| &rows[row as usize * width + start..][..n]);
+        let weights = picks.map(|(_, weight)| _mm256_set1_ps(weight));
+        for at in (0..eights).step_by(8) {
+            // SAFETY: every eight lie below `n`, the length of each row's part and of `y`.
+            unsafe {
+                let mut lanes = _mm256_loadu_ps(y.as_ptr().add(at));
+                for (row, weight) in starts.iter().zip(&weights) {
+                    lanes = _mm256_fmadd_ps(T::eight(row.as_ptr().add(at)), *weight, lanes);
                 }
-            }
-            for at in eights..n {
-                y[at] += four.iter().zip(&starts).map(|((_, weight), row)| weight * row[at].value()).sum::<f32>();
+                _mm256_storeu_ps(y.as_mut_ptr().add(at), lanes);
             }
         }
-        for &(row, weight) in rest {
-            let row = &rows[row as usize * width + start..][..n];
-            let lanes = _mm256_set1_ps(weight);
-            for at in (0..eights).step_by(8) {
-                // SAFETY: as above.
-                unsafe {
-                    let sum =
-                        _mm256_fmadd_ps(T::eight(row.as_ptr().add(at)), lanes, _mm256_loadu_ps(y.as_ptr().add(at)));
-                    _mm256_storeu_ps(y.as_mut_ptr().add(at), sum);
-                }
-            }
-            for at in eights..n {
-                y[at] += weight * row[at].value();
-            }
+        for at in eights..n {
+            y[at] += picks.iter().zip(&starts).map(|((_, weight), row)| weight * row[at].value()).sum::<f32>();
         }
     }
 }

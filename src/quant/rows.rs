@@ -93,6 +93,9 @@ const PRODUCT_FROM: usize = 4;
 /// Rows widened at a time, by each thread: a few hundred KiB of most layers.
 const BLOCK_ROWS: usize = 64;
 
+/// From this batch on, threads share one product better than they do blocks of rows.
+const WHOLE_FROM: usize = 256;
+
 /// Bytes of rows that a batch's sums go over at a time: less than a core's second cache.
 const NEAR_BYTES: usize = 512 << 10;
 
@@ -282,13 +285,18 @@ impl RowMatrix {
         assert_eq!(queries.ncols(), self.columns, "width of the queries");
         let rows = self.rows();
         if queries.nrows() >= PRODUCT_FROM {
-            if let Data::F32(m) = &self.data {
+            if let Data::F32(m) = &self.data
+                && queries.nrows() >= WHOLE_FROM
+            {
                 return matmul_nt(queries, m.view());
             }
             let starts: Vec<usize> = (0..rows).step_by(BLOCK_ROWS).collect();
             let widened = |&start: &usize| {
-                let block = self.block(start, (start + BLOCK_ROWS).min(rows));
-                matmul_nt(queries, block.view())
+                let end = (start + BLOCK_ROWS).min(rows);
+                match &self.data {
+                    Data::F32(m) => matmul_nt(queries, m.slice(s![start..end, ..])),
+                    _ => matmul_nt(queries, self.block(start, end).view()),
+                }
             };
             let parts: Vec<Array2<f32>> = starts.par_iter().map(widened).collect();
             let mut out = Array2::zeros((queries.nrows(), rows));
@@ -443,8 +451,9 @@ impl RowMatrix {
 /// Some columns of all rows of `y` at a time, on all threads.
 fn by_columns<T: Element>(rows: &[T], picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
     let width = y.ncols();
-    let column_bytes = std::mem::size_of_val(rows).checked_div(width).unwrap_or(0).max(1);
-    let columns = (NEAR_BYTES / column_bytes).next_multiple_of(LINE).max(4 * LINE);
+    let blocks = std::mem::size_of_val(rows).div_ceil(NEAR_BYTES).max(1);
+    let blocks = blocks.next_multiple_of(rayon::current_num_threads());
+    let columns = width.div_ceil(blocks).next_multiple_of(LINE).max(4 * LINE);
     let blocks: Vec<_> = y.axis_chunks_iter_mut(Axis(1), columns).enumerate().collect();
     blocks.into_par_iter().for_each(|(block, mut y)| {
         let mut sum = vec![0f32; y.ncols()];

@@ -3,14 +3,17 @@
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use rayon::prelude::*;
 
+use super::Core;
 use super::config::{Ranking, SearchSettings, Sides};
 use super::search::{Certificate, Hit, Scored, SelectLimit, rank_value};
-use super::{Core, PARALLEL_FROM};
 use crate::index::Range;
 use crate::linalg::{dot_f64, matmul_nt};
 
 /// Scores are worked out anew from float keys down to this share below the threshold.
 const REFINED_WITHIN: f32 = 0.5;
+
+/// Below this many scores one thread is enough to choose among them.
+const PARALLEL_SCORES_FROM: usize = 1 << 13;
 
 /// The answer to one query.
 pub struct Answer {
@@ -25,10 +28,9 @@ pub struct Answer {
 impl Core {
     /// The answers to centred queries `[batch, in]`.
     pub fn answers(&self, centred: ArrayView2<f32>, settings: &SearchSettings, limit: SelectLimit) -> Vec<Answer> {
-        let in_parallel = centred.nrows() > 1 && centred.nrows() * self.scales.len() >= PARALLEL_FROM;
         if let Some(range) = self.range(settings, limit) {
             let answer = |row: usize| self.proposed(centred.row(row), range, settings, limit);
-            return match in_parallel {
+            return match centred.nrows() > 1 {
                 true => (0..centred.nrows()).into_par_iter().map(answer).collect(),
                 false => (0..centred.nrows()).map(answer).collect(),
             };
@@ -43,7 +45,7 @@ impl Core {
             let bound = certificate.bound(certificate.dropped(&contributions, &keys));
             Answer { hits: scored.hits(&keys), threshold, bound }
         };
-        match in_parallel {
+        match centred.nrows() > 1 && centred.nrows() * self.scales.len() >= PARALLEL_SCORES_FROM {
             true => (0..centred.nrows()).into_par_iter().map(answer).collect(),
             false => (0..centred.nrows()).map(answer).collect(),
         }
