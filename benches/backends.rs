@@ -97,11 +97,12 @@ fn main() -> Result<()> {
     });
     let cases: Vec<Case> = cases.collect::<Result<_>>()?;
     println!("six layers of all-MiniLM-L6-v2: means over them; recall at the same threshold");
-    println!("backend                   memory    keys   recall   error    µs a query   flat f32 / it");
+    println!("backend                     stored      memory  keys   recall   error    µs a query   flat f32 / it");
     let mut flat = vec![0.0; KEYS.len()];
     for (name, settings) in backends() {
         let layers: Vec<KeyValueLayer> =
             cases.iter().map(|c| layer(&settings, c.weight.view(), c.calibration.view())).collect::<Result<_>>()?;
+        let stored = layers.iter().map(|l| Layer::KeyValue(l.clone()).to_parts().stored_bytes()).sum::<u64>() as f64;
         let memory = layers.iter().map(|l| Layer::KeyValue(l.clone()).memory_bytes()).sum::<usize>() / layers.len();
         for (place, &keys) in KEYS.iter().enumerate() {
             let (mut found, mut all, mut error, mut micros) = (0u32, 0u32, 0.0, 0.0);
@@ -127,7 +128,8 @@ fn main() -> Result<()> {
                 flat[place] = micros;
             }
             println!(
-                "{name:<24} {:>6.2} MiB  {keys:>4}   {:.4}   {:.4}   {:>8.1}     {:>6.2}",
+                "{name:<24} {:>6.2} MiB  {:>6.2} MiB  {keys:>4}   {:.4}   {:.4}   {:>8.1}     {:>6.2}",
+                stored / count / f64::from(1 << 20),
                 memory as f64 / f64::from(1 << 20),
                 f64::from(found) / f64::from(all),
                 error / count,

@@ -150,7 +150,8 @@ struct SearchArgs {
     input: String,
     #[command(flatten)]
     limit: LimitArgs,
-    /// Search the keys where they lie, through Lance, without loading the layer.
+    /// Search the keys where they lie, through Lance, without loading the layer: for a few queries, since each scans the
+    /// table of all keys of that width.
     #[arg(long)]
     on_disk: bool,
 }

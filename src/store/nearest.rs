@@ -34,8 +34,8 @@ const PARTITION_ROWS: usize = 4096;
 /// Numbers of a key that share a code.
 const PIECE: usize = 8;
 
-/// k-means passes over a table's keys.
-const PASSES: usize = 50;
+/// k-means passes over a table's keys: codewords hardly move after as many.
+const PASSES: usize = 20;
 
 /// Candidates of the index, for each key asked for, whose cosine is worked out from the key itself.
 const REFINED: u32 = 8;
