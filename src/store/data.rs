@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{Array, AsArray, RecordBatch};
+use arrow::array::RecordBatch;
 use futures::TryStreamExt;
 use lance::Dataset;
 
@@ -11,7 +11,7 @@ use super::files::{Files, Run};
 use super::location::{Location, readable, storage_error};
 use super::record::{ArtifactRecord, LayerRecord, Places, Rows, read_artifacts};
 use super::schema::{ARTIFACTS, Table};
-use super::tables::add_rows;
+use super::tables::{add_rows, all_of};
 use crate::error::{Error, Result};
 use crate::layer::Method;
 use crate::layer::parts::{ArtifactId, Parts};
@@ -65,17 +65,31 @@ impl Data {
         Ok(records)
     }
 
+    /// The parts of a layer's artifact, read by this thread from where the catalogue says that they are, in files on
+    /// the local file system. None if they are not to be had like this: [`Data::layer_parts`] says why, or gets them.
+    pub fn local_parts(&self, layer: &LayerRecord) -> Option<Parts> {
+        // None known: the artifact was there before.
+        if layer.places.0.is_empty() {
+            return None;
+        }
+        let found = self.files.local_rows(&runs(&layer.places)).ok()??;
+        let found = by_table(&layer.places, found.into_iter().map(|batch| vec![batch]).collect());
+        complete(layer.artifact, &layer.places, &found)
+            .then(|| assembled(layer.artifact, layer.method, &layer.config, &layer.places, found).ok())?
+    }
+
     /// The parts of a layer's artifact: from where the catalogue says they are, or, where they have been moved, from
     /// where the table of artifacts says.
     ///
     /// # Errors
     /// As [`Data::parts`], and when no such artifact is listed.
     pub async fn layer_parts(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
-        if !layer.places.0.is_empty() {
-            let read = self.assembled(layer.artifact, layer.method, &layer.config, &layer.places, false).await;
-            if let Ok(parts) = read {
-                return Ok(parts);
-            }
+        if !layer.places.0.is_empty()
+            && let Ok(found) = self.at_places(&layer.places).await
+            && complete(layer.artifact, &layer.places, &found)
+            && let Ok(parts) = assembled(layer.artifact, layer.method, &layer.config, &layer.places, found)
+        {
+            return Ok(parts);
         }
         self.parts(&self.record(layer.artifact).await?).await
     }
@@ -85,58 +99,31 @@ impl Data {
     /// # Errors
     /// When its rows are missing or are not what was written, as far as can be told without hashing them.
     pub async fn parts(self: &Arc<Self>, record: &ArtifactRecord) -> Result<Parts> {
-        self.assembled(record.artifact, record.method, &record.config, &record.places, true).await
-    }
-
-    async fn assembled(
-        self: &Arc<Self>,
-        id: ArtifactId,
-        method: Method,
-        config: &serde_json::Value,
-        places: &Places,
-        search: bool,
-    ) -> Result<Parts> {
-        let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
-        let mut tables = Vec::with_capacity(places.0.len());
-        for (name, rows) in &places.0 {
-            let table = Table::named(name);
-            let table =
-                table.ok_or_else(|| corrupt(format!("it has rows in '{name}', which is no table of this format")))?;
-            tables.push((table, name.as_str(), rows));
-        }
-        let batches = match self.at_places(places.0.iter().map(|(name, rows)| (name.as_str(), rows))).await {
-            Ok(all) if all.iter().zip(&tables).all(|(batches, (.., rows))| all_of(batches, id, rows.rows)) => all,
-            _ if search => {
-                let mut all = Vec::with_capacity(tables.len());
-                for &(_, name, rows) in &tables {
+        let (id, places) = (record.artifact, &record.places);
+        let found = match self.at_places(places).await {
+            Ok(found) if complete(id, places, &found) => found,
+            _ => {
+                let mut found = Vec::with_capacity(places.0.len());
+                for (name, rows) in &places.0 {
                     let (data, name, rows) = (self.clone(), name.to_owned(), rows.clone());
                     let read = tokio::spawn(async move { data.rows(id, &name, &rows).await });
                     // Decoding damaged bytes may panic in Lance.
-                    all.push(read.await.map_err(|_| corrupt("its rows cannot be decoded".into()))??);
+                    found.push(read.await.map_err(|_| corrupt(id, "its rows cannot be decoded".into()))??);
                 }
-                all
+                found
             }
-            _ => return Err(corrupt("its rows have been moved".into())),
         };
-        let mut tables: Vec<_> = tables.into_iter().map(|(table, ..)| table).zip(batches).collect();
-        tables.sort_by_key(|(table, _)| *table);
-        let mut parts = Parts::new(method, config.clone());
-        for (table, batches) in tables {
-            add_rows(&mut parts, id, table, batches).map_err(corrupt)?;
-        }
-        Ok(parts)
+        assembled(id, record.method, &record.config, places, found)
     }
 
     /// One table's rows of an artifact: where they were written if they are still there, else by search.
     async fn rows(&self, id: ArtifactId, table: &str, rows: &Rows) -> Result<Vec<RecordBatch>> {
-        let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
         let unreadable =
-            |e: &lance::Error| corrupt(format!("its rows in table '{table}' cannot be read: {}", readable(e)));
-        let failure = match self.at_places([(table, rows)].into_iter()).await {
-            Ok(mut found) => match found.pop().filter(|batches| all_of(batches, id, rows.rows)) {
-                Some(batches) => return Ok(batches),
-                None => None,
-            },
+            |e: &lance::Error| corrupt(id, format!("its rows in table '{table}' cannot be read: {}", readable(e)));
+        let place = Places([(table.to_owned(), rows.clone())].into());
+        let failure = match self.at_places(&place).await {
+            Ok(found) if complete(id, &place, &found) => return Ok(found.into_iter().flatten().collect()),
+            Ok(_) => None,
             Err(e) => Some(e),
         };
         let found = async {
@@ -148,7 +135,7 @@ impl Data {
             Ok(batches) => {
                 let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
                 Err(failure.map_or_else(
-                    || corrupt(format!("table '{table}' holds {found} of its {} rows", rows.rows)),
+                    || corrupt(id, format!("table '{table}' holds {found} of its {} rows", rows.rows)),
                     |e| unreadable(&e),
                 ))
             }
@@ -156,23 +143,67 @@ impl Data {
         }
     }
 
-    /// Rows of tables, from where they were written: those of each table.
-    async fn at_places<'a>(
-        &self,
-        tables: impl Iterator<Item = (&'a str, &'a Rows)>,
-    ) -> lance::Result<Vec<Vec<RecordBatch>>> {
-        let (mut runs, mut counts) = (vec![], vec![]);
-        for (table, rows) in tables {
-            counts.push(rows.runs.len());
-            runs.extend(rows.runs.iter().map(|run| Run {
-                table,
-                file: &run.file,
-                rows: run.offset..run.offset.saturating_add(run.rows),
-            }));
-        }
-        let mut read = self.files.rows(&runs).await?.into_iter();
-        Ok(counts.into_iter().map(|count| read.by_ref().take(count).flatten().collect()).collect())
+    /// Rows from where they were written: those of each table.
+    async fn at_places(&self, places: &Places) -> lance::Result<Vec<Vec<RecordBatch>>> {
+        let files = self.files.clone();
+        let runs = runs(places);
+        let local = tokio::task::spawn_blocking({
+            let runs = runs.clone();
+            move || files.local_rows(&runs)
+        });
+        let local = local.await.map_err(|e| lance::Error::io(e.to_string()))?;
+        let found = match local.map_err(|e| lance::Error::io(e.to_string()))? {
+            Some(batches) => batches.into_iter().map(|batch| vec![batch]).collect(),
+            None => self.files.rows(&runs).await?,
+        };
+        Ok(by_table(places, found))
     }
+}
+
+fn corrupt(id: ArtifactId, reason: String) -> Error {
+    Error::Corrupt { artifact: id.to_string(), reason }
+}
+
+/// All runs of rows, table by table.
+fn runs(places: &Places) -> Vec<Run> {
+    let run = |table: &String, run: &super::record::Run| Run {
+        table: table.clone(),
+        file: run.file.clone(),
+        rows: run.offset..run.offset.saturating_add(run.rows),
+    };
+    places.0.iter().flat_map(|(table, rows)| rows.runs.iter().map(move |r| run(table, r))).collect()
+}
+
+/// The batches of all runs, as one list a table.
+fn by_table(places: &Places, runs: Vec<Vec<RecordBatch>>) -> Vec<Vec<RecordBatch>> {
+    let mut runs = runs.into_iter();
+    places.0.values().map(|rows| runs.by_ref().take(rows.runs.len()).flatten().collect()).collect()
+}
+
+/// Whether these are all rows of an artifact, table by table, and no others.
+fn complete(id: ArtifactId, places: &Places, found: &[Vec<RecordBatch>]) -> bool {
+    found.len() == places.0.len() && found.iter().zip(places.0.values()).all(|(f, rows)| all_of(f, id, rows.rows))
+}
+
+/// The parts that rows make up.
+fn assembled(
+    id: ArtifactId,
+    method: Method,
+    config: &serde_json::Value,
+    places: &Places,
+    found: Vec<Vec<RecordBatch>>,
+) -> Result<Parts> {
+    let mut tables = Vec::with_capacity(found.len());
+    for (name, batches) in places.0.keys().zip(found) {
+        let unknown = || corrupt(id, format!("it has rows in '{name}', which is no table of this format"));
+        tables.push((Table::named(name).ok_or_else(unknown)?, batches));
+    }
+    tables.sort_by_key(|(table, _)| *table);
+    let mut parts = Parts::new(method, config.clone());
+    for (table, batches) in tables {
+        add_rows(&mut parts, table, batches).map_err(|reason| corrupt(id, reason))?;
+    }
+    Ok(parts)
 }
 
 /// The first `count` rows of an artifact, in the order they were written; a second copy lies behind the first.
@@ -187,13 +218,4 @@ async fn by_search(dataset: &Dataset, id: ArtifactId, count: usize) -> lance::Re
         batch.slice(0, rows)
     });
     Ok(cut.filter(|b| b.num_rows() > 0).collect())
-}
-
-/// Whether these are so many rows, all of this artifact.
-fn all_of(batches: &[RecordBatch], id: ArtifactId, rows: u64) -> bool {
-    batches.iter().map(|b| b.num_rows() as u64).sum::<u64>() == rows
-        && batches.iter().all(|batch| {
-            let names = batch.column_by_name("artifact").and_then(|c| c.as_fixed_size_binary_opt());
-            names.is_some_and(|names| names.value_length() == 32 && (0..names.len()).all(|i| names.value(i) == id.0))
-        })
 }

@@ -3,32 +3,31 @@
 //! A data file never changes once it is written, so where an artifact's rows are known to be, neither a manifest nor a
 //! query plan has to be made before they are read.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::io;
+use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arrow::array::{ArrayRef, RecordBatch};
-use arrow::compute::concat_batches;
-use arrow::datatypes::{Field, Schema, SchemaRef};
+use arrow::array::RecordBatch;
 use futures::TryStreamExt;
 use lance_encoding::decoder::{DecoderPlugins, FilterExpression};
-use lance_file::reader::{FileReader, FileReaderOptions, ReaderProjection};
-use lance_file::versions::{reader_projection_from_column_names, reader_projection_from_whole_schema};
+use lance_file::reader::{FileReader, FileReaderOptions};
+use lance_file::versions::reader_projection_from_whole_schema;
 use lance_io::ReadBatchParams;
 use lance_io::object_store::{ObjectStore, ObjectStoreParams};
 use lance_io::scheduler::{ScanScheduler, SchedulerConfig};
 use lance_io::utils::CachedFileSize;
+use lru::LruCache;
 use moka::future::Cache;
 use object_store::path::Path;
 use tokio::sync::OnceCell;
 
+use super::local::LocalFile;
 use super::location::Location;
-use super::plain::PlainColumn;
+use super::schema::Table;
 
 /// Files kept open: each holds a file handle and the description of its columns.
-const OPEN_FILES: u64 = 128;
+const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(128).unwrap();
 
 /// Rows decoded at a time: as many as most layers have, so that they come as one piece, and few enough that 32-bit
 /// offsets can address rows of half a MiB.
@@ -37,14 +36,11 @@ const BATCH_ROWS: u32 = 1 << 12;
 /// Pieces decoded ahead.
 const AHEAD: u32 = 2;
 
-/// A column of so many bytes is read by a thread of its own.
-const LARGE: u64 = 4 << 20;
-
 /// Rows of a data file.
 #[derive(Debug, Clone)]
-pub struct Run<'a> {
-    pub table: &'a str,
-    pub file: &'a str,
+pub struct Run {
+    pub table: String,
+    pub file: String,
     pub rows: Range<u64>,
 }
 
@@ -52,105 +48,87 @@ pub struct Run<'a> {
 #[derive(Debug)]
 pub struct Files {
     location: Location,
+    local: Mutex<LruCache<(String, String), Arc<LocalFile>>>,
     storage: OnceCell<(Arc<ScanScheduler>, Path)>,
-    open: Cache<(String, String), Arc<Opened>>,
+    readers: Cache<(String, String), Arc<FileReader>>,
 }
 
 impl Files {
     pub fn new(location: Location) -> Self {
-        Files { location, storage: OnceCell::new(), open: Cache::new(OPEN_FILES) }
+        Files {
+            location,
+            local: Mutex::new(LruCache::new(OPEN_FILES)),
+            storage: OnceCell::new(),
+            readers: Cache::new(OPEN_FILES.get() as u64),
+        }
     }
 
-    /// Runs of rows, deleted ones too: the batches of each.
+    /// Runs of rows of files on the local file system, deleted ones too, read by this thread: a batch each. None where
+    /// [`Files::rows`] has to read them: the store is somewhere else, or they are laid out in another way.
     ///
     /// # Errors
     /// When a file is not there any more, has fewer rows, or cannot be read.
-    pub async fn rows(self: &Arc<Self>, runs: &[Run<'_>]) -> lance::Result<Vec<Vec<RecordBatch>>> {
-        let opened = futures::future::try_join_all(runs.iter().map(|run| self.opened(run.table, run.file))).await?;
-        // One thread reads what lies plainly: for a small layer that costs less than handing it to several does.
-        let (mut together, mut alone, mut decoded) = (vec![], vec![], vec![]);
-        for (place, (opened, run)) in opened.iter().zip(runs).enumerate() {
-            let plain = opened.plain(&run.rows);
-            decoded.push(opened.clone().decode_others(run.rows.clone(), &plain));
-            for (name, column) in plain {
-                let large = column.bytes() >= LARGE;
-                let read = (place, name, opened.local.clone(), column);
-                if large { alone.push(vec![read]) } else { together.push(read) }
-            }
+    pub fn local_rows(&self, runs: &[Run]) -> io::Result<Option<Vec<RecordBatch>>> {
+        let Some(folder) = self.location.local() else { return Ok(None) };
+        let mut batches = Vec::with_capacity(runs.len());
+        for run in runs {
+            let Some(file) = self.local(folder, &run.table, &run.file)? else { return Ok(None) };
+            let Some(batch) = file.read(&run.rows)? else { return Ok(None) };
+            batches.push(batch);
         }
-        alone.push(together);
-        let reads = alone.into_iter().filter(|group| !group.is_empty()).map(|group| {
-            let read = move || -> io::Result<Vec<_>> {
-                let read = group.into_iter().map(|(place, name, file, column)| {
-                    let (file, size) = file.ok_or_else(|| io::Error::other("a file that is not local"))?;
-                    Ok(((place, name), column.read(&file, size)?))
-                });
-                read.collect()
-            };
-            async { tokio::task::spawn_blocking(read).await.map_err(failed)?.map_err(failed) }
-        });
-        let reads = futures::future::try_join_all(reads);
-        let (reads, decoded) = futures::future::try_join(reads, futures::future::try_join_all(decoded)).await?;
-        let mut columns: HashMap<(usize, String), ArrayRef> = reads.into_iter().flatten().collect();
-        let joined = opened.iter().zip(decoded).enumerate().map(|(place, (opened, decoded))| {
-            let read = opened.schema.fields().iter().map(|field| columns.remove(&(place, field.name().clone())));
-            let read: Vec<Option<ArrayRef>> = read.collect();
-            if read.iter().all(Option::is_none) {
-                return Ok(decoded);
-            }
-            let decoded = match decoded.first() {
-                Some(first) => Some(concat_batches(&first.schema(), &decoded)?),
-                None => None,
-            };
-            let all = opened.schema.fields().iter().zip(read).map(|(field, column)| {
-                let decoded = || decoded.as_ref().and_then(|d| d.column_by_name(field.name()).cloned());
-                let column = column.or_else(decoded);
-                column.ok_or_else(|| lance::Error::internal(format!("column '{}' was not read", field.name())))
-            });
-            Ok(vec![RecordBatch::try_new(opened.schema.clone(), all.collect::<lance::Result<_>>()?)?])
-        });
-        joined.collect()
+        Ok(Some(batches))
     }
 
-    async fn opened(self: &Arc<Self>, table: &str, file: &str) -> lance::Result<Arc<Opened>> {
-        let key = (table.to_owned(), file.to_owned());
-        if let Some(opened) = self.open.get(&key).await {
-            return Ok(opened);
+    fn local(&self, folder: &std::path::Path, table: &str, name: &str) -> io::Result<Option<Arc<LocalFile>>> {
+        // Only the name of a file: what a path holds otherwise is encoded by the object store.
+        let Some(known) = Table::named(table).filter(|_| !name.contains(['/', '\\'])) else { return Ok(None) };
+        let key = (table.to_owned(), name.to_owned());
+        if let Some(file) = self.open_files().get(&key) {
+            return Ok(Some(file.clone()));
         }
-        // On a task of its own: a layer's files are opened side by side.
-        let (files, (table, file)) = (self.clone(), key.clone());
-        let open =
-            async move { tokio::spawn(async move { files.open_file(&table, &file).await }).await.map_err(failed)? };
-        self.open.try_get_with(key, open).await.map_err(failed)
+        let file = match LocalFile::open(&folder.join(format!("{table}.lance")).join("data").join(name), known.schema())
+        {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => return Ok(None),
+            file => Arc::new(file?),
+        };
+        self.open_files().put(key, file.clone());
+        Ok(Some(file))
     }
 
-    async fn open_file(&self, table: &str, name: &str) -> lance::Result<Arc<Opened>> {
+    fn open_files(&self) -> MutexGuard<'_, LruCache<(String, String), Arc<LocalFile>>> {
+        // A map that another thread left in the middle of a change is still a map.
+        self.local.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs of rows, deleted ones too, through Lance: the batches of each.
+    ///
+    /// # Errors
+    /// As [`Files::local_rows`].
+    pub async fn rows(self: &Arc<Self>, runs: &[Run]) -> lance::Result<Vec<Vec<RecordBatch>>> {
+        let read = runs.iter().map(|run| {
+            let (files, run) = (self.clone(), run.clone());
+            // On a task of its own: side by side, and decoding damaged bytes may panic in Lance.
+            async move { tokio::spawn(async move { files.decoded(run).await }).await.map_err(failed)? }
+        });
+        futures::future::try_join_all(read).await
+    }
+
+    async fn decoded(&self, run: Run) -> lance::Result<Vec<RecordBatch>> {
+        let key = (run.table, run.file);
+        let reader = self.readers.try_get_with_by_ref(&key, self.reader(&key.0, &key.1)).await.map_err(failed)?;
+        let range = ReadBatchParams::Range(run.rows.start as usize..run.rows.end as usize);
+        let projection = reader_projection_from_whole_schema(reader.schema(), reader.version());
+        let all = FilterExpression::no_filter();
+        reader.read_stream_projected(range, BATCH_ROWS, AHEAD, projection, all).await?.try_collect().await
+    }
+
+    async fn reader(&self, table: &str, name: &str) -> lance::Result<Arc<FileReader>> {
         let (scheduler, root) = self.storage.get_or_try_init(|| self.connect()).await?;
-        let table = format!("{table}.lance");
-        let path = root.clone().join(table.as_str()).join("data").join(name);
-        let local = match self.location.local() {
-            // The same name as above: a part of a path holds no separator once it is encoded.
-            Some(folder) if !name.contains(['/', '\\']) => {
-                let file = File::open(folder.join(table).join("data").join(name))?;
-                let size = file.metadata()?.len();
-                Some((Arc::new(file), size))
-            }
-            _ => None,
-        };
-        let size = match &local {
-            Some((_, size)) => CachedFileSize::new(*size),
-            None => CachedFileSize::unknown(),
-        };
-        let file = scheduler.open_file(&path, &size).await?;
+        let path = root.clone().join(format!("{table}.lance")).join("data").join(name);
+        let file = scheduler.open_file(&path, &CachedFileSize::unknown()).await?;
         let session = self.location.session();
         let (plugins, options) = (Arc::<DecoderPlugins>::default(), FileReaderOptions::default());
-        let reader = FileReader::try_open(file, None, plugins, session.file_metadata_cache(), options).await?;
-        let schema = Arc::new(Schema::from(reader.schema().as_ref()));
-        let all = reader_projection_from_whole_schema(reader.schema(), reader.version()).column_indices;
-        // As many as fields: each is one column of the file.
-        let fields = schema.fields().iter().filter(|_| all.len() == schema.fields().len());
-        let single = fields.cloned().zip(all.iter().map(|&index| index as usize)).collect();
-        Ok(Arc::new(Opened { reader, local, schema, single }))
+        Ok(Arc::new(FileReader::try_open(file, None, plugins, session.file_metadata_cache(), options).await?))
     }
 
     async fn connect(&self) -> lance::Result<(Arc<ScanScheduler>, Path)> {
@@ -163,85 +141,6 @@ impl Files {
     }
 }
 
-/// An open data file.
-#[derive(Debug)]
-struct Opened {
-    reader: FileReader,
-    /// The file and its size, for a store on the local file system.
-    local: Option<(Arc<File>, u64)>,
-    schema: SchemaRef,
-    /// The columns that are one column of the file each, and which.
-    single: Vec<(Arc<Field>, usize)>,
-}
-
-impl Opened {
-    /// The columns whose bytes lie plainly in the file, if it is a local one.
-    fn plain(&self, rows: &Range<u64>) -> BTreeMap<String, PlainColumn> {
-        if self.local.is_none() {
-            return BTreeMap::new();
-        }
-        let columns = &self.reader.metadata().column_infos;
-        let found = self.single.iter().filter_map(|(field, index)| {
-            Some((field.name().clone(), PlainColumn::find(field, columns.get(*index)?, rows.clone())?))
-        });
-        let found: BTreeMap<String, PlainColumn> = found.collect();
-        // They come as one batch, whose offsets have 32 bits; the decoder makes several.
-        if found.values().any(|column| column.bytes() > i32::MAX as u64) { BTreeMap::new() } else { found }
-    }
-
-    /// The rows' other columns, through Lance's decoder.
-    fn decode_others(
-        self: Arc<Self>,
-        rows: Range<u64>,
-        plain: &BTreeMap<String, PlainColumn>,
-    ) -> impl Future<Output = lance::Result<Vec<RecordBatch>>> + use<> {
-        let names = self.schema.fields().iter().map(|f| f.name().clone());
-        let names: Vec<String> = names.filter(|name| !plain.contains_key(name)).collect();
-        async move {
-            if names.is_empty() {
-                return Ok(vec![]);
-            }
-            // Decoding damaged bytes may panic in Lance.
-            tokio::spawn(async move { self.decode(rows, &names).await }).await.map_err(failed)?
-        }
-    }
-
-    async fn decode(&self, rows: Range<u64>, columns: &[String]) -> lance::Result<Vec<RecordBatch>> {
-        let range = ReadBatchParams::Range(rows.start as usize..rows.end as usize);
-        let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
-        let projection = projection(&self.reader, &columns)?;
-        let all = FilterExpression::no_filter();
-        self.reader.read_stream_projected(range, BATCH_ROWS, AHEAD, projection, all).await?.try_collect().await
-    }
-}
-
 fn failed(e: impl std::fmt::Display) -> lance::Error {
     lance::Error::io(e.to_string())
-}
-
-fn projection(reader: &FileReader, columns: &[&str]) -> lance::Result<ReaderProjection> {
-    reader_projection_from_column_names(reader.version(), reader.schema(), columns)
-}
-
-#[cfg(test)]
-impl Files {
-    pub async fn decoded(
-        self: &Arc<Self>,
-        table: &str,
-        file: &str,
-        rows: Range<u64>,
-    ) -> lance::Result<Vec<RecordBatch>> {
-        let opened = self.opened(table, file).await?;
-        let columns: Vec<String> = opened.schema.fields().iter().map(|f| f.name().clone()).collect();
-        opened.decode(rows, &columns).await
-    }
-
-    pub async fn plain_columns(
-        self: &Arc<Self>,
-        table: &str,
-        file: &str,
-        rows: Range<u64>,
-    ) -> lance::Result<Vec<String>> {
-        Ok(self.opened(table, file).await?.plain(&rows).into_keys().collect())
-    }
 }

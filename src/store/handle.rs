@@ -25,6 +25,10 @@ impl LayerHandle {
         &self.store
     }
 
+    pub(super) fn shared_record(&self) -> &Arc<LayerRecord> {
+        &self.record
+    }
+
     /// The catalogue's row.
     pub fn record(&self) -> &LayerRecord {
         &self.record

@@ -9,12 +9,14 @@ mod data;
 mod files;
 mod gc;
 mod handle;
+mod local;
 mod location;
 mod lock;
 mod names;
 mod nearest;
 mod on_disk;
 mod plain;
+mod pread;
 mod record;
 mod schema;
 mod single;
@@ -241,16 +243,25 @@ impl Store {
     pub async fn prefetch(&self, handles: &[LayerHandle]) -> Result<()> {
         use futures::{StreamExt, TryStreamExt};
         const AT_ONCE: usize = 4;
-        let loads = handles.iter().map(|h| self.load(h.record()));
+        let loads = handles.iter().map(|h| self.load(h.shared_record()));
         futures::stream::iter(loads).buffer_unordered(AT_ONCE).try_for_each(|_| async { Ok(()) }).await
     }
 
     /// An artifact's layer, from the cache or read now; concurrent callers wait for one read.
-    async fn load(&self, record: &LayerRecord) -> Result<Layer> {
+    async fn load(&self, record: &Arc<LayerRecord>) -> Result<Layer> {
         let id = record.artifact;
-        let read = async {
-            let parts = self.inner.data.layer_parts(record).await?;
+        let built = move |parts| {
             Layer::from_parts(parts).map_err(|e| Error::Corrupt { artifact: id.to_string(), reason: e.to_string() })
+        };
+        let read = async {
+            let (data, wanted) = (self.inner.data.clone(), record.clone());
+            // One task reads and builds it, where its files are at hand.
+            let local = tokio::task::spawn_blocking(move || data.local_parts(&wanted).map(built)).await;
+            if let Some(layer) = joined(local)? {
+                return layer;
+            }
+            let parts = self.inner.data.layer_parts(record).await?;
+            joined(tokio::task::spawn_blocking(move || built(parts)).await)?
         };
         self.inner.layers.try_get_with(id, read).await.map_err(Error::Shared)
     }

@@ -50,13 +50,8 @@ impl LayerHandle {
         })?;
         let mut small = Parts::new(record.method, record.config.clone());
         let batches = small_tensors(&opened(TENSORS.into()).await?, &mine).await;
-        add_rows(
-            &mut small,
-            record.artifact,
-            Table::Tensors,
-            batches.map_err(storage_error("reading table 'tensors'"))?,
-        )
-        .map_err(|reason| Error::Corrupt { artifact: record.artifact.to_string(), reason })?;
+        add_rows(&mut small, Table::Tensors, batches.map_err(storage_error("reading table 'tensors'"))?)
+            .map_err(|reason| Error::Corrupt { artifact: record.artifact.to_string(), reason })?;
         let count = scales.len();
         let search = StoredSearch::new(&record.config, scales, &small.tensors, limit)?;
         let centred = search.centred(x).map_err(|e| e.in_layer(&record.layer))?;

@@ -16,13 +16,15 @@ use arrow::array::{
 };
 use arrow::buffer::{Buffer, OffsetBuffer};
 use arrow::datatypes::{DataType, Field, Float32Type, UInt32Type};
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 use bytes::Bytes;
-use lance_encoding::decoder::{ColumnInfo, PageEncoding};
 use lance_encoding::format::metadata::compressive_encoding::Compression;
 use lance_encoding::format::metadata::full_zip_layout::Details;
 use lance_encoding::format::metadata::page_layout::Layout;
 use lance_encoding::format::metadata::{CompressiveEncoding, ConstantLayout, FullZipLayout};
+
+use super::local::{Page, invalid};
+use super::pread::{At, append, append_prefixed, read_exact_at};
 
 /// Read at a time where lengths have to be taken out.
 const WINDOW: usize = 256 << 10;
@@ -72,24 +74,21 @@ enum Source {
 
 impl PlainColumn {
     /// These rows of a column, if that is how they lie in the file.
-    pub fn find(field: &Arc<Field>, column: &ColumnInfo, rows: Range<u64>) -> Option<Self> {
+    pub fn find(field: &Arc<Field>, pages: &[Page], rows: Range<u64>) -> Option<Self> {
         let kind = kind(field.data_type())?;
         let mut pieces = vec![];
         let mut first = 0;
-        for page in column.page_infos.iter() {
-            let wanted = rows.start.max(first)..rows.end.min(first + page.num_rows);
+        for page in pages {
+            let end = u64::checked_add(first, page.rows)?;
+            let wanted = rows.start.max(first)..rows.end.min(end);
             if wanted.start < wanted.end {
-                let PageEncoding::Structural(layout) = &page.encoding else { return None };
-                let buffer = |i: usize| {
-                    let &(at, size) = page.buffer_offsets_and_sizes.get(i)?;
-                    Some(at..at.checked_add(size)?)
-                };
-                let source = match layout.layout.as_ref()? {
+                let buffer = |i: usize| page.buffers.get(i).cloned();
+                let source = match page.layout.layout.as_ref()? {
                     Layout::FullZipLayout(layout) => match (kind, prefix_bytes(field.data_type(), layout)?) {
                         (Kind::Fixed(_), 0) => Source::Fixed(buffer(0)?),
                         (Kind::Variable, prefix @ 1..) => {
                             let index = buffer(1)?;
-                            let (bytes, entries) = (index.end - index.start, page.num_rows + 1);
+                            let (bytes, entries) = (index.end - index.start, page.rows.checked_add(1)?);
                             if bytes % entries != 0 || bytes / entries > 8 {
                                 return None;
                             }
@@ -99,14 +98,14 @@ impl PlainColumn {
                     },
                     Layout::ConstantLayout(layout) => match (same(layout)?, kind) {
                         (Some(value), Kind::Fixed(width)) if value.len() == width => Source::Same(value.clone()),
-                        (None, _) if page.buffer_offsets_and_sizes.len() == 1 => Source::SameAt(buffer(0)?),
+                        (None, _) if page.buffers.len() == 1 => Source::SameAt(buffer(0)?),
                         _ => return None,
                     },
                     _ => return None,
                 };
                 pieces.push(Piece { rows: wanted.start - first..wanted.end - first, source });
             }
-            first += page.num_rows;
+            first = end;
         }
         let column = PlainColumn {
             field: field.clone(),
@@ -115,15 +114,6 @@ impl PlainColumn {
             rows: usize::try_from(rows.end.checked_sub(rows.start)?).ok()?,
         };
         (rows.end <= first).then_some(column)
-    }
-
-    /// About how many bytes the rows take: all of the pages that they lie in.
-    pub fn bytes(&self) -> u64 {
-        let pages = self.pieces.iter().map(|piece| match &piece.source {
-            Source::Fixed(data) | Source::Prefixed { data, .. } => data.end - data.start,
-            Source::Same(_) | Source::SameAt(_) => 0,
-        });
-        pages.sum()
     }
 
     /// Reads the rows from a file of `size` bytes.
@@ -136,7 +126,7 @@ impl PlainColumn {
             Source::Same(_) => None,
         });
         if ends.max().is_some_and(|end| end > size) {
-            return Err(inconsistent("a page ends behind the file"));
+            return Err(invalid("a page ends behind the file"));
         }
         match self.kind {
             Kind::Fixed(width) => self.fixed(file, width),
@@ -159,40 +149,43 @@ impl PlainColumn {
                 };
                 Arc::new(FixedSizeListArray::try_new(item.clone(), *length, values, None).map_err(io::Error::other)?)
             }
-            other => return Err(inconsistent(&format!("{other} among values of fixed width"))),
+            other => return Err(invalid(&format!("{other} among values of fixed width"))),
         };
         Ok(array)
     }
 
     /// All rows' numbers, in one allocation.
-    fn values<T: Pod + Zeroable>(&self, file: &File, width: usize) -> io::Result<Vec<T>> {
+    fn values<T: Pod>(&self, file: &File, width: usize) -> io::Result<Vec<T>> {
         // Before memory is asked for: that the pages do hold so many rows.
         for piece in &self.pieces {
             if let Source::Fixed(data) = &piece.source {
                 let end = piece.rows.end.checked_mul(width as u64).and_then(|bytes| data.start.checked_add(bytes));
                 if end.is_none_or(|end| end > data.end) {
-                    return Err(inconsistent("a page is shorter than its rows"));
+                    return Err(invalid("a page is shorter than its rows"));
                 }
             }
         }
-        let bytes = self.rows.checked_mul(width).ok_or_else(|| inconsistent("too long"))?;
-        let mut values = vec![T::zeroed(); bytes / size_of::<T>()];
-        let mut rest: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
-        for piece in &self.pieces {
-            let (now, later) = rest.split_at_mut((piece.rows.end - piece.rows.start) as usize * width);
-            match &piece.source {
-                Source::Fixed(data) => read_exact_at(file, now, data.start + piece.rows.start * width as u64)?,
-                Source::Same(value) => now.chunks_exact_mut(width.max(1)).for_each(|row| row.copy_from_slice(value)),
-                Source::SameAt(data) => {
-                    let value = self.single(file, data)?;
-                    if value.len() != width {
-                        return Err(inconsistent("a value is of another width"));
-                    }
-                    now.chunks_exact_mut(width.max(1)).for_each(|row| row.copy_from_slice(&value));
-                }
-                Source::Prefixed { .. } => return Err(inconsistent("lengths before values of fixed width")),
+        let bytes = self.rows.checked_mul(width).ok_or_else(|| invalid("too long"))?;
+        let mut values = Vec::with_capacity(bytes / size_of::<T>());
+        let repeat = |values: &mut Vec<T>, value: &[u8], rows: u64| -> io::Result<()> {
+            if value.len() != width {
+                return Err(invalid("a value is of another width"));
             }
-            rest = later;
+            let value: Vec<T> = bytemuck::pod_collect_to_vec(value);
+            (0..rows).for_each(|_| values.extend_from_slice(&value));
+            Ok(())
+        };
+        for piece in &self.pieces {
+            let rows = piece.rows.end - piece.rows.start;
+            match &piece.source {
+                Source::Fixed(data) => {
+                    let count = rows as usize * width / size_of::<T>();
+                    append(file, data.start + piece.rows.start * width as u64, count, &mut values)?;
+                }
+                Source::Same(value) => repeat(&mut values, value, rows)?,
+                Source::SameAt(data) => repeat(&mut values, &self.single(file, data)?, rows)?,
+                Source::Prefixed { .. } => return Err(invalid("lengths before values of fixed width")),
+            }
         }
         Ok(values)
     }
@@ -210,12 +203,12 @@ impl PlainColumn {
                     let value = self.single(file, data)?;
                     let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(value.len()));
                     if total.is_none_or(|total| total > i32::MAX as usize) {
-                        return Err(inconsistent("more bytes than one array addresses"));
+                        return Err(invalid("more bytes than one array addresses"));
                     }
                     values.extend(value.repeat(rows as usize));
                     lengths.extend(std::iter::repeat_n(value.len(), rows as usize));
                 }
-                Source::Fixed(_) | Source::Same(_) => return Err(inconsistent("values of fixed width among others")),
+                Source::Fixed(_) | Source::Same(_) => return Err(invalid("values of fixed width among others")),
             }
         }
         let bytes = Buffer::from(values);
@@ -225,7 +218,7 @@ impl PlainColumn {
                 Arc::new(LargeBinaryArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
             }
             _ if i32::try_from(bytes.len()).is_err() => {
-                return Err(inconsistent("more bytes than one array addresses"));
+                return Err(invalid("more bytes than one array addresses"));
             }
             DataType::Utf8 => {
                 let offsets = OffsetBuffer::<i32>::from_lengths(lengths);
@@ -252,7 +245,7 @@ impl PlainColumn {
             DataType::Utf8 => value.as_string::<i32>().value(0).into(),
             DataType::Binary => value.as_binary::<i32>().value(0).into(),
             DataType::LargeBinary => value.as_binary::<i64>().value(0).into(),
-            other => return Err(inconsistent(&format!("one value for a column of {other}"))),
+            other => return Err(invalid(&format!("one value for a column of {other}"))),
         };
         Ok(value)
     }
@@ -270,23 +263,42 @@ fn prefixed(
 ) -> io::Result<()> {
     let start = |row: u64| -> io::Result<u64> {
         let mut bytes = [0; 8];
-        let entry = bytes.get_mut(..width as usize).ok_or_else(|| inconsistent("an index entry is too wide"))?;
+        let entry = bytes.get_mut(..width as usize).ok_or_else(|| invalid("an index entry is too wide"))?;
         read_exact_at(file, entry, index.saturating_add(row.saturating_mul(width)))?;
-        data.start.checked_add(u64::from_le_bytes(bytes)).ok_or_else(|| inconsistent("an entry overflows"))
+        data.start.checked_add(u64::from_le_bytes(bytes)).ok_or_else(|| invalid("an entry overflows"))
     };
     let range = start(rows.start)?..start(rows.end)?;
     let count = rows.end - rows.start;
     let bytes = range.end.checked_sub(range.start).and_then(|b| b.checked_sub(count.saturating_mul(prefix as u64)));
-    let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| inconsistent("rows overlap"))?;
-    let mut left = usize::try_from(bytes).map_err(io::Error::other)?;
-    values.reserve_exact(left);
+    let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| invalid("rows overlap"))?;
+    let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
+    let length = bytes as u64 / count;
+    // As those of nearly all layers are.
+    if length * count == bytes as u64 && append_prefixed(file, range.clone(), prefix, length as usize, values)? {
+        lengths.extend(std::iter::repeat_n(length as usize, count as usize));
+        return Ok(());
+    }
+    values.reserve_exact(bytes);
+    uneven(file, range, count, bytes, prefix, values, lengths)
+}
+
+/// Adds rows of any lengths, `left` bytes of them.
+fn uneven(
+    file: &File,
+    range: Range<u64>,
+    count: u64,
+    mut left: usize,
+    prefix: usize,
+    values: &mut Vec<u8>,
+    lengths: &mut Vec<usize>,
+) -> io::Result<()> {
     let window = WINDOW.min((range.end - range.start) as usize);
     let mut bytes = BufReader::with_capacity(window, At { file, range });
     for _ in 0..count {
         let mut length = [0; 8];
         bytes.read_exact(&mut length[..prefix])?;
         let length = usize::try_from(u64::from_le_bytes(length)).ok().filter(|&length| length <= left);
-        let length = length.ok_or_else(|| inconsistent("a row's length is beyond its page"))?;
+        let length = length.ok_or_else(|| invalid("a row's length is beyond its page"))?;
         lengths.push(length);
         left -= length;
         let mut missing = length;
@@ -303,7 +315,7 @@ fn prefixed(
         }
     }
     if left > 0 {
-        return Err(inconsistent("lengths do not add up to the page"));
+        return Err(invalid("lengths do not add up to the page"));
     }
     Ok(())
 }
@@ -377,37 +389,6 @@ fn flat(encoding: &CompressiveEncoding, bits: u64) -> bool {
     matches!(&encoding.compression, Some(Compression::Flat(flat)) if flat.bits_per_value == bits && flat.data.is_none())
 }
 
-fn inconsistent(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the file contradicts itself: {what}"))
-}
-
-/// A range of a file, as a stream of its own.
-struct At<'a> {
-    file: &'a File,
-    range: Range<u64>,
-}
-
-impl Read for At<'_> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX);
-        let some = into.len().min(left);
-        let read = read_at(self.file, &mut into[..some], self.range.start)?;
-        self.range.start += read as u64;
-        Ok(read)
-    }
-}
-
-fn read_at(file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
-    #[cfg(unix)]
-    return std::os::unix::fs::FileExt::read_at(file, into, at);
-    #[cfg(windows)]
-    return std::os::windows::fs::FileExt::seek_read(file, into, at);
-}
-
-fn read_exact_at(file: &File, into: &mut [u8], at: u64) -> io::Result<()> {
-    At { file, range: at..at.saturating_add(into.len() as u64) }.read_exact(into)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,6 +396,7 @@ mod tests {
     use proptest::prelude::*;
 
     use crate::store::files::{Files, Run};
+    use crate::store::local::LocalFile;
     use crate::store::location::Location;
     use crate::store::schema::Table;
     use crate::store::writer::append;
@@ -494,8 +476,6 @@ mod tests {
             let name = table.name();
             let done = append(&location, &name, table.schema(), vec![batch.clone()]);
             let file = runtime.block_on(done).unwrap().remove(0).0;
-            let found = runtime.block_on(files.plain_columns(&table.name(), &file, 0..rows as u64)).unwrap();
-            assert_eq!(found.len(), table.schema().fields().len(), "{found:?} of {}", table.name());
             written.push((table, batch, file));
         }
         proptest!(ProptestConfig::with_cases(40), |(start in 0usize..2999, length in 1usize..3000)| {
@@ -506,26 +486,38 @@ mod tests {
                 let joined = |batches: Vec<RecordBatch>| {
                     arrow::compute::concat_batches(&batches[0].schema(), &batches).unwrap()
                 };
-                let fast = joined(runtime.block_on(read(&files, &table.name(), file, range.clone())).unwrap());
-                let slow = joined(runtime.block_on(files.decoded(&table.name(), file, range)).unwrap());
-                prop_assert_eq!(fast.columns(), slow.columns());
-                for (found, written) in fast.columns().iter().zip(expected.columns()) {
+                let run = Run { table: table.name(), file: file.clone(), rows: range };
+                let fast = joined(files.local_rows(std::slice::from_ref(&run)).unwrap().unwrap());
+                let slow = joined(runtime.block_on(files.rows(&[run])).unwrap().remove(0));
+                for (slow, fast) in slow.columns().iter().zip(fast.columns()) {
                     // Lance calls the items of every list nullable.
-                    prop_assert_eq!(found, &arrow::compute::cast(written, found.data_type()).unwrap());
+                    prop_assert_eq!(&arrow::compute::cast(slow, fast.data_type()).unwrap(), fast);
                 }
+                prop_assert_eq!(fast.columns(), expected.columns());
             }
         });
         for (table, _, file) in &written {
-            assert!(runtime.block_on(read(&files, &table.name(), file, 2990..3001)).is_err());
-            // A page that is not there any more is no panic.
+            let run = |rows| [Run { table: table.name(), file: file.clone(), rows }];
+            assert!(files.local_rows(&run(2990..3001)).unwrap().is_none());
+            assert!(runtime.block_on(files.rows(&run(2990..3001))).is_err());
+            // Pages that are not there any more, or a description that is cut off, are no panic.
             let path = folder.path().join(format!("{}.lance/data/{file}", table.name()));
-            File::options().write(true).open(&path).unwrap().set_len(5000).unwrap();
-            assert!(runtime.block_on(read(&files, &table.name(), file, 0..3000)).is_err());
+            let bytes = std::fs::read(&path).unwrap();
+            let cut = File::options().write(true).open(&path).unwrap();
+            cut.set_len(5000).unwrap();
+            assert!(files.local_rows(&run(0..3000)).is_err());
+            for length in (0..bytes.len()).rev().step_by(97).take(60).chain(0..45) {
+                std::fs::write(&path, &bytes[..length]).unwrap();
+                assert!(LocalFile::open(&path, table.schema()).is_err(), "{length} of {} bytes", bytes.len());
+            }
+            // Nor is a byte that is not what was written, wherever in the description it is.
+            for place in (bytes.len().saturating_sub(4000)..bytes.len()).step_by(7) {
+                let mut flipped = bytes.clone();
+                flipped[place] ^= 0x55;
+                std::fs::write(&path, &flipped).unwrap();
+                let _ = Files::new(location.clone()).local_rows(&run(0..3000));
+            }
         }
-    }
-
-    async fn read(files: &Arc<Files>, table: &str, file: &str, rows: Range<u64>) -> lance::Result<Vec<RecordBatch>> {
-        Ok(files.rows(&[Run { table, file, rows }]).await?.remove(0))
     }
 
     struct FixedSizeBinary(ArrayRef);

@@ -145,24 +145,24 @@ fn byte_rows(bytes: &Bytes, rows: usize, start: usize, end: usize) -> Result<Arr
     Ok(Arc::new(array.map_err(unstorable)?))
 }
 
+/// Whether these are so many rows, all of this artifact.
+pub fn all_of(batches: &[RecordBatch], id: ArtifactId, rows: u64) -> bool {
+    batches.iter().map(|b| b.num_rows() as u64).sum::<u64>() == rows
+        && batches.iter().all(|batch| {
+            let names = batch.column_by_name("artifact").and_then(|c| c.as_fixed_size_binary_opt());
+            names.is_some_and(|names| {
+                let (from, rows) = (names.offset() * 32, names.len() * 32);
+                let all = names.value_length() == 32 && names.null_count() == 0;
+                all && names.value_data()[from..from + rows].chunks_exact(32).all(|name| name == id.0)
+            })
+        })
+}
+
 /// Puts one table's rows of an artifact back into its parts.
 ///
 /// # Errors
-/// When a row belongs to another artifact, or rows are missing, doubled or out of order: the reason, for the caller to
-/// put the artifact's name to.
-pub fn add_rows(
-    parts: &mut Parts,
-    id: ArtifactId,
-    table: Table,
-    batches: Vec<RecordBatch>,
-) -> std::result::Result<(), String> {
-    for batch in &batches {
-        let names =
-            column(batch, "artifact")?.as_fixed_size_binary_opt().ok_or("the artifact column is of another type")?;
-        if let Some(other) = (0..names.len()).find(|&i| names.value(i) != id.0) {
-            return Err(format!("row {other} of its rows in {} belongs to another artifact", table.name()));
-        }
-    }
+/// When rows are missing, doubled or out of order: the reason, for the caller to put the artifact's name to.
+pub fn add_rows(parts: &mut Parts, table: Table, batches: Vec<RecordBatch>) -> std::result::Result<(), String> {
     match table {
         Table::Keys(d) => {
             in_order(&batches, "key")?;
@@ -182,33 +182,33 @@ pub fn add_rows(
             parts.values = Some(gather_vectors(batches, d)?);
         }
         Table::Codebooks(d) => {
-            for (batch, run) in runs(&batches, |b, i| Ok((text(b, "role", i)?, number(b, "subspace", i)?)))? {
-                let ((role, subspace), rows) = run;
-                let rows = batch.slice(rows.start, rows.len());
+            let same = |b: &RecordBatch, i| {
+                Ok(text(b, "role", i)? == text(b, "role", i - 1)?
+                    && number(b, "subspace", i)? == number(b, "subspace", i - 1)?)
+            };
+            for rows in runs(batches, same)? {
                 in_order(std::slice::from_ref(&rows), "code")?;
+                let (role, subspace) = (text(&rows, "role", 0)?.to_owned(), number(&rows, "subspace", 0)?);
                 parts.codebooks.push(Codebook { role, subspace, vectors: gather_vectors(vec![rows], d)? });
             }
         }
         Table::Codes(m) => {
-            for (batch, (role, rows)) in runs(&batches, |b, i| text(b, "role", i))? {
-                let rows = batch.slice(rows.start, rows.len());
+            for rows in runs(batches, |b, i| Ok(text(b, "role", i)? == text(b, "role", i - 1)?))? {
                 in_order(std::slice::from_ref(&rows), "key")?;
                 let lists = column(&rows, "codes")?.as_fixed_size_list_opt().ok_or("codes is of another type")?;
-                let lists = lists.slice(0, lists.len());
                 let values = lists.values().slice(lists.value_offset(0) as usize, lists.len() * m);
                 let values =
                     values.as_primitive_opt::<UInt8Type>().ok_or("codes is of another type")?.values().to_vec();
                 parts.codes.push(Codes {
-                    role,
+                    role: text(&rows, "role", 0)?.to_owned(),
                     codes: Array2::from_shape_vec((rows.num_rows(), m), values).map_err(|e| e.to_string())?,
                 });
             }
         }
         Table::Factors(d) => {
-            for (batch, (side, rows)) in runs(&batches, |b, i| text(b, "side", i))? {
-                let rows = batch.slice(rows.start, rows.len());
+            for rows in runs(batches, |b, i| Ok(text(b, "side", i)? == text(b, "side", i - 1)?))? {
                 in_order(std::slice::from_ref(&rows), "component")?;
-                let side = match side.as_str() {
+                let side = match text(&rows, "side", 0)? {
                     "a" => Side::A,
                     "b" => Side::B,
                     other => return Err(format!("a factor's side is '{other}'")),
@@ -216,12 +216,8 @@ pub fn add_rows(
                 let singular = column(&rows, "singular_value")?
                     .as_primitive_opt::<Float32Type>()
                     .ok_or("singular_value is of another type")?;
-                let factor = Factor {
-                    side,
-                    singular_values: singular.values().to_vec(),
-                    vectors: gather_vectors(vec![rows.clone()], d)?,
-                };
-                parts.factors.push(factor);
+                let singular_values = singular.values().to_vec();
+                parts.factors.push(Factor { side, singular_values, vectors: gather_vectors(vec![rows], d)? });
                 // Sides of different lengths come from different tables, in no fixed order.
                 parts.factors.sort_by_key(|f| f.side.as_str());
             }
@@ -240,10 +236,10 @@ pub fn add_rows(
                 let data = column(batch, "data")?.as_binary_opt::<i64>().ok_or("data is of another type")?;
                 for i in 0..batch.num_rows() {
                     let shape = text(batch, "shape", i)?;
-                    let shape = serde_json::from_str(&shape).map_err(|e| format!("shape '{shape}': {e}"))?;
+                    let shape = serde_json::from_str(shape).map_err(|e| format!("shape '{shape}': {e}"))?;
                     parts.tensors.push(Tensor {
-                        name: text(batch, "name", i)?,
-                        dtype: text(batch, "dtype", i)?,
+                        name: text(batch, "name", i)?.to_owned(),
+                        dtype: text(batch, "dtype", i)?.to_owned(),
                         shape,
                         data: Bytes::copy_from_slice(data.value(i)),
                     });
@@ -258,9 +254,9 @@ fn column<'a>(batch: &'a RecordBatch, name: &str) -> std::result::Result<&'a Arr
     batch.column_by_name(name).ok_or_else(|| format!("its table has no column '{name}'"))
 }
 
-fn text(batch: &RecordBatch, name: &str, row: usize) -> std::result::Result<String, String> {
+fn text<'a>(batch: &'a RecordBatch, name: &str, row: usize) -> std::result::Result<&'a str, String> {
     let array = column(batch, name)?.as_string_opt::<i32>().ok_or_else(|| format!("{name} is of another type"))?;
-    Ok(array.value(row).to_owned())
+    Ok(array.value(row))
 }
 
 fn number(batch: &RecordBatch, name: &str, row: usize) -> std::result::Result<u32, String> {
@@ -286,24 +282,29 @@ fn in_order(batches: &[RecordBatch], name: &str) -> std::result::Result<(), Stri
     Ok(())
 }
 
-type Run<K> = (K, std::ops::Range<usize>);
-
-/// Consecutive rows with the same key, over all batches joined.
-fn runs<K: PartialEq>(
-    batches: &[RecordBatch],
-    key: impl Fn(&RecordBatch, usize) -> std::result::Result<K, String>,
-) -> std::result::Result<Vec<(RecordBatch, Run<K>)>, String> {
-    let Some(first) = batches.first() else { return Ok(vec![]) };
-    let joined = arrow::compute::concat_batches(&first.schema(), batches).map_err(|e| e.to_string())?;
-    let mut out: Vec<(RecordBatch, Run<K>)> = Vec::new();
-    for row in 0..joined.num_rows() {
-        let k = key(&joined, row)?;
-        match out.last_mut() {
-            Some((_, (last, range))) if *last == k => range.end = row + 1,
-            _ => out.push((joined.clone(), (k, row..row + 1))),
+/// Consecutive rows that are each the `same` as the one before, over all batches joined.
+fn runs(
+    mut batches: Vec<RecordBatch>,
+    same: impl Fn(&RecordBatch, usize) -> std::result::Result<bool, String>,
+) -> std::result::Result<Vec<RecordBatch>, String> {
+    let joined = match batches.len() {
+        0 => return Ok(vec![]),
+        1 => batches.remove(0),
+        _ => arrow::compute::concat_batches(&batches[0].schema(), &batches).map_err(|e| e.to_string())?,
+    };
+    drop(batches);
+    let mut starts = vec![0];
+    for row in 1..joined.num_rows() {
+        if !same(&joined, row)? {
+            starts.push(row);
         }
     }
-    Ok(out)
+    // One run is handed on as it is: nobody else holds its arrays.
+    if let [_] = starts[..] {
+        return Ok(vec![joined]);
+    }
+    let ends = starts.iter().skip(1).copied().chain([joined.num_rows()]);
+    Ok(starts.iter().zip(ends).map(|(&start, end)| joined.slice(start, end - start)).collect())
 }
 
 /// All rows' vectors as one matrix; without a copy where one batch holds them all and nobody else holds it.
@@ -342,8 +343,8 @@ fn gather_bytes(batches: &[RecordBatch], name: &str) -> std::result::Result<Byte
     let mut width = None;
     for batch in batches {
         let rows = column(batch, name)?.as_binary_opt::<i32>().ok_or_else(|| format!("{name} is of another type"))?;
-        for i in 0..rows.len() {
-            let length = rows.value_length(i);
+        for ends in rows.value_offsets().windows(2) {
+            let length = ends[1] - ends[0];
             if *width.get_or_insert(length) != length {
                 return Err(format!("rows of {name} of {} and of {length} bytes", width.unwrap_or_default()));
             }
@@ -426,7 +427,7 @@ mod tests {
                 // As a reader may get them: in slices of other sizes.
                 let joined = arrow::compute::concat_batches(&table.schema(), &batches).unwrap();
                 let slices: Vec<_> = (0..joined.num_rows()).step_by(split).map(|i| joined.slice(i, split.min(joined.num_rows() - i))).collect();
-                add_rows(&mut back, id, table, slices).unwrap();
+                add_rows(&mut back, table, slices).unwrap();
             }
             prop_assert_eq!(back.id(), id);
             prop_assert_eq!(back, parts);
@@ -441,12 +442,13 @@ mod tests {
         let batches = to_batches(id, &parts).unwrap();
         let (table, rows) = batches.iter().next().unwrap();
         let mut back = Parts::new(Method::KeyValue, json!({}));
-        let refuse = |back: &mut Parts, id, rows: &[RecordBatch], expected: &str| {
-            let message = add_rows(back, id, *table, rows.to_vec()).unwrap_err();
+        let refuse = |back: &mut Parts, rows: &[RecordBatch], expected: &str| {
+            let message = add_rows(back, *table, rows.to_vec()).unwrap_err();
             assert!(message.contains(expected), "{message}");
         };
-        refuse(&mut back, ArtifactId([0; 32]), rows, "another artifact");
-        refuse(&mut back, id, &[rows[0].slice(1, 2)], "key 1 where key 0");
-        refuse(&mut back, id, &[rows[0].clone(), rows[0].clone()], "key 0 where key 3");
+        refuse(&mut back, &[rows[0].slice(1, 2)], "key 1 where key 0");
+        refuse(&mut back, &[rows[0].clone(), rows[0].clone()], "key 0 where key 3");
+        assert!(all_of(rows, id, 3) && all_of(&[rows[0].slice(1, 2)], id, 2));
+        assert!(!all_of(rows, id, 2) && !all_of(rows, ArtifactId([0; 32]), 3));
     }
 }

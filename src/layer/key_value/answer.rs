@@ -127,7 +127,7 @@ impl Core {
         };
         // ‖W μ + Σ c_i u_i‖² for orthonormal u_i.
         let contributed = dot_f64(contributions, contributions);
-        let crossed = dot_f64(contributions, &self.values_on_mean);
+        let crossed = dot_f64(contributions, self.values_on_mean());
         let contributed_norm = contributed.sqrt();
         let values = self.config.value_error * contributed_norm;
         // ⟨u_i, W μ⟩ is known of rounded values only.

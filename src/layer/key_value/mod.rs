@@ -22,7 +22,7 @@ mod threshold;
 mod train;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2};
 use serde::{Deserialize, Serialize};
@@ -38,7 +38,7 @@ pub use train::Refit;
 
 use self::answer::Answer;
 use self::search::{SelectLimit, rank_hits};
-use self::threshold::{Curves, gaussian};
+use self::threshold::{Curves, expecting};
 use super::{Accuracy, Method, Output, read_config, require_finite};
 use crate::error::{Error, Result};
 use crate::index::{IndexInfo, KeyIndex, SearchIndex};
@@ -59,7 +59,6 @@ const PARALLEL_FROM: usize = 1 << 17;
 pub struct KeyValueLayer {
     core: Arc<Core>,
     settings: SearchSettings,
-    limit: SelectLimit,
 }
 
 /// What is stored, and what follows from it.
@@ -80,8 +79,8 @@ struct Core {
     curves: Option<Curves>,
     /// Thresholds for K that were worked out before: every handle of the layer asks for the same.
     thresholds: Mutex<HashMap<(u64, Ranking, Sides), f32>>,
-    /// ⟨u_i, W μ⟩ `[keys]`.
-    values_on_mean: Vec<f32>,
+    /// ⟨u_i, W μ⟩ `[keys]`, worked out for the first query.
+    values_on_mean: OnceLock<Vec<f32>>,
     mean_output_norm: f64,
 }
 
@@ -119,8 +118,13 @@ impl KeyValueLayer {
     fn with_settings(core: Arc<Core>, settings: SearchSettings) -> Result<Self> {
         settings.validate()?;
         config::check_keys(settings.expected_keys_per_query, core.config.in_features.min(core.config.out_features))?;
-        let limit = core.resolve(settings.limit(core.scales.len()), &settings)?;
-        Ok(KeyValueLayer { core, settings, limit })
+        core.check(settings.limit(core.scales.len()), &settings)?;
+        Ok(KeyValueLayer { core, settings })
+    }
+
+    /// What the settings let through.
+    fn limit(&self) -> SelectLimit {
+        self.core.resolve(self.settings.limit(self.rank()), &self.settings)
     }
 
     /// Length of an output row.
@@ -242,7 +246,13 @@ impl KeyValueLayer {
             ));
         }
         require_finite("the query", x.iter())?;
-        let limit = limit.map_or(Ok(self.limit), |l| self.core.resolve(l, &self.settings))?;
+        let limit = match limit {
+            Some(limit) => {
+                self.core.check(limit, &self.settings)?;
+                self.core.resolve(limit, &self.settings)
+            }
+            None => self.limit(),
+        };
         let centred = &x - &self.core.mean;
         let answers = self.core.answers(centred.view(), &self.settings, limit).into_iter().map(|mut answer| {
             rank_hits(&mut answer.hits, &self.settings);
@@ -263,7 +273,7 @@ impl KeyValueLayer {
             y += &core.values.weighted(contributions.view());
             return Output { y, relative_error_bound: worst(bounds.into_iter()) };
         }
-        let answers = core.answers(centred.view(), &self.settings, self.limit);
+        let answers = core.answers(centred.view(), &self.settings, self.limit());
         let used: usize = answers.iter().map(|answer| answer.hits.len()).sum();
         if used * PRODUCT_SHARE >= batch * keys && batch >= PRODUCT_FROM {
             let mut contributions = Array2::zeros((batch, keys));
@@ -339,17 +349,8 @@ impl Core {
                 format!("{expected:?}"),
             ));
         }
-        let values_on_mean = match values.floats() {
-            Some(floats) => {
-                let contiguous = "standard layout";
-                let mean = mean_output.as_slice().expect(contiguous);
-                let of = |u: ArrayView1<f32>| dot_f64(u.to_slice().expect(contiguous), mean) as f32;
-                floats.rows().into_iter().map(|u| of(u.reborrow())).collect()
-            }
-            None => values.products(mean_output.view().insert_axis(Axis(0))).into_raw_vec_and_offset().0,
-        };
         Ok(Core {
-            values_on_mean,
+            values_on_mean: OnceLock::new(),
             mean_output_norm: mean_output.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt(),
             config,
             index,
@@ -364,26 +365,38 @@ impl Core {
         })
     }
 
-    /// K as a threshold: from the calibration inputs where the layer has them, else for normal scores.
-    fn resolve(&self, limit: Limit, settings: &SearchSettings) -> Result<SelectLimit> {
+    /// ⟨u_i, W μ⟩.
+    fn values_on_mean(&self) -> &[f32] {
+        self.values_on_mean.get_or_init(|| match self.values.floats() {
+            Some(floats) => {
+                let contiguous = "standard layout";
+                let mean = self.mean_output.as_slice().expect(contiguous);
+                let of = |u: ArrayView1<f32>| dot_f64(u.to_slice().expect(contiguous), mean) as f32;
+                floats.rows().into_iter().map(|u| of(u.reborrow())).collect()
+            }
+            None => self.values.products(self.mean_output.view().insert_axis(Axis(0))).into_raw_vec_and_offset().0,
+        })
+    }
+
+    /// Whether a query can be limited like this.
+    fn check(&self, limit: Limit, settings: &SearchSettings) -> Result<()> {
         limit.validate(settings.sides)?;
         self.config.backend.check_limit(limit)?;
-        let keys = self.scales.len();
-        if let Limit::Keys(k) = limit {
-            config::check_keys(Some(k), self.config.in_features.min(self.config.out_features))?;
-            if k >= keys as f64 && settings.sides == Sides::Both {
-                return Ok(SelectLimit::Threshold(0.0));
-            }
+        match limit {
+            Limit::Keys(k) => config::check_keys(Some(k), self.config.in_features.min(self.config.out_features)),
+            _ => Ok(()),
         }
-        Ok(SelectLimit::resolve(limit, |k| {
-            let k = k.min(keys as f64);
+    }
+
+    /// A checked limit, with K as a threshold: from the calibration inputs where the layer has them, else for normal
+    /// scores.
+    fn resolve(&self, limit: Limit, settings: &SearchSettings) -> SelectLimit {
+        SelectLimit::resolve(limit, |k| {
             let mut known = self.thresholds.lock().unwrap_or_else(|e| e.into_inner());
             let asked = (k.to_bits(), settings.ranking, settings.sides);
-            *known.entry(asked).or_insert_with(|| match &self.curves {
-                Some(curves) => curves.threshold(k, settings.ranking, settings.sides),
-                None => gaussian(&self.scales, k, settings.ranking, settings.sides),
-            })
-        }))
+            let work_out = || expecting(k, &self.scales, self.curves.as_ref(), settings.ranking, settings.sides);
+            *known.entry(asked).or_insert_with(work_out)
+        })
     }
 }
 

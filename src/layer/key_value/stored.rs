@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::config::{Limit, Ranking, SearchSettings, Sides};
 use super::parts::curves;
 use super::search::{Hit, QueryHits, rank_hits, rank_value};
-use super::threshold::{Curves, gaussian};
+use super::threshold::{Curves, expecting};
 use crate::error::{Error, Result};
 use crate::layer::parts::Tensor;
 use crate::layer::{Method, read_config, require_finite};
@@ -40,17 +40,7 @@ impl StoredSearch {
         limit.validate(settings.sides)?;
         let threshold = match limit {
             Limit::Threshold(threshold) => threshold,
-            Limit::Keys(k) if k > scales.len() as f64 => {
-                return Err(Error::expected(
-                    "expected_keys_per_query",
-                    k,
-                    format!("at most {}, the layer's keys", scales.len()),
-                ));
-            }
-            Limit::Keys(k) => match &measured {
-                Some(curves) => curves.threshold(k, settings.ranking, settings.sides),
-                None => gaussian(&scales, k, settings.ranking, settings.sides),
-            },
+            Limit::Keys(k) => expecting(k, &scales, measured.as_ref(), settings.ranking, settings.sides),
             Limit::MaxError(_) => {
                 return Err(Error::expected(
                     "limit of a search on disk",

@@ -47,15 +47,25 @@ pub fn search_threshold(method: ThresholdMethod, expected: f64, total: usize) ->
     })
 }
 
+/// The threshold for `expected` hits, at most all of them: from the calibration inputs where there are any, else for
+/// normal scores.
+pub fn expecting(expected: f64, scales: &[f32], curves: Option<&Curves>, ranking: Ranking, sides: Sides) -> f32 {
+    let keys = scales.len() as f64;
+    if expected >= keys && sides == Sides::Both {
+        return 0.0;
+    }
+    match curves {
+        Some(curves) => curves.threshold(expected.min(keys), ranking, sides),
+        None => gaussian(scales, expected.min(keys), ranking, sides),
+    }
+}
+
 /// The threshold for `expected` hits when every score is standard normal.
 ///
 /// By score: Φ⁻¹(1 − K/2r), one-sided Φ⁻¹(1 − K/r). By contribution: the root of Σ 2(1 − Φ(t/s_i)) = K, one-sided
 /// Σ (1 − Φ(t/s_i)) = K.
-pub fn gaussian(scales: &[f32], expected: f64, ranking: Ranking, sides: Sides) -> f32 {
+fn gaussian(scales: &[f32], expected: f64, ranking: Ranking, sides: Sides) -> f32 {
     let keys = scales.len() as f64;
-    if sides == Sides::Both && expected >= keys {
-        return 0.0;
-    }
     let doubled = if sides == Sides::Both { 2.0 } else { 1.0 };
     match ranking {
         Ranking::Score => normal_quantile(1.0 - expected / (doubled * keys)) as f32,

@@ -37,7 +37,7 @@ impl KeyValueLayer {
             matmul(grad_output.t(), x)
         } else {
             let centred = &x - &core.mean;
-            let answers = core.answers(centred.view(), &self.settings, self.limit);
+            let answers = core.answers(centred.view(), &self.settings, self.limit());
             for (answer, mut row) in answers.iter().zip(on_values.rows_mut()) {
                 let mut kept = vec![0f32; row.len()];
                 answer.hits.iter().for_each(|hit| kept[hit.key as usize] = row[hit.key as usize]);

@@ -1,0 +1,196 @@
+//! Reads at an offset of a file, straight into place: by several threads where there is much, and without clearing the
+//! memory first, which takes as long as reading it does.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use bytemuck::Pod;
+
+/// Read at a time where something between the values has to be taken out.
+const WINDOW: usize = 256 << 10;
+
+/// From so many bytes on, a further thread is worth starting.
+const SHARE: usize = 2 << 20;
+
+static CORES: OnceLock<usize> = OnceLock::new();
+
+/// Adds `count` numbers that lie at `at` to `values`.
+///
+/// # Errors
+/// When the file ends before them, or cannot be read.
+pub fn append<T: Pod>(file: &File, at: u64, count: usize, values: &mut Vec<T>) -> io::Result<()> {
+    append_with(values, count, 1, |first, into| {
+        fill(file, into, at + (first * size_of::<T>()) as u64)?;
+        Ok(true)
+    })?;
+    Ok(())
+}
+
+/// Adds rows of `length` bytes that lie in `range`, each behind its length in `prefix` bytes, to `values`; false if one
+/// of them is of another length.
+///
+/// # Errors
+/// As [`append`].
+pub fn append_prefixed(
+    file: &File,
+    range: Range<u64>,
+    prefix: usize,
+    length: usize,
+    values: &mut Vec<u8>,
+) -> io::Result<bool> {
+    let stride = prefix + length;
+    let rows = ((range.end - range.start) / stride as u64) as usize;
+    let expected = (length as u64).to_le_bytes();
+    append_with(values, rows * length, length, |first, into| {
+        let rows = into.len().checked_div(length).unwrap_or(rows);
+        let step = (WINDOW / stride).max(1);
+        let mut window: Vec<u8> = Vec::new();
+        for start in (0..rows).step_by(step) {
+            let end = (start + step).min(rows);
+            window.clear();
+            let at = range.start + ((first.checked_div(length).unwrap_or(0) + start) * stride) as u64;
+            append(file, at, (end - start) * stride, &mut window)?;
+            let into = &mut into[start * length..end * length];
+            for (place, row) in window.chunks_exact(stride).enumerate() {
+                if row[..prefix] != expected[..prefix] {
+                    return Ok(false);
+                }
+                into[place * length..(place + 1) * length].write_copy_of_slice(&row[prefix..]);
+            }
+        }
+        Ok(true)
+    })
+}
+
+/// Adds `count` numbers that `write` puts in place, given the first one's number and the memory, as bytes, for some:
+/// a whole number of rows of `row` numbers. Where it says false or fails, nothing is added. It must write all of the
+/// memory when it says true.
+fn append_with<T: Pod>(
+    values: &mut Vec<T>,
+    count: usize,
+    row: usize,
+    write: impl Fn(usize, &mut [MaybeUninit<u8>]) -> io::Result<bool> + Sync,
+) -> io::Result<bool> {
+    values.reserve_exact(count);
+    let spare = &mut values.spare_capacity_mut()[..count];
+    let threads = match size_of_val(spare) / SHARE {
+        0 | 1 => 1,
+        // Asking the system takes a while.
+        several => *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get())).min(&several),
+    };
+    let share = count.div_ceil(threads).next_multiple_of(row.max(1));
+    let written = if threads == 1 {
+        write(0, bytes(spare))?
+    } else {
+        std::thread::scope(|scope| {
+            let write = &write;
+            let mut parts = spare.chunks_mut(share).map(bytes).enumerate();
+            let own = parts.next();
+            let others: Vec<_> = parts.map(|(i, part)| scope.spawn(move || write(i * share, part))).collect();
+            let own = own.map_or(Ok(true), |(_, part)| write(0, part));
+            let panicked = |_| Err(io::Error::other("a thread that reads panicked"));
+            others.into_iter().fold(own, |so_far, other| Ok(other.join().unwrap_or_else(panicked)? & so_far?))
+        })?
+    };
+    if written {
+        // SAFETY: `write` has written all `count` numbers behind the last one, and any bytes are a `T`.
+        unsafe { values.set_len(values.len() + count) };
+    }
+    Ok(written)
+}
+
+fn bytes<T: Pod>(numbers: &mut [MaybeUninit<T>]) -> &mut [MaybeUninit<u8>] {
+    // SAFETY: the same memory; bytes that may be uninitialised are all that is said of it.
+    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// Reads all of `into`.
+#[cfg(unix)]
+fn fill(file: &File, into: &mut [MaybeUninit<u8>], at: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < into.len() {
+        match rustix::io::pread(file, &mut into[done..], at.saturating_add(done as u64)) {
+            Ok(([], _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((read, _)) => done += read.len(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(windows)]
+fn fill(file: &File, into: &mut [MaybeUninit<u8>], at: u64) -> io::Result<()> {
+    into.iter_mut().for_each(|byte| {
+        byte.write(0);
+    });
+    // SAFETY: every byte has just been written.
+    read_exact_at(file, unsafe { &mut *(std::ptr::from_mut(into) as *mut [u8]) }, at)
+}
+
+/// Reads all of `into` from `at` on.
+///
+/// # Errors
+/// As [`append`].
+pub fn read_exact_at(file: &File, into: &mut [u8], at: u64) -> io::Result<()> {
+    At { file, range: at..at.saturating_add(into.len() as u64) }.read_exact(into)
+}
+
+/// A range of a file, as a stream of its own.
+pub struct At<'a> {
+    pub file: &'a File,
+    pub range: Range<u64>,
+}
+
+impl Read for At<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX);
+        let some = into.len().min(left);
+        let read = read_at(self.file, &mut into[..some], self.range.start)?;
+        self.range.start += read as u64;
+        Ok(read)
+    }
+}
+
+fn read_at(file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_at(file, into, at);
+    #[cfg(windows)]
+    return std::os::windows::fs::FileExt::seek_read(file, into, at);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Rows of one length come out as they are, and others are told from them, however many threads read.
+        #[test]
+        fn rows_come_without_their_lengths(length in 0usize..3000, rows in 0usize..1500, odd in 0usize..20_000) {
+            let mut file = tempfile::tempfile().unwrap();
+            let (mut written, mut expected) = (vec![], vec![9]);
+            for row in 0..rows {
+                let values: Vec<u8> = (0..length).map(|i| (i * 7 + row * 13) as u8).collect();
+                let length = if row == odd { length + 1 } else { length };
+                written.extend((length as u32).to_le_bytes());
+                written.extend(&values);
+                expected.extend(&values);
+            }
+            io::Write::write_all(&mut file, &written).unwrap();
+            let mut found = vec![9];
+            let even = append_prefixed(&file, 0..written.len() as u64, 4, length, &mut found).unwrap();
+            prop_assert_eq!(even, odd >= rows);
+            prop_assert_eq!(&found, &if even { expected } else { vec![9] });
+            let mut words: Vec<u32> = vec![7];
+            append(&file, 0, written.len() / 4, &mut words).unwrap();
+            prop_assert_eq!(&bytemuck::cast_slice::<u32, u8>(&words[1..]), &&written[..written.len() / 4 * 4]);
+            prop_assert!(append(&file, 1, written.len(), &mut found).is_err() || written.is_empty());
+        }
+    }
+}
