@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use layerstore::model::{Activations, Checkpoint, ImportOptions, Rules, SharedOptions, import, shared_directions};
 use layerstore::store::Store;
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -61,9 +61,8 @@ async fn main() -> Result<()> {
     assert!(kept.shared > 12 && lost.shared < 4);
 
     // One key of the child, among the keys of all layers of the store. `Store::index_keys` would make an index first.
-    let record = latest.layer("child", "block.0.attention.query").await?.record().clone();
-    let key = store.key(&record, 0).await?;
-    for near in latest.nearest_keys(key.view(), 3, None).await? {
+    let key = latest.layer("child", "block.0.attention.query").await?.key(0).await?;
+    for near in latest.nearest_keys(key.view().insert_axis(Axis(0)), 3, None).await?.concat() {
         let names: Vec<String> = near.layers.iter().map(|l| format!("{}/{}", l.model, l.layer)).collect();
         println!("{:+.4}  key {:>3} of {}", near.cosine, near.key, names.join(", "));
     }

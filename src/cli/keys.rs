@@ -19,8 +19,7 @@ pub async fn nearest(context: &Context, args: NearestArgs) -> Result<u8> {
     let directions = match (&args.of[..], &args.input) {
         ([model, layer, key], None) => {
             let key = key.parse().map_err(|_| Error::expected("key", format!("'{key}'"), "its number"))?;
-            let handle = snapshot.layer(model, layer).await?;
-            let key = context.open().await?.key(handle.record(), key).await?;
+            let key = snapshot.layer(model, layer).await?.key(key).await?;
             key.insert_axis(ndarray::Axis(0))
         }
         ([], Some(input)) => model::read_array(input)?.0,
@@ -30,10 +29,8 @@ pub async fn nearest(context: &Context, args: NearestArgs) -> Result<u8> {
         }
     };
     let models = (!args.among.is_empty()).then_some(&args.among[..]);
-    let mut results = vec![];
-    for (query, direction) in directions.rows().into_iter().enumerate() {
-        results.push(Nearest { query, nearest: snapshot.nearest_keys(direction, args.count, models).await? });
-    }
+    let found = snapshot.nearest_keys(directions.view(), args.count, models).await?;
+    let results: Vec<_> = found.into_iter().enumerate().map(|(query, nearest)| Nearest { query, nearest }).collect();
     context.output.result(&results, |results| {
         let rows = results.iter().flat_map(|r| {
             r.nearest.iter().map(|near| {

@@ -86,6 +86,38 @@ pub fn accumulate<T: Element>(rows: &[T], width: usize, start: usize, picks: &[(
     portable::accumulate(rows, width, start, picks, y);
 }
 
+/// Sixteen numbers of a row, within one line of a cache.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub struct Line(pub [f32; 16]);
+
+/// Sixteen numbers of each row of `width`, from the `start`th on, or what is left of them, as floats.
+///
+/// # Panics
+/// When there are not as many lines as rows.
+pub fn lines_of<T: Element>(rows: &[T], width: usize, start: usize, lines: &mut [Line]) {
+    assert!(start < width && rows.len() == width * lines.len(), "lines of rows");
+    #[cfg(target_arch = "x86_64")]
+    if x86::available() && width - start >= 16 {
+        // SAFETY: the features are there, and sixteen numbers of each row.
+        return unsafe { x86::lines_of(rows, width, start, lines) };
+    }
+    portable::lines_of(rows, width, start, lines);
+}
+
+/// `y[q] = Σ weight · line`, over the pairs `picks[q]` of a line's number and its weight.
+///
+/// # Safety
+/// Every line that is picked is there, and `y` is as long as `picks`.
+pub unsafe fn sum_lines(lines: &[Line], picks: &[Vec<(u32, f32)>], y: &mut [Line]) {
+    #[cfg(target_arch = "x86_64")]
+    if x86::available() {
+        // SAFETY: the features are there, and the caller's promise.
+        return unsafe { x86::sum_lines(lines, picks, y) };
+    }
+    portable::sum_lines(lines, picks, y);
+}
+
 /// `out = numbers`, as floats.
 ///
 /// # Panics
@@ -101,7 +133,22 @@ pub fn widen<T: Element>(numbers: &[T], out: &mut [f32]) {
 }
 
 mod portable {
-    use super::Element;
+    use super::{Element, Line};
+
+    pub fn lines_of<T: Element>(rows: &[T], width: usize, start: usize, lines: &mut [Line]) {
+        for (line, row) in lines.iter_mut().zip(rows.chunks_exact(width)) {
+            line.0.iter_mut().zip(&row[start..]).for_each(|(to, from)| *to = from.value());
+        }
+    }
+
+    pub fn sum_lines(lines: &[Line], picks: &[Vec<(u32, f32)>], y: &mut [Line]) {
+        for (y, picks) in y.iter_mut().zip(picks) {
+            y.0 = [0.0; 16];
+            for &(line, weight) in picks {
+                y.0.iter_mut().zip(&lines[line as usize].0).for_each(|(y, v)| *y += weight * v);
+            }
+        }
+    }
 
     pub fn dots<T: Element>(rows: &[T], x: &[f32], out: &mut [f32]) {
         for (i, out) in out.iter_mut().enumerate() {
@@ -126,7 +173,7 @@ mod portable {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Element;
+    use super::{Element, Line};
 
     pub fn available() -> bool {
         is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -174,6 +221,65 @@ mod x86 {
             unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(at), T::eight(numbers.as_ptr().add(at))) }
         }
         out[eights..].iter_mut().zip(&numbers[eights..]).for_each(|(o, v)| *o = v.value());
+    }
+
+    /// What the next two calls read is asked for ahead: rows lie too far apart for the machine to guess.
+    ///
+    /// # Safety
+    /// Every row has sixteen numbers from `start` on.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn lines_of<T: Element>(rows: &[T], width: usize, start: usize, lines: &mut [Line]) {
+        let mut from = rows.as_ptr().wrapping_add(start);
+        for line in lines {
+            // SAFETY: sixteen numbers are there, and what is only prefetched need not be.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(32).cast());
+                _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(48).cast());
+                _mm256_store_ps(line.0.as_mut_ptr(), T::eight(from));
+                _mm256_store_ps(line.0.as_mut_ptr().add(8), T::eight(from.add(8)));
+            }
+            from = from.wrapping_add(width);
+        }
+    }
+
+    /// Eight sums at a time stay in registers: none waits for the one before.
+    ///
+    /// # Safety
+    /// As [`super::sum_lines`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn sum_lines(lines: &[Line], picks: &[Vec<(u32, f32)>], y: &mut [Line]) {
+        let lines = lines.as_ptr();
+        for (y, picks) in y.iter_mut().zip(picks) {
+            let mut low = [_mm256_setzero_ps(); 4];
+            let mut high = low;
+            let (fours, rest) = picks.as_chunks::<4>();
+            for picks in fours {
+                for i in 0..4 {
+                    let weight = _mm256_set1_ps(picks[i].1);
+                    // SAFETY: the line is there, and is of two times eight numbers.
+                    unsafe {
+                        let line = lines.add(picks[i].0 as usize).cast::<f32>();
+                        low[i] = _mm256_fmadd_ps(_mm256_load_ps(line), weight, low[i]);
+                        high[i] = _mm256_fmadd_ps(_mm256_load_ps(line.add(8)), weight, high[i]);
+                    }
+                }
+            }
+            for &(line, weight) in rest {
+                let weight = _mm256_set1_ps(weight);
+                // SAFETY: as above.
+                unsafe {
+                    let line = lines.add(line as usize).cast::<f32>();
+                    low[0] = _mm256_fmadd_ps(_mm256_load_ps(line), weight, low[0]);
+                    high[0] = _mm256_fmadd_ps(_mm256_load_ps(line.add(8)), weight, high[0]);
+                }
+            }
+            let all = |s: [__m256; 4]| _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3]));
+            // SAFETY: `y` is of two times eight numbers.
+            unsafe {
+                _mm256_store_ps(y.0.as_mut_ptr(), all(low));
+                _mm256_store_ps(y.0.as_mut_ptr().add(8), all(high));
+            }
+        }
     }
 
     /// Four rows at a time, so that `y` is read and written a quarter as often.
@@ -235,6 +341,15 @@ mod tests {
         prop_assert_eq!(fast, slow);
         let picks: Vec<(u32, f32)> = picks.iter().map(|&(row, weight)| (row % rows as u32, weight)).collect();
         let size = size * picks.len().max(1) as f32;
+        let lines: Vec<Line> =
+            (0..rows).map(|row| Line(std::array::from_fn(|i| rows_of[row * width + i % width].value()))).collect();
+        let batch = vec![picks.clone(), vec![], picks.iter().rev().copied().collect()];
+        let (mut fast, mut slow) = (vec![Line([7.0; 16]); 3], vec![Line([7.0; 16]); 3]);
+        // SAFETY: picks are taken modulo `rows`.
+        unsafe { sum_lines(&lines, &batch, &mut fast) };
+        portable::sum_lines(&lines, &batch, &mut slow);
+        let pairs = fast.iter().zip(&slow).flat_map(|(fast, slow)| fast.0.iter().zip(&slow.0));
+        prop_assert!(pairs.clone().all(|(a, b)| (a - b).abs() <= 1e-5 * size), "{:?}", pairs.collect::<Vec<_>>());
         // Whole rows, and a part of each.
         for part in [0..width, width / 3..width - width / 4] {
             let (mut fast, mut slow) = (x[part.clone()].to_vec(), x[part.clone()].to_vec());

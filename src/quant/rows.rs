@@ -9,7 +9,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::kernels::{Element, accumulate, dots, widen};
+use super::kernels::{Element, Line, accumulate, dots, lines_of, sum_lines, widen};
 use super::product::{ProductFormat, ProductQuantizer};
 use crate::error::{Error, Result};
 use crate::linalg::{matmul, matmul_nt};
@@ -101,6 +101,9 @@ const NEAR_BYTES: usize = 512 << 10;
 
 /// Floats of a cache line.
 const LINE: usize = 16;
+
+/// Lines that stay in the nearest cache while sums are taken of them.
+const NEAREST_BYTES: usize = 40 << 10;
 
 /// A matrix `[rows, columns]` in one of the [`RowFormat`]s.
 #[derive(Debug, Clone, PartialEq)]
@@ -451,18 +454,43 @@ impl RowMatrix {
 /// Some columns of all rows of `y` at a time, on all threads.
 fn by_columns<T: Element>(rows: &[T], picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
     let width = y.ncols();
+    let count = rows.len().checked_div(width).unwrap_or(0);
+    let used: usize = picks.iter().map(Vec::len).sum();
     let blocks = std::mem::size_of_val(rows).div_ceil(NEAR_BYTES).max(1);
     let blocks = blocks.next_multiple_of(rayon::current_num_threads());
     let columns = width.div_ceil(blocks).next_multiple_of(LINE).max(4 * LINE);
     let blocks: Vec<_> = y.axis_chunks_iter_mut(Axis(1), columns).enumerate().collect();
+    // Where rows are used again and again, their lines are laid side by side in the nearest cache.
+    let again = used >= 2 * count && count * size_of::<Line>() <= NEAREST_BYTES;
     blocks.into_par_iter().for_each(|(block, mut y)| {
+        let start = block * columns;
+        if again {
+            by_lines(rows, width, start, picks, y);
+            return;
+        }
         let mut sum = vec![0f32; y.ncols()];
         for (mut y, picks) in y.rows_mut().into_iter().zip(picks) {
             sum.fill(0.0);
-            accumulate(rows, width, block * columns, picks, &mut sum);
+            accumulate(rows, width, start, picks, &mut sum);
             y += &ArrayView1::from(&sum);
         }
     });
+}
+
+/// The columns of `rows` from `start` on, as many as `y` has, sixteen at a time.
+fn by_lines<T: Element>(rows: &[T], width: usize, start: usize, picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+    let mut lines = vec![Line([0.0; LINE]); rows.len() / width];
+    assert!(picks.iter().flatten().all(|&(row, _)| (row as usize) < lines.len()), "a row that is not there");
+    let mut sums = vec![Line([0.0; LINE]); picks.len()];
+    for (number, mut y) in y.axis_chunks_iter_mut(Axis(1), LINE).enumerate() {
+        lines_of(rows, width, start + number * LINE, &mut lines);
+        // SAFETY: there are as many lines as rows, and a sum for each list of picks.
+        unsafe { sum_lines(&lines, picks, &mut sums) };
+        for (mut y, sum) in y.rows_mut().into_iter().zip(&sums) {
+            let y = y.as_slice_mut().expect("rows of a standard layout");
+            y.iter_mut().zip(&sum.0).for_each(|(y, sum)| *y += sum);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use lance::index::DatasetIndexExt;
 use lance::index::vector::VectorIndexParams;
 use lance_index::IndexType;
 use lance_linalg::distance::DistanceType;
-use ndarray::{Array1, ArrayView1};
+use ndarray::{Array1, ArrayView2};
 use serde::Serialize;
 
 use super::location::storage_error;
@@ -18,9 +18,9 @@ use super::record::LayerRecord;
 use super::schema::Table;
 use super::stats::data_tables;
 use super::verify::LayerName;
-use super::{Snapshot, Store, lock};
+use super::{LayerHandle, Snapshot, Store, lock};
 use crate::error::{Error, Result};
-use crate::layer::ArtifactId;
+use crate::layer::{ArtifactId, require_finite};
 
 /// The name of the index on a table's keys.
 const INDEX: &str = "key_directions";
@@ -61,23 +61,25 @@ pub struct KeyIndexReport {
 }
 
 impl Snapshot {
-    /// The `count` keys of this snapshot's layers that point most nearly along `direction` or against it, nearest first:
-    /// of layers with `direction.len()` inputs that keep their keys as f32. Of `models`, or of all.
+    /// For each of some directions `[directions, length]`, the `count` keys of this snapshot's layers that point most
+    /// nearly along it or against it, nearest first: of layers with `length` inputs that keep their keys as f32. Of
+    /// `models`, or of all.
     ///
     /// With an index ([`Store::index_keys`]) the nearest are looked for in part of the table; without one in all of it.
     ///
     /// # Errors
-    /// When the direction is zero or not finite, no layer has keys of its length, or the storage refuses.
+    /// When a direction is zero or not finite, no layer has keys of their length, `count` is 0, or the storage refuses.
     pub async fn nearest_keys(
         &self,
-        direction: ArrayView1<'_, f32>,
+        directions: ArrayView2<'_, f32>,
         count: usize,
         models: Option<&[String]>,
-    ) -> Result<Vec<NearKey>> {
-        if let Some((index, value)) = direction.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(Error::NotFinite { what: "the direction".into(), value: f64::from(*value), index });
+    ) -> Result<Vec<Vec<NearKey>>> {
+        if count == 0 {
+            return Err(Error::expected("number of keys to find", 0, "at least 1"));
         }
-        if direction.iter().all(|v| *v == 0.0) {
+        require_finite("the direction", directions.iter())?;
+        if directions.rows().into_iter().any(|direction| direction.iter().all(|v| *v == 0.0)) {
             return Err(Error::expected("direction", "zeros", "a vector that points somewhere"));
         }
         let mut layers: HashMap<ArtifactId, Vec<LayerName>> = HashMap::new();
@@ -87,41 +89,38 @@ impl Snapshot {
                 layers.entry(record.artifact).or_default().push(name);
             }
         }
-        let table = Table::Keys(direction.len()).name();
+        let width = directions.ncols();
+        let table = Table::Keys(width).name();
         let dataset = match self.store().inner.location.open_table(&table, None).await {
             Ok(dataset) => dataset,
-            Err(lance::Error::DatasetNotFound { .. }) => return Err(self.no_such_width(direction.len()).await?),
+            Err(lance::Error::DatasetNotFound { .. }) => return Err(self.no_such_width(width).await?),
             Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
         };
         let action = || format!("searching table '{table}'");
         let total = dataset.count_rows(None).await.map_err(storage_error(action()))?;
-        let along = Float32Array::from(direction.to_vec());
-        let against = Float32Array::from(direction.iter().map(|v| -v).collect::<Vec<_>>());
-        // Keys of other snapshots and models are in the same table: ask for more until enough are left.
-        let mut asked = count.max(1);
-        loop {
-            let mut found = vec![];
-            for (direction, sign) in [(&along, 1.0), (&against, -1.0)] {
-                let batches =
-                    nearest(&dataset, direction, asked.min(total).max(1)).await.map_err(storage_error(action()))?;
-                for batch in &batches {
-                    found.extend(near_keys(batch, sign).ok_or_else(|| unreadable(&table))?);
+        let mut all = Vec::with_capacity(directions.nrows());
+        for direction in directions.rows() {
+            let along = Float32Array::from(direction.to_vec());
+            let against = Float32Array::from(direction.iter().map(|v| -v).collect::<Vec<_>>());
+            // Keys of other snapshots and models are in the same table: ask for more until enough are left.
+            let mut asked = count;
+            let nearest = loop {
+                let mut found = vec![];
+                for (direction, sign) in [(&along, 1.0), (&against, -1.0)] {
+                    let batches = nearest(&dataset, direction, asked.min(total).max(1)).await;
+                    for batch in &batches.map_err(storage_error(action()))? {
+                        found.extend(near_keys(batch, sign).ok_or_else(|| unreadable(&table))?);
+                    }
                 }
-            }
-            found.sort_by(|a, b| b.1.cosine.abs().total_cmp(&a.1.cosine.abs()).then(a.1.key.cmp(&b.1.key)));
-            // The same row may be among the nearest both ways; rows of unfinished imports have no layer.
-            let mut seen = HashSet::new();
-            let mut nearest: Vec<NearKey> = found
-                .into_iter()
-                .filter(|(artifact, near)| seen.insert((*artifact, near.key)))
-                .filter_map(|(artifact, near)| Some(NearKey { layers: layers.get(&artifact)?.clone(), ..near }))
-                .collect();
-            if nearest.len() >= count || asked >= total {
-                nearest.truncate(count);
-                return Ok(nearest);
-            }
-            asked = (4 * asked).min(total);
+                let nearest = nearest_of(found, &layers);
+                if nearest.len() >= count || asked >= total {
+                    break nearest;
+                }
+                asked = (4 * asked).min(total);
+            };
+            all.push(nearest.into_iter().take(count).collect());
         }
+        Ok(all)
     }
 
     async fn no_such_width(&self, width: usize) -> Result<Error> {
@@ -135,6 +134,15 @@ impl Snapshot {
         };
         Ok(Error::expected("length of the direction", width, known))
     }
+}
+
+/// Keys of these layers, each once, nearest first.
+fn nearest_of(mut found: Vec<(ArtifactId, NearKey)>, layers: &HashMap<ArtifactId, Vec<LayerName>>) -> Vec<NearKey> {
+    found.sort_by(|a, b| b.1.cosine.abs().total_cmp(&a.1.cosine.abs()).then(a.1.key.cmp(&b.1.key)));
+    // The same row may be among the nearest both ways; rows of unfinished imports have no layer.
+    let mut seen = HashSet::new();
+    let once = found.into_iter().filter(|(artifact, near)| seen.insert((*artifact, near.key)));
+    once.filter_map(|(artifact, near)| Some(NearKey { layers: layers.get(&artifact)?.clone(), ..near })).collect()
 }
 
 fn list(widths: &[usize]) -> String {
@@ -169,15 +177,18 @@ impl Store {
         }
         Ok(reports)
     }
+}
 
-    /// One f32 key of a stored layer, `[in_features]`, read by itself.
+impl LayerHandle {
+    /// One f32 key of the layer, `[in_features]`, read by itself.
     ///
     /// # Errors
     /// When the layer keeps no f32 keys, or has no such key.
-    pub async fn key(&self, layer: &LayerRecord, key: u32) -> Result<Array1<f32>> {
+    pub async fn key(&self, key: u32) -> Result<Array1<f32>> {
+        let layer = self.record();
         let table = Table::Keys(layer.in_features as usize).name();
         let kept = layer.places.0.get(&table).ok_or_else(|| no_float_keys(layer))?;
-        let dataset = self.inner.location.open_table(&table, None).await;
+        let dataset = self.store().inner.location.open_table(&table, None).await;
         let dataset = dataset.map_err(storage_error(format!("opening table '{table}'")))?;
         let read = async {
             let mut scan = dataset.scan();

@@ -1,6 +1,6 @@
 //! What a query finds: the same for hits, outputs and gradients.
 
-use ndarray::{Array2, ArrayView1, ArrayView2};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use rayon::prelude::*;
 
 use super::Core;
@@ -12,8 +12,11 @@ use crate::linalg::{dot_f64, matmul_nt};
 /// Scores are worked out anew from float keys down to this share below the threshold.
 const REFINED_WITHIN: f32 = 0.5;
 
-/// Below this many scores one thread is enough to choose among them.
-const PARALLEL_SCORES_FROM: usize = 1 << 13;
+/// Below this many scores one thread is enough.
+const PARALLEL_SCORES_FROM: usize = 1 << 12;
+
+/// Queries whose scores a thread keeps at a time: some MiB of them.
+const ANSWERED_AT_ONCE: usize = 256;
 
 /// The answer to one query.
 pub struct Answer {
@@ -26,29 +29,33 @@ pub struct Answer {
 }
 
 impl Core {
-    /// The answers to centred queries `[batch, in]`.
+    /// The answers to centred queries `[batch, in]`: each thread has some of them, from their scores to their hits.
     pub fn answers(&self, centred: ArrayView2<f32>, settings: &SearchSettings, limit: SelectLimit) -> Vec<Answer> {
+        let (batch, keys) = (centred.nrows(), self.scales.len());
+        if batch == 1 || batch * keys < PARALLEL_SCORES_FROM {
+            return self.answers_here(centred, settings, limit);
+        }
+        let each = batch.div_ceil(rayon::current_num_threads()).min(ANSWERED_AT_ONCE);
+        let shares: Vec<_> = centred.axis_chunks_iter(Axis(0), each).collect();
+        let answers: Vec<_> = shares.into_par_iter().map(|x| self.answers_here(x, settings, limit)).collect();
+        answers.into_iter().flatten().collect()
+    }
+
+    fn answers_here(&self, centred: ArrayView2<f32>, settings: &SearchSettings, limit: SelectLimit) -> Vec<Answer> {
         if let Some(range) = self.range(settings, limit) {
-            let answer = |row: usize| self.proposed(centred.row(row), range, settings, limit);
-            return match centred.nrows() > 1 {
-                true => (0..centred.nrows()).into_par_iter().map(answer).collect(),
-                false => (0..centred.nrows()).map(answer).collect(),
-            };
+            return centred.rows().into_iter().map(|x| self.proposed(x, range, settings, limit)).collect();
         }
         let scores = self.scores(centred, settings, limit);
-        let answer = |row: usize| {
-            let scores = scores.row(row).to_slice().expect("a fresh array is contiguous");
+        let answers = scores.rows().into_iter().zip(centred.rows()).map(|(scores, x)| {
+            let scores = scores.to_slice().expect("a fresh array is contiguous");
             let contributions = self.contributions(scores);
-            let certificate = self.certificate(centred.row(row), &contributions, self.config.key_error);
+            let certificate = self.certificate(x, &contributions, self.config.key_error);
             let scored = Scored { scores, contributions: &contributions };
             let (keys, threshold) = scored.select(settings, limit, Some(&certificate));
             let bound = certificate.bound(certificate.dropped(&contributions, &keys));
             Answer { hits: scored.hits(&keys), threshold, bound }
-        };
-        match centred.nrows() > 1 && centred.nrows() * self.scales.len() >= PARALLEL_SCORES_FROM {
-            true => (0..centred.nrows()).into_par_iter().map(answer).collect(),
-            false => (0..centred.nrows()).map(answer).collect(),
-        }
+        });
+        answers.collect()
     }
 
     /// The range to ask the index for, if it may leave keys out: contributions are what it knows of.

@@ -273,25 +273,39 @@ impl KeyValueLayer {
             y += &core.values.weighted(contributions.view());
             return Output { y, relative_error_bound: worst(bounds.into_iter()) };
         }
-        let answers = core.answers(centred.view(), &self.settings, self.limit());
-        let used: usize = answers.iter().map(|answer| answer.hits.len()).sum();
-        if used * PRODUCT_SHARE >= batch * keys && batch >= PRODUCT_FROM {
+        // A batch enters the pool of threads once, and its parts are shared out in there.
+        let answers = match batch {
+            0 | 1 => self.gathered(centred.view(), &mut y),
+            _ => rayon::scope(|_| self.gathered(centred.view(), &mut y)),
+        };
+        if many(&answers, keys) {
             let mut contributions = Array2::zeros((batch, keys));
             for (mut row, answer) in contributions.rows_mut().into_iter().zip(&answers) {
                 answer.hits.iter().for_each(|hit| row[hit.key as usize] = hit.contribution);
             }
             y += &core.values.weighted(contributions.view());
-        } else if outputs > 0 {
-            let picks = |answer: &Answer| answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect::<Vec<_>>();
-            let picks: Vec<Vec<(u32, f32)>> = answers.iter().map(picks).collect();
-            if batch > 1 && used * outputs >= PARALLEL_FROM {
-                core.values.accumulate_batch(&picks, y.view_mut());
-            } else {
-                let rows = y.as_slice_mut().expect("a fresh array is contiguous");
-                rows.chunks_mut(outputs).zip(&picks).for_each(|(y, picks)| core.values.accumulate(picks, y));
-            }
         }
         Output { y, relative_error_bound: worst(answers.iter().map(|answer| answer.bound)) }
+    }
+
+    /// The answers to centred queries, their values added to `y` where there are not too [`many`].
+    fn gathered(&self, centred: ArrayView2<f32>, y: &mut Array2<f32>) -> Vec<Answer> {
+        let core = &*self.core;
+        let answers = core.answers(centred, &self.settings, self.limit());
+        let outputs = y.ncols();
+        if outputs == 0 || many(&answers, core.scales.len()) {
+            return answers;
+        }
+        let picks = |answer: &Answer| answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect::<Vec<_>>();
+        let picks: Vec<Vec<(u32, f32)>> = answers.iter().map(picks).collect();
+        let used: usize = picks.iter().map(Vec::len).sum();
+        if answers.len() > 1 && used * outputs >= PARALLEL_FROM {
+            core.values.accumulate_batch(&picks, y.view_mut());
+        } else {
+            let rows = y.as_slice_mut().expect("a fresh array is contiguous");
+            rows.chunks_mut(outputs).zip(&picks).for_each(|(y, picks)| core.values.accumulate(picks, y));
+        }
+        answers
     }
 
     /// Σ s_i u_i κ_iᵀ, `[out, in]`.
@@ -307,6 +321,12 @@ impl KeyValueLayer {
             + core.values.memory_bytes()
             + 4 * (core.mean.len() + core.mean_output.len() + 7 * core.scales.len())
     }
+}
+
+/// Whether one product of matrices takes less time than gathering all hits.
+fn many(answers: &[Answer], keys: usize) -> bool {
+    let used: usize = answers.iter().map(|answer| answer.hits.len()).sum();
+    used * PRODUCT_SHARE >= answers.len() * keys && answers.len() >= PRODUCT_FROM
 }
 
 /// The largest bound, where there is one for every row.
