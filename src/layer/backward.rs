@@ -48,7 +48,7 @@ impl Layer {
             Layer::KeyValue(layer) => layer.gradients(x, grad_output),
             Layer::LowRank(layer) => {
                 let (a, b) = layer.factors();
-                let corrected = matmul(matmul_nt(grad_output, a).view(), b);
+                let corrected = matmul(matmul_nt(grad_output, a.view()).view(), b.view());
                 (layer.quantized_backward(grad_output) + corrected, matmul(grad_output.t(), x))
             }
             Layer::Dense(layer) => (matmul(grad_output, layer.weight()?.view()), matmul(grad_output.t(), x)),
@@ -62,7 +62,7 @@ mod tests {
     use ndarray::Array2;
     use proptest::prelude::*;
 
-    use crate::layer::{Accuracy, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SearchSettings};
+    use crate::layer::{Accuracy, KeyValueConfig, Layer, LowRankConfig, MethodConfig, Rank, SearchSettings};
     use crate::linalg::relative_error;
 
     fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
@@ -72,7 +72,7 @@ mod tests {
     }
 
     fn methods() -> [MethodConfig; 3] {
-        let low_rank = LowRankConfig { rank: 1, ..LowRankConfig::default() };
+        let low_rank = LowRankConfig { rank: Rank::Components(1), ..LowRankConfig::default() };
         [
             MethodConfig::Dense,
             MethodConfig::KeyValue(KeyValueConfig { expected_keys_per_query: Some(2.0), ..KeyValueConfig::default() }),

@@ -24,7 +24,9 @@ pub use key_value::{
     Backend, Decomposition, Hit, InputStatistics, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, Refit,
     SearchSettings, Sides, ThresholdMethod, search_threshold,
 };
-pub use low_rank::{LowRankConfig, LowRankLayer, Scaling};
+pub use low_rank::{
+    Correction, LowRankConfig, LowRankLayer, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod, Transform,
+};
 pub use parts::{ArtifactId, Parts};
 
 pub use crate::quant::{ProductFormat, RowFormat, RowType};

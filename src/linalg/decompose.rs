@@ -87,6 +87,16 @@ pub fn leading_svd(matrix: ArrayView2<f64>, k: usize) -> Result<Svd> {
     Ok(Svd { u, s, vt })
 }
 
+/// An orthonormal basis of the columns of `matrix` `[rows, k]`, k at most the rows: by Householder reflections.
+///
+/// # Errors
+/// When a value is not finite.
+pub(super) fn orthonormal(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
+    require_finite("the matrix to decompose", &matrix)?;
+    let basis = view(&matrix).qr().compute_thin_Q();
+    Ok(Array2::from_shape_fn(matrix.dim(), |(i, j)| basis[(i, j)]))
+}
+
 /// How many components to keep: enough for the share `energy_keep` of Σs², and none below `min_singular_value`
 /// (AXL's rule: the first component that passes the share is kept too).
 pub fn kept_rank(singular_values: &[f64], energy_keep: f64, min_singular_value: f64) -> usize {

@@ -6,6 +6,7 @@ mod convert;
 mod decompose;
 mod normal;
 mod product;
+mod randomized;
 mod statistics;
 mod whitening;
 
@@ -16,5 +17,6 @@ pub use decompose::{
 };
 pub use normal::{normal_cdf, normal_pdf, normal_quantile, normal_survival};
 pub use product::{add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, relative_error};
+pub use randomized::{Operator, Sketch, randomized_svd};
 pub use statistics::{Moments, Ridge, covariance};
 pub use whitening::Whitening;

@@ -241,7 +241,7 @@ method = "dense"
             (&rule("method = 'key_value'\nthreshold = inf"), 4, "finite"),
             ("[[rule]]\nlayers = 'a)|(b'\nmethod = 'dense'", 2, "not a regular expression"),
             (&rule("method = 'low_rank'\n\nscaling = 'best'"), 5, "exact"),
-            (&rule("method = 'low_rank'\nrank = 4\nweight = { type = 'int5' }"), 5, "int4"),
+            (&rule("method = 'low_rank'\nrank = 4\nweight = { type = 'int9' }"), 5, "int2"),
             (&rule("method = 'key_value'\nbackend = { type = 'annoy' }"), 4, "flat"),
             (&rule("method = 'key_value'\nthreshold = 1.0\nexpected_keys_per_query = 2"), 5, "one of them"),
             (&rule("method = 'key_value'\nenergy_keep = 2.0"), 4, "energy_keep"),

@@ -1,15 +1,21 @@
 //! Quantisers: what a weight matrix, or the rows of keys and values, become when their numbers are kept in a few bits.
 
-mod integer;
+mod format;
+mod gptq;
 mod kernels;
 mod kmeans;
+mod packed;
 mod packing;
 mod product;
+mod quantizer;
 mod rows;
 
 pub(crate) use kmeans::{kmeans, nearest};
 
-pub use integer::{Group, IntegerFormat, PackedMatrix, WeightType};
-pub use packing::{pack_nibbles, unpack_nibbles};
+pub use format::{Group, ScaleType, WeightFormat, WeightType};
+pub use gptq::Order;
+pub use packed::PackedMatrix;
+pub use packing::{pack, unpack};
 pub use product::{ProductFormat, ProductQuantizer};
+pub use quantizer::{Clipping, Grid, NORMAL_FLOAT, Quantizer};
 pub use rows::{RowFormat, RowMatrix, RowType};

@@ -1,14 +1,6 @@
-//! Reference data: inputs, weights and outputs of other implementations, and of float64 formulas.
-//!
-//! Reads the folder that `LAYERSTORE_GOLDEN` names, or `tests/fixtures/golden`. In it each system has a folder with an
-//! `index.json` that lists its cases; every case is run.
+//! AXL: its functions, and key–value layers by float64 formulas.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Ix1, Ix2};
-use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
 use layerstore::layer::{
     Accuracy, Decomposition, InputStatistics, KeyValueConfig, KeyValueLayer, Layer, Limit, Ranking, SearchSettings,
@@ -19,103 +11,7 @@ use layerstore::linalg::{
     svd_keys_values,
 };
 
-type Tensor = ndarray::ArrayD<f64>;
-
-/// One case of an `index.json`.
-struct Case {
-    name: String,
-    index: Value,
-    tensors: BTreeMap<String, Tensor>,
-}
-
-impl Case {
-    /// The cases of a system; none where another folder was named and does not have it.
-    fn of(system: &str) -> Vec<Case> {
-        let named = std::env::var_os("LAYERSTORE_GOLDEN").map(PathBuf::from);
-        let given = named.is_some();
-        let folder = named.unwrap_or_else(|| "tests/fixtures/golden".into()).join(system);
-        if given && !folder.is_dir() {
-            return vec![];
-        }
-        // Python writes numbers that are not finite, which JSON does not know.
-        let index = std::fs::read_to_string(folder.join("index.json")).unwrap();
-        let index = ["-Infinity", "Infinity", "NaN"].iter().fold(index, |text, name| text.replace(name, "null"));
-        let index: Value = serde_json::from_str(&index).unwrap();
-        let cases = index["cases"].as_array().unwrap();
-        assert!(!cases.is_empty(), "{} lists no cases", folder.display());
-        let read = |case: &Value| {
-            let file = case["file"].as_str().unwrap();
-            let bytes = std::fs::read(folder.join(file)).unwrap();
-            let tensors = SafeTensors::deserialize(&bytes).unwrap();
-            let tensors = tensors.iter().map(|(name, view)| (name.to_owned(), wide(&view))).collect();
-            Case { name: format!("{system}/{file}"), index: case.clone(), tensors }
-        };
-        cases.iter().map(read).collect()
-    }
-
-    fn function(&self) -> &str {
-        self.index["function"].as_str().unwrap()
-    }
-
-    fn has(&self, tensor: &str) -> bool {
-        self.tensors.contains_key(tensor)
-    }
-
-    fn any(&self, tensor: &str) -> &Tensor {
-        self.tensors.get(tensor).unwrap_or_else(|| panic!("{}: no tensor '{tensor}'", self.name))
-    }
-
-    fn vector(&self, tensor: &str) -> Array1<f64> {
-        self.any(tensor).clone().into_dimensionality::<Ix1>().unwrap()
-    }
-
-    fn matrix(&self, tensor: &str) -> Array2<f64> {
-        self.any(tensor).clone().into_dimensionality::<Ix2>().unwrap()
-    }
-
-    /// The tolerance of an output: its own, or that of a name with a wildcard.
-    fn tolerance(&self, tensor: &str) -> Option<&Value> {
-        let all = self.index["tolerance"].as_object()?;
-        let matching = |pattern: &str| match pattern.split_once('*') {
-            Some((start, end)) => {
-                tensor.len() >= pattern.len() - 1 && tensor.starts_with(start) && tensor.ends_with(end)
-            }
-            None => pattern == tensor,
-        };
-        all.get(tensor).or_else(|| all.iter().find(|(name, _)| matching(name)).map(|(_, tolerance)| tolerance))
-    }
-
-    /// Compares a result with the stored output, as far apart as the index allows.
-    fn holds(&self, tensor: &str, found: impl Into<Tensor>) {
-        let (found, expected) = (found.into(), self.any(tensor));
-        assert_eq!(found.shape(), expected.shape(), "{} {tensor}", self.name);
-        let tolerance = self.tolerance(tensor).unwrap_or_else(|| panic!("{} {tensor}: no tolerance", self.name));
-        let (abs, rel) = (tolerance["abs"].as_f64(), tolerance["rel"].as_f64());
-        assert!(abs.is_some() || rel.is_some(), "{} {tensor}: {tolerance}", self.name);
-        for (at, (f, e)) in found.iter().zip(expected).enumerate() {
-            let allowed = abs.unwrap_or(0.0).max(rel.unwrap_or(0.0) * e.abs());
-            assert!((f - e).abs() <= allowed, "{} {tensor} at {at}: {f} for {e}, allowed {allowed}", self.name);
-        }
-    }
-}
-
-fn wide(view: &safetensors::tensor::TensorView) -> Tensor {
-    fn numbers<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f64) -> Vec<f64> {
-        bytes.as_chunks::<N>().0.iter().map(|&b| read(b)).collect()
-    }
-    let values = match view.dtype() {
-        Dtype::F32 => numbers(view.data(), |b| f64::from(f32::from_le_bytes(b))),
-        Dtype::I8 => numbers(view.data(), |b| f64::from(i8::from_le_bytes(b))),
-        Dtype::I32 => numbers(view.data(), |b| f64::from(i32::from_le_bytes(b))),
-        Dtype::I64 => numbers(view.data(), |b| i64::from_le_bytes(b) as f64),
-        other => panic!("a golden tensor of {other:?}"),
-    };
-    Tensor::from_shape_vec(view.shape(), values).unwrap()
-}
-
-fn narrow(matrix: &Array2<f64>) -> Array2<f32> {
-    matrix.mapv(|v| v as f32)
-}
+use super::{Case, narrow};
 
 #[test]
 fn golden_axl() {

@@ -1,0 +1,248 @@
+//! Settings that a rule gives.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::linalg::Ridge;
+use crate::quant::{Clipping, RowType, WeightFormat};
+
+/// Which inputs the correction is the best one for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scaling {
+    /// All directions alike: the weight's own error (LQER).
+    #[default]
+    Identity,
+    /// Each input by its mean size: a_i = E|x_i| / √(min a · max a), at least 1e-4 (L²QER).
+    MeanAbs,
+    /// Each input by the root of its mean square (QERA-approx).
+    Rms,
+    /// The calibration inputs' second moment (QERA-exact).
+    Exact,
+}
+
+/// How a weight becomes a code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rounding {
+    /// The nearest one.
+    #[default]
+    Nearest,
+    /// Column by column, each making up for the errors of those before it on the calibration inputs (GPTQ).
+    Gptq,
+}
+
+/// How many components the correction has.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a number of components, { max_error = a number above 0 } or { max_bits = bits per weight }"
+)]
+pub enum Rank {
+    /// So many; 0 for none.
+    Components(usize),
+    /// As few as bring the error, relative to the weight, down to this: both as `scaling` sees them, so that it is the
+    /// outputs' error on the calibration inputs for `exact`, and the weight's own for `identity`.
+    MaxError(MaxError),
+    /// As many as fit: bits per weight, of everything but the bias.
+    MaxBits(MaxBits),
+}
+
+/// `{ max_error = 0.05 }`
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaxError {
+    pub max_error: f64,
+}
+
+/// `{ max_bits = 4.85 }`
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MaxBits {
+    pub max_bits: f64,
+}
+
+/// How the correction's components are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SvdMethod {
+    /// From a random sketch, where the rank is small for the layer: much faster, and within 1 % of the full one's error.
+    #[default]
+    Randomized,
+    /// From all singular values.
+    Full,
+}
+
+/// A low-rank layer's settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LowRankConfig {
+    pub weight: WeightFormat,
+    /// How scales are found.
+    pub clipping: Clipping,
+    pub rounding: Rounding,
+    /// For `rounding = "gptq"`: added to the second moment's diagonal, times the diagonal's mean.
+    pub damping: f64,
+    /// For `rounding = "gptq"`: round the columns with the largest inputs first.
+    pub activation_order: bool,
+    pub rank: Rank,
+    /// What A and B are stored as.
+    pub factors: RowType,
+    pub scaling: Scaling,
+    pub svd: SvdMethod,
+    /// For `scaling = "exact"`: added to the second moment's diagonal as it is.
+    pub ridge_regularization: f64,
+    /// For `scaling = "exact"`: added to the second moment's diagonal, times the diagonal's mean.
+    pub ridge_relative: f64,
+}
+
+impl Default for LowRankConfig {
+    fn default() -> Self {
+        LowRankConfig {
+            weight: WeightFormat::default(),
+            clipping: Clipping::default(),
+            rounding: Rounding::default(),
+            damping: 1e-2,
+            activation_order: false,
+            rank: Rank::Components(32),
+            factors: RowType::F16,
+            scaling: Scaling::default(),
+            svd: SvdMethod::default(),
+            ridge_regularization: 0.0,
+            ridge_relative: 1e-2,
+        }
+    }
+}
+
+impl LowRankConfig {
+    /// What is added to the second moment for `scaling = "exact"`.
+    pub fn ridge(&self) -> Ridge {
+        Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
+    }
+
+    /// Whether calibration inputs are needed, and for what.
+    pub fn calibrates(&self) -> Option<&'static str> {
+        match (self.rounding, self.scaling) {
+            (Rounding::Gptq, _) => Some("rounding = \"gptq\""),
+            (_, Scaling::MeanAbs) => Some("scaling = \"mean_abs\""),
+            (_, Scaling::Rms) => Some("scaling = \"rms\""),
+            (_, Scaling::Exact) => Some("scaling = \"exact\""),
+            (Rounding::Nearest, Scaling::Identity) => None,
+        }
+    }
+
+    /// Checks the settings by themselves.
+    ///
+    /// # Errors
+    /// When a number is out of its range, or two settings exclude each other.
+    pub fn validate(&self) -> Result<()> {
+        for (name, value) in [
+            ("ridge_regularization", self.ridge_regularization),
+            ("ridge_relative", self.ridge_relative),
+            ("damping", self.damping),
+        ] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return Err(Error::expected(name, value, "a number of at least 0"));
+            }
+        }
+        match self.rank {
+            Rank::MaxError(MaxError { max_error }) if !(max_error > 0.0 && max_error.is_finite()) => {
+                return Err(Error::expected("max_error", max_error, "a number above 0"));
+            }
+            Rank::MaxBits(MaxBits { max_bits }) if !(max_bits > 0.0 && max_bits.is_finite()) => {
+                return Err(Error::expected("max_bits", max_bits, "a number above 0"));
+            }
+            _ => {}
+        }
+        if let Clipping::Percentile(percent) = self.clipping
+            && !(percent > 0.0 && percent <= 100.0)
+        {
+            return Err(Error::expected("percentile of clipping", percent, "above 0 and at most 100"));
+        }
+        if self.weight.weight_type.is_float() && self.rounding == Rounding::Gptq {
+            let found = format!("\"gptq\" for {}", self.weight.weight_type);
+            return Err(Error::expected("rounding", found, "\"nearest\" for weights that stay floats"));
+        }
+        Ok(())
+    }
+
+    pub(in crate::layer) fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+        let largest = out_features.min(in_features);
+        if largest == 0 {
+            return Err(Error::expected(
+                "shape of a low-rank layer",
+                format!("{out_features} × {in_features}"),
+                "at least 1 × 1",
+            ));
+        }
+        self.weight.group_size(in_features)?;
+        match self.rank {
+            Rank::Components(rank) if rank > largest => {
+                let most = format!("at most {largest} for a {out_features} × {in_features} layer");
+                return Err(Error::expected("rank", rank, most));
+            }
+            Rank::MaxBits(MaxBits { max_bits }) => {
+                let least = self.bits(out_features, in_features, 0)?;
+                if max_bits < least {
+                    return Err(Error::expected(
+                        "max_bits",
+                        max_bits,
+                        format!(
+                            "at least {least:.3}, the bits of a {out_features} × {in_features} weight without factors"
+                        ),
+                    ));
+                }
+            }
+            _ => {}
+        }
+        match self.calibrates() {
+            Some(setting) if !calibrated => Err(Error::expected(
+                format!("calibration inputs for {setting}"),
+                "none",
+                format!("[tokens, {in_features}] for this layer"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bytes of packed weights, scales, zero points and factors for a rank, as stored.
+    ///
+    /// # Errors
+    /// When the group does not divide the row.
+    pub fn stored_bytes(&self, out_features: usize, in_features: usize, rank: usize) -> Result<usize> {
+        Ok(self.weight.stored_bytes(out_features, in_features)?
+            + rank * self.component_bytes(out_features, in_features))
+    }
+
+    fn component_bytes(&self, out_features: usize, in_features: usize) -> usize {
+        // Its singular value, once with each f32 factor or once beside, and the scales of int8 rows.
+        let beside = match self.factors {
+            RowType::F32 => 8,
+            RowType::F16 => 4,
+            RowType::Int8 => 12,
+        };
+        (out_features + in_features) * self.factors.bytes() + beside
+    }
+
+    fn bits(&self, out_features: usize, in_features: usize, rank: usize) -> Result<f64> {
+        let bytes = self.stored_bytes(out_features, in_features, rank)?;
+        Ok(8.0 * bytes as f64 / (out_features * in_features) as f64)
+    }
+
+    /// The largest rank that the settings allow before anything is computed.
+    ///
+    /// # Errors
+    /// When the group does not divide the row.
+    pub fn largest_rank(&self, out_features: usize, in_features: usize) -> Result<usize> {
+        let largest = out_features.min(in_features);
+        Ok(match self.rank {
+            Rank::Components(rank) => rank,
+            Rank::MaxError(_) => largest,
+            Rank::MaxBits(MaxBits { max_bits }) => {
+                let bytes = (max_bits * (out_features * in_features) as f64 / 8.0) as usize;
+                let left = bytes.saturating_sub(self.stored_bytes(out_features, in_features, 0)?);
+                (left / self.component_bytes(out_features, in_features)).min(largest)
+            }
+        })
+    }
+}

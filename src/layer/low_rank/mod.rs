@@ -1,0 +1,455 @@
+//! Quantised weights, and a low-rank correction of what quantising lost: `y = Ŵ x + A (B x) + b`.
+
+mod config;
+mod correction;
+
+use std::sync::Arc;
+
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod};
+pub use correction::{Correction, Transform};
+
+use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
+use super::{Method, read_config};
+use crate::error::{Error, Result};
+use crate::linalg::{Moments, Ridge, matmul, matmul_nt};
+use crate::quant::{Order, PackedMatrix, RowMatrix, RowType, WeightFormat};
+
+/// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
+const BLOCK_ROWS: usize = 64;
+
+/// A low-rank layer.
+#[derive(Debug, Clone)]
+pub struct LowRankLayer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: StoredConfig,
+    weight: PackedMatrix,
+    /// Columns of A as rows, `[rank, out]`.
+    a: RowMatrix,
+    /// `[rank, in]`.
+    b: RowMatrix,
+    singular_values: Vec<f32>,
+    bias: Option<Array1<f32>>,
+}
+
+/// What the arrays are, and how they came to be.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct StoredConfig {
+    weight: WeightFormat,
+    rank: usize,
+    #[serde(default = "f32_factors", skip_serializing_if = "is_f32")]
+    factors: RowType,
+    in_features: usize,
+    out_features: usize,
+    /// The rule's other settings, for whoever reads the catalogue.
+    #[serde(flatten)]
+    made: Map<String, Value>,
+}
+
+fn f32_factors() -> RowType {
+    RowType::F32
+}
+
+fn is_f32(factors: &RowType) -> bool {
+    *factors == RowType::F32
+}
+
+impl LowRankLayer {
+    /// Quantises `weight` `[out, in]` and corrects it. Settings and shapes have been checked.
+    pub(super) fn build(
+        config: &LowRankConfig,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<ArrayView2<f32>>,
+    ) -> Result<Self> {
+        let (out_features, in_features) = weight.dim();
+        let moments = match (config.calibrates(), calibration) {
+            (Some(_), Some(inputs)) => Some((inputs, Moments::of(inputs)?)),
+            _ => None,
+        };
+        let packed = match (&moments, config.rounding) {
+            (Some((_, moments)), Rounding::Gptq) => {
+                let damped = Ridge { absolute: 0.0, relative: config.damping }.added_to(moments.second.clone());
+                let order = if config.activation_order { Order::Activations } else { Order::Columns };
+                PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped.view(), order)?
+            }
+            _ => {
+                let importance: Option<Vec<f32>> =
+                    moments.as_ref().map(|(_, m)| m.second.diag().iter().map(|&v| v as f32).collect());
+                PackedMatrix::quantize(weight, config.weight, config.clipping, importance.as_deref())?
+            }
+        };
+        let transform = Transform::of(config, moments.as_ref().map(|(inputs, moments)| (*inputs, moments)))?;
+        let error = &weight - &packed.dequantize();
+        let correction = Correction::of(error.view(), weight, config, &transform)?;
+        let mut made = match json!(config) {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        };
+        for own in ["weight", "rank", "factors"] {
+            made.remove(own);
+        }
+        let config = StoredConfig {
+            weight: config.weight,
+            rank: correction.singular_values.len(),
+            factors: config.factors,
+            in_features,
+            out_features,
+            made,
+        };
+        let (a, b) = (RowMatrix::new(correction.a, config.factors)?, RowMatrix::new(correction.b, config.factors)?);
+        Self::new(config, packed, a, b, correction.singular_values, bias.map(|b| b.to_owned()))
+    }
+
+    fn new(
+        config: StoredConfig,
+        weight: PackedMatrix,
+        a: RowMatrix,
+        b: RowMatrix,
+        singular_values: Vec<f32>,
+        bias: Option<Array1<f32>>,
+    ) -> Result<Self> {
+        let (rank, outputs, inputs) = (config.rank, config.out_features, config.in_features);
+        let found = [
+            weight.rows,
+            weight.columns,
+            a.rows(),
+            a.columns(),
+            b.rows(),
+            b.columns(),
+            singular_values.len(),
+            bias.as_ref().map_or(outputs, |b| b.len()),
+        ];
+        let expected = [outputs, inputs, rank, outputs, rank, inputs, rank, outputs];
+        if found != expected {
+            return Err(Error::expected(
+                "lengths of weight, factors and bias",
+                format!("{found:?}"),
+                format!("{expected:?}"),
+            ));
+        }
+        Ok(LowRankLayer { inner: Arc::new(Inner { config, weight, a, b, singular_values, bias }) })
+    }
+
+    /// Length of an output row.
+    pub fn out_features(&self) -> usize {
+        self.inner.config.out_features
+    }
+
+    /// Length of an input row.
+    pub fn in_features(&self) -> usize {
+        self.inner.config.in_features
+    }
+
+    /// The quantised weight, without its correction.
+    pub fn quantized(&self) -> &PackedMatrix {
+        &self.inner.weight
+    }
+
+    /// The correction: columns of A as rows `[rank, out]`, and B `[rank, in]`.
+    pub fn factors(&self) -> (Array2<f32>, Array2<f32>) {
+        (self.inner.a.to_f32(), self.inner.b.to_f32())
+    }
+
+    /// The singular values of the error that the correction keeps, descending: `[rank]`.
+    pub fn singular_values(&self) -> &[f32] {
+        &self.inner.singular_values
+    }
+
+    pub(super) fn config(&self) -> Value {
+        json!(self.inner.config)
+    }
+
+    pub(super) fn bias(&self) -> Option<&Array1<f32>> {
+        self.inner.bias.as_ref()
+    }
+
+    /// `x · (Ŵ + A B)ᵀ` for a checked `x`, a block of rows dequantised at a time.
+    pub(super) fn linear(&self, x: ArrayView2<f32>) -> Array2<f32> {
+        let inner = &*self.inner;
+        let mut y = inner.a.weighted(inner.b.products(x).view());
+        let mut block = Array2::zeros((BLOCK_ROWS, inner.weight.columns));
+        for start in (0..inner.weight.rows).step_by(BLOCK_ROWS) {
+            let end = (start + BLOCK_ROWS).min(inner.weight.rows);
+            for row in start..end {
+                let mut target = block.row_mut(row - start);
+                inner.weight.dequantize_row(row, target.as_slice_mut().expect("rows of an owned array are contiguous"));
+            }
+            let part = matmul_nt(x, block.slice(s![..end - start, ..]));
+            let mut target = y.slice_mut(s![.., start..end]);
+            target += &part;
+        }
+        y
+    }
+
+    /// `grad_output · Ŵ`, a block of rows dequantised at a time.
+    pub(super) fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
+        let weight = &self.inner.weight;
+        let mut input = Array2::zeros((grad_output.nrows(), weight.columns));
+        let mut block = Array2::zeros((BLOCK_ROWS, weight.columns));
+        for start in (0..weight.rows).step_by(BLOCK_ROWS) {
+            let end = (start + BLOCK_ROWS).min(weight.rows);
+            for row in start..end {
+                let mut target = block.row_mut(row - start);
+                weight.dequantize_row(row, target.as_slice_mut().expect("rows of an owned array are contiguous"));
+            }
+            input += &matmul(grad_output.slice(s![.., start..end]), block.slice(s![..end - start, ..]));
+        }
+        input
+    }
+
+    /// Ŵ + A B, `[out, in]`.
+    pub(super) fn weight(&self) -> Array2<f32> {
+        let (a, b) = self.factors();
+        self.inner.weight.dequantize() + matmul(a.t(), b.view())
+    }
+
+    pub(super) fn to_parts(&self) -> Parts {
+        let inner = &*self.inner;
+        let mut parts = Parts::new(Method::LowRank, json!(inner.config));
+        parts.weights = Some(WeightRows {
+            rows: inner.weight.rows,
+            packed: inner.weight.packed.clone(),
+            scales: inner.weight.scale_bytes().into(),
+            zeros: inner.weight.zeros.clone().into(),
+        });
+        for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
+            if inner.config.rank == 0 {
+                continue;
+            }
+            match rows.floats() {
+                Some(vectors) => parts.factors.push(Factor {
+                    side,
+                    singular_values: inner.singular_values.clone(),
+                    vectors: vectors.to_owned(),
+                }),
+                None => {
+                    parts.codes.push(Codes { role: side.as_str().into(), codes: rows.bytes() });
+                    if !rows.scales().is_empty() {
+                        parts.tensors.push(Tensor::vector(&format!("{}_scales", side.as_str()), rows.scales()));
+                    }
+                }
+            }
+        }
+        if !parts.codes.is_empty() {
+            parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
+        }
+        if let Some(bias) = &inner.bias {
+            parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
+        }
+        parts
+    }
+
+    pub(super) fn from_parts(mut parts: Parts) -> Result<Self> {
+        let config: StoredConfig = read_config(parts.method, &parts.config)?;
+        let (outputs, inputs) = (config.out_features, config.in_features);
+        let rows = parts
+            .weights
+            .as_ref()
+            .ok_or_else(|| Error::expected("parts of a low-rank layer", "no weight rows", "weight rows"))?;
+        let weight = PackedMatrix::from_fields(
+            config.weight,
+            (outputs, inputs),
+            rows.packed.clone(),
+            &rows.scales,
+            rows.zeros.to_vec(),
+        )?;
+        let mut singular_values = match parts.tensor("singular_values") {
+            Some(values) => values.to_vector()?.to_vec(),
+            None => vec![],
+        };
+        let mut factor = |side: Side, length: usize| -> Result<RowMatrix> {
+            if config.rank == 0 {
+                return RowMatrix::new(Array2::zeros((0, length)), config.factors);
+            }
+            let missing = || Error::expected("parts of a low-rank layer", format!("no factor {}", side.as_str()), "it");
+            if config.factors == RowType::F32 {
+                let place = parts.factors.iter().position(|f| f.side == side).ok_or_else(missing)?;
+                let factor = parts.factors.swap_remove(place);
+                singular_values = factor.singular_values;
+                return RowMatrix::new(factor.vectors, RowType::F32);
+            }
+            let codes = parts.codes.iter().find(|codes| codes.role == side.as_str()).ok_or_else(missing)?;
+            if codes.codes.dim() != (config.rank, length * config.factors.bytes()) {
+                let expected = format!("{:?}", (config.rank, length * config.factors.bytes()));
+                return Err(Error::expected("bytes of a factor", format!("{:?}", codes.codes.dim()), expected));
+            }
+            let scales = match parts.tensor(&format!("{}_scales", side.as_str())) {
+                Some(scales) => scales.to_vector()?.to_vec(),
+                None => vec![],
+            };
+            let bytes = codes.codes.as_standard_layout();
+            let bytes = bytes.as_slice().expect("standard layout");
+            RowMatrix::from_bytes(config.factors, (config.rank, length), bytes, &scales)
+        };
+        let (a, b) = (factor(Side::A, outputs)?, factor(Side::B, inputs)?);
+        let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
+        Self::new(config, weight, a, b, singular_values, bias)
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        let inner = &*self.inner;
+        let factors = inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len();
+        inner.weight.memory_bytes() + factors + 4 * self.out_features()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{Accuracy, Layer, MethodConfig};
+    use crate::linalg::relative_error;
+    use crate::quant::{Clipping, Group, ScaleType, WeightType};
+    use proptest::prelude::*;
+
+    fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+        let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        Array2::from_shape_fn((rows, columns), |(_, j)| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) as f32 / (1u32 << 31) as f32 * 2.0 - 1.0) * (1.0 + 3.0 * (j % 4) as f32)
+        })
+    }
+
+    fn built(config: &LowRankConfig, w: &Array2<f32>, x: &Array2<f32>) -> Layer {
+        MethodConfig::LowRank(config.clone())
+            .compress(w.view(), Some(Array1::ones(w.nrows()).view()), Some(x.view()))
+            .unwrap()
+    }
+
+    fn configs() -> impl Strategy<Value = LowRankConfig> {
+        use WeightType::{Bf16, Int, MxInt, Nf4};
+        let types = prop::sample::select(vec![Int(2), Int(3), Int(4), Int(8), Nf4, MxInt(4), Bf16]);
+        let factors = prop::sample::select(vec![RowType::F32, RowType::F16, RowType::Int8]);
+        let scalings = prop::sample::select(vec![Scaling::Identity, Scaling::MeanAbs, Scaling::Rms, Scaling::Exact]);
+        (types, factors, scalings, any::<[bool; 3]>(), 0usize..3).prop_map(
+            |(weight_type, factors, scaling, [symmetric, gptq, half], rank)| {
+                let scales = if half { ScaleType::F16 } else { ScaleType::F32 };
+                LowRankConfig {
+                    weight: WeightFormat { weight_type, group: Group::Size(4), symmetric, scales },
+                    rounding: if gptq && !weight_type.is_float() { Rounding::Gptq } else { Rounding::Nearest },
+                    rank: Rank::Components(rank),
+                    factors,
+                    scaling,
+                    ..LowRankConfig::default()
+                }
+            },
+        )
+    }
+
+    proptest! {
+        /// The blocked forward is the reference product with the weight the layer stands for, and parts bring it back, of
+        /// as many bytes as its settings say.
+        #[test]
+        fn forward_is_the_stored_weight(config in configs(), out in 2usize..150, seed in 0u64..100) {
+            let (w, x) = (sample(out, 12, seed), sample(30, 12, seed + 1));
+            let layer = built(&config, &w, &x);
+            let y = layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
+            let reference = x.dot(&layer.weight().unwrap().t()) + 1.0;
+            prop_assert!(relative_error(y.view(), reference.view()) < 1e-5);
+            let parts = layer.to_parts();
+            let back = Layer::from_parts(parts.clone()).unwrap();
+            prop_assert_eq!(back.to_parts(), parts.clone());
+            prop_assert_eq!(back.forward(x.view(), Accuracy::Full).unwrap().y, y);
+            let Rank::Components(rank) = config.rank else { unreachable!() };
+            let expected = config.stored_bytes(out, 12, rank).unwrap() + 4 * out;
+            prop_assert_eq!(parts.stored_bytes() as usize, expected);
+        }
+
+        /// Each component helps, all of them make up the whole error, and `exact` beats the others on its inputs.
+        #[test]
+        fn correction_is_the_best_of_its_rank(seed in 0u64..60) {
+            let (w, x) = (sample(10, 16, seed), sample(200, 16, seed + 1));
+            let exact_output = x.dot(&w.t());
+            let error = |scaling, rank| {
+                let config = LowRankConfig {
+                    rank: Rank::Components(rank),
+                    scaling,
+                    ridge_relative: 1e-6,
+                    factors: RowType::F32,
+                    // Which rounds alike for all scalings.
+                    clipping: Clipping::Absmax,
+                    weight: WeightFormat { group: Group::Size(16), symmetric: true, ..WeightFormat::default() },
+                    ..LowRankConfig::default()
+                };
+                let layer = built(&config, &w, &x);
+                relative_error(layer.linear(x.view(), Accuracy::Approximate).unwrap().y.view(), exact_output.view())
+            };
+            for rank in [1, 3, 6] {
+                for other in [Scaling::Identity, Scaling::MeanAbs, Scaling::Rms] {
+                    prop_assert!(error(Scaling::Exact, rank) <= error(other, rank) * 1.001, "{:?}", other);
+                }
+                prop_assert!(error(Scaling::Exact, rank) <= error(Scaling::Exact, rank - 1) * 1.001);
+            }
+            for scaling in [Scaling::Identity, Scaling::MeanAbs, Scaling::Rms, Scaling::Exact] {
+                prop_assert!(error(scaling, 10) < 1e-5);
+            }
+        }
+
+        /// A rank by error is the smallest that does, one by bits the largest that fits.
+        #[test]
+        fn ranks_follow_from_targets(seed in 0u64..40, max_error in 0.01f64..0.1, more in 0f64..20.0) {
+            let (w, x) = (sample(24, 16, seed), sample(100, 16, seed + 1));
+            let base = LowRankConfig { weight: WeightFormat { group: Group::Channel, ..WeightFormat::default() }, factors: RowType::F32, ridge_relative: 0.0, ridge_regularization: 1e-9, scaling: Scaling::Exact, ..LowRankConfig::default() };
+            let rank_of = |layer: &Layer| match layer { Layer::LowRank(layer) => layer.singular_values().len(), _ => unreachable!() };
+            let error = |rank| {
+                let layer = built(&LowRankConfig { rank, ..base.clone() }, &w, &x);
+                let y = layer.linear(x.view(), Accuracy::Approximate).unwrap().y;
+                (rank_of(&layer), relative_error(y.view(), x.dot(&w.t()).view()))
+            };
+            let (rank, found) = error(Rank::MaxError(MaxError { max_error }));
+            prop_assert!(found <= max_error * 1.001, "{} {}", found, max_error);
+            prop_assert!(rank == 0 || error(Rank::Components(rank - 1)).1 > max_error * 0.999);
+            let least = 8.0 * base.stored_bytes(24, 16, 0).unwrap() as f64 / (24.0 * 16.0);
+            let max_bits = least + more;
+            let (rank, _) = error(Rank::MaxBits(MaxBits { max_bits }));
+            let bits = |rank| 8.0 * base.stored_bytes(24, 16, rank).unwrap() as f64 / (24.0 * 16.0);
+            prop_assert!(bits(rank) <= max_bits + 1e-9 && (rank == 16 || bits(rank + 1) > max_bits - 0.1));
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let w = sample(6, 8, 1);
+        let refuse = |config: LowRankConfig, expected: &str| {
+            let message = MethodConfig::LowRank(config).compress(w.view(), None, None).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        };
+        let fits = LowRankConfig {
+            weight: WeightFormat { group: Group::Size(8), ..WeightFormat::default() },
+            rank: Rank::Components(2),
+            ..LowRankConfig::default()
+        };
+        refuse(LowRankConfig { rank: Rank::Components(7), ..fits.clone() }, "at most 6");
+        refuse(LowRankConfig { rank: Rank::MaxBits(MaxBits { max_bits: 4.0 }), ..fits.clone() }, "at least 9");
+        refuse(LowRankConfig { rank: Rank::MaxError(MaxError { max_error: 0.0 }), ..fits.clone() }, "above 0");
+        for scaling in [Scaling::Exact, Scaling::Rms, Scaling::MeanAbs] {
+            refuse(LowRankConfig { scaling, ..fits.clone() }, "calibration");
+        }
+        refuse(LowRankConfig { rounding: Rounding::Gptq, ..fits.clone() }, "calibration inputs for rounding");
+        refuse(
+            LowRankConfig { weight: WeightFormat { group: Group::Size(3), ..fits.weight }, ..fits.clone() },
+            "divisor",
+        );
+        refuse(LowRankConfig { ridge_relative: -1.0, ..fits.clone() }, "at least 0");
+        let floats = WeightFormat { weight_type: WeightType::F16, ..fits.weight };
+        refuse(LowRankConfig { weight: floats, rounding: Rounding::Gptq, ..fits }, "stay floats");
+    }
+
+    #[test]
+    fn ranks_are_numbers_or_targets() {
+        let read = |text: &str| serde_json::from_str::<LowRankConfig>(text).map(|c| c.rank);
+        assert_eq!(read(r#"{"rank": 4}"#).unwrap(), Rank::Components(4));
+        assert_eq!(read(r#"{"rank": {"max_bits": 4.5}}"#).unwrap(), Rank::MaxBits(MaxBits { max_bits: 4.5 }));
+        for bad in ["-1", "{\"max_bit\": 3}", "\"all\""] {
+            let message = read(&format!(r#"{{"rank": {bad}}}"#)).unwrap_err().to_string();
+            assert!(message.contains("max_error"), "{message}");
+        }
+    }
+}

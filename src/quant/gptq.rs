@@ -1,0 +1,268 @@
+//! Calibrated rounding: each column's error is made up for by the columns that come after it (GPTQ).
+//!
+//! For inputs of second moment H = E\[x xᵀ\] and H⁻¹ = UᵀU with U upper triangular: column j of every row is rounded, and
+//! its error, divided by U_jj, is taken from the later columns k with weight U_jk. Rows do not touch each other.
+
+use ndarray::{Array2, ArrayView2, Axis, s};
+use rayon::prelude::*;
+
+use super::format::{Group, WeightFormat};
+use super::packed::{PackedMatrix, check};
+use super::quantizer::{Clipping, Grid, Quantizer};
+use crate::error::{Error, Result};
+use crate::linalg::{cholesky, inverse_lower, matmul};
+
+/// Columns whose errors are handed on to all later ones at once.
+const BLOCK: usize = 128;
+
+/// Rows that a task has.
+const ROWS: usize = 64;
+
+/// Which column is rounded first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// The first.
+    Columns,
+    /// The one with the largest inputs. Scales are then found before anything is rounded.
+    Activations,
+}
+
+impl PackedMatrix {
+    /// Rounds `weight` `[rows, columns]` for inputs of second moment `second` `[columns, columns]`, which has to be
+    /// positive definite.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::quantize`], and when the second moment has another shape or is not positive definite.
+    pub fn quantize_calibrated(
+        weight: ArrayView2<f32>,
+        format: WeightFormat,
+        clipping: Clipping,
+        second: ArrayView2<f64>,
+        order: Order,
+    ) -> Result<Self> {
+        check(weight, format, clipping)?;
+        let (rows, columns) = weight.dim();
+        if second.dim() != (columns, columns) {
+            let found = format!("{} × {}", second.nrows(), second.ncols());
+            return Err(Error::expected("shape of the second moment", found, format!("{columns} × {columns}")));
+        }
+        let Some(quantizer) = format.quantizer() else { return Self::quantize(weight, format, clipping, None) };
+        let diagonal = second.diag();
+        let mut places: Vec<usize> = (0..columns).collect();
+        if order == Order::Activations {
+            places.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]));
+        }
+        let importance: Vec<f32> = diagonal.iter().map(|&d| d as f32).collect();
+        let upper = inverse_factor(second, &places)?;
+        let group = format.group_size(columns)?.max(1);
+        let fixed = match (order, format.group) {
+            (Order::Columns, Group::Size(_) | Group::Channel) => None,
+            _ => Some(Self::quantize(weight, format, clipping, Some(&importance))?),
+        };
+        let task = Task { quantizer: &*quantizer, format, clipping, upper, places, importance, group, fixed };
+        let mut codes = vec![0u8; rows * columns];
+        let shares: Vec<_> = weight.axis_chunks_iter(Axis(0), ROWS).collect();
+        let grids: Vec<Vec<Grid>> = shares
+            .into_par_iter()
+            .zip(codes.par_chunks_mut((ROWS * columns).max(1)))
+            .enumerate()
+            .map(|(share, (weight, codes))| task.round(share * ROWS, weight, codes))
+            .collect();
+        Ok(Self::from_codes(format, (rows, columns), &codes, grids.into_iter().flatten()))
+    }
+}
+
+/// U, with rows and columns in the order of `places`.
+fn inverse_factor(second: ArrayView2<f64>, places: &[usize]) -> Result<Array2<f32>> {
+    let n = places.len();
+    // With the order turned round, H = L Lᵀ turns into H = V Vᵀ with V upper triangular, and U = V⁻¹.
+    let turned = Array2::from_shape_fn((n, n), |(i, j)| second[[places[n - 1 - i], places[n - 1 - j]]]);
+    let inverse = inverse_lower(cholesky(turned.view())?.view());
+    Ok(Array2::from_shape_fn((n, n), |(i, j)| inverse[[n - 1 - i, n - 1 - j]] as f32))
+}
+
+struct Task<'a> {
+    quantizer: &'a dyn Quantizer,
+    format: WeightFormat,
+    clipping: Clipping,
+    /// `[columns, columns]`, in the order of `places`.
+    upper: Array2<f32>,
+    places: Vec<usize>,
+    importance: Vec<f32>,
+    group: usize,
+    /// Where grids do not follow from the columns as they are when their turn comes.
+    fixed: Option<PackedMatrix>,
+}
+
+impl Task<'_> {
+    /// Rounds some rows from the `first` one on: their codes, `[rows, columns]`, and their grids.
+    fn round(&self, first: usize, weight: ArrayView2<f32>, codes: &mut [u8]) -> Vec<Grid> {
+        let (rows, columns) = weight.dim();
+        let groups = columns.checked_div(self.group).unwrap_or(0);
+        // Columns as rows: what is done at a time lies side by side.
+        let mut w = Array2::from_shape_fn((columns, rows), |(j, r)| weight[[r, self.places[j]]]);
+        let mut grids = vec![Grid { scale: 1.0, zero: 0 }; rows * groups];
+        if let Some(fixed) = &self.fixed {
+            for (place, grid) in grids.iter_mut().enumerate() {
+                let at = first * groups + place;
+                *grid = Grid { scale: fixed.scales[at], zero: fixed.zeros.get(at).copied().unwrap_or(0) };
+            }
+        }
+        // Whole groups, so that a grid is fitted to columns that have been told of every error before them.
+        let block = if self.group <= BLOCK { self.group * (BLOCK / self.group) } else { BLOCK };
+        let mut errors = Array2::<f32>::zeros((block, rows));
+        for start in (0..columns).step_by(block) {
+            let end = (start + block).min(columns);
+            for j in start..end {
+                let place = self.places[j];
+                if self.fixed.is_none() && j.is_multiple_of(self.group) {
+                    self.fit(&w, j, groups, &mut grids);
+                }
+                let divisor = self.upper[[j, j]];
+                for r in 0..rows {
+                    let (from, mut level) = ([w[[j, r]]], [0f32]);
+                    let code = &mut codes[r * columns + place..][..1];
+                    let grid = grids[r * groups + place / self.group];
+                    self.quantizer.encode(grid, &from, code);
+                    self.quantizer.decode(grid, code, &mut level);
+                    errors[[j - start, r]] = (from[0] - level[0]) / divisor;
+                }
+                let error = errors.row(j - start);
+                for k in j + 1..end {
+                    w.row_mut(k).scaled_add(-self.upper[[j, k]], &error);
+                }
+            }
+            if end < columns {
+                let share = self.upper.slice(s![start..end, end..]);
+                let told = matmul(share.t(), errors.slice(s![..end - start, ..]));
+                w.slice_mut(s![end.., ..]).scaled_add(-1.0, &told);
+            }
+        }
+        grids
+    }
+
+    /// The grids of the group that begins at column `j`, from the columns as they are now.
+    fn fit(&self, w: &Array2<f32>, j: usize, groups: usize, grids: &mut [Grid]) {
+        let part = w.slice(s![j..j + self.group, ..]);
+        let importance = &self.importance[j..j + self.group];
+        for (r, column) in part.columns().into_iter().enumerate() {
+            let weights = column.to_vec();
+            grids[r * groups + j / self.group] = self.format.fit(self.quantizer, &weights, importance, self.clipping);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::{ScaleType, WeightType};
+    use proptest::prelude::*;
+
+    fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+        let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        Array2::from_shape_fn((rows, columns), |_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as f32 / (1u32 << 31) as f32 * 2.0 - 1.0
+        })
+    }
+
+    /// Inputs whose columns follow from a few others.
+    fn second(columns: usize, seed: u64) -> Array2<f64> {
+        let x = sample(3 * columns, 3, seed).dot(&sample(3, columns, seed + 1))
+            + sample(3 * columns, columns, seed + 2) * 0.2;
+        let x = x.mapv(f64::from);
+        x.t().dot(&x) / x.nrows() as f64
+    }
+
+    fn error(w: &Array2<f32>, q: &PackedMatrix, second: &Array2<f64>) -> f64 {
+        let e = (w - &q.dequantize()).mapv(f64::from);
+        (e.dot(second) * e).sum()
+    }
+
+    /// As the paper has it: one column after the other, with the inverse of what is left.
+    fn slow(w: &Array2<f32>, grids: &PackedMatrix, second: &Array2<f64>, group: usize) -> Array2<f32> {
+        let (rows, n) = w.dim();
+        let quantizer = grids.format.quantizer().unwrap();
+        let mut w = w.mapv(f64::from);
+        for j in 0..n {
+            let rest = second.slice(s![j.., j..]);
+            let inverse = crate::linalg::regularized_inverse(rest, 0.0).unwrap();
+            for r in 0..rows {
+                let at = r * (n / group) + j / group;
+                let grid = Grid { scale: grids.scales[at], zero: grids.zeros[at] };
+                let mut level = [0f32];
+                quantizer.round(grid, &[w[[r, j]] as f32], &mut level);
+                let share = (w[[r, j]] - f64::from(level[0])) / inverse[[0, 0]];
+                for k in j + 1..n {
+                    w[[r, k]] -= share * inverse[[0, k - j]];
+                }
+                w[[r, j]] = f64::from(level[0]);
+            }
+        }
+        w.mapv(|v| v as f32)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// What the paper's own formula gives, on the grids that were found, and no worse than the nearest codes.
+        #[test]
+        fn rounds_as_the_paper_says(rows in 1usize..80, bits in 2u8..6, seed in 0u64..999, order in any::<bool>()) {
+            let (w, second) = (sample(rows, 24, seed), second(24, seed));
+            let format = WeightFormat { weight_type: WeightType::Int(bits), group: Group::Size(8), symmetric: false, scales: ScaleType::F32 };
+            let order = if order { Order::Activations } else { Order::Columns };
+            let q = PackedMatrix::quantize_calibrated(w.view(), format, Clipping::Mse, second.view(), order).unwrap();
+            let importance: Vec<f32> = second.diag().iter().map(|&v| v as f32).collect();
+            let nearest = PackedMatrix::quantize(w.view(), format, Clipping::Mse, Some(&importance)).unwrap();
+            // Of few rows one may be unlucky.
+            if rows >= 8 {
+                prop_assert!(error(&w, &q, &second) < error(&w, &nearest, &second), "{} {}", error(&w, &q, &second), error(&w, &nearest, &second));
+            }
+            if order == Order::Columns {
+                let expected = slow(&w, &q, &second, 8);
+                let found = q.dequantize();
+                // A weight halfway between two levels may go either way, and takes its row with it.
+                let same = found.rows().into_iter().zip(expected.rows()).filter(|(a, b)| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4)).count();
+                prop_assert!(same * 20 >= rows * 19 || same + 1 >= rows, "{} of {} rows", same, rows);
+            }
+        }
+    }
+
+    #[test]
+    fn groups_across_blocks_and_other_types() {
+        let (w, second) = (sample(70, 384, 5), second(384, 6));
+        let types = [
+            (WeightType::Int(4), true),
+            (WeightType::Int(3), false),
+            (WeightType::Nf4, true),
+            (WeightType::MxInt(4), true),
+        ];
+        for (weight_type, symmetric) in types {
+            for group in [Group::Size(64), Group::Size(192), Group::Size(96), Group::Channel, Group::Tensor] {
+                let format = WeightFormat { weight_type, group, symmetric, scales: ScaleType::F16 };
+                let nearest = PackedMatrix::quantize(w.view(), format, Clipping::Mse, None).unwrap();
+                for order in [Order::Columns, Order::Activations] {
+                    let q = PackedMatrix::quantize_calibrated(w.view(), format, Clipping::Mse, second.view(), order)
+                        .unwrap();
+                    assert_eq!(q.stored_bytes(), format.stored_bytes(70, 384).unwrap());
+                    let (calibrated, nearest) = (error(&w, &q, &second), error(&w, &nearest, &second));
+                    assert!(calibrated < 0.8 * nearest, "{format:?} {order:?}: {calibrated} {nearest}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let w = sample(2, 8, 1);
+        let format = WeightFormat { group: Group::Channel, ..WeightFormat::default() };
+        let round = |second: Array2<f64>| {
+            PackedMatrix::quantize_calibrated(w.view(), format, Clipping::Mse, second.view(), Order::Columns)
+        };
+        assert!(round(Array2::eye(7)).unwrap_err().to_string().contains("8 × 8"));
+        assert!(round(Array2::zeros((8, 8))).unwrap_err().to_string().contains("positive definite"));
+        // Inputs that know nothing of each other: the nearest codes.
+        let nearest = PackedMatrix::quantize(w.view(), format, Clipping::Mse, None).unwrap();
+        assert_eq!(round(Array2::eye(8)).unwrap(), nearest);
+    }
+}

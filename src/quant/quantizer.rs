@@ -1,0 +1,332 @@
+//! From the weights of a group to codes and back: integers, NormalFloat, and integers under a power of two.
+
+use serde::{Deserialize, Serialize};
+
+use super::format::{WeightFormat, WeightType};
+
+/// How a group's scale (and zero point) is found.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Clipping {
+    /// The codes span the group. Symmetric integers as LQER-Qwix has them: `scale = max|w| / (2^(b−1) − ½)`.
+    Absmax,
+    /// They span all of it but the largest weights: this percentile of |w|, and half of what it leaves at each end of an
+    /// asymmetric group.
+    Percentile(f64),
+    /// Narrower spans and other zero points are tried, then the best scale for the codes: the least squared error, each
+    /// column's weighed by its E\[x²\] where inputs are known.
+    #[default]
+    Mse,
+}
+
+/// What the codes of one group stand for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Grid {
+    pub scale: f32,
+    /// Of asymmetric integers; else 0.
+    pub zero: u8,
+}
+
+/// Adding and subtracting it rounds to the nearest whole number, ties to even, for numbers below 2²².
+const TO_WHOLE: f32 = 12_582_912.0;
+
+/// Spans tried for [`Clipping::Mse`].
+const SPANS: usize = 12;
+
+/// The levels of NF4: quantiles of a standard normal distribution, scaled to [−1, 1] (QLoRA, appendix E).
+pub const NORMAL_FLOAT: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// A way to write a weight as a code of at most eight bits.
+///
+/// Weights are finite, and at most [`LARGEST`](super::packed::LARGEST) in size.
+pub trait Quantizer: Send + Sync {
+    /// Grids worth trying for a group, the plain one first; for anything but [`Clipping::Mse`] it is the only one.
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid>;
+    /// The weights as they come back from their codes.
+    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]);
+    /// The weights' codes, in the low bits.
+    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]);
+    /// What codes stand for.
+    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]);
+}
+
+impl WeightFormat {
+    /// The quantiser of the format's codes; `None` for floats, which need none.
+    pub fn quantizer(&self) -> Option<Box<dyn Quantizer>> {
+        match self.weight_type {
+            WeightType::Int(bits) if self.symmetric => Some(Box::new(Symmetric { bits: bits.into() })),
+            WeightType::Int(bits) => Some(Box::new(Asymmetric { bits: bits.into() })),
+            WeightType::Nf4 => Some(Box::new(NormalFloat)),
+            WeightType::MxInt(bits) => Some(Box::new(Microscaling { bits: bits.into() })),
+            WeightType::F16 | WeightType::Bf16 => None,
+        }
+    }
+
+    /// The grid for a group of weights, with a scale as it is stored.
+    pub(super) fn fit(
+        &self,
+        quantizer: &dyn Quantizer,
+        weights: &[f32],
+        importance: &[f32],
+        clipping: Clipping,
+    ) -> Grid {
+        let stored = |grid: Grid| Grid { scale: self.stored_scale(grid.scale), ..grid };
+        let candidates = quantizer.candidates(weights, clipping);
+        let mut best = stored(candidates[0]);
+        if clipping != Clipping::Mse {
+            return best;
+        }
+        let mut rounded = vec![0f32; weights.len()];
+        let mut error = |grid: Grid| {
+            quantizer.round(grid, weights, &mut rounded);
+            let (mut error, mut across, mut square) = (0f32, 0f32, 0f32);
+            for ((&w, &r), &i) in weights.iter().zip(&rounded).zip(importance) {
+                error += i * (r - w) * (r - w);
+                across += i * r * w;
+                square += i * r * r;
+            }
+            (error, across / square)
+        };
+        let mut least = f32::INFINITY;
+        for grid in candidates {
+            // As it is, and with the scale that is best for these codes.
+            let grid = stored(grid);
+            let (plain, factor) = error(grid);
+            if plain < least {
+                (best, least) = (grid, plain);
+            }
+            if factor.is_finite() && factor > 0.0 {
+                let grid = stored(Grid { scale: grid.scale * factor, ..grid });
+                let (fitted, _) = error(grid);
+                if fitted < least {
+                    (best, least) = (grid, fitted);
+                }
+            }
+        }
+        best
+    }
+}
+
+fn whole(value: f32, lowest: f32, highest: f32) -> f32 {
+    (value.clamp(lowest, highest) + TO_WHOLE) - TO_WHOLE
+}
+
+fn largest(weights: &[f32]) -> f32 {
+    weights.iter().fold(0f32, |m, w| m.max(w.abs()))
+}
+
+/// The value that this percentile of the values is not above.
+fn percentile(mut values: Vec<f32>, percent: f64) -> f32 {
+    if values.is_empty() {
+        return 0.0;
+    }
+    let place = (percent / 100.0 * values.len() as f64).ceil() as usize;
+    let place = place.clamp(1, values.len()) - 1;
+    *values.select_nth_unstable_by(place, f32::total_cmp).1
+}
+
+/// Shares of the plain span to try: with fewer levels it pays to cut off more.
+fn shares(bits: u32) -> impl Iterator<Item = f32> {
+    let least = match bits {
+        ..=2 => 0.35,
+        3 => 0.5,
+        4 => 0.65,
+        5 => 0.8,
+        _ => 0.9,
+    };
+    (0..SPANS).map(move |i| 1.0 - (1.0 - least) * i as f32 / (SPANS - 1) as f32)
+}
+
+fn spans(plain: f32, bits: u32, clipping: Clipping) -> Vec<Grid> {
+    let grid = |share: f32| Grid { scale: plain * share, zero: 0 };
+    if clipping == Clipping::Mse { shares(bits).map(grid).collect() } else { vec![grid(1.0)] }
+}
+
+/// The largest weight that is not clipped.
+fn reach(weights: &[f32], clipping: Clipping) -> f32 {
+    match clipping {
+        Clipping::Percentile(percent) => percentile(weights.iter().map(|w| w.abs()).collect(), percent),
+        _ => largest(weights),
+    }
+}
+
+/// A scale of (nearly) nothing stands for weights of nothing.
+fn or_one(scale: f32) -> f32 {
+    if scale < f32::MIN_POSITIVE.sqrt() { 1.0 } else { scale }
+}
+
+struct Symmetric {
+    bits: u32,
+}
+
+impl Symmetric {
+    fn half(&self) -> f32 {
+        (1u32 << (self.bits - 1)) as f32
+    }
+}
+
+impl Quantizer for Symmetric {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+        // In LQER-Qwix's order of operations.
+        spans(or_one(reach(weights, clipping) * (1.0 / (self.half() - 0.5))), self.bits, clipping)
+    }
+
+    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
+        let (reciprocal, half) = (1.0 / grid.scale, self.half());
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -half, half - 1.0) * grid.scale);
+    }
+
+    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
+        let (reciprocal, half) = (1.0 / grid.scale, self.half());
+        codes.iter_mut().zip(weights).for_each(|(c, w)| *c = whole(w * reciprocal, -half, half - 1.0) as i8 as u8);
+    }
+
+    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
+        let unused = 8 - self.bits;
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = f32::from((c << unused) as i8 >> unused) * grid.scale);
+    }
+}
+
+struct Asymmetric {
+    bits: u32,
+}
+
+impl Asymmetric {
+    fn top(&self) -> f32 {
+        ((1u32 << self.bits) - 1) as f32
+    }
+}
+
+impl Quantizer for Asymmetric {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+        let top = f64::from(self.top());
+        let (lo, hi) = match clipping {
+            Clipping::Percentile(percent) => {
+                let end = |sign: f32| percentile(weights.iter().map(|w| sign * w).collect(), 50.0 + percent / 2.0);
+                (f64::from(-end(-1.0)).min(0.0), f64::from(end(1.0)).max(0.0))
+            }
+            _ => weights.iter().fold((0f64, 0f64), |(lo, hi), &w| (lo.min(w.into()), hi.max(w.into()))),
+        };
+        let plain = (hi - lo) / top;
+        if (plain as f32) < f32::MIN_POSITIVE {
+            return vec![Grid { scale: 1.0, zero: 0 }];
+        }
+        let ideal = -lo / plain;
+        let grid = |scale: f64, zero: f64| Grid { scale: scale as f32, zero: zero.clamp(0.0, top) as u8 };
+        let mut grids = vec![grid(plain, ideal.round_ties_even())];
+        if clipping == Clipping::Mse {
+            // Clipping the ends a little buys finer steps for the rest.
+            grids
+                .extend(shares(self.bits).skip(1).map(|share| grid(plain * f64::from(share), ideal.round_ties_even())));
+            // A rounded zero point pushes one end off the grid: let the step grow to reach both.
+            for zero in [ideal.floor(), ideal.ceil()] {
+                if (lo == 0.0 || zero > 0.0) && (hi == 0.0 || zero < top) {
+                    let below = if zero > 0.0 { -lo / zero } else { 0.0 };
+                    let above = if zero < top { hi / (top - zero) } else { 0.0 };
+                    let wide = below.max(above);
+                    grids.extend(shares(self.bits).map(|share| grid(wide * f64::from(share), zero)));
+                }
+            }
+        }
+        grids
+    }
+
+    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
+        let (reciprocal, zero) = (1.0 / grid.scale, f32::from(grid.zero));
+        let top = self.top();
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -zero, top - zero) * grid.scale);
+    }
+
+    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
+        let (reciprocal, zero) = (1.0 / grid.scale, f32::from(grid.zero));
+        let top = self.top();
+        codes.iter_mut().zip(weights).for_each(|(c, w)| *c = (whole(w * reciprocal, -zero, top - zero) + zero) as u8);
+    }
+
+    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
+        let zero = f32::from(grid.zero);
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = (f32::from(c) - zero) * grid.scale);
+    }
+}
+
+struct NormalFloat;
+
+/// The place of the level nearest to a number; the lower one of two.
+fn normal_level(value: f32) -> usize {
+    NORMAL_FLOAT.windows(2).map(|pair| usize::from(value > 0.5 * (pair[0] + pair[1]))).sum()
+}
+
+impl Quantizer for NormalFloat {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+        spans(or_one(reach(weights, clipping)), 4, clipping)
+    }
+
+    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
+        let reciprocal = 1.0 / grid.scale;
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = NORMAL_FLOAT[normal_level(w * reciprocal)] * grid.scale);
+    }
+
+    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
+        let reciprocal = 1.0 / grid.scale;
+        codes.iter_mut().zip(weights).for_each(|(c, w)| *c = normal_level(w * reciprocal) as u8);
+    }
+
+    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = NORMAL_FLOAT[usize::from(c & 15)] * grid.scale);
+    }
+}
+
+struct Microscaling {
+    bits: u32,
+}
+
+impl Microscaling {
+    fn top(&self) -> f32 {
+        ((1u32 << (self.bits - 1)) - 1) as f32
+    }
+}
+
+impl Quantizer for Microscaling {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+        let reach = reach(weights, clipping);
+        if reach < f32::MIN_POSITIVE.sqrt() {
+            return vec![Grid { scale: 1.0, zero: 0 }];
+        }
+        // The power of two that brings the largest weight just below 2^(b−1).
+        let power = reach.log2().floor() as i32 - (self.bits as i32 - 2);
+        let grid = |power: i32| Grid { scale: 2f32.powi(power.clamp(-126, 127)), zero: 0 };
+        // Half of it clips the largest weights, and has finer steps for the others.
+        if clipping == Clipping::Mse { [power, power - 1, power + 1].map(grid).to_vec() } else { vec![grid(power)] }
+    }
+
+    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
+        let (reciprocal, top) = (1.0 / grid.scale, self.top());
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -top, top) * grid.scale);
+    }
+
+    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
+        let (reciprocal, top) = (1.0 / grid.scale, self.top());
+        codes.iter_mut().zip(weights).for_each(|(c, w)| *c = whole(w * reciprocal, -top, top) as i8 as u8);
+    }
+
+    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
+        Symmetric { bits: self.bits }.decode(grid, codes, out);
+    }
+}

@@ -1,0 +1,302 @@
+//! LQER on Qwix, run; and LQER, L²QER, QERA-approx and QERA-exact by float64 formulas.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, Ix3, s};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use layerstore::layer::{Accuracy, Correction, Layer, LowRankConfig, Rank, SvdMethod, Transform};
+use layerstore::model::{Checkpoint, ImportOptions, Rules, import};
+use layerstore::quant::{Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
+use layerstore::store::{Snapshot, Store};
+
+use super::{Case, narrow};
+
+/// All components of a correction, of which the first k are the one of rank k.
+fn all_components(out: usize, inputs: usize) -> LowRankConfig {
+    LowRankConfig {
+        rank: Rank::Components(out.min(inputs)),
+        svd: SvdMethod::Full,
+        factors: RowType::F32,
+        ..LowRankConfig::default()
+    }
+}
+
+fn codes(q: &PackedMatrix) -> Array2<u8> {
+    let mut all = Array2::zeros((q.rows, q.columns));
+    for (row, mut codes) in all.rows_mut().into_iter().enumerate() {
+        unpack(q.row(row), q.format.weight_type.bits(), codes.as_slice_mut().unwrap());
+    }
+    all
+}
+
+#[test]
+fn golden_qera() {
+    for case in Case::of("qera") {
+        let config = &case.index["config"];
+        let number = |name: &str| config[name].as_u64().unwrap() as usize;
+        // The peer has y = x W, we y = x Wᵀ.
+        let weight = narrow(&case.matrix("in.weight").reversed_axes());
+        let format = WeightFormat {
+            weight_type: WeightType::Int(number("bits") as u8),
+            group: Group::Size(number("group_size")),
+            ..WeightFormat::default()
+        };
+        let packed = PackedMatrix::quantize(weight.view(), format, Clipping::Absmax, None).unwrap();
+        assert_eq!(codes(&packed).mapv(f64::from).reversed_axes(), case.matrix("in.qvalue"), "{}", case.name);
+        let zeros = Array2::from_shape_vec((packed.rows, packed.zeros.len() / packed.rows), packed.zeros.clone());
+        assert_eq!(zeros.unwrap().mapv(f64::from).reversed_axes(), case.matrix("in.zero"), "{}", case.name);
+
+        let dequantised = narrow(&case.matrix("in.w_dequant").reversed_axes());
+        let error = &weight - &dequantised;
+        let (x, second) = (case.matrix("in.x_eval"), case.matrix("in.R"));
+        let exact = x.dot(&weight.t().mapv(f64::from));
+        let transforms = [
+            ("lqer", Transform::Identity),
+            ("l2qer", Transform::mean_abs(case.vector("in.abs_mean"))),
+            ("qera_approx", Transform::rms(case.vector("in.sq_mean"))),
+            ("qera_exact", Transform::exact(second.view()).unwrap()),
+        ];
+        let (out, inputs) = weight.dim();
+        for (method, transform) in transforms {
+            let all = Correction::of(error.view(), weight.view(), &all_components(out, inputs), &transform).unwrap();
+            let sigma = case.vector(&format!("out.{method}.sigma"));
+            for (found, expected) in all.singular_values.iter().zip(&sigma) {
+                assert!((f64::from(*found) - expected).abs() <= 1e-4 * sigma[0], "{} {method}", case.name);
+            }
+            for rank in config["ranks"].as_array().unwrap() {
+                let k = rank.as_u64().unwrap() as usize;
+                let part = all.a.slice(s![..k, ..]).t().dot(&all.b.slice(s![..k, ..]));
+                let corrected = (&dequantised + &part).mapv(f64::from);
+                let name = |what: &str| format!("out.r{k}.{method}.{what}");
+                case.holds(&name("w_corrected"), corrected.t().to_owned().into_dyn());
+                let off = x.dot(&corrected.t()) - &exact;
+                let squares = |m: &Array2<f64>| m.iter().map(|v| v * v).sum::<f64>();
+                let scalar = |v: f64| ndarray::arr0(v).into_dyn();
+                case.holds(&name("err_eval_rms"), scalar((squares(&off) / off.len() as f64).sqrt()));
+                case.holds(&name("err_eval_rel"), scalar((squares(&off) / squares(&exact)).sqrt()));
+                let left = weight.mapv(f64::from) - &corrected;
+                case.holds(&name("objective"), scalar((left.dot(&second) * &left).sum()));
+            }
+        }
+    }
+}
+
+#[test]
+fn golden_lqer_kernels() {
+    let cases = Case::of("lqer_qwix");
+    for case in cases.iter().filter(|c| c.index.get("float_file").is_some()) {
+        let float = float_of(&cases, case);
+        for (kernel, layer) in case.index["per_layer"].as_object().unwrap() {
+            let weight = narrow(&float.matrix(&format!("w.{kernel}")).reversed_axes());
+            let (out, inputs) = weight.dim();
+            let format = lqer_format(layer["bits"].as_u64().unwrap());
+            let packed = PackedMatrix::quantize(weight.view(), format, Clipping::Absmax, None).unwrap();
+            same_integers(case, kernel, &packed);
+            let error = &weight - &packed.dequantize();
+            let all = Correction::of(error.view(), weight.view(), &all_components(out, inputs), &Transform::Identity)
+                .unwrap();
+            let sigma = case.vector(&format!("out.error_sigma/{kernel}"));
+            let close = |a: f32, b: f64| (f64::from(a) - b).abs() <= 1e-4 * sigma[0];
+            assert!(all.singular_values.iter().zip(&sigma).all(|(a, b)| close(*a, *b)), "{} {kernel}", case.name);
+            let k = layer["rank"].as_u64().unwrap() as usize;
+            let found = all.a.slice(s![..k, ..]).t().dot(&all.b.slice(s![..k, ..])).mapv(f64::from);
+            let (a, b) = (case.matrix(&format!("out.error_a/{kernel}")), case.matrix(&format!("out.error_b/{kernel}")));
+            let off = (found.t().to_owned() - a.dot(&b)).iter().fold(0f64, |m, v| m.max(v.abs()));
+            let allowed = case.index["tolerance"]["error_a @ error_b"]["abs"].as_f64().unwrap();
+            assert!(off <= allowed, "{} {kernel}: {off}", case.name);
+        }
+    }
+}
+
+/// Weights and activations as int8: each product of integers, times both scales.
+#[test]
+fn golden_lqer_int8_activations() {
+    for case in Case::of("lqer_qwix").iter().filter(|c| c.has("out.act_qvalue/0")) {
+        let mut x = narrow(&case.matrix("in.x"));
+        for (place, kernel) in ["Dense_0/kernel", "Dense_1/kernel"].into_iter().enumerate() {
+            let weight = narrow(&case.matrix(&format!("w.{kernel}")).reversed_axes());
+            let quantize =
+                |m: ArrayView2<f32>| PackedMatrix::quantize(m, lqer_format(8), Clipping::Absmax, None).unwrap();
+            let (weight, inputs) = (quantize(weight.view()), quantize(x.view()));
+            same_integers(case, kernel, &weight);
+            let found = codes(&inputs).mapv(|c| f64::from(c as i8));
+            assert_eq!(found, case.matrix(&format!("out.act_qvalue/{place}")), "{}", case.name);
+            x = inputs.dequantize().dot(&weight.dequantize().t());
+            if place == 0 {
+                x.mapv_inplace(|v| v.max(0.0));
+            }
+        }
+        case.holds("out.ptq", x.mapv(f64::from).into_dyn());
+    }
+}
+
+/// Whole models from a store: the checkpoint imported under rules, its layers opened from the snapshot, and run.
+#[tokio::test(flavor = "multi_thread")]
+async fn golden_lqer_models() {
+    let cases = Case::of("lqer_qwix");
+    for case in cases.iter().filter(|c| c.index.get("float_file").is_some()) {
+        let float = float_of(&cases, case);
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = folder.path().join("model.safetensors");
+        write(float, &checkpoint);
+        let store = Store::create(folder.path().join("layers").to_str().unwrap()).await.unwrap();
+        let config = &case.index["config"];
+        let rule = |rank: usize, layers: &str| {
+            let kind = config["weight_qtype"].as_str().unwrap();
+            format!(
+                "[[rule]]\nlayers = '{layers}'\nmethod = 'low_rank'\nrank = {rank}\nsvd = 'full'\nfactors = 'f32'\n\
+                 clipping = 'absmax'\nweight = {{ type = '{kind}', group = 'channel', symmetric = true }}\n"
+            )
+        };
+        let rank = config["rank"].as_u64().unwrap() as usize;
+        // A rank above a layer's is the layer's for the peer, and refused here.
+        let narrowest = case.index["per_layer"]["Dense_1/kernel"]["rank"].as_u64();
+        let last = narrowest.map_or(String::new(), |rank| rule(rank as usize, r"Dense_1"));
+        let kernels = r"block_\d+\..*|output|Dense_\d";
+        for (model, rules) in
+            [("float", String::new()), ("ptq", rule(0, kernels)), ("lqer", format!("{last}{}", rule(rank, kernels)))]
+        {
+            let rules = Rules::parse(&rules, "rules.toml").unwrap();
+            let source = Arc::new(Checkpoint::open(&checkpoint).unwrap());
+            import(&store, source, model, ImportOptions { rules, ..ImportOptions::default() }).await.unwrap();
+        }
+        store.create_snapshot("golden").await.unwrap();
+        let snapshot = store.at("golden").await.unwrap();
+        let transformer = case.index["model"] == "SimpleTransformer";
+        for (model, expected) in
+            [("float", if transformer { "out.logits" } else { "out.y" }), ("ptq", "out.ptq"), ("lqer", "out.lqer")]
+        {
+            let model = Model::open(&snapshot, model).await;
+            let of = if model.name == "float" { float } else { case };
+            let quantised = model.layers.values().filter(|l| matches!(l, Layer::LowRank(_))).count();
+            let counted = case.index["quantised_layers"].as_u64().unwrap() as usize;
+            assert_eq!(quantised, if model.name == "float" { 0 } else { counted }, "{}", case.name);
+            let found = match transformer {
+                true => model.transformer(&float.any("in.tokens").clone().into_dimensionality().unwrap()).into_dyn(),
+                false => model.perceptron(&narrow(&float.matrix("in.x"))).into_dyn(),
+            };
+            of.holds(expected, found.mapv(f64::from));
+        }
+    }
+}
+
+fn float_of<'a>(cases: &'a [Case], case: &Case) -> &'a Case {
+    let file = case.index["float_file"].as_str().unwrap();
+    cases.iter().find(|c| c.index["file"] == file).unwrap()
+}
+
+fn lqer_format(bits: u64) -> WeightFormat {
+    let weight_type = WeightType::Int(bits as u8);
+    WeightFormat { weight_type, group: Group::Channel, symmetric: true, ..WeightFormat::default() }
+}
+
+fn same_integers(case: &Case, kernel: &str, packed: &PackedMatrix) {
+    let unused = 8 - packed.format.weight_type.bits();
+    let found = codes(packed).mapv(|c| f64::from((c << unused) as i8 >> unused));
+    assert_eq!(found.t(), case.matrix(&format!("out.qvalue/{kernel}")), "{} {kernel}", case.name);
+    let scales = Array2::from_shape_vec((1, packed.rows), packed.scales.iter().map(|&v| f64::from(v)).collect());
+    case.holds(&format!("out.scale/{kernel}"), scales.unwrap().into_dyn());
+}
+
+/// The peer's parameters as a checkpoint: kernels as `[out, in]` weights of layers, the rest as it is.
+fn write(float: &Case, path: &std::path::Path) {
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = vec![];
+    for (name, tensor) in &float.tensors {
+        let Some(name) = name.strip_prefix("w.") else { continue };
+        let (name, tensor) = match name.strip_suffix("/kernel") {
+            Some(layer) => (format!("{layer}.weight"), tensor.clone().reversed_axes()),
+            None => (name.to_owned(), tensor.clone()),
+        };
+        let bytes = tensor.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect();
+        tensors.push((name.replace('/', "."), tensor.shape().to_vec(), bytes));
+    }
+    let views =
+        tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// The peer's models, on layers of a snapshot.
+struct Model {
+    name: String,
+    layers: BTreeMap<String, Layer>,
+}
+
+impl Model {
+    async fn open(snapshot: &Snapshot, name: &str) -> Self {
+        let mut layers = BTreeMap::new();
+        for handle in snapshot.handles(name).await.unwrap() {
+            layers.insert(handle.record().layer.clone(), handle.load().await.unwrap());
+        }
+        Model { name: name.to_owned(), layers }
+    }
+
+    fn linear(&self, layer: &str, x: &Array2<f32>) -> Array2<f32> {
+        self.layers[layer].forward(x.view(), Accuracy::Approximate).unwrap().y
+    }
+
+    /// A tensor that no rule took.
+    fn plain(&self, name: &str) -> Vec<f32> {
+        let Layer::Dense(layer) = &self.layers[name] else { panic!("{name} is not dense") };
+        layer.raw().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    }
+
+    fn norm(&self, name: &str, x: &Array2<f32>) -> Array2<f32> {
+        let (scale, bias) = (self.plain(&format!("{name}.scale")), self.plain(&format!("{name}.bias")));
+        let mut y = x.clone();
+        for mut row in y.rows_mut() {
+            let mean = row.mean().unwrap();
+            let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / row.len() as f32;
+            let unit = (variance + 1e-6).sqrt();
+            row.iter_mut().zip(scale.iter().zip(&bias)).for_each(|(v, (s, b))| *v = (*v - mean) / unit * s + b);
+        }
+        y
+    }
+
+    fn perceptron(&self, x: &Array2<f32>) -> Array2<f32> {
+        self.linear("Dense_1", &self.linear("Dense_0", x).mapv(|v| v.max(0.0)))
+    }
+
+    /// Logits `[batch, tokens, vocabulary]` of tokens `[batch, tokens]`.
+    fn transformer(&self, tokens: &Array2<f64>) -> Array3<f32> {
+        let positions = self.plain("pos_embed");
+        let embedding = self.plain("embed.embedding");
+        let width = self.layers["block_0.attention.query"].in_features();
+        let blocks = (0..).take_while(|i| self.layers.contains_key(&format!("block_{i}.ffn.fc1"))).count();
+        let sequences = tokens.rows().into_iter().map(|tokens| {
+            let row = |(place, &token): (usize, &f64)| {
+                let word = &embedding[token as usize * width..][..width];
+                word.iter().zip(&positions[place * width..]).map(|(a, b)| a + b).collect::<Array1<f32>>()
+            };
+            let rows: Vec<Array1<f32>> = tokens.iter().enumerate().map(row).collect();
+            let views: Vec<_> = rows.iter().map(|r| r.view()).collect();
+            let mut x = ndarray::stack(Axis(0), &views).unwrap();
+            for i in 0..blocks {
+                let of = |part: &str| format!("block_{i}.{part}");
+                let [q, k, v] = ["query", "key", "value"].map(|p| self.linear(&of(&format!("attention.{p}")), &x));
+                let mut scores = q.dot(&k.t()) / (width as f32).sqrt();
+                for (place, mut row) in scores.rows_mut().into_iter().enumerate() {
+                    row.slice_mut(s![place + 1..]).fill(-1e10);
+                    let most = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+                    row.mapv_inplace(|v| (v - most).exp());
+                    let sum = row.sum();
+                    row /= sum;
+                }
+                let attended = self.linear(&of("attention.out"), &scores.dot(&v));
+                x = self.norm(&of("ln1"), &(x + attended));
+                let gelu = |v: f32| {
+                    0.5 * v * (1.0 + ((2.0 / std::f32::consts::PI).sqrt() * (v + 0.044715 * v.powi(3))).tanh())
+                };
+                let hidden = self.linear(&of("ffn.fc1"), &x).mapv(gelu);
+                let fed = self.linear(&of("ffn.fc2"), &hidden);
+                x = self.norm(&of("ln2"), &(x + fed));
+            }
+            self.linear("output", &self.norm("ln_final", &x))
+        });
+        let sequences: Vec<Array2<f32>> = sequences.collect();
+        let views: Vec<_> = sequences.iter().map(|s| s.view()).collect();
+        ndarray::stack(Axis(0), &views).unwrap().into_dimensionality::<Ix3>().unwrap()
+    }
+}
