@@ -13,7 +13,7 @@ mod rows;
 pub(crate) use kmeans::{kmeans, nearest};
 
 pub use format::{Group, ScaleType, WeightFormat, WeightType};
-pub use gptq::Order;
+pub use gptq::Calibrated;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};
 pub use product::{ProductFormat, ProductQuantizer};

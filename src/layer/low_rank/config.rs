@@ -85,6 +85,11 @@ pub struct LowRankConfig {
     pub damping: f64,
     /// For `rounding = "gptq"`: round the columns with the largest inputs first.
     pub activation_order: bool,
+    /// For `rounding = "gptq"`: times that every scale and code is looked at again afterwards, the others as they are.
+    pub sweeps: usize,
+    /// Make up for the mean error over the calibration inputs with a constant, and let everything else look at inputs
+    /// less their mean.
+    pub bias_correction: bool,
     pub rank: Rank,
     /// What A and B are stored as.
     pub factors: RowType,
@@ -102,8 +107,10 @@ impl Default for LowRankConfig {
             weight: WeightFormat::default(),
             clipping: Clipping::default(),
             rounding: Rounding::default(),
-            damping: 1e-2,
+            damping: 0.1,
             activation_order: false,
+            sweeps: 2,
+            bias_correction: false,
             rank: Rank::Components(32),
             factors: RowType::F16,
             scaling: Scaling::default(),
@@ -123,6 +130,7 @@ impl LowRankConfig {
     /// Whether calibration inputs are needed, and for what.
     pub fn calibrates(&self) -> Option<&'static str> {
         match (self.rounding, self.scaling) {
+            _ if self.bias_correction => Some("bias_correction"),
             (Rounding::Gptq, _) => Some("rounding = \"gptq\""),
             (_, Scaling::MeanAbs) => Some("scaling = \"mean_abs\""),
             (_, Scaling::Rms) => Some("scaling = \"rms\""),
@@ -205,13 +213,14 @@ impl LowRankConfig {
         }
     }
 
-    /// Bytes of packed weights, scales, zero points and factors for a rank, as stored.
+    /// Bytes of packed weights, scales, zero points, shift and factors for a rank, as stored.
     ///
     /// # Errors
     /// When the group does not divide the row.
     pub fn stored_bytes(&self, out_features: usize, in_features: usize, rank: usize) -> Result<usize> {
-        Ok(self.weight.stored_bytes(out_features, in_features)?
-            + rank * self.component_bytes(out_features, in_features))
+        let shift = if self.bias_correction { 2 * out_features } else { 0 };
+        let weight = self.weight.stored_bytes(out_features, in_features)?;
+        Ok(weight + shift + rank * self.component_bytes(out_features, in_features))
     }
 
     fn component_bytes(&self, out_features: usize, in_features: usize) -> usize {

@@ -5,7 +5,7 @@ mod correction;
 
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -16,7 +16,7 @@ use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::{Method, read_config};
 use crate::error::{Error, Result};
 use crate::linalg::{Moments, Ridge, matmul, matmul_nt};
-use crate::quant::{Order, PackedMatrix, RowMatrix, RowType, WeightFormat};
+use crate::quant::{Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
@@ -36,6 +36,8 @@ struct Inner {
     /// `[rank, in]`.
     b: RowMatrix,
     singular_values: Vec<f32>,
+    /// The mean error made up for, `[1, out]`.
+    shift: Option<RowMatrix>,
     bias: Option<Array1<f32>>,
 }
 
@@ -74,11 +76,18 @@ impl LowRankLayer {
             (Some(_), Some(inputs)) => Some((inputs, Moments::of(inputs)?)),
             _ => None,
         };
+        // With the mean error made up for, what varies is what is left to get right.
+        let moments = moments.map(|(inputs, mut moments)| {
+            if config.bias_correction {
+                moments.second = moments.covariance.clone();
+            }
+            (inputs, moments)
+        });
         let packed = match (&moments, config.rounding) {
             (Some((_, moments)), Rounding::Gptq) => {
                 let damped = Ridge { absolute: 0.0, relative: config.damping }.added_to(moments.second.clone());
-                let order = if config.activation_order { Order::Activations } else { Order::Columns };
-                PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped.view(), order)?
+                let how = Calibrated { activation_order: config.activation_order, sweeps: config.sweeps };
+                PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped.view(), how)?
             }
             _ => {
                 let importance: Option<Vec<f32>> =
@@ -88,6 +97,7 @@ impl LowRankLayer {
         };
         let transform = Transform::of(config, moments.as_ref().map(|(inputs, moments)| (*inputs, moments)))?;
         let error = &weight - &packed.dequantize();
+        let shifted = config.bias_correction;
         let correction = Correction::of(error.view(), weight, config, &transform)?;
         let mut made = match json!(config) {
             Value::Object(map) => map,
@@ -105,7 +115,16 @@ impl LowRankLayer {
             made,
         };
         let (a, b) = (RowMatrix::new(correction.a, config.factors)?, RowMatrix::new(correction.b, config.factors)?);
-        Self::new(config, packed, a, b, correction.singular_values, bias.map(|b| b.to_owned()))
+        let shift = match &moments {
+            Some((_, moments)) if shifted => {
+                let kept = packed.dequantize() + matmul(a.to_f32().t(), b.to_f32().view());
+                let mean = moments.mean.mapv(|v| v as f32).insert_axis(Axis(1));
+                let shift = matmul((&weight - &kept).view(), mean.view());
+                Some(RowMatrix::new(shift.reversed_axes(), RowType::F16)?)
+            }
+            _ => None,
+        };
+        Self::new(config, packed, a, b, correction.singular_values, shift, bias.map(|b| b.to_owned()))
     }
 
     fn new(
@@ -114,6 +133,7 @@ impl LowRankLayer {
         a: RowMatrix,
         b: RowMatrix,
         singular_values: Vec<f32>,
+        shift: Option<RowMatrix>,
         bias: Option<Array1<f32>>,
     ) -> Result<Self> {
         let (rank, outputs, inputs) = (config.rank, config.out_features, config.in_features);
@@ -125,17 +145,18 @@ impl LowRankLayer {
             b.rows(),
             b.columns(),
             singular_values.len(),
+            shift.as_ref().map_or(outputs, |s| s.columns()),
             bias.as_ref().map_or(outputs, |b| b.len()),
         ];
-        let expected = [outputs, inputs, rank, outputs, rank, inputs, rank, outputs];
+        let expected = [outputs, inputs, rank, outputs, rank, inputs, rank, outputs, outputs];
         if found != expected {
             return Err(Error::expected(
-                "lengths of weight, factors and bias",
+                "lengths of weight, factors, shift and bias",
                 format!("{found:?}"),
                 format!("{expected:?}"),
             ));
         }
-        Ok(LowRankLayer { inner: Arc::new(Inner { config, weight, a, b, singular_values, bias }) })
+        Ok(LowRankLayer { inner: Arc::new(Inner { config, weight, a, b, singular_values, shift, bias }) })
     }
 
     /// Length of an output row.
@@ -171,10 +192,13 @@ impl LowRankLayer {
         self.inner.bias.as_ref()
     }
 
-    /// `x · (Ŵ + A B)ᵀ` for a checked `x`, a block of rows dequantised at a time.
+    /// `x · (Ŵ + A B)ᵀ` and the shift, for a checked `x`, a block of rows dequantised at a time.
     pub(super) fn linear(&self, x: ArrayView2<f32>) -> Array2<f32> {
         let inner = &*self.inner;
         let mut y = inner.a.weighted(inner.b.products(x).view());
+        if let Some(shift) = &inner.shift {
+            y += &shift.to_f32().row(0);
+        }
         let mut block = Array2::zeros((BLOCK_ROWS, inner.weight.columns));
         for start in (0..inner.weight.rows).step_by(BLOCK_ROWS) {
             let end = (start + BLOCK_ROWS).min(inner.weight.rows);
@@ -241,6 +265,11 @@ impl LowRankLayer {
         if !parts.codes.is_empty() {
             parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
         }
+        if let Some(shift) = &inner.shift {
+            let data = shift.bytes().into_raw_vec_and_offset().0.into();
+            let shape = vec![self.out_features()];
+            parts.tensors.push(Tensor { name: "shift".into(), dtype: "F16".into(), shape, data });
+        }
         if let Some(bias) = &inner.bias {
             parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
         }
@@ -290,13 +319,15 @@ impl LowRankLayer {
             RowMatrix::from_bytes(config.factors, (config.rank, length), bytes, &scales)
         };
         let (a, b) = (factor(Side::A, outputs)?, factor(Side::B, inputs)?);
+        let shift = parts.tensor("shift").map(|t| RowMatrix::from_bytes(RowType::F16, (1, outputs), &t.data, &[]));
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
-        Self::new(config, weight, a, b, singular_values, bias)
+        Self::new(config, weight, a, b, singular_values, shift.transpose()?, bias)
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
         let inner = &*self.inner;
-        let factors = inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len();
+        let shift = inner.shift.as_ref().map_or(0, RowMatrix::memory_bytes);
+        let factors = inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len() + shift;
         inner.weight.memory_bytes() + factors + 4 * self.out_features()
     }
 }
@@ -328,8 +359,8 @@ mod tests {
         let types = prop::sample::select(vec![Int(2), Int(3), Int(4), Int(8), Nf4, MxInt(4), Bf16]);
         let factors = prop::sample::select(vec![RowType::F32, RowType::F16, RowType::Int8]);
         let scalings = prop::sample::select(vec![Scaling::Identity, Scaling::MeanAbs, Scaling::Rms, Scaling::Exact]);
-        (types, factors, scalings, any::<[bool; 3]>(), 0usize..3).prop_map(
-            |(weight_type, factors, scaling, [symmetric, gptq, half], rank)| {
+        (types, factors, scalings, any::<[bool; 4]>(), 0usize..3).prop_map(
+            |(weight_type, factors, scaling, [symmetric, gptq, half, bias_correction], rank)| {
                 let scales = if half { ScaleType::F16 } else { ScaleType::F32 };
                 LowRankConfig {
                     weight: WeightFormat { weight_type, group: Group::Size(4), symmetric, scales },
@@ -337,6 +368,7 @@ mod tests {
                     rank: Rank::Components(rank),
                     factors,
                     scaling,
+                    bias_correction,
                     ..LowRankConfig::default()
                 }
             },
@@ -351,8 +383,16 @@ mod tests {
             let (w, x) = (sample(out, 12, seed), sample(30, 12, seed + 1));
             let layer = built(&config, &w, &x);
             let y = layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
-            let reference = x.dot(&layer.weight().unwrap().t()) + 1.0;
-            prop_assert!(relative_error(y.view(), reference.view()) < 1e-5);
+            let mut reference = x.dot(&layer.weight().unwrap().t()) + 1.0;
+            if config.bias_correction {
+                // Over the calibration inputs nothing is left of the mean error.
+                let mean = |y: &Array2<f32>| y.mean_axis(Axis(0)).unwrap();
+                let off = mean(&(x.dot(&w.t()) + 1.0)) - mean(&reference);
+                reference += &off;
+            }
+            // The shift is kept in f16.
+            let allowed = if config.bias_correction { 1e-3 } else { 1e-5 };
+            prop_assert!(relative_error(y.view(), reference.view()) < allowed);
             let parts = layer.to_parts();
             let back = Layer::from_parts(parts.clone()).unwrap();
             prop_assert_eq!(back.to_parts(), parts.clone());
