@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, ImportArgs};
 use crate::error::Result;
-use crate::model::{self, Cancel, ImportOptions, ImportReport};
+use crate::model::{self, Cancel, ImportOptions, ImportReport, Plan};
 use crate::store::{Store, check_model_name};
 
 /// A request to stop that Ctrl-C makes.
@@ -27,7 +27,12 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     check_model_name(&args.model)?;
     let (checkpoint, rules, calibration) =
         model::open_inputs(&args.checkpoint, args.rules.as_deref(), args.calibration.as_deref())?;
-    model::check(&checkpoint, &rules, calibration.as_ref())?;
+    let plan = model::preview(&checkpoint, &rules, calibration.as_ref())?;
+    if args.dry_run {
+        note_unused(context, &plan.unused_rules);
+        context.output.result(&plan, planned)?;
+        return Ok(0);
+    }
     let options = ImportOptions {
         rules,
         calibration,
@@ -37,9 +42,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     };
     let store = Store::create(&context.store).await?;
     let report = model::import(&store, Arc::new(checkpoint), &args.model, options).await?;
-    for rule in &report.unused_rules {
-        context.output.note(format!("note: the rule at {rule} takes no layer of this checkpoint"));
-    }
+    note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
         let count = report.unmatched_calibration.len();
         let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
@@ -49,6 +52,32 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     }
     context.output.result(&report, human)?;
     Ok(0)
+}
+
+fn note_unused(context: &Context, rules: &[String]) {
+    for rule in rules {
+        context.output.note(format!("note: the rule at {rule} takes no layer of this checkpoint"));
+    }
+}
+
+fn planned(plan: &Plan) -> String {
+    let rows = plan.layers.iter().map(|l| {
+        vec![
+            l.layer.clone(),
+            l.rule.clone().unwrap_or_default(),
+            l.method.to_string(),
+            format!("{} × {}", l.out_features, l.in_features),
+            if l.calibrated { "yes".into() } else { String::new() },
+            l.expected_bytes.map_or("by its numbers".into(), bytes),
+            l.bits_per_weight.map_or(String::new(), |bits| format!("{bits:.2}")),
+            l.expected_bytes.map_or(String::new(), |expected| ratio(l.dense_bytes, expected)),
+        ]
+    });
+    let layers = table(&["layer", "rule", "method", "shape", "calibrated", "bytes", "bits", "ratio"], rows);
+    let dense = plan.layers.iter().map(|l| l.dense_bytes).sum();
+    let known: Option<Vec<u64>> = plan.layers.iter().map(|l| l.expected_bytes).collect();
+    let total = known.map_or("some of them by their numbers".to_owned(), |all| bytes(all.iter().sum()));
+    format!("{layers}\n{} layers, {total} from {}; nothing has been stored", plan.layers.len(), bytes(dense))
 }
 
 fn human(report: &ImportReport) -> String {
@@ -61,11 +90,13 @@ fn human(report: &ImportReport) -> String {
             l.error_basis.as_str().into(),
             bytes(l.stored_bytes),
             ratio(l.dense_bytes, l.stored_bytes),
+            format!("{:.2}", l.bits_per_weight),
             if l.reused { "yes".into() } else { String::new() },
             format!("{:.2} s", l.seconds),
         ]
     });
-    let layers = table(&["layer", "method", "shape", "error", "over", "stored", "ratio", "reused", "time"], rows);
+    let layers =
+        table(&["layer", "method", "shape", "error", "over", "stored", "ratio", "bits", "reused", "time"], rows);
     format!(
         "{layers}\n{} at version {}: {} layers, {} from {} ({}), {} new\n",
         report.model,

@@ -124,6 +124,9 @@ struct ImportArgs {
     /// A message for the log.
     #[arg(long, value_name = "TEXT")]
     message: Option<String>,
+    /// Only say which rule takes which layer, and how many bytes it will take. No store is made or changed.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Debug, Args)]

@@ -111,13 +111,17 @@ pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
                 l.layer.clone(),
                 l.method.to_string(),
                 error(l.relative_error),
+                l.uncorrected_error.map_or(String::new(), |e| format!("{e:.4}")),
+                l.singular_values.as_ref().map_or(String::new(), |s| s.len().to_string()),
                 l.mean_keys.map_or(String::new(), |k| format!("{k:.1}")),
                 l.mean_certified_error.map_or(String::new(), |e| format!("{e:.4}")),
                 bytes(l.stored_bytes),
                 ratio(l.dense_bytes, l.stored_bytes),
+                format!("{:.2}", l.bits_per_weight),
             ]
         });
-        let layers = table(&["layer", "method", "error", "keys", "certified", "stored", "ratio"], rows);
+        let head = ["layer", "method", "error", "uncorrected", "rank", "keys", "certified", "stored", "ratio", "bits"];
+        let layers = table(&head, rows);
         format!(
             "{layers}\nmean relative error of {} layers: {}",
             evaluation.layers.len(),

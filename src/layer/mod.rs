@@ -130,6 +130,17 @@ impl MethodConfig {
         }
     }
 
+    /// Bytes that a layer's parts will take, the bias aside; `None` where that follows from its numbers.
+    ///
+    /// # Errors
+    /// When the settings do not fit the shape.
+    pub fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+        match self {
+            MethodConfig::LowRank(config) => config.expected_bytes(out_features, in_features),
+            MethodConfig::Dense | MethodConfig::KeyValue(_) => Ok(None),
+        }
+    }
+
     /// Compresses `weight` `[out_features, in_features]` with its bias `[out_features]`, for inputs like `calibration`
     /// `[tokens, in_features]`.
     ///

@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
+use super::plan::{Planned, bits_per_weight, flattened, plan};
 use super::rules::Rules;
 use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ use crate::linalg::relative_error;
 use crate::store::{ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, check_model_name, joined};
 
 /// Part of every recipe: raise it when a method comes to make other parts from the same settings.
-const RECIPE_VERSION: u32 = 1;
+const RECIPE_VERSION: u32 = 2;
 
 /// How a checkpoint is imported.
 pub struct ImportOptions {
@@ -56,6 +57,8 @@ pub struct LayerReport {
     pub error_basis: ErrorBasis,
     pub dense_bytes: u64,
     pub stored_bytes: u64,
+    /// Stored bits for each weight, the bias and everything else counted.
+    pub bits_per_weight: f64,
     /// Whether the store had it already.
     pub reused: bool,
     pub seconds: f64,
@@ -75,13 +78,6 @@ pub struct ImportReport {
     pub unused_rules: Vec<String>,
     /// Calibration tensors that are named after no layer of the checkpoint: likely mistakes too.
     pub unmatched_calibration: Vec<String>,
-}
-
-/// A layer and what is to become of it.
-struct Planned {
-    source: LayerSource,
-    method: MethodConfig,
-    calibrated: bool,
 }
 
 /// Imports `checkpoint` as `model`, in place of what the store held under that name, as one new version.
@@ -165,6 +161,7 @@ pub async fn import(
             error_basis: record.error_basis,
             dense_bytes,
             stored_bytes: record.stored_bytes,
+            bits_per_weight: bits_per_weight(record.stored_bytes, out_features, in_features),
             reused,
             seconds: started.elapsed().as_secs_f64(),
         });
@@ -208,44 +205,6 @@ async fn unless_cancelled<T: Send + 'static>(
         done = tokio::task::spawn_blocking(work) => joined(done)?,
         () = cancel.cancelled() => Err(Error::Cancelled),
     }
-}
-
-/// Finds each layer's rule and holds it against the layer, and gives the rules that took none.
-fn plan(
-    checkpoint: &Checkpoint,
-    rules: &Rules,
-    calibration: Option<&Activations>,
-) -> Result<(Vec<Planned>, Vec<String>)> {
-    let mut used = vec![false; rules.iter().count()];
-    let mut planned = Vec::new();
-    for source in checkpoint.layers() {
-        // Vectors, and tensors of other types, have no rows to compress: rules are for matrices.
-        let rule = rules.find(&source.layer).filter(|_| source.weight.is_float_matrix());
-        let method = rule.map_or(MethodConfig::Dense, |(place, rule)| {
-            used[place] = true;
-            rule.method.clone()
-        });
-        let (out_features, in_features) = flattened(&source.weight);
-        let calibrated = method != MethodConfig::Dense
-            && match calibration {
-                Some(activations) => activations.check(&source.layer, in_features as usize)?,
-                None => false,
-            };
-        method.check(out_features as usize, in_features as usize, calibrated).map_err(|e| e.in_layer(&source.layer))?;
-        planned.push(Planned { source, method, calibrated });
-    }
-    let unused = rules
-        .iter()
-        .zip(used)
-        .filter(|(_, used)| !used)
-        .map(|(rule, _)| format!("line {}: {}", rule.line, rule.layers));
-    Ok((planned, unused.collect()))
-}
-
-/// A tensor's shape as rows and columns: a vector is one column, more dimensions fold into the columns.
-fn flattened(weight: &TensorEntry) -> (u64, u64) {
-    let rows = weight.shape.first().copied().unwrap_or(1);
-    (rows as u64, weight.shape.iter().skip(1).product::<usize>() as u64)
 }
 
 /// Names what a layer is made from and how, and where it comes from.
@@ -335,14 +294,6 @@ pub(super) fn measure(layer: &Layer, weight: &Array2<f32>, inputs: Option<&Array
         }
         None => Ok((relative_error(layer.weight()?.view(), weight.view()), ErrorBasis::Weights)),
     }
-}
-
-/// Holds rules and calibration against a checkpoint, as [`import`] does before it begins.
-///
-/// # Errors
-/// When a rule or calibration does not fit a layer.
-pub fn check(checkpoint: &Checkpoint, rules: &Rules, calibration: Option<&Activations>) -> Result<()> {
-    plan(checkpoint, rules, calibration).map(|_| ())
 }
 
 /// Opens a checkpoint, rules and calibration by their paths.

@@ -57,6 +57,47 @@ fn likely_mistakes_are_reported() {
 }
 
 #[test]
+fn a_dry_run_says_what_an_import_does() {
+    let place = Place::new();
+    let more = "[[rule]]\nlayers = 'blocks\\.0\\.up'\nmethod = 'low_rank'\nrank = { max_bits = 9 }\nfactors = 'int8'\n\
+                bias_correction = true\nrounding = 'gptq'\nweight = { type = 'nf4', group = 16, scales = 'f16' }\n\
+                [[rule]]\nlayers = 'blocks\\.1\\.up'\nmethod = 'low_rank'\nrank = { max_error = 0.05 }\n\
+                scaling = 'rms'\nweight = { type = 'int3', group = 'channel' }\n";
+    let rules = format!("{more}{}", std::fs::read_to_string(INT4).unwrap());
+    std::fs::write(place.path("rules.toml"), rules).unwrap();
+    let rules = place.path("rules.toml").display().to_string();
+    let args = ["import", CHECKPOINT, "--model", "m", "--rules", &rules, "--calibration", INPUTS];
+    let plan = place.json(&[&args[..], &["--dry-run"]].concat());
+    assert!(!place.path("layers").exists(), "a dry run made a store");
+    let done = place.json(&args);
+    let (plan, done) = (plan["layers"].as_array().unwrap(), done["layers"].as_array().unwrap());
+    assert_eq!(plan.len(), done.len());
+    for (expected, found) in plan.iter().zip(done) {
+        assert_eq!((&expected["layer"], &expected["method"]), (&found["layer"], &found["method"]));
+        let by_error = found["layer"] == "blocks.1.up";
+        assert_eq!(expected["expected_bytes"].is_null(), by_error);
+        if !by_error {
+            assert_eq!(expected["expected_bytes"], found["stored_bytes"], "{found}");
+            assert_eq!(expected["bits_per_weight"], found["bits_per_weight"]);
+        }
+    }
+    let rule_of = |layer: &str| plan.iter().find(|l| l["layer"] == layer).unwrap()["rule"].clone();
+    assert!(rule_of("blocks.0.up").as_str().unwrap().starts_with("line 1: blocks"));
+    assert!(rule_of("blocks.0.down").as_str().unwrap().starts_with("line 15: blocks"));
+    let human = place.run(&[&args[..], &["--dry-run"]].concat());
+    assert!(human.out.contains("nothing has been stored") && human.out.contains("by its numbers"), "{}", human.out);
+    let measured = place.json(&["evaluate", "m", "--activations", INPUTS, "--checkpoint", CHECKPOINT]);
+    for layer in measured["layers"].as_array().unwrap().iter().filter(|l| l["method"] == "low_rank") {
+        let error = |name: &str| layer[name].as_f64().unwrap();
+        assert!(error("relative_error") < error("uncorrected_error"), "{layer}");
+        let values: Vec<f64> =
+            layer["singular_values"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+        assert!(values.is_sorted_by(|a, b| a >= b), "{layer}");
+        assert!(error("bits_per_weight") > 2.0);
+    }
+}
+
+#[test]
 fn a_second_import_writes_nothing() {
     let place = Place::new();
     for rules in [INT4, KEYS] {

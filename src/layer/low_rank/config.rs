@@ -223,6 +223,14 @@ impl LowRankConfig {
         Ok(weight + shift + rank * self.component_bytes(out_features, in_features))
     }
 
+    pub(in crate::layer) fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+        if matches!(self.rank, Rank::MaxError(_)) {
+            return Ok(None);
+        }
+        let rank = self.largest_rank(out_features, in_features)?;
+        self.stored_bytes(out_features, in_features, rank).map(Some)
+    }
+
     fn component_bytes(&self, out_features: usize, in_features: usize) -> usize {
         // Its singular value, once with each f32 factor or once beside, and the scales of int8 rows.
         let beside = match self.factors {
