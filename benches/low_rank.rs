@@ -4,15 +4,16 @@
 //! On the 36 linear layers of all-MiniLM-L6-v2's encoder where `demo/minilm` holds it (`make demo` fetches it). Three
 //! quarters of the tokens in `demo/calibration.safetensors` calibrate and the rest measure; or those of the files that
 //! `LAYERSTORE_CALIBRATION` and `LAYERSTORE_EVALUATION` name. Bits count everything that is stored but the biases.
-//! Arguments choose options by part of their name, or are settings of your own as JSON:
+//! `svd` runs the comparison of decompositions alone. Other arguments choose options by part of their name, or are settings of your own as JSON:
 //! `cargo bench --bench low_rank -- '{"weight": {"type": "int3"}, "rank": 8}'`.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use layerstore::layer::{Accuracy, Layer, LowRankConfig, MethodConfig};
-use layerstore::linalg::{matmul_nt, relative_error};
+use layerstore::linalg::{Sketch, Svd, leading_svd, matmul_nt, randomized_svd, relative_error};
 use layerstore::model::{Activations, Checkpoint};
+use layerstore::quant::{Clipping, PackedMatrix, WeightFormat};
 use ndarray::{Array2, Axis};
 use serde_json::{Value, json};
 
@@ -25,7 +26,13 @@ fn options() -> Vec<(&'static str, Value)> {
     let gptq =
         |weight: Value, rank: Value| json!({"weight": weight, "rounding": "gptq", "scaling": "exact", "rank": rank});
     let nearest = |weight: Value, rank: usize| json!({"weight": weight, "scaling": "exact", "rank": rank});
-    let bits = |max: f64| json!({"max_bits": max});
+    let small = |weight: Value| {
+        let mut all = gptq(weight, json!({"max_bits": 4.85}));
+        for (name, value) in [("factors", json!("int8")), ("bias_correction", json!(true)), ("sweeps", json!(4))] {
+            all[name] = value;
+        }
+        all
+    };
     vec![
         ("LQER as published: int4 channel, rank 16", peer("int4", 16)),
         ("LQER as published: int4 channel, rank 32", peer("int4", 32)),
@@ -38,22 +45,11 @@ fn options() -> Vec<(&'static str, Value)> {
         ("nf4 g64 nearest, exact 32", nearest(json!({"type": "nf4", "scales": "f16"}), 32)),
         ("mxint4 b32 nearest, exact 32", nearest(json!({"type": "mxint4"}), 32)),
         ("int4 g64 gptq", gptq(int(4, 64), json!(0))),
-        ("int4 g128 gptq, to 4.85 bits", gptq(int(4, 128), bits(4.85))),
-        ("int4 g64 gptq, to 4.85 bits", gptq(int(4, 64), bits(4.85))),
-        ("int4 g32 gptq, to 4.85 bits", gptq(int(4, 32), bits(4.85))),
-        ("int4 g64 gptq, ordered, to 4.85 bits", {
-            let mut ordered = gptq(int(4, 64), bits(4.85));
-            ordered["activation_order"] = json!(true);
-            ordered
-        }),
-        ("int4 g64 gptq, int8 factors, to 4.85 bits", {
-            let mut small = gptq(int(4, 64), bits(4.85));
-            small["factors"] = json!("int8");
-            small
-        }),
         ("int4 g64 gptq, exact 32", gptq(int(4, 64), json!(32))),
-        ("int4 g64 gptq, to 6 bits", gptq(int(4, 64), bits(6.0))),
-        ("int5 g64 gptq, to 6 bits", gptq(int(5, 64), bits(6.0))),
+        ("int4 g32 gptq, corrected to 4.85 bits", small(int(4, 32))),
+        ("nf4 g64 gptq, corrected to 4.85 bits", small(json!({"type": "nf4", "scales": "f16"}))),
+        ("nf4 g32 gptq, corrected to 4.85 bits", small(json!({"type": "nf4", "group": 32, "scales": "f16"}))),
+        ("int5 g64 gptq", gptq(int(5, 64), json!(0))),
         ("int3 g64 nearest, exact 32", nearest(int(3, 64), 32)),
         ("int3 g64 gptq, exact 32", gptq(int(3, 64), json!(32))),
         ("int2 g32 nearest, exact 64", nearest(int(2, 32), 64)),
@@ -76,6 +72,9 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    if wanted.is_empty() || wanted.iter().any(|w| w == "svd") {
+        decompositions()?;
+    }
     let checkpoint = Path::new("demo/minilm/model.safetensors");
     let named = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let calibration = named("LAYERSTORE_CALIBRATION").unwrap_or_else(|| "demo/calibration.safetensors".into());
@@ -116,6 +115,38 @@ fn main() -> Result<()> {
             8.0 * bytes as f64 / weights as f64,
             plain / count,
             corrected / count,
+        );
+    }
+    Ok(())
+}
+
+/// The randomised SVD beside the full one, on the error of an int4 weight, and the time that a large layer takes.
+fn decompositions() -> Result<()> {
+    for n in [1024, 4096] {
+        let mut state = 1u64;
+        // Sums of uniform numbers: close to normal, as weights are.
+        let mut uniform = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
+        };
+        let weight = Array2::from_shape_simple_fn((n, n), || (0..4).map(|_| uniform()).sum::<f32>());
+        let packed = PackedMatrix::quantize(weight.view(), WeightFormat::default(), Clipping::Mse, None)?;
+        let error = &weight - &packed.dequantize();
+        let squared: f64 = error.iter().map(|&v| f64::from(v).powi(2)).sum();
+        let left = |kept: &Svd| (squared - kept.s.iter().map(|s| s * s).sum::<f64>()).sqrt();
+        let started = Instant::now();
+        let sketched = randomized_svd(&error.view(), 32, Sketch::default())?;
+        let fast = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        let full = leading_svd(error.mapv(f64::from).view(), 32)?;
+        let slow = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        MethodConfig::LowRank(LowRankConfig::default()).compress(weight.view(), None, None)?;
+        println!(
+            "{n} × {n}, rank 32: randomised SVD {fast:.2} s, full {slow:.2} s ({:.0}×); error left {:.5}× the full one's; int4 g64 with rank 32, all of it: {:.2} s",
+            slow / fast,
+            left(&sketched) / left(&full),
+            started.elapsed().as_secs_f64(),
         );
     }
     Ok(())

@@ -33,6 +33,9 @@ const TO_WHOLE: f32 = 12_582_912.0;
 /// Spans tried for [`Clipping::Mse`].
 const SPANS: usize = 12;
 
+/// Times that a scale is then fitted to its codes.
+const FITS: usize = 3;
+
 /// The levels of NF4: quantiles of a standard normal distribution, scaled to [−1, 1] (QLoRA, appendix E).
 pub const NORMAL_FLOAT: [f32; 16] = [
     -1.0,
@@ -104,21 +107,25 @@ impl WeightFormat {
             }
             (error, across / square)
         };
-        let mut least = f32::INFINITY;
+        let (mut least, mut factor) = (f32::INFINITY, 1.0);
         for grid in candidates {
-            // As it is, and with the scale that is best for these codes.
             let grid = stored(grid);
-            let (plain, factor) = error(grid);
-            if plain < least {
-                (best, least) = (grid, plain);
+            let (found, fitting) = error(grid);
+            if found < least {
+                (best, least, factor) = (grid, found, fitting);
             }
-            if factor.is_finite() && factor > 0.0 {
-                let grid = stored(Grid { scale: grid.scale * factor, ..grid });
-                let (fitted, _) = error(grid);
-                if fitted < least {
-                    (best, least) = (grid, fitted);
-                }
+        }
+        // The scale that is best for the codes, then the codes for that scale, while it gains.
+        for _ in 0..FITS {
+            let grid = stored(Grid { scale: best.scale * factor, ..best });
+            if !(factor > 0.0 && grid.scale.is_finite()) {
+                break;
             }
+            let (found, fitting) = error(grid);
+            if found >= least || found.is_nan() {
+                break;
+            }
+            (best, least, factor) = (grid, found, fitting);
         }
         best
     }
@@ -241,7 +248,7 @@ impl Quantizer for Asymmetric {
                     let below = if zero > 0.0 { -lo / zero } else { 0.0 };
                     let above = if zero < top { hi / (top - zero) } else { 0.0 };
                     let wide = below.max(above);
-                    grids.extend(shares(self.bits).map(|share| grid(wide * f64::from(share), zero)));
+                    grids.extend(shares(self.bits).step_by(3).map(|share| grid(wide * f64::from(share), zero)));
                 }
             }
         }
