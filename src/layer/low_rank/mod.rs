@@ -124,18 +124,12 @@ impl LowRankLayer {
             }
             _ => None,
         };
-        Self::new(config, packed, a, b, correction.singular_values, shift, bias.map(|b| b.to_owned()))
+        let (singular_values, bias) = (correction.singular_values, bias.map(|b| b.to_owned()));
+        Self::new(Inner { config, weight: packed, a, b, singular_values, shift, bias })
     }
 
-    fn new(
-        config: StoredConfig,
-        weight: PackedMatrix,
-        a: RowMatrix,
-        b: RowMatrix,
-        singular_values: Vec<f32>,
-        shift: Option<RowMatrix>,
-        bias: Option<Array1<f32>>,
-    ) -> Result<Self> {
+    fn new(inner: Inner) -> Result<Self> {
+        let Inner { config, weight, a, b, singular_values, shift, bias } = &inner;
         let (rank, outputs, inputs) = (config.rank, config.out_features, config.in_features);
         let found = [
             weight.rows,
@@ -156,7 +150,7 @@ impl LowRankLayer {
                 format!("{expected:?}"),
             ));
         }
-        Ok(LowRankLayer { inner: Arc::new(Inner { config, weight, a, b, singular_values, shift, bias }) })
+        Ok(LowRankLayer { inner: Arc::new(inner) })
     }
 
     /// Length of an output row.
@@ -321,7 +315,7 @@ impl LowRankLayer {
         let (a, b) = (factor(Side::A, outputs)?, factor(Side::B, inputs)?);
         let shift = parts.tensor("shift").map(|t| RowMatrix::from_bytes(RowType::F16, (1, outputs), &t.data, &[]));
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
-        Self::new(config, weight, a, b, singular_values, shift.transpose()?, bias)
+        Self::new(Inner { config, weight, a, b, singular_values, shift: shift.transpose()?, bias })
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
