@@ -4,16 +4,17 @@
 //! do, and inputs that use 64 keys on average. The dense product is the fastest of ndarray, faer and matrixmultiply in
 //! the same run, one thread each for one query. Times are medians.
 
-use std::hint::black_box;
-use std::time::{Duration, Instant};
+mod dense;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use std::hint::black_box;
+
 use layerstore::layer::parts::{Codes, Keys, Parts, Tensor};
 use layerstore::layer::{Accuracy, Layer, Method, RowType};
 use layerstore::quant::RowMatrix;
-use ndarray::{Array1, Array2, ArrayView2};
+use ndarray::Array1;
 use serde_json::json;
+
+use dense::{dense, matrix, median, micros};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -47,79 +48,6 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn micros(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e6
-}
-
-fn median(mut run: impl FnMut()) -> Duration {
-    run();
-    let started = Instant::now();
-    let mut times = vec![];
-    while times.len() < 15 || (started.elapsed() < Duration::from_millis(700) && times.len() < 4001) {
-        let started = Instant::now();
-        run();
-        times.push(started.elapsed());
-    }
-    times.sort();
-    times[times.len() / 2]
-}
-
-/// `x · Wᵀ` by the fastest of three.
-fn dense(weight: ArrayView2<f32>, x: ArrayView2<f32>) -> Duration {
-    let (out, inputs) = weight.dim();
-    let batch = x.nrows();
-    let mut y = Array2::<f32>::zeros((batch, out));
-    let by_ndarray = if batch == 1 {
-        let row = x.row(0);
-        median(|| {
-            black_box(black_box(weight).dot(&black_box(row)));
-        })
-    } else {
-        median(|| {
-            black_box(black_box(x).dot(&weight.t()));
-        })
-    };
-    let par = if batch == 1 { Par::Seq } else { Par::rayon(0) };
-    let by_faer = median(|| {
-        let target = MatMut::from_row_major_slice_mut(y.as_slice_mut().expect("fresh"), batch, out);
-        let a = MatRef::from_row_major_slice(x.as_slice().expect("whole"), batch, inputs);
-        let b = MatRef::from_row_major_slice(weight.as_slice().expect("whole"), out, inputs);
-        matmul(target, Accum::Replace, black_box(a), black_box(b.transpose()), 1.0, par);
-    });
-    let by_matrixmultiply = median(|| {
-        let (x, w) = (black_box(x.as_ptr()), black_box(weight.as_ptr()));
-        let (rows, columns, inner) = (batch, out, inputs as isize);
-        // SAFETY: the strides are those of the three whole matrices.
-        unsafe {
-            matrixmultiply::sgemm(
-                rows,
-                inputs,
-                columns,
-                1.0,
-                x,
-                inner,
-                1,
-                w,
-                1,
-                inner,
-                0.0,
-                y.as_mut_ptr(),
-                columns as isize,
-                1,
-            );
-        }
-    });
-    by_ndarray.min(by_faer).min(by_matrixmultiply)
-}
-
-fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
-    let mut state = seed | 1;
-    Array2::from_shape_fn((rows, columns), |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    })
 }
 
 fn layer(out: usize, inputs: usize, kind: RowType) -> Result<Layer> {

@@ -29,7 +29,7 @@ pub use low_rank::{
 };
 pub use parts::{ArtifactId, Parts};
 
-pub use crate::quant::{ProductFormat, RowFormat, RowType};
+pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
 
 use crate::error::{Error, Result};
 
@@ -97,6 +97,9 @@ impl MethodConfig {
     /// A layer's full configuration: what its parts say, and how these settings run it.
     pub fn with_stored(&self, stored: &Value) -> Value {
         let mut all = stored.clone();
+        if let MethodConfig::LowRank(config) = self {
+            return low_rank::with_activations(all, config.activations);
+        }
         if let (MethodConfig::KeyValue(config), Value::Object(all)) = (self, &mut all)
             && let Value::Object(search) = serde_json::json!(config.search())
         {
@@ -312,7 +315,7 @@ impl Layer {
         match self {
             Layer::Dense(l) => l.linear(x),
             Layer::KeyValue(l) => Ok(l.linear(x, accuracy)),
-            Layer::LowRank(l) => Ok(Output { y: l.linear(x), relative_error_bound: None }),
+            Layer::LowRank(l) => Ok(Output { y: l.linear(x, accuracy), relative_error_bound: None }),
         }
     }
 
@@ -378,7 +381,8 @@ impl Layer {
     /// When the settings are not valid for the layer.
     pub fn configured(&self, config: &Value) -> Result<Self> {
         match self {
-            Layer::Dense(_) | Layer::LowRank(_) => Ok(self.clone()),
+            Layer::Dense(_) => Ok(self.clone()),
+            Layer::LowRank(l) => Ok(Layer::LowRank(l.configured(config)?)),
             Layer::KeyValue(l) => Ok(Layer::KeyValue(l.configured(config)?)),
         }
     }

@@ -3,7 +3,7 @@
 //! Rows are contiguous and of one length. [`dots`] is one inner product a row, [`accumulate`] a weighted sum of some of
 //! them. Each has a portable form, which is also the reference that the tests hold the fast one to.
 
-use half::f16;
+use half::{bf16, f16};
 
 /// A number that rows are made of.
 pub trait Element: Copy + Send + Sync {
@@ -39,6 +39,19 @@ impl Element for f16 {
         use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps};
         // SAFETY: the caller's promise; an f16 is its 16 bits.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+}
+
+impl Element for bf16 {
+    fn value(self) -> f32 {
+        self.to_f32()
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn eight(from: *const bf16) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::{_mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_slli_epi32};
+        // SAFETY: the caller's promise; a bf16 is the upper half of a float.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))) }
     }
 }
 
@@ -372,6 +385,8 @@ mod tests {
             agree(&bytes, width, &x, &picks)?;
             let halves: Vec<f16> = bytes.iter().map(|&b| f16::from_f32(f32::from(b) / 7.0)).collect();
             agree(&halves, width, &x, &picks)?;
+            let brains: Vec<bf16> = bytes.iter().map(|&b| bf16::from_f32(f32::from(b) / 7.0)).collect();
+            agree(&brains, width, &x, &picks)?;
             let floats: Vec<f32> = bytes.iter().map(|&b| f32::from(b) / 7.0).collect();
             agree(&floats, width, &x, &picks)?;
         }

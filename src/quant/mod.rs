@@ -1,6 +1,7 @@
 //! Quantisers: what a weight matrix, or the rows of keys and values, become when their numbers are kept in a few bits.
 
 mod format;
+mod fused;
 mod gptq;
 mod kernels;
 mod kmeans;
@@ -13,6 +14,7 @@ mod rows;
 pub(crate) use kmeans::{kmeans, nearest};
 
 pub use format::{Group, ScaleType, WeightFormat, WeightType};
+pub use fused::Activations;
 pub use gptq::Calibrated;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};

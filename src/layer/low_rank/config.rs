@@ -1,10 +1,11 @@
 //! Settings that a rule gives.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
-use crate::quant::{Clipping, RowType, WeightFormat};
+use crate::quant::{Activations, Clipping, RowType, WeightFormat};
 
 /// Which inputs the correction is the best one for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -93,12 +94,38 @@ pub struct LowRankConfig {
     pub rank: Rank,
     /// What A and B are stored as.
     pub factors: RowType,
+    /// What inputs are rounded to before they meet the packed weights. The correction sees them as they are, and so does
+    /// everything in a pass of full accuracy.
+    #[serde(skip_serializing_if = "as_they_are")]
+    pub activations: Activations,
     pub scaling: Scaling,
     pub svd: SvdMethod,
     /// For `scaling = "exact"`: added to the second moment's diagonal as it is.
     pub ridge_regularization: f64,
     /// For `scaling = "exact"`: added to the second moment's diagonal, times the diagonal's mean.
     pub ridge_relative: f64,
+}
+
+fn as_they_are(activations: &Activations) -> bool {
+    *activations == Activations::F32
+}
+
+pub(super) fn check_activations(activations: Activations, weight: &WeightFormat) -> Result<()> {
+    if weight.weight_type.is_float() && activations == Activations::Int8 {
+        let found = format!("\"int8\" for {}", weight.weight_type);
+        return Err(Error::expected("activations", found, "\"f32\" for weights that stay floats"));
+    }
+    Ok(())
+}
+
+/// A stored config, and how inputs are rounded where they are.
+pub(in crate::layer) fn with_activations(mut stored: Value, activations: Activations) -> Value {
+    if let Value::Object(map) = &mut stored
+        && !as_they_are(&activations)
+    {
+        map.insert("activations".into(), json!(activations));
+    }
+    stored
 }
 
 impl Default for LowRankConfig {
@@ -113,6 +140,7 @@ impl Default for LowRankConfig {
             bias_correction: false,
             rank: Rank::Components(32),
             factors: RowType::F16,
+            activations: Activations::default(),
             scaling: Scaling::default(),
             svd: SvdMethod::default(),
             ridge_regularization: 0.0,
@@ -171,7 +199,7 @@ impl LowRankConfig {
             let found = format!("\"gptq\" for {}", self.weight.weight_type);
             return Err(Error::expected("rounding", found, "\"nearest\" for weights that stay floats"));
         }
-        Ok(())
+        check_activations(self.activations, &self.weight)
     }
 
     pub(in crate::layer) fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {

@@ -9,14 +9,15 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub(super) use config::with_activations;
 pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod};
 pub use correction::{Correction, Transform};
 
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
-use super::{Method, read_config};
+use super::{Accuracy, Method, read_config};
 use crate::error::{Error, Result};
-use crate::linalg::{Moments, Ridge, matmul, matmul_nt};
-use crate::quant::{Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
+use crate::linalg::{Moments, Ridge, matmul};
+use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
@@ -25,6 +26,7 @@ const BLOCK_ROWS: usize = 64;
 #[derive(Debug, Clone)]
 pub struct LowRankLayer {
     inner: Arc<Inner>,
+    activations: Activations,
 }
 
 #[derive(Debug)]
@@ -63,6 +65,13 @@ fn is_f32(factors: &RowType) -> bool {
     *factors == RowType::F32
 }
 
+/// What the catalogue keeps of how a layer runs.
+#[derive(Deserialize)]
+struct Running {
+    #[serde(default)]
+    activations: Activations,
+}
+
 impl LowRankLayer {
     /// Quantises `weight` `[out, in]` and corrects it. Settings and shapes have been checked.
     pub(super) fn build(
@@ -97,13 +106,13 @@ impl LowRankLayer {
         };
         let transform = Transform::of(config, moments.as_ref().map(|(inputs, moments)| (*inputs, moments)))?;
         let error = &weight - &packed.dequantize();
-        let shifted = config.bias_correction;
+        let (shifted, activations) = (config.bias_correction, config.activations);
         let correction = Correction::of(error.view(), weight, config, &transform)?;
         let mut made = match json!(config) {
             Value::Object(map) => map,
             _ => Map::new(),
         };
-        for own in ["weight", "rank", "factors"] {
+        for own in ["weight", "rank", "factors", "activations"] {
             made.remove(own);
         }
         let config = StoredConfig {
@@ -125,7 +134,7 @@ impl LowRankLayer {
             _ => None,
         };
         let (singular_values, bias) = (correction.singular_values, bias.map(|b| b.to_owned()));
-        Self::new(Inner { config, weight: packed, a, b, singular_values, shift, bias })
+        Self::new(Inner { config, weight: packed, a, b, singular_values, shift, bias })?.with_activations(activations)
     }
 
     fn new(inner: Inner) -> Result<Self> {
@@ -150,7 +159,7 @@ impl LowRankLayer {
                 format!("{expected:?}"),
             ));
         }
-        Ok(LowRankLayer { inner: Arc::new(inner) })
+        Ok(LowRankLayer { inner: Arc::new(inner), activations: Activations::default() })
     }
 
     /// Length of an output row.
@@ -178,32 +187,46 @@ impl LowRankLayer {
         &self.inner.singular_values
     }
 
+    /// What inputs are rounded to before they meet the packed weights.
+    pub fn activations(&self) -> Activations {
+        self.activations
+    }
+
+    /// The same layer, its inputs rounded like this.
+    ///
+    /// # Errors
+    /// When the weights stay floats, and inputs are to be int8.
+    pub fn with_activations(&self, activations: Activations) -> Result<Self> {
+        config::check_activations(activations, &self.inner.config.weight)?;
+        Ok(LowRankLayer { inner: self.inner.clone(), activations })
+    }
+
+    pub(super) fn configured(&self, config: &Value) -> Result<Self> {
+        self.with_activations(read_config::<Running>(Method::LowRank, config)?.activations)
+    }
+
     pub(super) fn config(&self) -> Value {
-        json!(self.inner.config)
+        with_activations(json!(self.inner.config), self.activations)
     }
 
     pub(super) fn bias(&self) -> Option<&Array1<f32>> {
         self.inner.bias.as_ref()
     }
 
-    /// `x · (Ŵ + A B)ᵀ` and the shift, for a checked `x`, a block of rows dequantised at a time.
-    pub(super) fn linear(&self, x: ArrayView2<f32>) -> Array2<f32> {
+    /// `x · (Ŵ + A B)ᵀ` and the shift, for a checked `x`, straight from the codes.
+    pub(super) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
         let inner = &*self.inner;
-        let mut y = inner.a.weighted(inner.b.products(x).view());
-        if let Some(shift) = &inner.shift {
-            y += &shift.to_f32().row(0);
-        }
-        let mut block = Array2::zeros((BLOCK_ROWS, inner.weight.columns));
-        for start in (0..inner.weight.rows).step_by(BLOCK_ROWS) {
-            let end = (start + BLOCK_ROWS).min(inner.weight.rows);
-            for row in start..end {
-                let mut target = block.row_mut(row - start);
-                inner.weight.dequantize_row(row, target.as_slice_mut().expect("rows of an owned array are contiguous"));
-            }
-            let part = matmul_nt(x, block.slice(s![..end - start, ..]));
-            let mut target = y.slice_mut(s![.., start..end]);
-            target += &part;
-        }
+        let mut y = match &inner.shift {
+            Some(shift) => shift.to_f32().broadcast((x.nrows(), self.out_features())).expect("one row").to_owned(),
+            None => Array2::zeros((x.nrows(), self.out_features())),
+        };
+        let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
+        let components = inner.b.products(x);
+        let picks = |row: ArrayView1<f32>| (0u32..).zip(row.iter().copied()).collect();
+        let picks: Vec<Vec<(u32, f32)>> = components.rows().into_iter().map(picks).collect();
+        inner.weight.add_products(x, activations, y.view_mut(), |start, y| {
+            inner.a.accumulate_columns(&picks, start, y);
+        });
         y
     }
 
@@ -446,6 +469,29 @@ mod tests {
             let bits = |rank| 8.0 * base.stored_bytes(24, 16, rank).unwrap() as f64 / (24.0 * 16.0);
             prop_assert!(bits(rank) <= max_bits + 1e-9 && (rank == 16 || bits(rank + 1) > max_bits - 0.1));
         }
+    }
+
+    /// How inputs are rounded is no part of the artifact: the catalogue says it.
+    #[test]
+    fn activations_are_a_matter_of_running() {
+        let (w, x) = (sample(24, 64, 1), sample(5, 64, 2));
+        let config = LowRankConfig { activations: Activations::Int8, rank: Rank::Components(3), ..Default::default() };
+        let (rounded, plain) =
+            (built(&config, &w, &x), built(&LowRankConfig { activations: Activations::F32, ..config }, &w, &x));
+        assert_eq!(rounded.to_parts(), plain.to_parts());
+        assert_eq!(rounded.config()["activations"], "int8");
+        let back = Layer::from_parts(plain.to_parts()).unwrap().configured(&rounded.config()).unwrap();
+        let run = |layer: &Layer, accuracy| layer.forward(x.view(), accuracy).unwrap().y;
+        assert_eq!(run(&back, Accuracy::Approximate), run(&rounded, Accuracy::Approximate));
+        assert_eq!(run(&back, Accuracy::Full), run(&plain, Accuracy::Approximate));
+        let off = relative_error(run(&back, Accuracy::Approximate).view(), run(&plain, Accuracy::Full).view());
+        assert!(off > 0.0 && off < 0.01, "{off}");
+        let floats = LowRankConfig {
+            weight: WeightFormat { weight_type: WeightType::Bf16, ..Default::default() },
+            activations: Activations::Int8,
+            ..Default::default()
+        };
+        assert!(MethodConfig::LowRank(floats).validate().unwrap_err().to_string().contains("stay floats"));
     }
 
     #[test]

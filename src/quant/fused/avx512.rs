@@ -1,0 +1,194 @@
+//! AVX-512 with VNNI and VBMI: Ice Lake and Zen 4, and what came after them.
+
+use std::arch::x86_64::*;
+
+use super::lanes::{Coding, Lanes, level_byte};
+
+pub fn available() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx512vbmi")
+}
+
+/// See [`available`].
+#[derive(Clone, Copy)]
+pub struct Avx512;
+
+#[derive(Clone, Copy)]
+pub struct Registers {
+    bits: u32,
+    /// Brings the bytes of eight codes into each eight bytes.
+    spread: __m512i,
+    /// Where each of eight codes starts, in bits.
+    starts: __m512i,
+    mask: __m512i,
+    flip: __m512i,
+    /// What codes of up to four bits stand for; those of two bits again and again.
+    values: __m512,
+    /// The same as bytes.
+    bytes: __m512i,
+}
+
+#[inline(always)]
+fn first(count: usize) -> u64 {
+    if count >= 64 { u64::MAX } else { (1 << count) - 1 }
+}
+
+impl Lanes for Avx512 {
+    const LANES: usize = 16;
+    type Float = __m512;
+    type Int = __m512i;
+    type Coding = Registers;
+
+    #[inline(always)]
+    unsafe fn coding(coding: &Coding) -> Registers {
+        let bits = coding.bits;
+        let spread: [u8; 64] = std::array::from_fn(|i| (i / 8 * bits as usize + (i % 8).min(bits as usize - 1)) as u8);
+        let starts: [u8; 64] = std::array::from_fn(|i| (i % 8 * bits as usize) as u8);
+        let unsigned = |i: usize| (i & ((1 << bits) - 1)) ^ usize::from(coding.flip);
+        let values: [f32; 16] = std::array::from_fn(|i| match coding.levels {
+            Some(levels) => levels[i],
+            None => unsigned(i) as f32,
+        });
+        let bytes: [u8; 64] = std::array::from_fn(|i| coding.levels.map_or(0, |levels| level_byte(levels[i % 16])));
+        // SAFETY: the caller's promise; each array is as long as a register.
+        unsafe {
+            Registers {
+                bits,
+                spread: _mm512_loadu_si512(spread.as_ptr().cast()),
+                starts: _mm512_loadu_si512(starts.as_ptr().cast()),
+                mask: _mm512_set1_epi8(((1u32 << bits) - 1) as u8 as i8),
+                flip: _mm512_set1_epi8(coding.flip as i8),
+                values: _mm512_loadu_ps(values.as_ptr()),
+                bytes: _mm512_loadu_si512(bytes.as_ptr().cast()),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        // SAFETY: the caller's promise, as in every function here.
+        unsafe { _mm512_setzero_ps() }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: __m512) {
+        unsafe { _mm512_storeu_ps(to, value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_some(from: *const f32, count: usize) -> __m512 {
+        unsafe { _mm512_maskz_loadu_ps(first(count) as u16, from) }
+    }
+
+    #[inline(always)]
+    unsafe fn bytes_some(from: *const u8, count: usize) -> __m512 {
+        unsafe {
+            let bytes = _mm512_castsi512_si128(_mm512_maskz_loadu_epi8(first(count), from.cast()));
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn fnma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fnmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(value: __m512) -> f32 {
+        unsafe { _mm512_reduce_add_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn pick(value: __m512, places: *const u32) -> __m512 {
+        unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(places.cast()), value) }
+    }
+
+    #[inline(always)]
+    unsafe fn block<const H: usize, const FULL: bool>(from: *const u8, bytes: usize, coding: Registers) -> __m512i {
+        unsafe {
+            if H > 1 {
+                return match FULL {
+                    true => _mm512_loadu_si512(from.cast()),
+                    false => _mm512_maskz_loadu_epi8(first(bytes), from.cast()),
+                };
+            }
+            // Never past the block: the next row may not be there.
+            let packed = _mm512_maskz_loadu_epi8(first(bytes.min(8 * coding.bits as usize)), from.cast());
+            let eights = _mm512_permutexvar_epi8(coding.spread, packed);
+            let codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(coding.starts, eights), coding.mask);
+            _mm512_xor_si512(codes, coding.flip)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn bytes<const H: usize, const LEVELS: bool>(block: __m512i, half: usize, coding: Registers) -> __m512i {
+        unsafe {
+            let codes = match H {
+                1 => block,
+                2 if half == 0 => _mm512_and_si512(block, coding.mask),
+                2 => _mm512_and_si512(_mm512_srli_epi32::<4>(block), coding.mask),
+                _ => match half {
+                    0 => _mm512_and_si512(block, coding.mask),
+                    1 => _mm512_and_si512(_mm512_srli_epi32::<2>(block), coding.mask),
+                    2 => _mm512_and_si512(_mm512_srli_epi32::<4>(block), coding.mask),
+                    _ => _mm512_and_si512(_mm512_srli_epi32::<6>(block), coding.mask),
+                },
+            };
+            match LEVELS {
+                true => _mm512_shuffle_epi8(coding.bytes, codes),
+                false if H == 1 => codes,
+                false => _mm512_xor_si512(codes, coding.flip),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn values<const H: usize, const LEVELS: bool>(block: __m512i, step: usize, coding: Registers) -> __m512 {
+        unsafe {
+            // Only the lowest four bits of a place count, and what two bits stand for is there four times.
+            let width = if H == 1 { 8 } else { 8 / H };
+            let codes = _mm512_srlv_epi32(block, _mm512_set1_epi32((width * step) as i32));
+            match H {
+                1 if !LEVELS => _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255))),
+                _ => _mm512_permutexvar_ps(codes, coding.values),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zeros() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(codes: __m512i, x: *const i8, sum: __m512i, _: Registers) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(x.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn to_float(value: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(value) }
+    }
+}

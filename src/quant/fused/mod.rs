@@ -1,0 +1,338 @@
+//! Products with packed weights, straight from their codes: `x · Ŵᵀ`, and Ŵ is never in memory.
+//!
+//! The stored rows are what the kernels read: it is the inputs that are brought into the order in which a register's lanes
+//! meet the codes. One algorithm (`tile`) is compiled for each instruction set (`lanes`, `avx2`, `avx512`); the
+//! reference is [`PackedMatrix::dequantize`] and a plain product.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod inputs;
+mod lanes;
+mod tile;
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use self::inputs::{Inputs, Layout, rounded};
+use self::lanes::{Coding, Lanes, Portable};
+use self::tile::{Kind, Rows};
+use super::format::WeightType;
+use super::kernels::{Element, dots};
+use super::packed::PackedMatrix;
+use super::quantizer::NORMAL_FLOAT;
+use crate::linalg::matmul_nt;
+
+/// What inputs are rounded to before they meet the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// Nothing.
+    #[default]
+    F32,
+    /// Whole numbers −128 … 127, each input row with a scale of its own, `max|x| / 127.5` (LQER-Qwix): no number is off
+    /// by more than 1/255 of the row's largest. NF4's levels become 127ths of the scale with it, off by at most 1/254
+    /// of it.
+    Int8,
+}
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+/// Multiply-adds below which one thread does everything: the others would not be awake in time.
+const PARALLEL_FROM: usize = 1 << 19;
+
+/// Parts of the work for each thread, so that one that is late holds nobody up.
+const SHARES: usize = 4;
+
+/// From this many inputs on, rows become floats once for all of them.
+const EXPAND_FROM: usize = 12;
+
+/// Rows that are floats at a time: a few hundred KiB of most layers.
+const EXPANDED_ROWS: usize = 32;
+
+/// Rows of f16 and bf16 numbers become floats for as many inputs.
+const WIDEN_FROM: usize = 4;
+
+/// Adds some rows' products to their columns of the outputs.
+type Part<'a> = dyn Fn(Range<usize>, &mut ArrayViewMut2<f32>) + Sync + 'a;
+
+impl Machine {
+    /// All that this machine has, the fastest first.
+    pub fn all() -> Vec<Machine> {
+        let mut all = vec![];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if avx512::available() {
+                all.push(Machine::Avx512);
+            }
+            if avx2::available() {
+                all.push(Machine::Avx2);
+            }
+        }
+        all.push(Machine::Portable);
+        all
+    }
+
+    fn lanes(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Machine::Avx512 => avx512::Avx512::LANES,
+            #[cfg(target_arch = "x86_64")]
+            Machine::Avx2 => avx2::Avx2::LANES,
+            Machine::Portable => Portable::LANES,
+        }
+    }
+
+    /// # Safety
+    /// As [`tile::products`].
+    unsafe fn products(self, m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Machine::Avx512 => products_avx512(m, x, kind, rows, out),
+                #[cfg(target_arch = "x86_64")]
+                Machine::Avx2 => products_avx2(m, x, kind, rows, out),
+                Machine::Portable => tile::products::<Portable>(m, x, kind, rows, out),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`tile::expand`].
+    unsafe fn expand(self, m: &Rows, rows: Range<usize>, stride: usize, out: &mut [f32]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Machine::Avx512 => expand_avx512(m, rows, stride, out),
+                #[cfg(target_arch = "x86_64")]
+                Machine::Avx2 => expand_avx2(m, rows, stride, out),
+                Machine::Portable => tile::expand::<Portable>(m, rows, stride, out),
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+unsafe fn products_avx512(m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::products::<avx512::Avx512>(m, x, kind, rows, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,bmi2")]
+unsafe fn products_avx2(m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::products::<avx2::Avx2>(m, x, kind, rows, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+unsafe fn expand_avx512(m: &Rows, rows: Range<usize>, stride: usize, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::expand::<avx512::Avx512>(m, rows, stride, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,bmi2")]
+unsafe fn expand_avx2(m: &Rows, rows: Range<usize>, stride: usize, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe { tile::expand::<avx2::Avx2>(m, rows, stride, out) }
+}
+
+impl PackedMatrix {
+    /// `x · Ŵᵀ` for `x` `[batch, columns]`: `[batch, rows]`.
+    ///
+    /// # Panics
+    /// When the width of `x` is another.
+    pub fn products(&self, x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
+        let mut y = Array2::zeros((x.nrows(), self.rows));
+        self.add_products(x, activations, y.view_mut(), |_, _| ());
+        y
+    }
+
+    /// Adds `x · Ŵᵀ` to `y` `[batch, rows]`. Threads share the rows; `also` is called by each with the first of its rows
+    /// and its columns of `y`.
+    ///
+    /// # Panics
+    /// When the width of `x` or the shape of `y` is another.
+    pub fn add_products(
+        &self,
+        x: ArrayView2<f32>,
+        activations: Activations,
+        y: ArrayViewMut2<f32>,
+        also: impl Fn(usize, &mut ArrayViewMut2<f32>) + Sync,
+    ) {
+        let machine = Machine::all()[0];
+        self.add_products_on(machine, x, activations, y, also);
+    }
+
+    fn add_products_on(
+        &self,
+        machine: Machine,
+        x: ArrayView2<f32>,
+        activations: Activations,
+        mut y: ArrayViewMut2<f32>,
+        also: impl Fn(usize, &mut ArrayViewMut2<f32>) + Sync,
+    ) {
+        assert_eq!(x.ncols(), self.columns, "width of the inputs");
+        assert_eq!(y.dim(), (x.nrows(), self.rows), "shape of the outputs");
+        if y.is_empty() {
+            return;
+        }
+        let part = self.part(machine, x, activations);
+        let work = self.rows * self.columns * x.nrows();
+        let share = match work < PARALLEL_FROM {
+            true => self.rows,
+            false => self.rows.div_ceil(SHARES * rayon::current_num_threads()).next_multiple_of(EXPANDED_ROWS),
+        };
+        let shares = y.axis_chunks_iter_mut(Axis(1), share).enumerate();
+        let one = |(number, mut y): (usize, ArrayViewMut2<f32>)| {
+            let start = number * share;
+            part(start..start + y.ncols(), &mut y);
+            also(start, &mut y);
+        };
+        if share < self.rows {
+            shares.collect::<Vec<_>>().into_par_iter().for_each(one);
+        } else {
+            shares.for_each(one);
+        }
+    }
+
+    /// The products with these inputs, for any of the rows.
+    fn part<'a>(&'a self, machine: Machine, x: ArrayView2<'a, f32>, activations: Activations) -> Box<Part<'a>> {
+        match self.format.weight_type {
+            WeightType::F16 => return Box::new(move |rows, y| self.halves::<f16>(x, rows, y)),
+            WeightType::Bf16 => return Box::new(move |rows, y| self.halves::<bf16>(x, rows, y)),
+            _ => {}
+        }
+        let groups = self.scales.len().checked_div(self.rows).unwrap_or(0).max(1);
+        let bits = self.format.weight_type.bits();
+        let layout = Layout::new(self.columns, self.columns.div_ceil(groups), bits, machine.lanes());
+        let Some(layout) = layout.filter(|_| self.columns > 0) else {
+            let x = match activations {
+                Activations::F32 => x.to_owned(),
+                Activations::Int8 => as_rounded(x),
+            };
+            return Box::new(move |rows, y| self.decoded(x.view(), rows, y));
+        };
+        let kind = match activations {
+            Activations::F32 => Kind::Floats,
+            Activations::Int8 => Kind::Bytes,
+        };
+        let inputs = match kind {
+            Kind::Floats => Inputs::floats(x, &layout),
+            Kind::Bytes => Inputs::bytes(x, &layout),
+        };
+        let blocks = layout.blocks();
+        Box::new(move |rows, y| {
+            let m = self.as_rows(&layout, &blocks, kind);
+            if kind == Kind::Floats && inputs.rows() >= EXPAND_FROM {
+                expanded(machine, &m, &inputs, rows, y);
+                return;
+            }
+            let mut found = vec![0f32; rows.len() * inputs.rows()];
+            // SAFETY: the machine has its instructions; the fields' lengths were checked when the matrix was made.
+            unsafe { machine.products(&m, &inputs, kind, rows.clone(), &mut found) };
+            for (mut y, found) in y.rows_mut().into_iter().zip(found.chunks(rows.len())) {
+                y += &ArrayView1::from(found);
+            }
+        })
+    }
+
+    fn as_rows<'a>(&'a self, layout: &Layout, blocks: &'a [inputs::Block], kind: Kind) -> Rows<'a> {
+        let bits = self.format.weight_type.bits();
+        let half = 1u8 << (bits - 1);
+        let (levels, flip, zero, factor) = match (self.format.weight_type, kind) {
+            (WeightType::Nf4, Kind::Floats) => (Some(&NORMAL_FLOAT), 0, 0.0, 1.0),
+            (WeightType::Nf4, Kind::Bytes) => (Some(&NORMAL_FLOAT), 0, 128.0, 1.0 / 127.0),
+            _ if self.format.has_zeros() => (None, 0, 0.0, 1.0),
+            _ => (None, half, f32::from(half), 1.0),
+        };
+        Rows {
+            packed: &self.packed,
+            row_bytes: self.format.weight_type.row_bytes(self.columns),
+            block_bytes: layout.block_codes() * bits as usize / 8,
+            halves: layout.halves,
+            coding: Coding { bits, flip, levels },
+            scales: &self.scales,
+            factor,
+            zeros: &self.zeros,
+            zero,
+            groups: layout.groups(),
+            blocks,
+        }
+    }
+
+    /// By way of the numbers themselves, for groups that the kernels do not know.
+    fn decoded(&self, x: ArrayView2<f32>, rows: Range<usize>, y: &mut ArrayViewMut2<f32>) {
+        let mut block = Array2::zeros((EXPANDED_ROWS.min(rows.len()), self.columns));
+        for start in (0..rows.len()).step_by(EXPANDED_ROWS) {
+            let count = EXPANDED_ROWS.min(rows.len() - start);
+            for row in 0..count {
+                let mut target = block.row_mut(row);
+                let target = target.as_slice_mut().expect("rows of an owned array are contiguous");
+                self.dequantize_row(rows.start + start + row, target);
+            }
+            let mut y = y.slice_mut(s![.., start..start + count]);
+            y += &matmul_nt(x, block.slice(s![..count, ..]));
+        }
+    }
+
+    /// For weights that are f16 or bf16 numbers.
+    fn halves<T: Element + bytemuck::Pod>(&self, x: ArrayView2<f32>, rows: Range<usize>, y: &mut ArrayViewMut2<f32>) {
+        let all = bytemuck::try_cast_slice::<u8, T>(&self.packed);
+        let (Ok(all), true) = (all, x.nrows() < WIDEN_FROM) else { return self.decoded(x, rows, y) };
+        let numbers = &all[rows.start * self.columns..rows.end * self.columns];
+        let mut found = vec![0f32; rows.len()];
+        for (x, mut y) in x.axis_iter(Axis(0)).zip(y.rows_mut()) {
+            let x = x.as_standard_layout();
+            dots(numbers, x.as_slice().expect("standard layout"), &mut found);
+            y += &ArrayView1::from(&found);
+        }
+    }
+}
+
+/// Inputs as they are after rounding to [`Activations::Int8`].
+fn as_rounded(x: ArrayView2<f32>) -> Array2<f32> {
+    let mut all = Array2::zeros(x.dim());
+    for (from, mut to) in x.rows().into_iter().zip(all.rows_mut()) {
+        let (scale, whole) = rounded(&from.to_vec());
+        to.assign(&ArrayView1::from(&whole));
+        to *= scale;
+    }
+    all
+}
+
+/// Some rows at a time become floats, in the order of the inputs, and are multiplied as such.
+fn expanded(machine: Machine, m: &Rows, inputs: &Inputs, rows: Range<usize>, y: &mut ArrayViewMut2<f32>) {
+    let x = inputs.all();
+    let stride = x.ncols();
+    let mut block = Array2::zeros((EXPANDED_ROWS.min(rows.len()), stride));
+    for start in (0..rows.len()).step_by(EXPANDED_ROWS) {
+        let count = EXPANDED_ROWS.min(rows.len() - start);
+        let some = rows.start + start..rows.start + start + count;
+        // SAFETY: the machine has its instructions; the fields' lengths were checked when the matrix was made.
+        unsafe { machine.expand(m, some, stride, block.as_slice_mut().expect("owned")) };
+        let mut y = y.slice_mut(s![.., start..start + count]);
+        y += &matmul_nt(x, block.slice(s![..count, ..]));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,135 @@
+use ndarray::Array1;
+use proptest::prelude::*;
+
+use super::*;
+use crate::quant::{Clipping, Group, ScaleType, WeightFormat};
+
+fn formats() -> impl Strategy<Value = WeightFormat> {
+    let kinds = (2u8..9).prop_flat_map(|bits| {
+        prop_oneof![
+            3 => Just(WeightType::Int(bits)),
+            1 => Just(WeightType::MxInt(bits)),
+            1 => Just(WeightType::Nf4),
+            1 => prop::sample::select(vec![WeightType::F16, WeightType::Bf16]),
+        ]
+    });
+    let groups = prop_oneof![
+        Just(Group::Channel),
+        Just(Group::Tensor),
+        prop::sample::select(vec![2, 4, 6, 8, 12, 16, 24, 32, 64, 96, 128]).prop_map(Group::Size)
+    ];
+    (kinds, groups, any::<bool>()).prop_map(|(weight_type, group, symmetric)| WeightFormat {
+        weight_type,
+        group,
+        symmetric,
+        scales: ScaleType::F32,
+    })
+}
+
+fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+    Array2::from_shape_fn((rows, columns), |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u32 << 23) as f32 - 0.9
+    })
+}
+
+/// `x · wᵀ` in f64, and beside it the sum of the products' sizes: what roundings are measured by.
+fn slow(x: &Array2<f32>, w: &Array2<f32>) -> (Array2<f64>, Array2<f64>) {
+    let (x, w) = (x.mapv(f64::from), w.mapv(f64::from));
+    (x.dot(&w.t()), x.mapv(f64::abs).dot(&w.mapv(f64::abs).t()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Each instruction set gives what the dequantised weight does: up to f32 rounding with f32 activations, and with
+    /// int8 ones what the rounded inputs and the rounded levels give.
+    #[test]
+    fn as_the_dequantized_weight(
+        format in formats(),
+        rows in 1usize..11,
+        groups in 1usize..6,
+        batch in prop::sample::select(vec![1usize, 2, 4, 5, 13]),
+        tail in 0usize..70,
+        seed in any::<u64>(),
+    ) {
+        let columns = match format.group {
+            Group::Size(n) => n * groups,
+            _ => 1 + 61 * groups + tail,
+        };
+        let w = sample(rows, columns, seed);
+        let packed = PackedMatrix::quantize(w.view(), format, Clipping::Absmax, None).unwrap();
+        let x = sample(batch, columns, seed ^ 7) * 3.0;
+        let weight = packed.dequantize();
+        let coarse = format.weight_type == WeightType::Nf4;
+        for machine in Machine::all() {
+            for activations in [Activations::F32, Activations::Int8] {
+                if activations == Activations::Int8 && format.weight_type.is_float() {
+                    continue;
+                }
+                let mut y = Array2::from_elem((batch, rows), 0.5);
+                packed.add_products_on(machine, x.view(), activations, y.view_mut(), |_, _| ());
+                let (expected, size) = match activations {
+                    Activations::F32 => slow(&x, &weight),
+                    Activations::Int8 => slow(&as_rounded(x.view()), &weight),
+                };
+                // NF4's levels as bytes are off by half of a 127th of the scale.
+                let levels = if coarse && activations == Activations::Int8 { 0.5 / 127.0 } else { 0.0 };
+                let largest = packed.scales.iter().fold(0f32, |most, s| most.max(s.abs()));
+                for ((i, j), &found) in y.indexed_iter() {
+                    let sum: f64 = x.row(i).iter().map(|v| f64::from(v.abs())).sum();
+                    let allowed = 1e-6 + 4e-6 * size[[i, j]] + 2e-6 * sum * f64::from(largest)
+                        + 1.01 * levels * sum * f64::from(largest);
+                    let off = (f64::from(found) - 0.5 - expected[[i, j]]).abs();
+                    prop_assert!(off <= allowed, "{:?} {:?} {}: {} for {}", machine, activations, format.weight_type, found - 0.5, expected[[i, j]]);
+                }
+            }
+        }
+    }
+
+    /// No input is further off than half a step, and what is whole already stays.
+    #[test]
+    fn rounding_to_bytes(values in proptest::collection::vec(-9f32..9.0, 1..40)) {
+        let (scale, whole) = rounded(&values);
+        let most = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+        for (v, w) in values.iter().zip(&whole) {
+            prop_assert!((-128.0..=127.0).contains(w) && w.fract() == 0.0);
+            prop_assert!((v - w * scale).abs() <= most / 255.0 * 1.0001);
+        }
+    }
+}
+
+/// Enough rows for several threads, each with its own part; and what threads are given to do beside.
+#[test]
+fn threads_share_the_rows() {
+    let w = sample(1000, 640, 3);
+    let packed = PackedMatrix::quantize(w.view(), WeightFormat::default(), Clipping::Absmax, None).unwrap();
+    for batch in [1, 6, 20] {
+        let x = sample(batch, 640, 4);
+        let (expected, _) = slow(&x, &packed.dequantize());
+        let marks = Array1::from_shape_fn(1000, |i| i as f32);
+        for activations in [Activations::F32, Activations::Int8] {
+            let mut y = Array2::zeros((batch, 1000));
+            packed.add_products(x.view(), activations, y.view_mut(), |start, y| {
+                let end = start + y.ncols();
+                *y += &marks.slice(s![start..end]);
+            });
+            let allowed = if activations == Activations::F32 { 1e-3 } else { 0.5 };
+            for ((i, j), &found) in y.indexed_iter() {
+                assert!((f64::from(found - marks[j]) - expected[[i, j]]).abs() < allowed, "{i} {j}");
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_to_do() {
+    let packed = |rows, columns| {
+        let format = WeightFormat { group: Group::Channel, ..WeightFormat::default() };
+        PackedMatrix::quantize(Array2::zeros((rows, columns)).view(), format, Clipping::Absmax, None).unwrap()
+    };
+    assert_eq!(packed(0, 8).products(Array2::zeros((2, 8)).view(), Activations::F32).dim(), (2, 0));
+    assert_eq!(packed(3, 8).products(Array2::zeros((0, 8)).view(), Activations::Int8).dim(), (0, 3));
+    assert_eq!(packed(3, 0).products(Array2::zeros((1, 0)).view(), Activations::Int8), Array2::<f32>::zeros((1, 3)));
+}

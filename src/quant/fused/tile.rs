@@ -1,0 +1,272 @@
+//! Some rows of packed codes with some inputs at a time: what each instruction set compiles for itself.
+
+use std::ops::Range;
+
+use super::inputs::{Block, Inputs};
+use super::lanes::{Coding, Lanes};
+
+/// Packed rows as the kernels see them.
+pub struct Rows<'a> {
+    pub packed: &'a [u8],
+    pub row_bytes: usize,
+    /// Bytes of a block of a row's codes.
+    pub block_bytes: usize,
+    pub halves: usize,
+    pub coding: Coding,
+    /// `[rows, groups]`
+    pub scales: &'a [f32],
+    /// What scales are multiplied with beside.
+    pub factor: f32,
+    /// `[rows, groups]`, or none where `zero` is every group's.
+    pub zeros: &'a [u8],
+    pub zero: f32,
+    pub groups: usize,
+    pub blocks: &'a [Block],
+}
+
+/// What inputs are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Floats,
+    Bytes,
+}
+
+/// `out[v · rows + i] = ⟨row i of the range, input v⟩`
+///
+/// # Safety
+/// The machine has the instructions of `L`, the rows are there, the inputs are laid out for `L` and the matrix, and are of
+/// this kind.
+#[inline(always)]
+pub unsafe fn products<L: Lanes>(m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (m.halves, m.coding.levels.is_some()) {
+            (4, _) => tiles::<L, 4, false>(m, x, kind, rows, out),
+            (2, false) => tiles::<L, 2, false>(m, x, kind, rows, out),
+            (2, true) => tiles::<L, 2, true>(m, x, kind, rows, out),
+            (_, false) => tiles::<L, 1, false>(m, x, kind, rows, out),
+            (_, true) => tiles::<L, 1, true>(m, x, kind, rows, out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn tiles<L: Lanes, const H: usize, const LEVELS: bool>(
+    m: &Rows,
+    x: &Inputs,
+    kind: Kind,
+    rows: Range<usize>,
+    out: &mut [f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match kind {
+            Kind::Floats => tiled::<L, H, LEVELS, true>(m, x, rows, out),
+            Kind::Bytes => tiled::<L, H, LEVELS, false>(m, x, rows, out),
+        }
+    }
+}
+
+/// Four rows by one input, or by four. What is left over is done again with what came before it.
+#[inline(always)]
+unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool>(
+    m: &Rows,
+    x: &Inputs,
+    rows: Range<usize>,
+    out: &mut [f32],
+) {
+    let (count, batch) = (rows.len(), x.rows());
+    // SAFETY: the caller's promise.
+    unsafe {
+        let coding = L::coding(&m.coding);
+        if count < 4 {
+            for (i, v) in (0..count).flat_map(|i| (0..batch).map(move |v| (i, v))) {
+                let found = tile::<L, H, LEVELS, FLOATS, 1, 1>(m, x, coding, rows.start + i, v);
+                out[v * count + i] = found[0][0];
+            }
+            return;
+        }
+        let mut i = 0;
+        while i < count {
+            let from = i.min(count - 4);
+            let mut v = 0;
+            while v < batch {
+                if batch < 4 {
+                    let found = tile::<L, H, LEVELS, FLOATS, 4, 1>(m, x, coding, rows.start + from, v);
+                    (0..4).for_each(|r| out[v * count + from + r] = found[r][0]);
+                    v += 1;
+                    continue;
+                }
+                let first = v.min(batch - 4);
+                let found = tile::<L, H, LEVELS, FLOATS, 4, 4>(m, x, coding, rows.start + from, first);
+                for (r, found) in found.iter().enumerate() {
+                    found.iter().enumerate().for_each(|(c, value)| out[(first + c) * count + from + r] = *value);
+                }
+                v += 4;
+            }
+            i += 4;
+        }
+    }
+}
+
+/// `⟨row r, input v⟩` for `R` rows and `V` inputs from these on.
+#[inline(always)]
+unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool, const R: usize, const V: usize>(
+    m: &Rows,
+    x: &Inputs,
+    coding: L::Coding,
+    row: usize,
+    v: usize,
+) -> [[f32; V]; R] {
+    // SAFETY: the caller's promise: rows, their scales and the inputs are as long as the blocks say.
+    unsafe {
+        let mut totals = [[L::zero(); V]; R];
+        let scales: [*const f32; R] = std::array::from_fn(|r| m.scales.as_ptr().add((row + r) * m.groups));
+        if !m.zeros.is_empty() || m.zero != 0.0 {
+            for group in (0..m.groups).step_by(L::LANES) {
+                let count = (m.groups - group).min(L::LANES);
+                for r in 0..R {
+                    let scale = L::load_some(scales[r].add(group), count);
+                    let zero = match m.zeros {
+                        [] => L::splat(m.zero),
+                        zeros => L::bytes_some(zeros.as_ptr().add((row + r) * m.groups + group), count),
+                    };
+                    let both = L::mul(scale, zero);
+                    for (c, total) in totals[r].iter_mut().enumerate() {
+                        *total = L::fnma(both, L::load(x.sums(v + c).as_ptr().add(group)), *total);
+                    }
+                }
+            }
+        }
+        let packed: [*const u8; R] = std::array::from_fn(|r| m.packed.as_ptr().add((row + r) * m.row_bytes));
+        for (number, block) in m.blocks.iter().enumerate() {
+            let start = number * m.block_bytes;
+            let left = m.row_bytes - start;
+            let codes: [L::Int; R] = std::array::from_fn(|r| match left >= m.block_bytes {
+                true => L::block::<H, true>(packed[r].add(start), left, coding),
+                false => L::block::<H, false>(packed[r].add(start), left, coding),
+            });
+            let at = number * L::LANES * 4 * H;
+            let parts = match FLOATS {
+                true => {
+                    let inputs: [*const f32; V] = std::array::from_fn(|c| x.row::<f32>(v + c).as_ptr().add(at));
+                    floats::<L, H, LEVELS, R, V>(&codes, &inputs, coding)
+                }
+                false => {
+                    let inputs: [*const i8; V] = std::array::from_fn(|c| x.row::<i8>(v + c).as_ptr().add(at));
+                    bytes::<L, H, LEVELS, R, V>(&codes, &inputs, coding)
+                }
+            };
+            for r in 0..R {
+                let scale = L::pick(L::load_some(scales[r].add(block.first), block.count), block.places.as_ptr());
+                for c in 0..V {
+                    totals[r][c] = L::fma(parts[r][c], scale, totals[r][c]);
+                }
+            }
+        }
+        std::array::from_fn(|r| std::array::from_fn(|c| L::sum(totals[r][c]) * x.scales[v + c] * m.factor))
+    }
+}
+
+#[inline(always)]
+unsafe fn floats<L: Lanes, const H: usize, const LEVELS: bool, const R: usize, const V: usize>(
+    codes: &[L::Int; R],
+    x: &[*const f32; V],
+    coding: L::Coding,
+) -> [[L::Float; V]; R] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[L::zero(); V]; R];
+        for step in 0..4 * H {
+            let values: [L::Float; R] = std::array::from_fn(|r| L::values::<H, LEVELS>(codes[r], step, coding));
+            for c in 0..V {
+                let x = L::load(x[c].add(step * L::LANES));
+                for r in 0..R {
+                    sums[r][c] = L::fma(values[r], x, sums[r][c]);
+                }
+            }
+        }
+        sums
+    }
+}
+
+#[inline(always)]
+unsafe fn bytes<L: Lanes, const H: usize, const LEVELS: bool, const R: usize, const V: usize>(
+    codes: &[L::Int; R],
+    x: &[*const i8; V],
+    coding: L::Coding,
+) -> [[L::Float; V]; R] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[L::zeros(); V]; R];
+        for half in 0..H {
+            let values: [L::Int; R] = std::array::from_fn(|r| L::bytes::<H, LEVELS>(codes[r], half, coding));
+            for c in 0..V {
+                for r in 0..R {
+                    sums[r][c] = L::dot(values[r], x[c].add(half * 4 * L::LANES), sums[r][c], coding);
+                }
+            }
+        }
+        std::array::from_fn(|r| std::array::from_fn(|c| L::to_float(sums[r][c])))
+    }
+}
+
+/// The numbers that rows stand for, each row in the order that inputs are laid out in as floats, `stride` apart.
+///
+/// # Safety
+/// As [`products`].
+#[inline(always)]
+pub unsafe fn expand<L: Lanes>(m: &Rows, rows: Range<usize>, stride: usize, out: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (m.halves, m.coding.levels.is_some()) {
+            (4, _) => expanded::<L, 4, false>(m, rows, stride, out),
+            (2, false) => expanded::<L, 2, false>(m, rows, stride, out),
+            (2, true) => expanded::<L, 2, true>(m, rows, stride, out),
+            (_, false) => expanded::<L, 1, false>(m, rows, stride, out),
+            (_, true) => expanded::<L, 1, true>(m, rows, stride, out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn expanded<L: Lanes, const H: usize, const LEVELS: bool>(
+    m: &Rows,
+    rows: Range<usize>,
+    stride: usize,
+    out: &mut [f32],
+) {
+    assert!(out.len() >= rows.len() * stride && stride >= m.blocks.len() * L::LANES * 4 * H, "room for the rows");
+    // SAFETY: the caller's promise, and there is room.
+    unsafe {
+        let coding = L::coding(&m.coding);
+        for (i, row) in rows.enumerate() {
+            let packed = m.packed.as_ptr().add(row * m.row_bytes);
+            for (number, block) in m.blocks.iter().enumerate() {
+                let start = number * m.block_bytes;
+                let left = m.row_bytes - start;
+                let codes = match left >= m.block_bytes {
+                    true => L::block::<H, true>(packed.add(start), left, coding),
+                    false => L::block::<H, false>(packed.add(start), left, coding),
+                };
+                let first = row * m.groups + block.first;
+                let places = block.places.as_ptr();
+                let scale = L::mul(
+                    L::pick(L::load_some(m.scales.as_ptr().add(first), block.count), places),
+                    L::splat(m.factor),
+                );
+                let zero = match m.zeros {
+                    [] => L::splat(m.zero),
+                    zeros => L::pick(L::bytes_some(zeros.as_ptr().add(first), block.count), places),
+                };
+                let offset = L::mul(scale, zero);
+                let out = out.as_mut_ptr().add(i * stride + number * L::LANES * 4 * H);
+                for step in 0..4 * H {
+                    let value = L::values::<H, LEVELS>(codes, step, coding);
+                    let value = L::fma(value, scale, L::fnma(L::splat(1.0), offset, L::zero()));
+                    L::store(out.add(step * L::LANES), value);
+                }
+            }
+        }
+    }
+}
