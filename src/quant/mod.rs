@@ -15,6 +15,7 @@ pub(crate) use kmeans::{kmeans, nearest};
 
 pub use format::{Group, ScaleType, WeightFormat, WeightType};
 pub use fused::Activations;
+pub(crate) use fused::shared;
 pub use gptq::Calibrated;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};

@@ -80,7 +80,11 @@ impl PackedMatrix {
         codes: &[u8],
         grids: impl Iterator<Item = Grid>,
     ) -> Self {
-        let mut packed = Vec::with_capacity(rows * format.weight_type.row_bytes(columns));
+        // From a cache line on: kernels read whole ones.
+        let bytes = rows * format.weight_type.row_bytes(columns);
+        let mut packed: Vec<u8> = Vec::with_capacity(bytes + 64);
+        let start = packed.as_ptr().align_offset(64).min(64);
+        packed.resize(start, 0);
         for row in codes.chunks(columns.max(1)) {
             pack(row, format.weight_type.bits(), &mut packed);
         }
@@ -88,7 +92,7 @@ impl PackedMatrix {
         if !format.has_zeros() {
             zeros.clear();
         }
-        PackedMatrix { format, rows, columns, packed: packed.into(), scales, zeros }
+        PackedMatrix { format, rows, columns, packed: Bytes::from(packed).slice(start..), scales, zeros }
     }
 
     fn floats(weight: ArrayView2<f32>, format: WeightFormat) -> Self {

@@ -26,6 +26,12 @@ use lance_encoding::format::metadata::{CompressiveEncoding, ConstantLayout, Full
 use super::local::{Page, invalid};
 use super::pread::{At, append, append_prefixed, read_exact_at};
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Values of so many bytes begin at a cache line.
+const ALIGNED_FROM: usize = 16 << 10;
+
 /// Read at a time where lengths have to be taken out.
 const WINDOW: usize = 256 << 10;
 
@@ -211,7 +217,9 @@ impl PlainColumn {
                 Source::Fixed(_) | Source::Same(_) => return Err(invalid("values of fixed width among others")),
             }
         }
-        let bytes = Buffer::from(values);
+        // What comes before the values brings them to a cache line.
+        let (all, used) = (values.len(), lengths.iter().sum::<usize>());
+        let bytes = Buffer::from(values).slice_with_length(all - used, used);
         let array: ArrayRef = match self.field.data_type() {
             DataType::LargeBinary => {
                 let offsets = OffsetBuffer::<i64>::from_lengths(lengths);
@@ -273,6 +281,11 @@ fn prefixed(
     let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| invalid("rows overlap"))?;
     let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
     let length = bytes as u64 / count;
+    if values.is_empty() && bytes >= ALIGNED_FROM {
+        // In front of the first value: kernels read whole cache lines.
+        values.reserve_exact(bytes + LINE);
+        values.resize(values.as_ptr().align_offset(LINE), 0);
+    }
     // As those of nearly all layers are.
     if length * count == bytes as u64 && append_prefixed(file, range.clone(), prefix, length as usize, values)? {
         lengths.extend(std::iter::repeat_n(length as usize, count as usize));

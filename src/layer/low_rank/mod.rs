@@ -16,8 +16,8 @@ pub use correction::{Correction, Transform};
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::{Accuracy, Method, read_config};
 use crate::error::{Error, Result};
-use crate::linalg::{Moments, Ridge, matmul};
-use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
+use crate::linalg::{Moments, Ridge, both, matmul};
+use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat, shared};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
@@ -215,18 +215,31 @@ impl LowRankLayer {
 
     /// `x · (Ŵ + A B)ᵀ` and the shift, for a checked `x`, straight from the codes.
     pub(super) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
+        let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
+        let work = self.out_features() * self.in_features() * x.nrows();
+        shared(work, || self.linear_with(x, activations))
+    }
+
+    fn linear_with(&self, x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
+        let inner = &*self.inner;
+        // Whoever is done with the correction first helps with the weight.
+        let (mut y, correction) = both(|| inner.weight.products(x, activations), || self.correction(x));
+        y += &correction;
+        y
+    }
+
+    /// `x · (A B)ᵀ` and the shift.
+    fn correction(&self, x: ArrayView2<f32>) -> Array2<f32> {
         let inner = &*self.inner;
         let mut y = match &inner.shift {
             Some(shift) => shift.to_f32().broadcast((x.nrows(), self.out_features())).expect("one row").to_owned(),
             None => Array2::zeros((x.nrows(), self.out_features())),
         };
-        let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
-        let components = inner.b.products(x);
-        let picks = |row: ArrayView1<f32>| (0u32..).zip(row.iter().copied()).collect();
-        let picks: Vec<Vec<(u32, f32)>> = components.rows().into_iter().map(picks).collect();
-        inner.weight.add_products(x, activations, y.view_mut(), |start, y| {
-            inner.a.accumulate_columns(&picks, start, y);
-        });
+        if inner.config.rank > 0 {
+            let picks = |row: ArrayView1<f32>| (0u32..).zip(row.iter().copied()).collect();
+            let picks: Vec<Vec<(u32, f32)>> = inner.b.products(x).rows().into_iter().map(picks).collect();
+            inner.a.accumulate_columns(&picks, 0, &mut y.view_mut());
+        }
         y
     }
 

@@ -171,23 +171,37 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn values<const H: usize, const LEVELS: bool>(block: __m256i, step: usize, coding: Registers) -> __m256 {
+    unsafe fn values<const H: usize, const LEVELS: bool>(block: __m256i, coding: Registers) -> __m256 {
         unsafe {
-            let width = if H == 1 { 8 } else { 8 / H };
-            let codes = _mm256_srlv_epi32(block, _mm256_set1_epi32((width * step) as i32));
             if LEVELS {
                 let (low, high) =
-                    (_mm256_permutevar8x32_ps(coding.low, codes), _mm256_permutevar8x32_ps(coding.high, codes));
+                    (_mm256_permutevar8x32_ps(coding.low, block), _mm256_permutevar8x32_ps(coding.high, block));
                 // The fourth bit of the code, where a blend looks for it.
-                return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes)));
+                return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(block)));
             }
             let codes = match H {
-                1 => _mm256_and_si256(codes, _mm256_set1_epi32(255)),
-                2 => _mm256_and_si256(_mm256_xor_si256(codes, coding.flip), _mm256_set1_epi32(15)),
-                _ => _mm256_and_si256(_mm256_xor_si256(codes, coding.flip), _mm256_set1_epi32(3)),
+                1 => _mm256_and_si256(block, _mm256_set1_epi32(255)),
+                2 => _mm256_and_si256(_mm256_xor_si256(block, coding.flip), _mm256_set1_epi32(15)),
+                _ => _mm256_and_si256(_mm256_xor_si256(block, coding.flip), _mm256_set1_epi32(3)),
             };
             _mm256_cvtepi32_ps(codes)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn following<const H: usize>(block: __m256i) -> __m256i {
+        unsafe {
+            match H {
+                1 => _mm256_srli_epi32::<8>(block),
+                2 => _mm256_srli_epi32::<4>(block),
+                _ => _mm256_srli_epi32::<2>(block),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
 
     #[inline(always)]
@@ -196,9 +210,13 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn dot(codes: __m256i, x: *const i8, sum: __m256i, coding: Registers) -> __m256i {
+    unsafe fn load_bytes(from: *const i8) -> __m256i {
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(codes: __m256i, x: __m256i, sum: __m256i, coding: Registers) -> __m256i {
         unsafe {
-            let x = _mm256_loadu_si256(x.cast());
             let products = if coding.wide {
                 let even = _mm256_madd_epi16(
                     _mm256_and_si256(codes, _mm256_set1_epi16(255)),

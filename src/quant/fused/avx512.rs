@@ -134,6 +134,9 @@ impl Lanes for Avx512 {
                     false => _mm512_maskz_loadu_epi8(first(bytes), from.cast()),
                 };
             }
+            if coding.bits == 8 && FULL {
+                return _mm512_xor_si512(_mm512_loadu_si512(from.cast()), coding.flip);
+            }
             // Never past the block: the next row may not be there.
             let packed = _mm512_maskz_loadu_epi8(first(bytes.min(8 * coding.bits as usize)), from.cast());
             let eights = _mm512_permutexvar_epi8(coding.spread, packed);
@@ -165,16 +168,30 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn values<const H: usize, const LEVELS: bool>(block: __m512i, step: usize, coding: Registers) -> __m512 {
+    unsafe fn values<const H: usize, const LEVELS: bool>(block: __m512i, coding: Registers) -> __m512 {
         unsafe {
-            // Only the lowest four bits of a place count, and what two bits stand for is there four times.
-            let width = if H == 1 { 8 } else { 8 / H };
-            let codes = _mm512_srlv_epi32(block, _mm512_set1_epi32((width * step) as i32));
             match H {
-                1 if !LEVELS => _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255))),
-                _ => _mm512_permutexvar_ps(codes, coding.values),
+                1 if !LEVELS => _mm512_cvtepi32_ps(_mm512_and_si512(block, _mm512_set1_epi32(255))),
+                // Only the lowest four bits of a place count, and what two bits stand for is there four times.
+                _ => _mm512_permutexvar_ps(block, coding.values),
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn following<const H: usize>(block: __m512i) -> __m512i {
+        unsafe {
+            match H {
+                1 => _mm512_srli_epi32::<8>(block),
+                2 => _mm512_srli_epi32::<4>(block),
+                _ => _mm512_srli_epi32::<2>(block),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
 
     #[inline(always)]
@@ -183,8 +200,13 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn dot(codes: __m512i, x: *const i8, sum: __m512i, _: Registers) -> __m512i {
-        unsafe { _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(x.cast())) }
+    unsafe fn load_bytes(from: *const i8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(codes: __m512i, x: __m512i, sum: __m512i, _: Registers) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, codes, x) }
     }
 
     #[inline(always)]

@@ -16,12 +16,15 @@ pub struct Layout {
     pub halves: usize,
 }
 
-/// The scales of a block: `count` groups from `first` on; lane i's is the `places[i]`th of them.
+/// Where a block's scales are: lane i's is the `places[i]`th of a window of `count` groups from `first` on.
 #[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
 pub struct Block {
+    pub places: [u32; 16],
     pub first: usize,
     pub count: usize,
-    pub places: [u32; 16],
+    /// Whether the window is another than the block before had.
+    pub moved: bool,
 }
 
 /// A cache line, so that a register's loads never cross one.
@@ -45,7 +48,7 @@ pub struct Inputs {
 /// Rows from which on they are laid out by several threads.
 const PARALLEL_FROM: usize = 1 << 16;
 
-/// Adding and subtracting it rounds to the nearest whole number, ties to even.
+/// Adding it rounds to the nearest whole number, ties to even.
 const TO_WHOLE: f32 = 12_582_912.0;
 
 impl Layout {
@@ -79,72 +82,72 @@ impl Layout {
         self.columns.div_ceil(self.group)
     }
 
+    /// Windows are as wide as a register, so that one load of scales serves many blocks.
     pub fn blocks(&self) -> Vec<Block> {
-        let block = |start: usize| {
-            let group_of = |lane: usize| (start + lane * self.lane_codes()).min(self.columns - 1) / self.group;
-            let first = group_of(0);
-            let places = std::array::from_fn(|lane| (group_of(lane.min(self.lanes - 1)) - first) as u32);
-            Block { first, count: group_of(self.lanes - 1) - first + 1, places }
+        let group_of = |code: usize| code.min(self.columns - 1) / self.group;
+        let mut first = 0;
+        let block = |number: usize| {
+            let lane =
+                |lane: usize| group_of(number * self.block_codes() + lane.min(self.lanes - 1) * self.lane_codes());
+            let moved = number == 0 || lane(self.lanes) >= first + self.lanes;
+            if moved {
+                first = lane(0);
+            }
+            let places = std::array::from_fn(|i| (lane(i) - first) as u32);
+            Block { first, count: (self.groups() - first).min(self.lanes), moved, places }
         };
-        (0..self.block_count()).map(|i| block(i * self.block_codes())).collect()
+        (0..self.block_count()).map(block).collect()
     }
 }
 
 impl Inputs {
     /// As floats: within a block, the codes `step` of all lanes lie side by side.
     pub fn floats(x: ArrayView2<f32>, layout: &Layout) -> Self {
-        Self::laid_out(x, layout, |row, target: &mut [f32]| {
-            let (codes, lanes) = (layout.lane_codes(), layout.lanes);
-            for (from, to) in row.chunks(layout.block_codes()).zip(target.chunks_mut(layout.block_codes())) {
-                for (lane, from) in from.chunks(codes).enumerate() {
-                    from.iter().enumerate().for_each(|(step, &value)| to[step * lanes + lane] = value);
-                }
+        Self::laid_out(x, layout, |row, target, sums| {
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the feature is there.
+                return unsafe { lay_floats_avx2(layout, row, target, sums) };
             }
-            (1.0, group_sums(row, layout))
+            lay_floats(layout, row, target, sums)
         })
     }
 
     /// As signed bytes, times a scale of the row's own: within a block a register for each of a lane's halves, whose
     /// bytes are in the order of the codes.
     pub fn bytes(x: ArrayView2<f32>, layout: &Layout) -> Self {
-        Self::laid_out(x, layout, |row, target: &mut [i8]| {
-            let (codes, lanes, halves) = (layout.lane_codes(), layout.lanes, layout.halves);
-            let (scale, rounded) = rounded(row);
-            for (from, to) in rounded.chunks(layout.block_codes()).zip(target.chunks_mut(layout.block_codes())) {
-                for (lane, from) in from.chunks(codes).enumerate() {
-                    for (code, &value) in from.iter().enumerate() {
-                        to[(code % halves) * 4 * lanes + 4 * lane + code / halves] = value as i8;
-                    }
-                }
+        Self::laid_out(x, layout, |row, target, sums| {
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the feature is there.
+                return unsafe { lay_bytes_avx2(layout, row, target, sums) };
             }
-            (scale, group_sums(&rounded, layout))
+            lay_bytes(layout, row, target, sums)
         })
     }
 
-    /// `fill` lays one row out and gives its scale and the sums of its groups.
+    /// `fill` lays one row out, sums up its groups, and gives its scale.
     fn laid_out<T: Pod + Send + Sync>(
         x: ArrayView2<f32>,
         layout: &Layout,
-        fill: impl Fn(&[f32], &mut [T]) -> (f32, Vec<f32>) + Sync,
+        fill: impl Fn(&[f32], &mut [T], &mut [f32]) -> f32 + Sync,
     ) -> Self {
         let batch = x.nrows();
         let x = x.as_standard_layout();
         let x = x.as_slice().expect("standard layout");
         let stride = (layout.block_count() * layout.block_codes() * size_of::<T>()).div_ceil(64);
         let sum_stride = layout.groups().next_multiple_of(16);
-        let mut lines = vec![Line([0; 64]); batch * stride];
-        let row = |(row, target): (&[f32], &mut [Line])| fill(row, bytemuck::cast_slice_mut(target));
-        let rows = (layout.columns.max(1), stride.max(1));
-        let filled: Vec<(f32, Vec<f32>)> = if x.len() >= PARALLEL_FROM && batch > 1 {
-            x.par_chunks(rows.0).zip(lines.par_chunks_mut(rows.1)).map(row).collect()
-        } else {
-            x.chunks(rows.0).zip(lines.chunks_mut(rows.1)).map(row).collect()
+        let (mut lines, mut sums) = (vec![Line([0; 64]); batch * stride], vec![0f32; batch * sum_stride]);
+        let (row, line) = (layout.columns.max(1), stride.max(1));
+        let one = |((row, target), sums): ((&[f32], &mut [Line]), &mut [f32])| {
+            fill(row, bytemuck::cast_slice_mut(target), sums)
         };
-        let mut sums = vec![0f32; batch * sum_stride];
-        for (target, (_, row)) in sums.chunks_mut(sum_stride.max(1)).zip(&filled) {
-            target[..row.len()].copy_from_slice(row);
-        }
-        let scales = filled.into_iter().map(|(scale, _)| scale).collect();
+        let scales = if x.len() >= PARALLEL_FROM && batch > 1 {
+            let rows = x.par_chunks(row).zip(lines.par_chunks_mut(line));
+            rows.zip(sums.par_chunks_mut(sum_stride.max(1))).map(one).collect()
+        } else {
+            x.chunks(row).zip(lines.chunks_mut(line)).zip(sums.chunks_mut(sum_stride.max(1))).map(one).collect()
+        };
         Inputs { lines, stride, sums, sum_stride, scales }
     }
 
@@ -152,9 +155,14 @@ impl Inputs {
         self.scales.len()
     }
 
-    /// A row's numbers, `T` being what it was laid out as.
-    pub fn row<T: Pod>(&self, row: usize) -> &[T] {
-        bytemuck::cast_slice(&self.lines[row * self.stride..(row + 1) * self.stride])
+    /// A row's first number, `T` being what it was laid out as.
+    pub fn first<T: Pod>(&self, row: usize) -> *const T {
+        self.lines[row * self.stride..].as_ptr().cast()
+    }
+
+    /// Numbers from one row's first to the next row's.
+    pub fn stride<T: Pod>(&self) -> usize {
+        self.stride * size_of::<Line>() / size_of::<T>()
     }
 
     /// All rows, laid out as floats; what a row is filled up with is 0.
@@ -169,17 +177,77 @@ impl Inputs {
     }
 }
 
-fn group_sums(row: &[f32], layout: &Layout) -> Vec<f32> {
-    row.chunks(layout.group).map(|group| group.iter().sum()).collect()
+/// The same, compiled for wider registers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn lay_floats_avx2(layout: &Layout, row: &[f32], target: &mut [f32], sums: &mut [f32]) -> f32 {
+    lay_floats(layout, row, target, sums)
+}
+
+#[inline(always)]
+fn lay_floats(layout: &Layout, row: &[f32], target: &mut [f32], sums: &mut [f32]) -> f32 {
+    let (codes, lanes) = (layout.lane_codes(), layout.lanes);
+    for (from, to) in row.chunks(layout.block_codes()).zip(target.chunks_mut(layout.block_codes())) {
+        for (lane, from) in from.chunks(codes).enumerate() {
+            from.iter().enumerate().for_each(|(step, &value)| to[step * lanes + lane] = value);
+        }
+    }
+    row.chunks(layout.group).zip(sums).for_each(|(group, to)| *to = sum(group));
+    1.0
+}
+
+/// The same, compiled for wider registers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn lay_bytes_avx2(layout: &Layout, row: &[f32], target: &mut [i8], sums: &mut [f32]) -> f32 {
+    lay_bytes(layout, row, target, sums)
+}
+
+#[inline(always)]
+fn lay_bytes(layout: &Layout, row: &[f32], target: &mut [i8], sums: &mut [f32]) -> f32 {
+    let (scale, rounded) = rounded(row);
+    let blocks = rounded.chunks(layout.block_codes()).zip(target.chunks_mut(layout.block_codes()));
+    match layout.halves {
+        1 => target[..rounded.len()].copy_from_slice(&rounded),
+        2 => blocks.for_each(|(from, to)| parted::<2>(from, to)),
+        _ => blocks.for_each(|(from, to)| parted::<4>(from, to)),
+    }
+    for (group, to) in rounded.chunks(layout.group).zip(sums) {
+        *to = group.iter().map(|&v| i32::from(v)).sum::<i32>() as f32;
+    }
+    scale
+}
+
+/// Each `H`th byte together.
+#[inline(always)]
+fn parted<const H: usize>(from: &[i8], to: &mut [i8]) {
+    let part = to.len() / H;
+    for (half, to) in to.chunks_mut(part).enumerate() {
+        to.iter_mut().zip(from.iter().skip(half).step_by(H)).for_each(|(to, from)| *to = *from);
+    }
+}
+
+/// In sixteen running sums: one would wait for itself.
+#[inline(always)]
+fn sum(values: &[f32]) -> f32 {
+    let (whole, rest) = values.as_chunks::<16>();
+    let mut sums = [0f32; 16];
+    for values in whole {
+        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+    }
+    sums.iter().sum::<f32>() + rest.iter().sum::<f32>()
 }
 
 /// Whole numbers −128 … 127 and the scale that they are multiplied with: LQER-Qwix's, `max|x| / 127.5`, so that no
 /// number is further off than half a step.
-pub fn rounded(row: &[f32]) -> (f32, Vec<f32>) {
-    let most = row.iter().fold(0f32, |most, v| most.max(v.abs()));
-    let scale = most * (1.0 / 127.5);
+#[inline(always)]
+pub fn rounded(row: &[f32]) -> (f32, Vec<i8>) {
+    // Finite numbers are in the order of their bits, signs aside; and a maximum of integers needs no order of its own.
+    let most = row.iter().fold(0, |most, v| (v.to_bits() & (u32::MAX >> 1)).max(most));
+    let scale = f32::from_bits(most) * (1.0 / 127.5);
     let scale = if scale < f32::MIN_POSITIVE.sqrt() { 1.0 } else { scale };
     let reciprocal = 1.0 / scale;
-    let round = |v: &f32| ((v * reciprocal).clamp(-128.0, 127.0) + TO_WHOLE) - TO_WHOLE;
+    // The sum's lowest bits are the number's.
+    let round = |v: &f32| ((v * reciprocal).clamp(-128.0, 127.0) + TO_WHOLE).to_bits() as i8;
     (scale, row.iter().map(round).collect())
 }

@@ -59,16 +59,19 @@ pub trait Lanes: Copy {
         half: usize,
         coding: Self::Coding,
     ) -> Self::Int;
-    /// What the codes `step` of all lanes stand for.
-    unsafe fn values<const H: usize, const LEVELS: bool>(
-        block: Self::Int,
-        step: usize,
-        coding: Self::Coding,
-    ) -> Self::Float;
+    /// What the first codes of all lanes stand for.
+    unsafe fn values<const H: usize, const LEVELS: bool>(block: Self::Int, coding: Self::Coding) -> Self::Float;
+    /// The lanes without their first codes.
+    unsafe fn following<const H: usize>(block: Self::Int) -> Self::Int;
+
+    /// Asks for a cache line.
+    unsafe fn prefetch(from: *const u8);
 
     unsafe fn zeros() -> Self::Int;
+    /// Four bytes a lane.
+    unsafe fn load_bytes(from: *const i8) -> Self::Int;
     /// Adds the four products in each lane of unsigned bytes with signed ones to `sum`.
-    unsafe fn dot(codes: Self::Int, x: *const i8, sum: Self::Int, coding: Self::Coding) -> Self::Int;
+    unsafe fn dot(codes: Self::Int, x: Self::Int, sum: Self::Int, coding: Self::Coding) -> Self::Int;
     unsafe fn to_float(value: Self::Int) -> Self::Float;
 }
 
@@ -177,11 +180,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn values<const H: usize, const LEVELS: bool>(block: [u32; 8], step: usize, coding: Coding) -> [f32; 8] {
+    unsafe fn values<const H: usize, const LEVELS: bool>(block: [u32; 8], coding: Coding) -> [f32; 8] {
         let codes = match H {
-            2 => block.map(|v| ((v >> (4 * step)) & 15) as u8 ^ coding.flip),
-            4 => block.map(|v| ((v >> (2 * step)) & 3) as u8 ^ coding.flip),
-            _ => block.map(|v| (v >> (8 * step)) as u8),
+            2 => block.map(|v| (v & 15) as u8 ^ coding.flip),
+            4 => block.map(|v| (v & 3) as u8 ^ coding.flip),
+            _ => block.map(|v| v as u8),
         };
         match coding.levels {
             Some(levels) if LEVELS => codes.map(|code| levels[usize::from(code & 15)]),
@@ -190,16 +193,29 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn following<const H: usize>(block: [u32; 8]) -> [u32; 8] {
+        block.map(|v| v >> (8 / H))
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
     unsafe fn zeros() -> [u32; 8] {
         [0; 8]
     }
 
     #[inline(always)]
-    unsafe fn dot(codes: [u32; 8], x: *const i8, sum: [u32; 8], _: Coding) -> [u32; 8] {
+    unsafe fn load_bytes(from: *const i8) -> [u32; 8] {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[[u8; 4]; 8]>().read_unaligned() }.map(u32::from_le_bytes)
+    }
+
+    #[inline(always)]
+    unsafe fn dot(codes: [u32; 8], x: [u32; 8], sum: [u32; 8], _: Coding) -> [u32; 8] {
         std::array::from_fn(|lane| {
-            let bytes = codes[lane].to_le_bytes();
-            // SAFETY: the caller's promise.
-            let product = |i: usize| i32::from(bytes[i]) * i32::from(unsafe { *x.add(4 * lane + i) });
+            let (codes, x) = (codes[lane].to_le_bytes(), x[lane].to_le_bytes());
+            let product = |i: usize| i32::from(codes[i]) * i32::from(x[i] as i8);
             (sum[lane] as i32 + (0..4).map(product).sum::<i32>()) as u32
         })
     }

@@ -16,7 +16,6 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use self::inputs::{Inputs, Layout, rounded};
@@ -26,7 +25,7 @@ use super::format::WeightType;
 use super::kernels::{Element, dots};
 use super::packed::PackedMatrix;
 use super::quantizer::NORMAL_FLOAT;
-use crate::linalg::matmul_nt;
+use crate::linalg::{in_pool, matmul_nt_on_this_thread, on_all_threads};
 
 /// What inputs are rounded to before they meet the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -52,10 +51,10 @@ pub enum Machine {
 }
 
 /// Multiply-adds below which one thread does everything: the others would not be awake in time.
-const PARALLEL_FROM: usize = 1 << 19;
+const PARALLEL_FROM: usize = 1 << 21;
 
 /// Parts of the work for each thread, so that one that is late holds nobody up.
-const SHARES: usize = 4;
+const SHARES: usize = 16;
 
 /// From this many inputs on, rows become floats once for all of them.
 const EXPAND_FROM: usize = 12;
@@ -69,21 +68,24 @@ const WIDEN_FROM: usize = 4;
 /// Adds some rows' products to their columns of the outputs.
 type Part<'a> = dyn Fn(Range<usize>, &mut ArrayViewMut2<f32>) + Sync + 'a;
 
+/// Runs `product`, of so many multiply-adds, where its threads are: in their pool, unless it is too little to share.
+pub fn shared<T: Send>(work: usize, product: impl FnOnce() -> T + Send) -> T {
+    if work < PARALLEL_FROM { product() } else { in_pool(product) }
+}
+
 impl Machine {
-    /// All that this machine has, the fastest first.
-    pub fn all() -> Vec<Machine> {
-        let mut all = vec![];
+    /// The fastest that this machine has.
+    fn best() -> Machine {
         #[cfg(target_arch = "x86_64")]
         {
             if avx512::available() {
-                all.push(Machine::Avx512);
+                return Machine::Avx512;
             }
             if avx2::available() {
-                all.push(Machine::Avx2);
+                return Machine::Avx2;
             }
         }
-        all.push(Machine::Portable);
-        all
+        Machine::Portable
     }
 
     fn lanes(self) -> usize {
@@ -161,43 +163,19 @@ impl PackedMatrix {
     /// # Panics
     /// When the width of `x` is another.
     pub fn products(&self, x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
-        let mut y = Array2::zeros((x.nrows(), self.rows));
-        self.add_products(x, activations, y.view_mut(), |_, _| ());
-        y
+        let work = self.rows * self.columns * x.nrows();
+        shared(work, || self.products_on(Machine::best(), x, activations))
     }
 
-    /// Adds `x · Ŵᵀ` to `y` `[batch, rows]`. Threads share the rows; `also` is called by each with the first of its rows
-    /// and its columns of `y`.
-    ///
-    /// # Panics
-    /// When the width of `x` or the shape of `y` is another.
-    pub fn add_products(
-        &self,
-        x: ArrayView2<f32>,
-        activations: Activations,
-        y: ArrayViewMut2<f32>,
-        also: impl Fn(usize, &mut ArrayViewMut2<f32>) + Sync,
-    ) {
-        let machine = Machine::all()[0];
-        self.add_products_on(machine, x, activations, y, also);
-    }
-
-    fn add_products_on(
-        &self,
-        machine: Machine,
-        x: ArrayView2<f32>,
-        activations: Activations,
-        mut y: ArrayViewMut2<f32>,
-        also: impl Fn(usize, &mut ArrayViewMut2<f32>) + Sync,
-    ) {
+    /// Threads share the rows.
+    fn products_on(&self, machine: Machine, x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
         assert_eq!(x.ncols(), self.columns, "width of the inputs");
-        assert_eq!(y.dim(), (x.nrows(), self.rows), "shape of the outputs");
+        let mut y = Array2::zeros((x.nrows(), self.rows));
         if y.is_empty() {
-            return;
+            return y;
         }
         let part = self.part(machine, x, activations);
-        let work = self.rows * self.columns * x.nrows();
-        let share = match work < PARALLEL_FROM {
+        let share = match self.rows * self.columns * x.nrows() < PARALLEL_FROM {
             true => self.rows,
             false => self.rows.div_ceil(SHARES * rayon::current_num_threads()).next_multiple_of(EXPANDED_ROWS),
         };
@@ -205,13 +183,13 @@ impl PackedMatrix {
         let one = |(number, mut y): (usize, ArrayViewMut2<f32>)| {
             let start = number * share;
             part(start..start + y.ncols(), &mut y);
-            also(start, &mut y);
         };
         if share < self.rows {
-            shares.collect::<Vec<_>>().into_par_iter().for_each(one);
+            on_all_threads(shares.collect(), one)
         } else {
-            shares.for_each(one);
+            shares.for_each(one)
         }
+        y
     }
 
     /// The products with these inputs, for any of the rows.
@@ -231,13 +209,9 @@ impl PackedMatrix {
             };
             return Box::new(move |rows, y| self.decoded(x.view(), rows, y));
         };
-        let kind = match activations {
-            Activations::F32 => Kind::Floats,
-            Activations::Int8 => Kind::Bytes,
-        };
-        let inputs = match kind {
-            Kind::Floats => Inputs::floats(x, &layout),
-            Kind::Bytes => Inputs::bytes(x, &layout),
+        let (kind, inputs) = match activations {
+            Activations::F32 => (Kind::Floats, Inputs::floats(x, &layout)),
+            Activations::Int8 => (Kind::Bytes, Inputs::bytes(x, &layout)),
         };
         let blocks = layout.blocks();
         Box::new(move |rows, y| {
@@ -290,7 +264,7 @@ impl PackedMatrix {
                 self.dequantize_row(rows.start + start + row, target);
             }
             let mut y = y.slice_mut(s![.., start..start + count]);
-            y += &matmul_nt(x, block.slice(s![..count, ..]));
+            y += &matmul_nt_on_this_thread(x, block.slice(s![..count, ..]));
         }
     }
 
@@ -313,8 +287,7 @@ fn as_rounded(x: ArrayView2<f32>) -> Array2<f32> {
     let mut all = Array2::zeros(x.dim());
     for (from, mut to) in x.rows().into_iter().zip(all.rows_mut()) {
         let (scale, whole) = rounded(&from.to_vec());
-        to.assign(&ArrayView1::from(&whole));
-        to *= scale;
+        to.iter_mut().zip(&whole).for_each(|(to, &whole)| *to = f32::from(whole) * scale);
     }
     all
 }
@@ -330,7 +303,7 @@ fn expanded(machine: Machine, m: &Rows, inputs: &Inputs, rows: Range<usize>, y: 
         // SAFETY: the machine has its instructions; the fields' lengths were checked when the matrix was made.
         unsafe { machine.expand(m, some, stride, block.as_slice_mut().expect("owned")) };
         let mut y = y.slice_mut(s![.., start..start + count]);
-        y += &matmul_nt(x, block.slice(s![..count, ..]));
+        y += &matmul_nt_on_this_thread(x, block.slice(s![..count, ..]));
     }
 }
 

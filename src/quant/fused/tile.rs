@@ -97,8 +97,16 @@ unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool
                     v += 1;
                     continue;
                 }
-                let first = v.min(batch - 4);
-                let found = tile::<L, H, LEVELS, FLOATS, 4, 4>(m, x, coding, rows.start + from, first);
+                let (row, first) = (rows.start + from, v.min(batch - 4));
+                // Sums of floats are kept for a whole block: those of four rows would not fit into the registers.
+                let found = match FLOATS {
+                    true => {
+                        let [a, b] = tile::<L, H, LEVELS, FLOATS, 2, 4>(m, x, coding, row, first);
+                        let [c, d] = tile::<L, H, LEVELS, FLOATS, 2, 4>(m, x, coding, row + 2, first);
+                        [a, b, c, d]
+                    }
+                    false => tile::<L, H, LEVELS, FLOATS, 4, 4>(m, x, coding, row, first),
+                };
                 for (r, found) in found.iter().enumerate() {
                     found.iter().enumerate().for_each(|(c, value)| out[(first + c) * count + from + r] = *value);
                 }
@@ -126,10 +134,15 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool,
             for group in (0..m.groups).step_by(L::LANES) {
                 let count = (m.groups - group).min(L::LANES);
                 for r in 0..R {
-                    let scale = L::load_some(scales[r].add(group), count);
+                    let whole = count == L::LANES;
+                    let scale = scales[r].add(group);
+                    let scale = if whole { L::load(scale) } else { L::load_some(scale, count) };
                     let zero = match m.zeros {
                         [] => L::splat(m.zero),
-                        zeros => L::bytes_some(zeros.as_ptr().add((row + r) * m.groups + group), count),
+                        zeros => {
+                            let zeros = zeros.as_ptr().add((row + r) * m.groups + group);
+                            if whole { L::bytes_some(zeros, L::LANES) } else { L::bytes_some(zeros, count) }
+                        }
                     };
                     let both = L::mul(scale, zero);
                     for (c, total) in totals[r].iter_mut().enumerate() {
@@ -138,76 +151,88 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool,
                 }
             }
         }
-        let packed: [*const u8; R] = std::array::from_fn(|r| m.packed.as_ptr().add((row + r) * m.row_bytes));
-        for (number, block) in m.blocks.iter().enumerate() {
-            let start = number * m.block_bytes;
-            let left = m.row_bytes - start;
-            let codes: [L::Int; R] = std::array::from_fn(|r| match left >= m.block_bytes {
-                true => L::block::<H, true>(packed[r].add(start), left, coding),
-                false => L::block::<H, false>(packed[r].add(start), left, coding),
-            });
-            let at = number * L::LANES * 4 * H;
-            let parts = match FLOATS {
-                true => {
-                    let inputs: [*const f32; V] = std::array::from_fn(|c| x.row::<f32>(v + c).as_ptr().add(at));
-                    floats::<L, H, LEVELS, R, V>(&codes, &inputs, coding)
-                }
-                false => {
-                    let inputs: [*const i8; V] = std::array::from_fn(|c| x.row::<i8>(v + c).as_ptr().add(at));
-                    bytes::<L, H, LEVELS, R, V>(&codes, &inputs, coding)
-                }
+        let mut windows = [L::zero(); R];
+        let mut packed = m.packed.as_ptr().add(row * m.row_bytes);
+        let mut floats = x.first::<f32>(v);
+        let mut bytes = x.first::<i8>(v);
+        let mut left = m.row_bytes;
+        for block in m.blocks {
+            if block.moved {
+                windows = std::array::from_fn(|r| L::load_some(scales[r].add(block.first), block.count));
+            }
+            let codes: [L::Int; R] = match left >= m.block_bytes {
+                true => std::array::from_fn(|r| L::block::<H, true>(packed.add(r * m.row_bytes), left, coding)),
+                false => std::array::from_fn(|r| L::block::<H, false>(packed.add(r * m.row_bytes), left, coding)),
             };
-            for r in 0..R {
-                let scale = L::pick(L::load_some(scales[r].add(block.first), block.count), block.places.as_ptr());
-                for c in 0..V {
-                    totals[r][c] = L::fma(parts[r][c], scale, totals[r][c]);
+            // The next rows, which the machine does not guess in time; what is only prefetched need not be there.
+            (0..R).for_each(|r| L::prefetch(packed.wrapping_add((R + r) * m.row_bytes)));
+            let places = block.places.as_ptr();
+            if FLOATS {
+                let parts = parts::<L, H, LEVELS, R, V>(&codes, floats, x.stride::<f32>(), coding);
+                for r in 0..R {
+                    let scale = L::pick(windows[r], places);
+                    (0..V).for_each(|c| totals[r][c] = L::fma(parts[r][c], scale, totals[r][c]));
+                }
+            } else if V == 1 {
+                // All rows side by side: none waits for its own last product.
+                let mut sums = [L::zeros(); R];
+                for half in 0..H {
+                    let x = L::load_bytes(bytes.add(half * 4 * L::LANES));
+                    for r in 0..R {
+                        sums[r] = L::dot(L::bytes::<H, LEVELS>(codes[r], half, coding), x, sums[r], coding);
+                    }
+                }
+                let sums = sums.map(|sum| L::to_float(sum));
+                (0..R).for_each(|r| totals[r][0] = L::fma(sums[r], L::pick(windows[r], places), totals[r][0]));
+            } else {
+                // Row after row: those of all rows would not fit into the registers.
+                for r in 0..R {
+                    let halves: [L::Int; 4] = std::array::from_fn(|half| match half < H {
+                        true => L::bytes::<H, LEVELS>(codes[r], half, coding),
+                        false => codes[r],
+                    });
+                    let scale = L::pick(windows[r], places);
+                    for (c, total) in totals[r].iter_mut().enumerate() {
+                        let mut sum = L::zeros();
+                        for (half, codes) in halves[..H].iter().enumerate() {
+                            let x = L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES));
+                            sum = L::dot(*codes, x, sum, coding);
+                        }
+                        *total = L::fma(L::to_float(sum), scale, *total);
+                    }
                 }
             }
+            packed = packed.wrapping_add(m.block_bytes);
+            floats = floats.wrapping_add(L::LANES * 4 * H);
+            bytes = bytes.wrapping_add(L::LANES * 4 * H);
+            left = left.saturating_sub(m.block_bytes);
         }
         std::array::from_fn(|r| std::array::from_fn(|c| L::sum(totals[r][c]) * x.scales[v + c] * m.factor))
     }
 }
 
+/// The products of a block's codes with inputs, before scales.
 #[inline(always)]
-unsafe fn floats<L: Lanes, const H: usize, const LEVELS: bool, const R: usize, const V: usize>(
+unsafe fn parts<L: Lanes, const H: usize, const LEVELS: bool, const R: usize, const V: usize>(
     codes: &[L::Int; R],
-    x: &[*const f32; V],
+    x: *const f32,
+    stride: usize,
     coding: L::Coding,
 ) -> [[L::Float; V]; R] {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[L::zero(); V]; R];
+        let (mut sums, mut codes) = ([[L::zero(); V]; R], *codes);
         for step in 0..4 * H {
-            let values: [L::Float; R] = std::array::from_fn(|r| L::values::<H, LEVELS>(codes[r], step, coding));
-            for c in 0..V {
-                let x = L::load(x[c].add(step * L::LANES));
-                for r in 0..R {
-                    sums[r][c] = L::fma(values[r], x, sums[r][c]);
+            let inputs: [L::Float; V] = std::array::from_fn(|c| L::load(x.add(c * stride + step * L::LANES)));
+            for (sums, codes) in sums.iter_mut().zip(&mut codes) {
+                let values = L::values::<H, LEVELS>(*codes, coding);
+                *codes = L::following::<H>(*codes);
+                for (sum, x) in sums.iter_mut().zip(inputs) {
+                    *sum = L::fma(values, x, *sum);
                 }
             }
         }
         sums
-    }
-}
-
-#[inline(always)]
-unsafe fn bytes<L: Lanes, const H: usize, const LEVELS: bool, const R: usize, const V: usize>(
-    codes: &[L::Int; R],
-    x: &[*const i8; V],
-    coding: L::Coding,
-) -> [[L::Float; V]; R] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut sums = [[L::zeros(); V]; R];
-        for half in 0..H {
-            let values: [L::Int; R] = std::array::from_fn(|r| L::bytes::<H, LEVELS>(codes[r], half, coding));
-            for c in 0..V {
-                for r in 0..R {
-                    sums[r][c] = L::dot(values[r], x[c].add(half * 4 * L::LANES), sums[r][c], coding);
-                }
-            }
-        }
-        std::array::from_fn(|r| std::array::from_fn(|c| L::to_float(sums[r][c])))
     }
 }
 
@@ -245,7 +270,7 @@ unsafe fn expanded<L: Lanes, const H: usize, const LEVELS: bool>(
             for (number, block) in m.blocks.iter().enumerate() {
                 let start = number * m.block_bytes;
                 let left = m.row_bytes - start;
-                let codes = match left >= m.block_bytes {
+                let mut codes = match left >= m.block_bytes {
                     true => L::block::<H, true>(packed.add(start), left, coding),
                     false => L::block::<H, false>(packed.add(start), left, coding),
                 };
@@ -262,7 +287,8 @@ unsafe fn expanded<L: Lanes, const H: usize, const LEVELS: bool>(
                 let offset = L::mul(scale, zero);
                 let out = out.as_mut_ptr().add(i * stride + number * L::LANES * 4 * H);
                 for step in 0..4 * H {
-                    let value = L::values::<H, LEVELS>(codes, step, coding);
+                    let value = L::values::<H, LEVELS>(codes, coding);
+                    codes = L::following::<H>(codes);
                     let value = L::fma(value, scale, L::fnma(L::splat(1.0), offset, L::zero()));
                     L::store(out.add(step * L::LANES), value);
                 }
