@@ -44,6 +44,18 @@ fn options() -> Vec<(&'static str, Value)> {
         ("int4 g64 nearest, mean_abs 32", json!({"weight": int(4, 64), "scaling": "mean_abs", "rank": 32})),
         ("nf4 g64 nearest, exact 32", nearest(json!({"type": "nf4", "scales": "f16"}), 32)),
         ("mxint4 b32 nearest, exact 32", nearest(json!({"type": "mxint4"}), 32)),
+        ("int4 g64 hqq", json!({"weight": int(4, 64), "clipping": "hqq", "rank": 0})),
+        ("int4 g64 nearest", json!({"weight": int(4, 64), "rank": 0})),
+        ("int4 g64 sinq", json!({"weight": int(4, 64), "dual_scaling": true, "rank": 0})),
+        ("nf4 g64 nearest", json!({"weight": {"type": "nf4", "scales": "f16"}, "rank": 0})),
+        ("nf4 g64 sinq", json!({"weight": {"type": "nf4", "scales": "f16"}, "dual_scaling": true, "rank": 0})),
+        ("int3 g64 nearest", json!({"weight": int(3, 64), "rank": 0})),
+        ("int3 g64 sinq", json!({"weight": int(3, 64), "dual_scaling": true, "rank": 0})),
+        ("int4 g64 gptq, int8 activations", {
+            let mut all = gptq(int(4, 64), json!(0));
+            all["activations"] = json!("int8");
+            all
+        }),
         ("int4 g64 gptq", gptq(int(4, 64), json!(0))),
         ("int4 g64 gptq, exact 32", gptq(int(4, 64), json!(32))),
         ("int4 g32 gptq, corrected to 4.85 bits", small(int(4, 32))),

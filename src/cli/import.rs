@@ -87,6 +87,7 @@ fn human(report: &ImportReport) -> String {
             l.method.to_string(),
             format!("{} × {}", l.out_features, l.in_features),
             error(l.relative_error),
+            l.correction.uncorrected_error.map_or(String::new(), |e| error(Some(e))),
             l.error_basis.as_str().into(),
             bytes(l.stored_bytes),
             ratio(l.dense_bytes, l.stored_bytes),
@@ -95,8 +96,10 @@ fn human(report: &ImportReport) -> String {
             format!("{:.2} s", l.seconds),
         ]
     });
-    let layers =
-        table(&["layer", "method", "shape", "error", "over", "stored", "ratio", "bits", "reused", "time"], rows);
+    let layers = table(
+        &["layer", "method", "shape", "error", "uncorrected", "over", "stored", "ratio", "bits", "reused", "time"],
+        rows,
+    );
     format!(
         "{layers}\n{} at version {}: {} layers, {} from {} ({}), {} new\n",
         report.model,

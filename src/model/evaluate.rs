@@ -6,11 +6,10 @@ use ndarray::Array2;
 use serde::Serialize;
 
 use super::checkpoint::{Activations, Checkpoint};
-use super::import::measure;
+use super::measure::{CorrectionReport, measure};
 use super::plan::bits_per_weight;
 use crate::error::{Error, Result};
 use crate::layer::{Layer, Method};
-use crate::linalg::{matmul_nt, relative_error};
 use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot, joined};
 
 /// One layer's error.
@@ -26,12 +25,8 @@ pub struct LayerEvaluation {
     pub stored_bytes: u64,
     /// Stored bits for each weight, the bias and everything else counted.
     pub bits_per_weight: f64,
-    /// The error without the correction; low-rank layers only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub uncorrected_error: Option<f64>,
-    /// The singular values of the error that the correction keeps; low-rank layers only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub singular_values: Option<Vec<f32>>,
+    #[serde(flatten)]
+    pub correction: CorrectionReport,
     /// Keys used by a query, on average; key–value layers only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean_keys: Option<f64>,
@@ -116,18 +111,9 @@ fn evaluate_layer(
         }
         _ => (None, None),
     };
-    let (uncorrected_error, singular_values) = match layer {
-        Layer::LowRank(layer) => {
-            let plain = matmul_nt(inputs.view(), layer.quantized().dequantize().view());
-            let error = relative_error(plain.view(), matmul_nt(inputs.view(), weight.view()).view());
-            (Some(error).filter(|e| e.is_finite()), Some(layer.singular_values().to_vec()))
-        }
-        _ => (None, None),
-    };
     Ok(LayerEvaluation {
         bits_per_weight: bits_per_weight(record.stored_bytes, record.out_features, record.in_features),
-        uncorrected_error,
-        singular_values,
+        correction: CorrectionReport::of(layer, weight, Some(inputs)),
         layer: record.layer.clone(),
         method: record.method,
         relative_error: Some(error).filter(|e| e.is_finite()),

@@ -6,18 +6,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use chrono::Utc;
-use ndarray::Array2;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
+use super::measure::{CorrectionReport, measure};
 use super::plan::{Planned, bits_per_weight, flattened, plan};
 use super::rules::Rules;
 use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::layer::parts::{Tensor, canonical_json};
-use crate::layer::{Accuracy, DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
-use crate::linalg::relative_error;
+use crate::layer::{DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
 use crate::store::{ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, check_model_name, joined};
 
 /// Part of every recipe: raise it when a method comes to make other parts from the same settings.
@@ -59,6 +58,9 @@ pub struct LayerReport {
     pub stored_bytes: u64,
     /// Stored bits for each weight, the bias and everything else counted.
     pub bits_per_weight: f64,
+    /// Of layers that were made anew.
+    #[serde(flatten)]
+    pub correction: CorrectionReport,
     /// Whether the store had it already.
     pub reused: bool,
     pub seconds: f64,
@@ -119,20 +121,20 @@ pub async fn import(
             unless_cancelled(&cancel, move || Ok(recipe(&checkpoint, &planned, calibration.as_ref().as_ref()))).await?
         };
         let before = writer.made_by(&recipe).cloned();
-        let (stored, config, reused) = match before {
+        let (stored, config, correction, reused) = match before {
             Some(stored) => {
                 let config = planned.method.with_stored(&stored.config);
-                (stored, config, true)
+                (stored, config, CorrectionReport::default(), true)
             }
             None => {
                 let (checkpoint, calibration, planned) = (checkpoint.clone(), calibration.clone(), planned.clone());
                 let made = unless_cancelled(&cancel, move || {
                     make(&checkpoint, &planned, calibration.as_ref().as_ref(), recipe)
                 });
-                let (parts, config, made) = made.await.map_err(|e| e.in_layer(&name))?;
+                let (parts, config, correction, made) = made.await.map_err(|e| e.in_layer(&name))?;
                 let (_, new) = writer.add(&parts, made).await?;
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
-                (stored, config, !new)
+                (stored, config, correction, !new)
             }
         };
         let record = LayerRecord {
@@ -162,6 +164,7 @@ pub async fn import(
             dense_bytes,
             stored_bytes: record.stored_bytes,
             bits_per_weight: bits_per_weight(record.stored_bytes, out_features, in_features),
+            correction,
             reused,
             seconds: started.elapsed().as_secs_f64(),
         });
@@ -247,13 +250,13 @@ fn source_tensor(checkpoint: &Checkpoint, entry: &TensorEntry) -> SourceTensor {
     }
 }
 
-/// Compresses one layer and measures it. Gives its parts and its full configuration.
+/// Compresses one layer and measures it. Gives its parts, its full configuration and what its correction is good for.
 fn make(
     checkpoint: &Checkpoint,
     planned: &Planned,
     calibration: Option<&Activations>,
     recipe: [u8; 32],
-) -> Result<(Parts, Value, Made)> {
+) -> Result<(Parts, Value, CorrectionReport, Made)> {
     let LayerSource { layer: name, weight, bias } = &planned.source;
     if planned.method == MethodConfig::Dense {
         let bias = bias.as_ref().map(|b| {
@@ -273,7 +276,7 @@ fn make(
             bias.transpose()?,
         )?);
         let made = Made { recipe, relative_error: Some(0.0), error_basis: ErrorBasis::Weights };
-        return Ok((layer.to_parts(), layer.config(), made));
+        return Ok((layer.to_parts(), layer.config(), CorrectionReport::default(), made));
     }
     let w = checkpoint.matrix(weight)?;
     let b = bias.as_ref().map(|b| checkpoint.vector(b)).transpose()?;
@@ -281,19 +284,8 @@ fn make(
     let layer = planned.method.compress(w.view(), b.as_ref().map(|b| b.view()), inputs.as_ref().map(|x| x.view()))?;
     let (error, error_basis) = measure(&layer, &w, inputs.as_ref())?;
     let made = Made { recipe, relative_error: Some(error).filter(|e| e.is_finite()), error_basis };
-    Ok((layer.to_parts(), layer.config(), made))
-}
-
-/// ‖ŷ − y‖ / ‖y‖ over `inputs`, else ‖Ŵ − W‖_F / ‖W‖_F.
-pub(super) fn measure(layer: &Layer, weight: &Array2<f32>, inputs: Option<&Array2<f32>>) -> Result<(f64, ErrorBasis)> {
-    match inputs {
-        Some(x) => {
-            let exact = crate::linalg::matmul_nt(x.view(), weight.view());
-            let approximate = layer.linear(x.view(), Accuracy::Approximate)?.y;
-            Ok((relative_error(approximate.view(), exact.view()), ErrorBasis::Activations))
-        }
-        None => Ok((relative_error(layer.weight()?.view(), weight.view()), ErrorBasis::Weights)),
-    }
+    let correction = CorrectionReport::of(&layer, &w, inputs.as_ref());
+    Ok((layer.to_parts(), layer.config(), correction, made))
 }
 
 /// Opens a checkpoint, rules and calibration by their paths.

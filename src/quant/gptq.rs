@@ -4,9 +4,10 @@
 //! For inputs of second moment H = E\[x xᵀ\] and H⁻¹ = UᵀU with U upper triangular: column j of every row is rounded, and
 //! its error, divided by U_jj, is taken from the later columns k with weight U_jk. Rows do not touch each other.
 
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
 use rayon::prelude::*;
 
+use super::dual::column_scales;
 use super::format::{Group, WeightFormat};
 use super::packed::{PackedMatrix, check};
 use super::quantizer::{Clipping, Grid, Quantizer};
@@ -26,6 +27,8 @@ pub struct Calibrated {
     pub activation_order: bool,
     /// Times that every scale and every code is looked at again.
     pub sweeps: usize,
+    /// Round the quotients by [`column_scales`], which are kept beside (SINQ).
+    pub dual_scaling: bool,
 }
 
 impl PackedMatrix {
@@ -46,6 +49,17 @@ impl PackedMatrix {
         if second.dim() != (columns, columns) {
             let found = format!("{} × {}", second.nrows(), second.ncols());
             return Err(Error::expected("shape of the second moment", found, format!("{columns} × {columns}")));
+        }
+        if how.dual_scaling {
+            let scales = column_scales(weight);
+            let quotients = &weight / &ArrayView1::from(&scales);
+            // Of inputs that are multiplied with the scales.
+            let second = Array2::from_shape_fn(second.dim(), |(i, j)| {
+                second[[i, j]] * f64::from(scales[i]) * f64::from(scales[j])
+            });
+            let how = Calibrated { dual_scaling: false, ..how };
+            let packed = Self::quantize_calibrated(quotients.view(), format, clipping, second.view(), how)?;
+            return packed.with_column_scales(scales);
         }
         let Some(quantizer) = format.quantizer() else { return Self::quantize(weight, format, clipping, None) };
         let diagonal = second.diag();
@@ -297,7 +311,7 @@ mod tests {
         fn rounds_as_the_paper_says(rows in 1usize..80, bits in 2u8..6, seed in 0u64..999, order in any::<bool>()) {
             let (w, second) = (sample(rows, 24, seed), second(24, seed));
             let format = WeightFormat { weight_type: WeightType::Int(bits), group: Group::Size(8), symmetric: false, scales: ScaleType::F32 };
-            let how = Calibrated { activation_order: order, sweeps: 0 };
+            let how = Calibrated { activation_order: order, ..Calibrated::default() };
             let round = |how| PackedMatrix::quantize_calibrated(w.view(), format, Clipping::Mse, second.view(), how).unwrap();
             let q = round(how);
             // Looking again never makes it worse, but for the rounding of what is compared.
@@ -337,7 +351,7 @@ mod tests {
                 let format = WeightFormat { weight_type, group, symmetric, scales: ScaleType::F16 };
                 let nearest = PackedMatrix::quantize(w.view(), format, Clipping::Mse, None).unwrap();
                 for (activation_order, sweeps) in [(false, 0), (true, 0), (false, 2), (true, 1)] {
-                    let how = Calibrated { activation_order, sweeps };
+                    let how = Calibrated { activation_order, sweeps, dual_scaling: false };
                     let q =
                         PackedMatrix::quantize_calibrated(w.view(), format, Clipping::Mse, second.view(), how).unwrap();
                     assert_eq!(q.stored_bytes(), format.stored_bytes(70, 384).unwrap());

@@ -1,8 +1,10 @@
 //! Quantisers: what a weight matrix, or the rows of keys and values, become when their numbers are kept in a few bits.
 
+mod dual;
 mod format;
 mod fused;
 mod gptq;
+mod half_quadratic;
 mod kernels;
 mod kmeans;
 mod packed;
@@ -13,6 +15,7 @@ mod rows;
 
 pub(crate) use kmeans::{kmeans, nearest};
 
+pub use dual::column_scales;
 pub use format::{Group, ScaleType, WeightFormat, WeightType};
 pub use fused::Activations;
 pub(crate) use fused::shared;

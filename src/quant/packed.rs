@@ -2,9 +2,10 @@
 
 use bytes::Bytes;
 use half::{bf16, f16};
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView1, ArrayView2};
 use rayon::prelude::*;
 
+use super::dual::column_scales;
 use super::format::{Group, WeightFormat, WeightType};
 use super::packing::{pack, unpack};
 use super::quantizer::{Clipping, Grid, Quantizer};
@@ -25,6 +26,8 @@ pub struct PackedMatrix {
     pub scales: Vec<f32>,
     /// `[rows, groups]`, empty but for asymmetric integers.
     pub zeros: Vec<u8>,
+    /// What columns are multiplied with beside, `[columns]`; none where there is nothing to multiply with.
+    pub column_scales: Vec<f32>,
 }
 
 impl PackedMatrix {
@@ -73,6 +76,43 @@ impl PackedMatrix {
         Ok(Self::from_codes(format, (rows, columns), &codes, grids.into_iter().flatten()))
     }
 
+    /// [`PackedMatrix::quantize`] of the quotients by [`column_scales`], which are kept beside (SINQ).
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::quantize`].
+    pub fn quantize_dual(
+        weight: ArrayView2<f32>,
+        format: WeightFormat,
+        clipping: Clipping,
+        importance: Option<&[f32]>,
+    ) -> Result<Self> {
+        check(weight, format, clipping)?;
+        let scales = column_scales(weight);
+        // An error in a quotient is that many times as large in its product.
+        let importance: Vec<f32> = match importance {
+            Some(importance) => importance.iter().zip(&scales).map(|(i, s)| i * s * s).collect(),
+            None => scales.iter().map(|s| s * s).collect(),
+        };
+        let quotients = &weight / &ArrayView1::from(&scales);
+        Self::quantize(quotients.view(), format, clipping, Some(&importance))?.with_column_scales(scales)
+    }
+
+    /// The same matrix, its columns multiplied with `scales` `[columns]`.
+    ///
+    /// # Errors
+    /// When there are not as many scales as columns, or one is not finite.
+    pub fn with_column_scales(self, scales: Vec<f32>) -> Result<Self> {
+        if scales.len() != self.columns {
+            return Err(Error::expected("scales of columns", scales.len(), format!("{}, one a column", self.columns)));
+        }
+        match scales.iter().enumerate().find(|(_, scale)| !scale.is_finite()) {
+            Some((index, &value)) => {
+                Err(Error::NotFinite { what: "the columns' scales".into(), value: value.into(), index })
+            }
+            None => Ok(PackedMatrix { column_scales: scales, ..self }),
+        }
+    }
+
     /// Codes, a byte each, and the grid of each row's groups.
     pub(super) fn from_codes(
         format: WeightFormat,
@@ -92,7 +132,15 @@ impl PackedMatrix {
         if !format.has_zeros() {
             zeros.clear();
         }
-        PackedMatrix { format, rows, columns, packed: Bytes::from(packed).slice(start..), scales, zeros }
+        PackedMatrix {
+            format,
+            rows,
+            columns,
+            packed: Bytes::from(packed).slice(start..),
+            scales,
+            zeros,
+            column_scales: vec![],
+        }
     }
 
     fn floats(weight: ArrayView2<f32>, format: WeightFormat) -> Self {
@@ -102,7 +150,15 @@ impl PackedMatrix {
             _ => f16::from_f32(*w).to_le_bytes(),
         };
         let packed: Vec<u8> = weight.iter().flat_map(half).collect();
-        PackedMatrix { format, rows, columns, packed: packed.into(), scales: vec![], zeros: vec![] }
+        PackedMatrix {
+            format,
+            rows,
+            columns,
+            packed: packed.into(),
+            scales: vec![],
+            zeros: vec![],
+            column_scales: vec![],
+        }
     }
 
     /// A matrix from its stored fields.
@@ -135,7 +191,7 @@ impl PackedMatrix {
         if let Some((index, value)) = scales.iter().enumerate().find(|(_, scale)| !scale.is_finite()) {
             return Err(Error::NotFinite { what: "the scales".into(), value: f64::from(*value), index });
         }
-        Ok(PackedMatrix { format, rows, columns, packed, scales, zeros })
+        Ok(PackedMatrix { format, rows, columns, packed, scales, zeros, column_scales: vec![] })
     }
 
     /// The scales as they are stored.
@@ -151,6 +207,12 @@ impl PackedMatrix {
 
     /// Writes the weights of one row, as f32, into `out` `[columns]`.
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        self.decode(row, out);
+        out.iter_mut().zip(&self.column_scales).for_each(|(weight, scale)| *weight *= scale);
+    }
+
+    /// [`PackedMatrix::dequantize_row`] before columns are multiplied.
+    pub(super) fn decode(&self, row: usize, out: &mut [f32]) {
         let Some(quantizer) = self.format.quantizer() else {
             let numbers = self.row(row).as_chunks::<2>().0.iter();
             return match self.format.weight_type {
@@ -183,14 +245,15 @@ impl PackedMatrix {
         out
     }
 
-    /// Bytes of codes, scales and zero points, as stored.
+    /// Bytes of codes, scales and zero points, as stored; two for a column's scale.
     pub fn stored_bytes(&self) -> usize {
-        self.packed.len() + self.format.scale_bytes() * self.scales.len() + self.zeros.len()
+        let columns = 2 * self.column_scales.len();
+        self.packed.len() + self.format.scale_bytes() * self.scales.len() + self.zeros.len() + columns
     }
 
     /// Bytes that it takes in memory.
     pub fn memory_bytes(&self) -> usize {
-        self.packed.len() + 4 * self.scales.len() + self.zeros.len()
+        self.packed.len() + 4 * (self.scales.len() + self.column_scales.len()) + self.zeros.len()
     }
 }
 

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::format::{WeightFormat, WeightType};
+use super::half_quadratic::half_quadratic;
 
 /// How a group's scale (and zero point) is found.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -17,6 +18,8 @@ pub enum Clipping {
     /// column's weighed by its E\[x²\] where inputs are known.
     #[default]
     Mse,
+    /// From the whole span on, what leaves the least Σ|w − ŵ|^0.7: few errors, if large ones (HQQ).
+    Hqq,
 }
 
 /// What the codes of one group stand for.
@@ -93,8 +96,10 @@ impl WeightFormat {
         let stored = |grid: Grid| Grid { scale: self.stored_scale(grid.scale), ..grid };
         let candidates = quantizer.candidates(weights, clipping);
         let mut best = stored(candidates[0]);
-        if clipping != Clipping::Mse {
-            return best;
+        match clipping {
+            Clipping::Mse => {}
+            Clipping::Hqq => return half_quadratic(self, quantizer, weights, best),
+            Clipping::Absmax | Clipping::Percentile(_) => return best,
         }
         let mut rounded = vec![0f32; weights.len()];
         let mut error = |grid: Grid| {

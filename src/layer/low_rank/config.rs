@@ -81,6 +81,9 @@ pub struct LowRankConfig {
     pub weight: WeightFormat,
     /// How scales are found.
     pub clipping: Clipping,
+    /// Scales of columns beside those of groups, so that what is rounded is spread evenly (SINQ).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub dual_scaling: bool,
     pub rounding: Rounding,
     /// For `rounding = "gptq"`: added to the second moment's diagonal, times the diagonal's mean.
     pub damping: f64,
@@ -133,6 +136,7 @@ impl Default for LowRankConfig {
         LowRankConfig {
             weight: WeightFormat::default(),
             clipping: Clipping::default(),
+            dual_scaling: false,
             rounding: Rounding::default(),
             damping: 0.1,
             activation_order: false,
@@ -199,6 +203,10 @@ impl LowRankConfig {
             let found = format!("\"gptq\" for {}", self.weight.weight_type);
             return Err(Error::expected("rounding", found, "\"nearest\" for weights that stay floats"));
         }
+        if self.weight.weight_type.is_float() && self.dual_scaling {
+            let found = format!("true for {}", self.weight.weight_type);
+            return Err(Error::expected("dual_scaling", found, "false for weights that stay floats"));
+        }
         check_activations(self.activations, &self.weight)
     }
 
@@ -241,13 +249,14 @@ impl LowRankConfig {
         }
     }
 
-    /// Bytes of packed weights, scales, zero points, shift and factors for a rank, as stored.
+    /// Bytes of packed weights, scales of groups and columns, zero points, shift and factors for a rank, as stored.
     ///
     /// # Errors
     /// When the group does not divide the row.
     pub fn stored_bytes(&self, out_features: usize, in_features: usize, rank: usize) -> Result<usize> {
         let shift = if self.bias_correction { 2 * out_features } else { 0 };
-        let weight = self.weight.stored_bytes(out_features, in_features)?;
+        let columns = if self.dual_scaling { 2 * in_features } else { 0 };
+        let weight = self.weight.stored_bytes(out_features, in_features)? + columns;
         Ok(weight + shift + rank * self.component_bytes(out_features, in_features))
     }
 

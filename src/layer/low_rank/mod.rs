@@ -5,6 +5,7 @@ mod correction;
 
 use std::sync::Arc;
 
+use half::f16;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -95,13 +96,18 @@ impl LowRankLayer {
         let packed = match (&moments, config.rounding) {
             (Some((_, moments)), Rounding::Gptq) => {
                 let damped = Ridge { absolute: 0.0, relative: config.damping }.added_to(moments.second.clone());
-                let how = Calibrated { activation_order: config.activation_order, sweeps: config.sweeps };
+                let how = Calibrated {
+                    activation_order: config.activation_order,
+                    sweeps: config.sweeps,
+                    dual_scaling: config.dual_scaling,
+                };
                 PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped.view(), how)?
             }
             _ => {
                 let importance: Option<Vec<f32>> =
                     moments.as_ref().map(|(_, m)| m.second.diag().iter().map(|&v| v as f32).collect());
-                PackedMatrix::quantize(weight, config.weight, config.clipping, importance.as_deref())?
+                let quantize = if config.dual_scaling { PackedMatrix::quantize_dual } else { PackedMatrix::quantize };
+                quantize(weight, config.weight, config.clipping, importance.as_deref())?
             }
         };
         let transform = Transform::of(config, moments.as_ref().map(|(inputs, moments)| (*inputs, moments)))?;
@@ -295,6 +301,11 @@ impl LowRankLayer {
         if !parts.codes.is_empty() {
             parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
         }
+        if !inner.weight.column_scales.is_empty() {
+            let halves = inner.weight.column_scales.iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
+            let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![self.in_features()]);
+            parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
+        }
         if let Some(shift) = &inner.shift {
             let data = shift.bytes().into_raw_vec_and_offset().0.into();
             let shape = vec![self.out_features()];
@@ -320,6 +331,13 @@ impl LowRankLayer {
             &rows.scales,
             rows.zeros.to_vec(),
         )?;
+        let weight = match parts.tensor("column_scales") {
+            Some(scales) => {
+                let scales = RowMatrix::from_bytes(RowType::F16, (1, inputs), &scales.data, &[])?;
+                weight.with_column_scales(scales.to_f32().into_raw_vec_and_offset().0)?
+            }
+            None => weight,
+        };
         let mut singular_values = match parts.tensor("singular_values") {
             Some(values) => values.to_vector()?.to_vec(),
             None => vec![],
@@ -389,8 +407,8 @@ mod tests {
         let types = prop::sample::select(vec![Int(2), Int(3), Int(4), Int(8), Nf4, MxInt(4), Bf16]);
         let factors = prop::sample::select(vec![RowType::F32, RowType::F16, RowType::Int8]);
         let scalings = prop::sample::select(vec![Scaling::Identity, Scaling::MeanAbs, Scaling::Rms, Scaling::Exact]);
-        (types, factors, scalings, any::<[bool; 4]>(), 0usize..3).prop_map(
-            |(weight_type, factors, scaling, [symmetric, gptq, half, bias_correction], rank)| {
+        (types, factors, scalings, any::<[bool; 5]>(), 0usize..3).prop_map(
+            |(weight_type, factors, scaling, [symmetric, gptq, half, bias_correction, dual], rank)| {
                 let scales = if half { ScaleType::F16 } else { ScaleType::F32 };
                 LowRankConfig {
                     weight: WeightFormat { weight_type, group: Group::Size(4), symmetric, scales },
@@ -399,6 +417,7 @@ mod tests {
                     factors,
                     scaling,
                     bias_correction,
+                    dual_scaling: dual && !weight_type.is_float(),
                     ..LowRankConfig::default()
                 }
             },
@@ -406,7 +425,7 @@ mod tests {
     }
 
     proptest! {
-        /// The blocked forward is the reference product with the weight the layer stands for, and parts bring it back, of
+        /// The forward pass is the reference product with the weight the layer stands for, and parts bring it back, of
         /// as many bytes as its settings say.
         #[test]
         fn forward_is_the_stored_weight(config in configs(), out in 2usize..150, seed in 0u64..100) {
@@ -532,7 +551,8 @@ mod tests {
         );
         refuse(LowRankConfig { ridge_relative: -1.0, ..fits.clone() }, "at least 0");
         let floats = WeightFormat { weight_type: WeightType::F16, ..fits.weight };
-        refuse(LowRankConfig { weight: floats, rounding: Rounding::Gptq, ..fits }, "stay floats");
+        refuse(LowRankConfig { weight: floats, rounding: Rounding::Gptq, ..fits.clone() }, "stay floats");
+        refuse(LowRankConfig { weight: floats, dual_scaling: true, ..fits }, "stay floats");
     }
 
     #[test]

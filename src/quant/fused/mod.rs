@@ -174,7 +174,8 @@ impl PackedMatrix {
         if y.is_empty() {
             return y;
         }
-        let part = self.part(machine, x, activations);
+        let scaled = (!self.column_scales.is_empty()).then(|| &x * &ArrayView1::from(&self.column_scales));
+        let part = self.part(machine, scaled.as_ref().map_or(x, |x| x.view()), activations);
         let share = match self.rows * self.columns * x.nrows() < PARALLEL_FROM {
             true => self.rows,
             false => self.rows.div_ceil(SHARES * rayon::current_num_threads()).next_multiple_of(EXPANDED_ROWS),
@@ -261,7 +262,7 @@ impl PackedMatrix {
             for row in 0..count {
                 let mut target = block.row_mut(row);
                 let target = target.as_slice_mut().expect("rows of an owned array are contiguous");
-                self.dequantize_row(rows.start + start + row, target);
+                self.decode(rows.start + start + row, target);
             }
             let mut y = y.slice_mut(s![.., start..start + count]);
             y += &matmul_nt_on_this_thread(x, block.slice(s![..count, ..]));

@@ -68,9 +68,16 @@ proptest! {
             _ => 1 + 61 * groups + tail,
         };
         let w = sample(rows, columns, seed);
-        let packed = PackedMatrix::quantize(w.view(), format, Clipping::Absmax, None).unwrap();
-        let x = sample(batch, columns, seed ^ 7) * 3.0;
+        let mut packed = PackedMatrix::quantize(w.view(), format, Clipping::Absmax, None).unwrap();
+        let mut x = sample(batch, columns, seed ^ 7) * 3.0;
         let weight = packed.dequantize();
+        if seed % 2 == 0 {
+            // Columns' scales are the same as scaled inputs.
+            let scales: Vec<f32> = (0..columns).map(|j| [0.5, 1.0, 2.0][j % 3]).collect();
+            x = &x / &ArrayView1::from(&scales);
+            packed = packed.with_column_scales(scales).unwrap();
+        }
+        let inputs = if packed.column_scales.is_empty() { x.clone() } else { &x * &ArrayView1::from(&packed.column_scales) };
         let coarse = format.weight_type == WeightType::Nf4;
         for machine in machines() {
             for activations in [Activations::F32, Activations::Int8] {
@@ -79,14 +86,14 @@ proptest! {
                 }
                 let y = packed.products_on(machine, x.view(), activations);
                 let (expected, size) = match activations {
-                    Activations::F32 => slow(&x, &weight),
-                    Activations::Int8 => slow(&as_rounded(x.view()), &weight),
+                    Activations::F32 => slow(&inputs, &weight),
+                    Activations::Int8 => slow(&as_rounded(inputs.view()), &weight),
                 };
                 // NF4's levels as bytes are off by half of a 127th of the scale.
                 let levels = if coarse && activations == Activations::Int8 { 0.5 / 127.0 } else { 0.0 };
                 let largest = packed.scales.iter().fold(0f32, |most, s| most.max(s.abs()));
                 for ((i, j), &found) in y.indexed_iter() {
-                    let sum: f64 = x.row(i).iter().map(|v| f64::from(v.abs())).sum();
+                    let sum: f64 = inputs.row(i).iter().map(|v| f64::from(v.abs())).sum();
                     let allowed = 1e-6 + 4e-6 * size[[i, j]] + 2e-6 * sum * f64::from(largest)
                         + 1.01 * levels * sum * f64::from(largest);
                     let off = (f64::from(found) - expected[[i, j]]).abs();

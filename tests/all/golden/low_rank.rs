@@ -1,18 +1,21 @@
 //! LQER on Qwix, run; and LQER, L²QER, QERA-approx and QERA-exact by float64 formulas.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, Ix3, s};
+use ndarray::{Array2, ArrayView2, s};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use layerstore::layer::{Accuracy, Correction, Layer, LowRankConfig, Rank, SvdMethod, Transform};
+use layerstore::layer::{Correction, Layer, LowRankConfig, Rank, SvdMethod, Transform};
 use layerstore::model::{Checkpoint, ImportOptions, Rules, import};
-use layerstore::quant::{Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
-use layerstore::store::{Snapshot, Store};
+use layerstore::quant::{Activations, Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
+use layerstore::store::Store;
 
 use super::{Case, narrow};
+
+#[path = "../../../examples/lqer_table/peer.rs"]
+mod peer;
+use peer::Peer;
 
 /// All components of a correction, of which the first k are the one of rank k.
 fn all_components(out: usize, inputs: usize) -> LowRankConfig {
@@ -124,7 +127,11 @@ fn golden_lqer_int8_activations() {
             same_integers(case, kernel, &weight);
             let found = codes(&inputs).mapv(|c| f64::from(c as i8));
             assert_eq!(found, case.matrix(&format!("out.act_qvalue/{place}")), "{}", case.name);
+            // The kernel on integers rounds its inputs as the peer does.
+            let product = weight.products(x.view(), Activations::Int8);
             x = inputs.dequantize().dot(&weight.dequantize().t());
+            let off = (&product - &x).iter().fold(0f32, |most, v| most.max(v.abs()));
+            assert!(off <= 1e-5, "{} {kernel}: {off}", case.name);
             if place == 0 {
                 x.mapv_inplace(|v| v.max(0.0));
             }
@@ -169,14 +176,17 @@ async fn golden_lqer_models() {
         for (model, expected) in
             [("float", if transformer { "out.logits" } else { "out.y" }), ("ptq", "out.ptq"), ("lqer", "out.lqer")]
         {
-            let model = Model::open(&snapshot, model).await;
-            let of = if model.name == "float" { float } else { case };
-            let quantised = model.layers.values().filter(|l| matches!(l, Layer::LowRank(_))).count();
+            let model = Peer::open(&snapshot, model).await.unwrap();
+            let of = if model.name() == "float" { float } else { case };
+            let quantised = model.layers().values().filter(|l| matches!(l, Layer::LowRank(_))).count();
             let counted = case.index["quantised_layers"].as_u64().unwrap() as usize;
-            assert_eq!(quantised, if model.name == "float" { 0 } else { counted }, "{}", case.name);
+            assert_eq!(quantised, if model.name() == "float" { 0 } else { counted }, "{}", case.name);
             let found = match transformer {
-                true => model.transformer(&float.any("in.tokens").clone().into_dimensionality().unwrap()).into_dyn(),
-                false => model.perceptron(&narrow(&float.matrix("in.x"))).into_dyn(),
+                true => model
+                    .transformer(&float.any("in.tokens").clone().into_dimensionality().unwrap())
+                    .unwrap()
+                    .into_dyn(),
+                false => model.perceptron(&narrow(&float.matrix("in.x"))).unwrap().into_dyn(),
             };
             of.holds(expected, found.mapv(f64::from));
         }
@@ -216,87 +226,4 @@ fn write(float: &Case, path: &std::path::Path) {
     let views =
         tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
     std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
-}
-
-/// The peer's models, on layers of a snapshot.
-struct Model {
-    name: String,
-    layers: BTreeMap<String, Layer>,
-}
-
-impl Model {
-    async fn open(snapshot: &Snapshot, name: &str) -> Self {
-        let mut layers = BTreeMap::new();
-        for handle in snapshot.handles(name).await.unwrap() {
-            layers.insert(handle.record().layer.clone(), handle.load().await.unwrap());
-        }
-        Model { name: name.to_owned(), layers }
-    }
-
-    fn linear(&self, layer: &str, x: &Array2<f32>) -> Array2<f32> {
-        self.layers[layer].forward(x.view(), Accuracy::Approximate).unwrap().y
-    }
-
-    /// A tensor that no rule took.
-    fn plain(&self, name: &str) -> Vec<f32> {
-        let Layer::Dense(layer) = &self.layers[name] else { panic!("{name} is not dense") };
-        layer.raw().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-    }
-
-    fn norm(&self, name: &str, x: &Array2<f32>) -> Array2<f32> {
-        let (scale, bias) = (self.plain(&format!("{name}.scale")), self.plain(&format!("{name}.bias")));
-        let mut y = x.clone();
-        for mut row in y.rows_mut() {
-            let mean = row.mean().unwrap();
-            let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / row.len() as f32;
-            let unit = (variance + 1e-6).sqrt();
-            row.iter_mut().zip(scale.iter().zip(&bias)).for_each(|(v, (s, b))| *v = (*v - mean) / unit * s + b);
-        }
-        y
-    }
-
-    fn perceptron(&self, x: &Array2<f32>) -> Array2<f32> {
-        self.linear("Dense_1", &self.linear("Dense_0", x).mapv(|v| v.max(0.0)))
-    }
-
-    /// Logits `[batch, tokens, vocabulary]` of tokens `[batch, tokens]`.
-    fn transformer(&self, tokens: &Array2<f64>) -> Array3<f32> {
-        let positions = self.plain("pos_embed");
-        let embedding = self.plain("embed.embedding");
-        let width = self.layers["block_0.attention.query"].in_features();
-        let blocks = (0..).take_while(|i| self.layers.contains_key(&format!("block_{i}.ffn.fc1"))).count();
-        let sequences = tokens.rows().into_iter().map(|tokens| {
-            let row = |(place, &token): (usize, &f64)| {
-                let word = &embedding[token as usize * width..][..width];
-                word.iter().zip(&positions[place * width..]).map(|(a, b)| a + b).collect::<Array1<f32>>()
-            };
-            let rows: Vec<Array1<f32>> = tokens.iter().enumerate().map(row).collect();
-            let views: Vec<_> = rows.iter().map(|r| r.view()).collect();
-            let mut x = ndarray::stack(Axis(0), &views).unwrap();
-            for i in 0..blocks {
-                let of = |part: &str| format!("block_{i}.{part}");
-                let [q, k, v] = ["query", "key", "value"].map(|p| self.linear(&of(&format!("attention.{p}")), &x));
-                let mut scores = q.dot(&k.t()) / (width as f32).sqrt();
-                for (place, mut row) in scores.rows_mut().into_iter().enumerate() {
-                    row.slice_mut(s![place + 1..]).fill(-1e10);
-                    let most = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-                    row.mapv_inplace(|v| (v - most).exp());
-                    let sum = row.sum();
-                    row /= sum;
-                }
-                let attended = self.linear(&of("attention.out"), &scores.dot(&v));
-                x = self.norm(&of("ln1"), &(x + attended));
-                let gelu = |v: f32| {
-                    0.5 * v * (1.0 + ((2.0 / std::f32::consts::PI).sqrt() * (v + 0.044715 * v.powi(3))).tanh())
-                };
-                let hidden = self.linear(&of("ffn.fc1"), &x).mapv(gelu);
-                let fed = self.linear(&of("ffn.fc2"), &hidden);
-                x = self.norm(&of("ln2"), &(x + fed));
-            }
-            self.linear("output", &self.norm("ln_final", &x))
-        });
-        let sequences: Vec<Array2<f32>> = sequences.collect();
-        let views: Vec<_> = sequences.iter().map(|s| s.view()).collect();
-        ndarray::stack(Axis(0), &views).unwrap().into_dimensionality::<Ix3>().unwrap()
-    }
 }
