@@ -27,8 +27,10 @@ lint: $(VENV)/.ready
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
 
+# Peers are built by themselves: nothing else depends on them.
 bench: $(VENV)/.ready
-	$(CARGO) bench
+	$(CARGO) build --release --manifest-path benches/peers/Cargo.toml --target-dir $(TARGET)/peers
+	LAYERSTORE_PEERS=$(abspath $(TARGET)/peers/release/peers) $(CARGO) bench
 
 doc: $(VENV)/.ready
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps

@@ -1,6 +1,6 @@
 //! Reading artifacts: their records, and their rows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -8,6 +8,7 @@ use futures::TryStreamExt;
 use lance::Dataset;
 
 use super::files::{Files, Run};
+use super::joined;
 use super::location::{Location, readable, storage_error};
 use super::record::{ArtifactRecord, LayerRecord, Places, Rows, read_artifacts};
 use super::schema::{ARTIFACTS, Table};
@@ -63,6 +64,18 @@ impl Data {
             }
         }
         Ok(records)
+    }
+
+    /// Opens the files that these layers lie in, so that their first loads find them open.
+    pub async fn open_ahead(&self, layers: &[LayerRecord]) -> Result<()> {
+        let tables = layers.iter().flat_map(|layer| &layer.places.0);
+        let named = tables.flat_map(|(table, rows)| rows.runs.iter().map(move |run| (table.clone(), run.file.clone())));
+        let wanted: BTreeSet<(String, String)> = named.collect();
+        if self.files.are_open(&wanted) {
+            return Ok(());
+        }
+        let files = self.files.clone();
+        joined(tokio::task::spawn_blocking(move || files.open_ahead(&wanted)).await)
     }
 
     /// The parts of a layer's artifact, read by this thread from where the catalogue says that they are, in files on

@@ -3,6 +3,7 @@
 //! A data file never changes once it is written, so where an artifact's rows are known to be, neither a manifest nor a
 //! query plan has to be made before they are read.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -93,6 +94,21 @@ impl Files {
         };
         self.open_files().put(key, file.clone());
         Ok(Some(file))
+    }
+
+    /// Opens files, tables' names before theirs, as many as are kept open; what cannot be opened is found out when it is
+    /// read.
+    pub fn open_ahead(&self, wanted: &BTreeSet<(String, String)>) {
+        let Some(folder) = self.location.local() else { return };
+        for (table, file) in wanted.iter().take(OPEN_FILES.get() / 2) {
+            let _ = self.local(folder, table, file);
+        }
+    }
+
+    /// Whether files are open, or none is to be opened ahead.
+    pub fn are_open(&self, wanted: &BTreeSet<(String, String)>) -> bool {
+        let open = self.open_files();
+        self.location.local().is_none() || wanted.iter().all(|file| open.contains(file))
     }
 
     fn open_files(&self) -> MutexGuard<'_, LruCache<(String, String), Arc<LocalFile>>> {

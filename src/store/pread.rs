@@ -12,6 +12,12 @@ use bytemuck::Pod;
 /// Read at a time where something between the values has to be taken out.
 const WINDOW: usize = 256 << 10;
 
+/// Rows of so many bytes are read into place one by one, what is between them beside: for shorter ones a copy is cheaper.
+const SCATTERED_FROM: usize = 512;
+
+/// Rows of such at a time: the system takes at most 1024 places.
+const SCATTERED_ROWS: usize = 512;
+
 /// From so many bytes on, a further thread is worth starting.
 const SHARE: usize = 2 << 20;
 
@@ -46,14 +52,24 @@ pub fn append_prefixed(
     let expected = (length as u64).to_le_bytes();
     append_with(values, rows * length, length, |first, into| {
         let rows = into.len().checked_div(length).unwrap_or(rows);
-        let step = (WINDOW / stride).max(1);
+        let scattered = length >= SCATTERED_FROM && prefix > 0;
+        let step = if scattered { SCATTERED_ROWS } else { (WINDOW / stride).max(1) };
         let mut window: Vec<u8> = Vec::new();
         for start in (0..rows).step_by(step) {
             let end = (start + step).min(rows);
-            window.clear();
             let at = range.start + ((first.checked_div(length).unwrap_or(0) + start) * stride) as u64;
-            append(file, at, (end - start) * stride, &mut window)?;
             let into = &mut into[start * length..end * length];
+            if scattered {
+                window.resize((end - start) * prefix, 0);
+                if scatter(file, at, length, &mut window, into)? {
+                    if window.chunks_exact(prefix).any(|found| found != &expected[..prefix]) {
+                        return Ok(false);
+                    }
+                    continue;
+                }
+            }
+            window.clear();
+            append(file, at, (end - start) * stride, &mut window)?;
             for (place, row) in window.chunks_exact(stride).enumerate() {
                 if row[..prefix] != expected[..prefix] {
                     return Ok(false);
@@ -105,6 +121,36 @@ fn append_with<T: Pod>(
 fn bytes<T: Pod>(numbers: &mut [MaybeUninit<T>]) -> &mut [MaybeUninit<u8>] {
     // SAFETY: the same memory; bytes that may be uninitialised are all that is said of it.
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
+}
+
+/// Reads rows of `length` bytes into place, and what is in front of each, of one length, into `between`. False, and
+/// nothing is said of what has been read, where the system does not give all of it at once.
+#[cfg(unix)]
+fn scatter(file: &File, at: u64, length: usize, between: &mut [u8], into: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
+    use std::os::fd::AsRawFd;
+    let prefix = between.len() / (into.len() / length).max(1);
+    let place = |base: *mut u8, length: usize| libc::iovec { iov_base: base.cast(), iov_len: length };
+    let rows = into.chunks_exact_mut(length).zip(between.chunks_exact_mut(prefix.max(1)));
+    let places: Vec<libc::iovec> = rows
+        .flat_map(|(row, before)| [place(before.as_mut_ptr(), prefix), place(row.as_mut_ptr().cast(), length)])
+        .collect();
+    let (Ok(count), Ok(offset)) = (libc::c_int::try_from(places.len()), libc::off_t::try_from(at)) else {
+        return Ok(false);
+    };
+    // SAFETY: every place is memory that is borrowed here for writing, and bytes need no value before.
+    let read = unsafe { libc::preadv(file.as_raw_fd(), places.as_ptr(), count, offset) };
+    match usize::try_from(read) {
+        Ok(read) => Ok(read == between.len() + into.len()),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+            e => Err(e),
+        },
+    }
+}
+
+#[cfg(not(unix))]
+fn scatter(_: &File, _: u64, _: usize, _: &mut [u8], _: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
+    Ok(false)
 }
 
 /// Reads all of `into`.

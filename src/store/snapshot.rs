@@ -147,14 +147,16 @@ impl Snapshot {
         Ok(rows)
     }
 
-    /// A layer, to be opened when it is used.
+    /// A layer, to be loaded when it is used. The files that it lies in are opened now.
     ///
     /// # Errors
     /// When there is no such model or layer: the message gives the closest names.
     pub async fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
         let names = self.catalogue.names().await?;
         if let Some(place) = names.find(model, layer) {
-            return Ok(self.handle(catalog::row(self.dataset(), place).await?));
+            let record = catalog::row(self.dataset(), place).await?;
+            self.store.inner.data.open_ahead(std::slice::from_ref(&record)).await?;
+            return Ok(self.handle(record));
         }
         let layers: Vec<&str> = names.layers_of(model).collect();
         if layers.is_empty() {
@@ -173,7 +175,9 @@ impl Snapshot {
     /// # Errors
     /// When there is no such model.
     pub async fn handles(&self, model: &str) -> Result<Vec<LayerHandle>> {
-        Ok(self.layers(model).await?.into_iter().map(|record| self.handle(record)).collect())
+        let records = self.layers(model).await?;
+        self.store.inner.data.open_ahead(&records).await?;
+        Ok(records.into_iter().map(|record| self.handle(record)).collect())
     }
 
     /// A handle for a row of this snapshot.

@@ -195,14 +195,8 @@ pub fn add_rows(parts: &mut Parts, table: Table, batches: Vec<RecordBatch>) -> s
         Table::Codes(m) => {
             for rows in runs(batches, |b, i| Ok(text(b, "role", i)? == text(b, "role", i - 1)?))? {
                 in_order(std::slice::from_ref(&rows), "key")?;
-                let lists = column(&rows, "codes")?.as_fixed_size_list_opt().ok_or("codes is of another type")?;
-                let values = lists.values().slice(lists.value_offset(0) as usize, lists.len() * m);
-                let values =
-                    values.as_primitive_opt::<UInt8Type>().ok_or("codes is of another type")?.values().to_vec();
-                parts.codes.push(Codes {
-                    role: text(&rows, "role", 0)?.to_owned(),
-                    codes: Array2::from_shape_vec((rows.num_rows(), m), values).map_err(|e| e.to_string())?,
-                });
+                let role = text(&rows, "role", 0)?.to_owned();
+                parts.codes.push(Codes { role, codes: gather_codes(rows, m)? });
             }
         }
         Table::Factors(d) => {
@@ -326,6 +320,20 @@ fn gather_vectors(batches: Vec<RecordBatch>, length: usize) -> std::result::Resu
         _ => columns.iter().map(AsRef::<[f32]>::as_ref).collect::<Vec<_>>().concat(),
     };
     Array2::from_shape_vec((rows, length), all).map_err(|e| e.to_string())
+}
+
+/// All rows' codes as one matrix; without a copy where nobody else holds them.
+fn gather_codes(rows: RecordBatch, length: usize) -> std::result::Result<Array2<u8>, String> {
+    let lists = column(&rows, "codes")?.as_fixed_size_list_opt().ok_or("codes is of another type")?.clone();
+    if lists.value_length() as usize != length {
+        return Err(format!("codes of length {} in a table of length {length}", lists.value_length()));
+    }
+    let (start, count, rows_of) = (lists.value_offset(0) as usize, lists.len() * length, lists.len());
+    drop(rows);
+    let (_, _, values, _) = lists.into_parts();
+    let codes = values.as_primitive_opt::<UInt8Type>().ok_or("codes is of another type")?.values().slice(start, count);
+    drop(values);
+    Array2::from_shape_vec((rows_of, length), codes.into()).map_err(|e| e.to_string())
 }
 
 /// An Arrow buffer as the owner of the bytes it holds.
