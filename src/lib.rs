@@ -36,13 +36,15 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`] and [`layer`] are in memory, only
+//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`layer`] and
+//! [`attention`] are in memory, only
 //! [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together. [`blocking`] is the store
 //! for callers that are not async.
 
 #[cfg(target_endian = "big")]
 compile_error!("stored numbers are little-endian and are used in place");
 
+pub mod attention;
 pub mod blocking;
 #[doc(hidden)]
 pub mod cli;

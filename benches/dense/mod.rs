@@ -1,5 +1,7 @@
 //! The dense f32 product that layers stand for, by the fastest of the libraries at hand, and how times are taken.
 
+#![allow(dead_code, reason = "each benchmark uses some of it")]
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -83,7 +85,6 @@ pub fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
 
 /// [`dense`], or all threads' shares of the rows by ndarray, whichever is faster: for one input the libraries use one
 /// thread.
-#[allow(dead_code, reason = "not every benchmark compares with all threads")]
 pub fn dense_on_all_threads(weight: ArrayView2<f32>, x: ArrayView2<f32>) -> Duration {
     let share = weight.nrows().div_ceil(4 * rayon::current_num_threads());
     let shared = median(|| {

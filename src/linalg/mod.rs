@@ -18,7 +18,8 @@ pub use decompose::{
 };
 pub use normal::{normal_cdf, normal_pdf, normal_quantile, normal_survival};
 pub use product::{
-    add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, matmul_nt_on_this_thread, relative_error,
+    add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, matmul_nt_on_this_thread, product_into,
+    relative_error,
 };
 pub use randomized::{Operator, Sketch, randomized_svd};
 pub use statistics::{Moments, Ridge, covariance};

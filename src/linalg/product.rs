@@ -2,7 +2,7 @@
 
 use faer::linalg::matmul::matmul as faer_matmul;
 use faer::{Accum, MatMut, MatRef, Par};
-use ndarray::{Array2, ArrayView1, ArrayView2};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 
 /// Below this many multiply-adds a product stays on one thread: starting threads would cost more than it saves.
 const PARALLEL_FROM: usize = 1 << 20;
@@ -55,6 +55,19 @@ products!(f64, matmul_f64, matmul_nt_f64, product_f64);
 /// As [`matmul_nt`].
 pub fn matmul_nt_on_this_thread(a: ArrayView2<f32>, b: ArrayView2<f32>) -> Array2<f32> {
     product(a, b.reversed_axes(), Par::Seq)
+}
+
+/// `out = alpha · a · b`, or that much more where `add`, on this thread.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub fn product_into(mut out: ArrayViewMut2<f32>, a: ArrayView2<f32>, b: ArrayView2<f32>, alpha: f32, add: bool) {
+    assert_eq!((a.nrows(), a.ncols(), b.ncols()), (out.nrows(), b.nrows(), out.ncols()), "lengths of a product");
+    let ((rows, columns), strides) = (out.dim(), [out.strides()[0], out.strides()[1]]);
+    // SAFETY: the pointer, shape and strides describe the live view `out`, which nobody else holds.
+    let target = unsafe { MatMut::from_raw_parts_mut(out.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
+    let accumulate = if add { Accum::Add } else { Accum::Replace };
+    faer_matmul(target, accumulate, view(&a), view(&b), alpha, Par::Seq);
 }
 
 /// An ndarray view as faer sees it, without a copy, whatever its strides.

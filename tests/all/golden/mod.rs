@@ -10,6 +10,7 @@ use ndarray::{Array1, Array2, Ix1, Ix2};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+mod attention;
 mod axl;
 mod low_rank;
 
@@ -84,10 +85,15 @@ impl Case {
         let (found, expected) = (found.into(), self.any(tensor));
         assert_eq!(found.shape(), expected.shape(), "{} {tensor}", self.name);
         let tolerance = self.tolerance(tensor).unwrap_or_else(|| panic!("{} {tensor}: no tolerance", self.name));
-        let (abs, rel) = (tolerance["abs"].as_f64(), tolerance["rel"].as_f64());
-        assert!(abs.is_some() || rel.is_some(), "{} {tensor}: {tolerance}", self.name);
+        let number = |name: &str| tolerance[name].as_f64();
+        let (abs, rel, exact) = (number("abs"), number("rel"), tolerance["exact"].as_bool() == Some(true));
+        let sum = number("atol").zip(number("rtol"));
+        assert!(abs.is_some() || rel.is_some() || sum.is_some() || exact, "{} {tensor}: {tolerance}", self.name);
         for (at, (f, e)) in found.iter().zip(expected).enumerate() {
-            let allowed = abs.unwrap_or(0.0).max(rel.unwrap_or(0.0) * e.abs());
+            let allowed = match sum {
+                Some((abs, rel)) => abs + rel * e.abs(),
+                None => abs.unwrap_or(0.0).max(rel.unwrap_or(0.0) * e.abs()),
+            };
             assert!((f - e).abs() <= allowed, "{} {tensor} at {at}: {f} for {e}, allowed {allowed}", self.name);
         }
     }

@@ -1,0 +1,231 @@
+//! Codewords for queries and keys, a set for each head, learned from the vectors that they stand for.
+
+use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, Axis, Zip, s};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::layer::require_finite;
+use crate::linalg::product_into;
+use crate::quant::kmeans;
+
+/// No count is taken to be less where a sum is divided by it.
+const LEAST_COUNT: f32 = 0.01;
+
+/// Vectors whose codes are found at a time.
+const BLOCK: usize = 128;
+
+/// Codewords of each head, as running means of the vectors that had them: `sum / max(count, 0.01)`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Codebook {
+    /// `[heads, codes, dim]`
+    sums: Array3<f32>,
+    /// `[heads, codes]`
+    counts: Array2<f32>,
+}
+
+/// What a step of learning saw.
+#[derive(Debug, Clone)]
+pub struct Learned {
+    /// Codes of the vectors `[heads, n]`, by the codewords before the step.
+    pub codes: Array2<u32>,
+    /// Squared distances to those codewords `[heads, n]`, of vectors that were left out, too.
+    pub squared_errors: Array2<f32>,
+    /// The commitment loss: the mean over all vectors of their squared distances, summed over heads; 0 for a vector that
+    /// was left out.
+    pub commitment: f32,
+}
+
+impl Codebook {
+    /// From running sums `[heads, codes, dim]` and counts `[heads, codes]`.
+    ///
+    /// # Errors
+    /// When shapes do not fit, there is no code, or a number is not finite or a count negative.
+    pub fn new(sums: Array3<f32>, counts: Array2<f32>) -> Result<Self> {
+        let (heads, codes, _) = sums.dim();
+        if counts.dim() != (heads, codes) || codes == 0 {
+            let found = format!("{:?} for sums {:?}", counts.shape(), sums.shape());
+            return Err(Error::expected("counts of codewords", found, "[heads, codes], at least one code"));
+        }
+        require_finite("the codewords' sums", sums.iter())?;
+        require_finite("the codewords' counts", counts.iter())?;
+        match counts.iter().find(|count| **count < 0.0) {
+            Some(count) => Err(Error::expected("a codeword's count", count, "at least 0")),
+            None => Ok(Codebook { sums, counts }),
+        }
+    }
+
+    /// Codewords `[heads, codes, dim]` as they are, each as if one vector had had it.
+    ///
+    /// # Errors
+    /// As [`Codebook::new`].
+    pub fn of_codewords(codewords: Array3<f32>) -> Result<Self> {
+        let counts = Array2::ones((codewords.dim().0, codewords.dim().1));
+        Self::new(codewords, counts)
+    }
+
+    /// Codewords by k-means of the vectors `[heads, n, dim]`, always the same for a seed.
+    ///
+    /// # Errors
+    /// When there are fewer vectors than codes, no codes are asked for, or a number is not finite.
+    pub fn by_kmeans(x: ArrayView3<f32>, codes: usize, seed: u64) -> Result<Self> {
+        require_finite("the vectors", x.iter())?;
+        if codes == 0 || x.dim().1 < codes {
+            let found = format!("{codes} for {} vectors", x.dim().1);
+            return Err(Error::expected("number of codes", found, "at least 1, and no more than vectors"));
+        }
+        let heads: Vec<ArrayView2<f32>> = x.outer_iter().collect();
+        let weights = vec![1f32; x.dim().1];
+        let learn = |head: &ArrayView2<f32>| kmeans(head.as_standard_layout().view(), &weights, codes, seed);
+        let learned: Vec<Array2<f32>> = heads.par_iter().map(learn).collect();
+        let mut codewords = Array3::zeros((x.dim().0, codes, x.dim().2));
+        codewords.outer_iter_mut().zip(&learned).for_each(|(mut to, from)| to.assign(from));
+        Self::of_codewords(codewords)
+    }
+
+    pub fn heads(&self) -> usize {
+        self.sums.dim().0
+    }
+
+    pub fn codes(&self) -> usize {
+        self.sums.dim().1
+    }
+
+    /// Length of a codeword.
+    pub fn dim(&self) -> usize {
+        self.sums.dim().2
+    }
+
+    /// Running sums `[heads, codes, dim]`.
+    pub fn sums(&self) -> ArrayView3<'_, f32> {
+        self.sums.view()
+    }
+
+    /// Running counts `[heads, codes]`.
+    pub fn counts(&self) -> ArrayView2<'_, f32> {
+        self.counts.view()
+    }
+
+    /// `[heads, codes, dim]`
+    pub fn codewords(&self) -> Array3<f32> {
+        let mut words = self.sums.clone();
+        Zip::from(words.lanes_mut(Axis(2)))
+            .and(&self.counts)
+            .for_each(|mut word, count| word /= count.max(LEAST_COUNT));
+        words
+    }
+
+    /// The nearest codeword of each vector `[heads, n, dim]`, the lowest of equally near ones: `[heads, n]`.
+    ///
+    /// # Errors
+    /// When heads or lengths are others, or a number is not finite.
+    pub fn assign(&self, x: ArrayView3<f32>) -> Result<Array2<u32>> {
+        self.check(x)?;
+        let words = self.codewords();
+        let mut codes = Array2::zeros((x.dim().0, x.dim().1));
+        let heads: Vec<_> = codes.outer_iter_mut().zip(words.outer_iter()).zip(x.outer_iter()).collect();
+        heads
+            .into_par_iter()
+            .for_each(|((mut codes, words), x)| assign(words, x, codes.as_slice_mut().expect("owned")));
+        Ok(codes)
+    }
+
+    /// [`Codebook::assign`] for vectors `[n, dim]` of one head, which have been checked.
+    pub(super) fn codes_of(&self, head: usize, x: ArrayView2<f32>) -> Vec<u32> {
+        let mut words = self.sums.slice(s![head, .., ..]).to_owned();
+        Zip::from(words.rows_mut())
+            .and(self.counts.row(head))
+            .for_each(|mut word, count| word /= count.max(LEAST_COUNT));
+        let mut codes = vec![0; x.nrows()];
+        assign(words.view(), x, &mut codes);
+        codes
+    }
+
+    fn check(&self, x: ArrayView3<f32>) -> Result<()> {
+        if (x.dim().0, x.dim().2) != (self.heads(), self.dim()) {
+            return Err(Error::expected(
+                "shape of vectors to code, [heads, n, dim]",
+                format!("{:?}", x.shape()),
+                format!("[{}, any, {}]", self.heads(), self.dim()),
+            ));
+        }
+        require_finite("the vectors", x.iter())
+    }
+
+    /// One step of learning from vectors `[heads, n, dim]`: running sums and counts become `γ` of what they were and
+    /// `1 − γ` of this step's (exponential moving averages, as in VQ-VAE and Transformer-VQ). Vectors where `there` `[n]` is
+    /// false are left out.
+    ///
+    /// # Errors
+    /// As [`Codebook::assign`], when `γ` is not within 0 … 1, or `there` has another length.
+    pub fn learn(&mut self, x: ArrayView3<f32>, there: Option<ArrayView1<bool>>, gamma: f32) -> Result<Learned> {
+        if !(0.0..=1.0).contains(&gamma) {
+            return Err(Error::expected("gamma", gamma, "within 0 and 1"));
+        }
+        let n = x.dim().1;
+        if let Some(there) = there
+            && there.len() != n
+        {
+            return Err(Error::expected("mask of the vectors", there.len(), n));
+        }
+        let (codes, words) = (self.assign(x)?, self.codewords());
+        let counted = |i: usize| there.is_none_or(|there| there[i]);
+        let squared_errors = Array2::from_shape_fn(codes.dim(), |(h, i)| {
+            let (x, word) = (x.slice(s![h, i, ..]), words.slice(s![h, codes[[h, i]] as usize, ..]));
+            x.iter().zip(word).map(|(a, b)| (a - b) * (a - b)).sum::<f32>()
+        });
+        self.sums *= gamma;
+        self.counts *= gamma;
+        let mut commitment = 0f64;
+        for ((h, i), &code) in codes.indexed_iter().filter(|((_, i), _)| counted(*i)) {
+            commitment += f64::from(squared_errors[[h, i]]);
+            self.counts[[h, code as usize]] += 1.0 - gamma;
+            self.sums.slice_mut(s![h, code as usize, ..]).scaled_add(1.0 - gamma, &x.slice(s![h, i, ..]));
+        }
+        Ok(Learned { codes, squared_errors, commitment: (commitment / n.max(1) as f64) as f32 })
+    }
+
+    /// Gives codewords that hardly any vector has (a count below `least`) to vectors of `x` `[heads, n, dim]` drawn by the
+    /// seed, each as if one vector had had it. How many there were.
+    ///
+    /// # Errors
+    /// As [`Codebook::assign`].
+    pub fn revive(&mut self, x: ArrayView3<f32>, least: f32, seed: u64) -> Result<usize> {
+        self.check(x)?;
+        let n = x.dim().1 as u64;
+        let mut chance = ChaCha8Rng::seed_from_u64(seed);
+        let dead: Vec<(usize, usize)> =
+            self.counts.indexed_iter().filter(|(_, count)| **count < least).map(|(place, _)| place).collect();
+        if n == 0 {
+            return Ok(0);
+        }
+        for &(h, code) in &dead {
+            let drawn = (chance.next_u64() % n) as usize;
+            self.sums.slice_mut(s![h, code, ..]).assign(&x.slice(s![h, drawn, ..]));
+            self.counts[[h, code]] = 1.0;
+        }
+        Ok(dead.len())
+    }
+}
+
+/// Nearest rows of `words` `[codes, dim]`, the first of equally near ones, by ‖c‖² − 2⟨x, c⟩.
+fn assign(words: ArrayView2<f32>, x: ArrayView2<f32>, codes: &mut [u32]) {
+    let norms: Array1<f32> = words.rows().into_iter().map(|word| word.dot(&word)).collect();
+    let mut products = Array2::<f32>::zeros((BLOCK.min(x.nrows()), words.nrows()));
+    for (block, codes) in codes.chunks_mut(BLOCK).enumerate() {
+        let x = x.slice(s![block * BLOCK..block * BLOCK + codes.len(), ..]);
+        let mut products = products.slice_mut(s![..codes.len(), ..]);
+        product_into(products.view_mut(), x, words.reversed_axes(), -2.0, false);
+        for (code, row) in codes.iter_mut().zip(products.rows()) {
+            let mut best = (0, f32::INFINITY);
+            for (i, (product, norm)) in row.iter().zip(&norms).enumerate() {
+                let distance = product + norm;
+                if distance < best.1 {
+                    best = (i as u32, distance);
+                }
+            }
+            *code = best.0;
+        }
+    }
+}
