@@ -16,6 +16,9 @@ const LEAST_COUNT: f32 = 0.01;
 /// Vectors whose codes are found at a time.
 const BLOCK: usize = 128;
 
+/// Vectors that a thread takes.
+const SHARE: usize = 1024;
+
 /// Codewords of each head, as running means of the vectors that had them: `sum / max(count, 0.01)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Codebook {
@@ -124,10 +127,15 @@ impl Codebook {
         self.check(x)?;
         let words = self.codewords();
         let mut codes = Array2::zeros((x.dim().0, x.dim().1));
-        let heads: Vec<_> = codes.outer_iter_mut().zip(words.outer_iter()).zip(x.outer_iter()).collect();
-        heads
-            .into_par_iter()
-            .for_each(|((mut codes, words), x)| assign(words, x, codes.as_slice_mut().expect("owned")));
+        let mut shares = vec![];
+        for ((codes, words), x) in codes.outer_iter_mut().zip(words.outer_iter()).zip(x.outer_iter()) {
+            let codes = codes.into_slice().expect("rows of an owned array are contiguous");
+            for (share, codes) in codes.chunks_mut(SHARE).enumerate() {
+                let first = share * SHARE;
+                shares.push((words, x.slice_move(s![first..first + codes.len(), ..]), codes));
+            }
+        }
+        shares.into_par_iter().for_each(|(words, x, codes)| assign(words, x, codes));
         Ok(codes)
     }
 
@@ -217,15 +225,21 @@ fn assign(words: ArrayView2<f32>, x: ArrayView2<f32>, codes: &mut [u32]) {
         let x = x.slice(s![block * BLOCK..block * BLOCK + codes.len(), ..]);
         let mut products = products.slice_mut(s![..codes.len(), ..]);
         product_into(products.view_mut(), x, words.reversed_axes(), -2.0, false);
-        for (code, row) in codes.iter_mut().zip(products.rows()) {
-            let mut best = (0, f32::INFINITY);
-            for (i, (product, norm)) in row.iter().zip(&norms).enumerate() {
-                let distance = product + norm;
-                if distance < best.1 {
-                    best = (i as u32, distance);
-                }
-            }
-            *code = best.0;
+        for (code, mut row) in codes.iter_mut().zip(products.rows_mut()) {
+            row += &norms;
+            *code = first_least(row.as_slice().expect("rows of an owned array are contiguous"));
         }
     }
+}
+
+/// Where the first of the smallest numbers is.
+fn first_least(numbers: &[f32]) -> u32 {
+    // Sixteen at a time: one would wait for itself.
+    let (lines, rest) = numbers.as_chunks::<16>();
+    let mut least = [f32::INFINITY; 16];
+    for line in lines {
+        least.iter_mut().zip(line).for_each(|(least, number)| *least = if number < least { *number } else { *least });
+    }
+    let least = least.iter().chain(rest).fold(f32::INFINITY, |least, number| least.min(*number));
+    numbers.iter().position(|number| *number == least).unwrap_or(0) as u32
 }
