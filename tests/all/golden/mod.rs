@@ -105,6 +105,7 @@ fn wide(view: &safetensors::tensor::TensorView) -> Tensor {
     }
     let values = match view.dtype() {
         Dtype::F32 => numbers(view.data(), |b| f64::from(f32::from_le_bytes(b))),
+        Dtype::F16 => numbers(view.data(), |b| half::f16::from_le_bytes(b).to_f64()),
         Dtype::I8 => numbers(view.data(), |b| f64::from(i8::from_le_bytes(b))),
         Dtype::I32 => numbers(view.data(), |b| f64::from(i32::from_le_bytes(b))),
         Dtype::I64 => numbers(view.data(), |b| i64::from_le_bytes(b) as f64),
