@@ -22,7 +22,7 @@ type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 const RANK: usize = 32;
 
-/// Peer, format and what inputs are rounded to.
+/// Name, format, and what inputs are rounded to.
 const FORMATS: [(&str, &str, &str); 13] = [
     ("int4 g64", r#"{"type": "int4", "group": 64}"#, "f32"),
     ("int4 g64", r#"{"type": "int4", "group": 64}"#, "int8"),

@@ -78,15 +78,15 @@ impl Quantized<'_> {
         self.over_heads(q, sizes.value_dim, |b, h, q, mut output, mut lse| {
             let shared = h / sizes.shared;
             let (counts, means) = (past.counts.slice(s![b, shared, ..]), past.means.slice(s![b, shared, .., ..]));
-            let words = words.slice(s![shared, .., ..]);
+            let behind = Behind { words: words.slice(s![shared, .., ..]), counts, means, scale: self.scale };
             let (Some(asked), Some(book)) = (&asked, self.queries) else {
-                return by_codes(q, words, counts, means, self.scale, output, lse);
+                return by_codes(q, &behind, output, lse);
             };
             // One output for each code of queries.
             let asked = asked.slice(s![h, .., ..]);
             let mut table = Array2::zeros((book.codes(), sizes.value_dim));
             let mut sums = ndarray::Array1::zeros(book.codes());
-            by_codes(asked, words, counts, means, self.scale, table.view_mut(), sums.view_mut());
+            by_codes(asked, &behind, table.view_mut(), sums.view_mut());
             let codes = book.codes_of(h, q);
             for ((mut output, lse), code) in output.rows_mut().into_iter().zip(&mut lse).zip(codes) {
                 output.assign(&table.row(code as usize));
@@ -165,7 +165,8 @@ impl Quantized<'_> {
                 let (mut output, mut lse) = (output.slice_mut(s![start..end, ..]), lse.slice_mut(s![start..end]));
                 let q = q.slice(s![start..end, ..]);
                 let mut running = vec![Running::default(); end - start];
-                behind_by_codes(q, words, counts.view(), means.view(), self.scale, output.view_mut(), &mut running);
+                let behind = Behind { words, counts: counts.view(), means: means.view(), scale: self.scale };
+                behind_by_codes(q, &behind, output.view_mut(), &mut running);
                 within(q, near.view(), v, self.scale, output.view_mut(), &mut running);
                 finish(&running, output.view_mut(), lse.view_mut());
                 add(counts.view_mut(), means.view_mut(), codes, v, None);
@@ -254,48 +255,41 @@ fn gathered(words: ArrayView2<f32>, codes: &[u32]) -> Array2<f32> {
     rows
 }
 
-/// All of a query's attention, where codes are all there is.
-fn by_codes(
-    q: ArrayView2<f32>,
-    words: ArrayView2<f32>,
-    counts: ArrayView1<f32>,
-    means: ArrayView2<f32>,
+/// Keys by their codes: codewords, and the number of keys and the mean of the values of each.
+struct Behind<'a> {
+    words: ArrayView2<'a, f32>,
+    counts: ArrayView1<'a, f32>,
+    means: ArrayView2<'a, f32>,
     scale: f32,
-    mut output: ArrayViewMut2<f32>,
-    mut lse: ArrayViewMut1<f32>,
-) {
+}
+
+/// All of a query's attention, where codes are all there is.
+fn by_codes(q: ArrayView2<f32>, behind: &Behind, mut output: ArrayViewMut2<f32>, mut lse: ArrayViewMut1<f32>) {
     const ROWS: usize = 128;
     for start in (0..q.nrows()).step_by(ROWS) {
         let end = q.nrows().min(start + ROWS);
         let mut running = vec![Running::default(); end - start];
         let mut output = output.slice_mut(s![start..end, ..]);
-        behind_by_codes(q.slice(s![start..end, ..]), words, counts, means, scale, output.view_mut(), &mut running);
+        behind_by_codes(q.slice(s![start..end, ..]), behind, output.view_mut(), &mut running);
         finish(&running, output.view_mut(), lse.slice_mut(s![start..end]));
     }
 }
 
 /// The part of what is behind, by its codes; those that no key has are left out, however large their scores are.
-fn behind_by_codes(
-    q: ArrayView2<f32>,
-    words: ArrayView2<f32>,
-    counts: ArrayView1<f32>,
-    means: ArrayView2<f32>,
-    scale: f32,
-    mut output: ArrayViewMut2<f32>,
-    running: &mut [Running],
-) {
+fn behind_by_codes(q: ArrayView2<f32>, behind: &Behind, mut output: ArrayViewMut2<f32>, running: &mut [Running]) {
+    let Behind { words, counts, means, scale } = behind;
     if counts.iter().all(|count| *count == 0.0) {
         return;
     }
     let logs = counts.mapv(f32::ln);
     let mut scores = Array2::zeros((q.nrows(), words.nrows()));
-    product_into(scores.view_mut(), q, words.reversed_axes(), scale, false);
+    product_into(scores.view_mut(), q, words.reversed_axes(), *scale, false);
     for ((mut row, running), mut output) in scores.rows_mut().into_iter().zip(running).zip(output.rows_mut()) {
         row += &logs;
         let before = take(running, row.as_slice_mut().expect("rows of an owned array are contiguous"));
         output *= before;
     }
-    product_into(output.view_mut(), scores.view(), means, 1.0, true);
+    product_into(output.view_mut(), scores.view(), *means, 1.0, true);
 }
 
 /// The part of a block's own keys, one by one, up to each query's.

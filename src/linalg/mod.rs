@@ -17,10 +17,7 @@ pub use decompose::{
     solve_lower_transposed, spectral_norm_bound, svd, svd_keys_values,
 };
 pub use normal::{normal_cdf, normal_pdf, normal_quantile, normal_survival};
-pub use product::{
-    add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, matmul_nt_on_this_thread, product_into,
-    relative_error,
-};
+pub use product::{add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, product_into, relative_error};
 pub use randomized::{Operator, Sketch, randomized_svd};
 pub use statistics::{Moments, Ridge, covariance};
 pub(crate) use threads::{both, in_pool, on_all_threads};

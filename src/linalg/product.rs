@@ -13,23 +13,19 @@ pub(super) fn parallelism(operations: usize) -> Par {
 }
 
 macro_rules! products {
-    ($t:ty, $plain:ident, $transposed:ident, $how:ident) => {
+    ($t:ty, $plain:ident, $transposed:ident) => {
         /// `a · b` for `a` `[m, k]` and `b` `[k, n]`.
         ///
         /// # Panics
         /// When the inner lengths differ, as `ndarray`'s own `dot` does.
         pub fn $plain(a: ArrayView2<$t>, b: ArrayView2<$t>) -> Array2<$t> {
-            let operations = a.nrows() * b.ncols() * a.ncols();
-            $how(a, b, parallelism(operations))
-        }
-
-        fn $how(a: ArrayView2<$t>, b: ArrayView2<$t>, par: Par) -> Array2<$t> {
             assert_eq!(a.ncols(), b.nrows(), "inner lengths of a product");
             let (m, n) = (a.nrows(), b.ncols());
             let mut out = Array2::<$t>::zeros((m, n));
             if m == 0 || n == 0 || a.ncols() == 0 {
                 return out;
             }
+            let par = parallelism(m * n * a.ncols());
             let target =
                 MatMut::from_row_major_slice_mut(out.as_slice_mut().expect("fresh arrays are contiguous"), m, n);
             faer_matmul(target, Accum::Replace, view(&a), view(&b), 1.0, par);
@@ -46,16 +42,8 @@ macro_rules! products {
     };
 }
 
-products!(f32, matmul, matmul_nt, product);
-products!(f64, matmul_f64, matmul_nt_f64, product_f64);
-
-/// [`matmul_nt`] on one thread: for a caller that has shared its work among threads already.
-///
-/// # Panics
-/// As [`matmul_nt`].
-pub fn matmul_nt_on_this_thread(a: ArrayView2<f32>, b: ArrayView2<f32>) -> Array2<f32> {
-    product(a, b.reversed_axes(), Par::Seq)
-}
+products!(f32, matmul, matmul_nt);
+products!(f64, matmul_f64, matmul_nt_f64);
 
 /// `out = alpha · a · b`, or that much more where `add`, on this thread.
 ///

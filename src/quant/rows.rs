@@ -432,23 +432,21 @@ impl RowMatrix {
         }
     }
 
-    /// [`RowMatrix::accumulate`] for each row of `y` `[picks.len(), some columns]`, whose columns are those from `start` on,
-    /// on this thread.
+    /// [`RowMatrix::accumulate_batch`] on this thread.
     ///
     /// # Panics
-    /// When a row or a column is not there, or rows are product codes.
-    pub fn accumulate_columns(&self, picks: &[Vec<(u32, f32)>], start: usize, y: &mut ArrayViewMut2<f32>) {
-        assert_eq!(y.nrows(), picks.len(), "rows of sums");
-        assert!(start + y.ncols() <= self.columns, "columns that are not there");
+    /// As it, and when rows are product codes.
+    pub fn accumulate_on_this_thread(&self, picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+        assert_eq!(y.dim(), (picks.len(), self.columns), "shape of sums of rows");
         let width = self.columns;
         match &self.data {
-            Data::F32(m) => in_columns(m.as_slice().expect("standard layout"), width, start, picks, y),
-            Data::F16(v) => in_columns(v, width, start, picks, y),
+            Data::F32(m) => in_columns(m.as_slice().expect("standard layout"), width, 0, picks, &mut y),
+            Data::F16(v) => in_columns(v, width, 0, picks, &mut y),
             Data::Int8(v, _) => {
                 let scaled: Vec<Vec<(u32, f32)>> = picks.iter().map(|picks| self.scaled(picks)).collect();
-                in_columns(v, width, start, &scaled, y);
+                in_columns(v, width, 0, &scaled, &mut y);
             }
-            Data::Product(..) => panic!("columns of product codes are not summed by themselves"),
+            Data::Product(..) => panic!("product codes are not summed on one thread"),
         }
     }
 
@@ -589,9 +587,9 @@ mod tests {
             }
             assert!((&together - &alone).iter().all(|d| d.abs() < 1e-4), "{format:?}");
             if !matches!(format, RowFormat::Product(_)) {
-                let mut some = sample(9, 203, 2).slice_move(s![.., 50..120]);
-                kept.accumulate_columns(&picks, 50, &mut some.view_mut());
-                assert!((&some - &alone.slice(s![.., 50..120])).iter().all(|d| d.abs() < 1e-4), "{format:?}");
+                let mut here = sample(9, 203, 2);
+                kept.accumulate_on_this_thread(&picks, here.view_mut());
+                assert!((here - &alone).iter().all(|d| d.abs() < 1e-4), "{format:?}");
             }
         }
     }

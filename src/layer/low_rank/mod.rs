@@ -244,7 +244,7 @@ impl LowRankLayer {
         if inner.config.rank > 0 {
             let picks = |row: ArrayView1<f32>| (0u32..).zip(row.iter().copied()).collect();
             let picks: Vec<Vec<(u32, f32)>> = inner.b.products(x).rows().into_iter().map(picks).collect();
-            inner.a.accumulate_columns(&picks, 0, &mut y.view_mut());
+            inner.a.accumulate_on_this_thread(&picks, y.view_mut());
         }
         y
     }

@@ -25,7 +25,7 @@ use super::format::WeightType;
 use super::kernels::{Element, dots};
 use super::packed::PackedMatrix;
 use super::quantizer::NORMAL_FLOAT;
-use crate::linalg::{in_pool, matmul_nt_on_this_thread, on_all_threads};
+use crate::linalg::{in_pool, on_all_threads, product_into};
 
 /// What inputs are rounded to before they meet the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -264,8 +264,8 @@ impl PackedMatrix {
                 let target = target.as_slice_mut().expect("rows of an owned array are contiguous");
                 self.decode(rows.start + start + row, target);
             }
-            let mut y = y.slice_mut(s![.., start..start + count]);
-            y += &matmul_nt_on_this_thread(x, block.slice(s![..count, ..]));
+            let y = y.slice_mut(s![.., start..start + count]);
+            product_into(y, x, block.slice(s![..count, ..]).reversed_axes(), 1.0, true);
         }
     }
 
@@ -303,8 +303,8 @@ fn expanded(machine: Machine, m: &Rows, inputs: &Inputs, rows: Range<usize>, y: 
         let some = rows.start + start..rows.start + start + count;
         // SAFETY: the machine has its instructions; the fields' lengths were checked when the matrix was made.
         unsafe { machine.expand(m, some, stride, block.as_slice_mut().expect("owned")) };
-        let mut y = y.slice_mut(s![.., start..start + count]);
-        y += &matmul_nt_on_this_thread(x, block.slice(s![..count, ..]));
+        let y = y.slice_mut(s![.., start..start + count]);
+        product_into(y, x, block.slice(s![..count, ..]).reversed_axes(), 1.0, true);
     }
 }
 

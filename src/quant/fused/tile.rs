@@ -284,12 +284,12 @@ unsafe fn expanded<L: Lanes, const H: usize, const LEVELS: bool>(
                     [] => L::splat(m.zero),
                     zeros => L::pick(L::bytes_some(zeros.as_ptr().add(first), block.count), places),
                 };
-                let offset = L::mul(scale, zero);
+                let offset = L::fnma(scale, zero, L::zero());
                 let out = out.as_mut_ptr().add(i * stride + number * L::LANES * 4 * H);
                 for step in 0..4 * H {
                     let value = L::values::<H, LEVELS>(codes, coding);
                     codes = L::following::<H>(codes);
-                    let value = L::fma(value, scale, L::fnma(L::splat(1.0), offset, L::zero()));
+                    let value = L::fma(value, scale, offset);
                     L::store(out.add(step * L::LANES), value);
                 }
             }
