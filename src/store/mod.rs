@@ -18,6 +18,7 @@ mod on_disk;
 mod plain;
 mod pread;
 mod record;
+mod room;
 mod schema;
 mod single;
 mod snapshot;

@@ -24,13 +24,8 @@ use lance_encoding::format::metadata::page_layout::Layout;
 use lance_encoding::format::metadata::{CompressiveEncoding, ConstantLayout, FullZipLayout};
 
 use super::local::{Page, invalid};
-use super::pread::{At, append, append_prefixed, read_exact_at};
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Values of so many bytes begin at a cache line.
-const ALIGNED_FROM: usize = 16 << 10;
+use super::pread::{At, append, read_exact_at, read_rows};
+use super::room::Room;
 
 /// Read at a time where lengths have to be taken out.
 const WINDOW: usize = 256 << 10;
@@ -197,29 +192,18 @@ impl PlainColumn {
     }
 
     fn variable(&self, file: &File) -> io::Result<ArrayRef> {
-        let mut values = vec![];
-        let mut lengths = Vec::with_capacity(self.rows);
-        for piece in &self.pieces {
-            let rows = piece.rows.end - piece.rows.start;
-            match &piece.source {
-                Source::Prefixed { data, prefix, starts } => {
-                    prefixed(file, &piece.rows, data, *prefix, *starts, &mut values, &mut lengths)?;
-                }
-                Source::SameAt(data) => {
-                    let value = self.single(file, data)?;
-                    let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(value.len()));
-                    if total.is_none_or(|total| total > i32::MAX as usize) {
-                        return Err(invalid("more bytes than one array addresses"));
-                    }
-                    values.extend(value.repeat(rows as usize));
-                    lengths.extend(std::iter::repeat_n(value.len(), rows as usize));
-                }
-                Source::Fixed(_) | Source::Same(_) => return Err(invalid("values of fixed width among others")),
-            }
-        }
-        // What comes before the values brings them to a cache line.
-        let (all, used) = (values.len(), lengths.iter().sum::<usize>());
-        let bytes = Buffer::from(values).slice_with_length(all - used, used);
+        let runs = self.pieces.iter().map(|piece| match &piece.source {
+            Source::Prefixed { data, prefix, starts } => prefixed(file, &piece.rows, data, *prefix, *starts).map(Some),
+            Source::SameAt(_) => Ok(None),
+            Source::Fixed(_) | Source::Same(_) => Err(invalid("values of fixed width among others")),
+        });
+        let runs: Vec<Option<Prefixed>> = runs.collect::<io::Result<_>>()?;
+        // As those of nearly all layers are.
+        let even = runs.iter().cloned().collect::<Option<Vec<Prefixed>>>().map(|runs| even(file, &runs)).transpose()?;
+        let (bytes, lengths) = match even.flatten() {
+            Some(read) => read,
+            None => self.uneven(file, &runs)?,
+        };
         let array: ArrayRef = match self.field.data_type() {
             DataType::LargeBinary => {
                 let offsets = OffsetBuffer::<i64>::from_lengths(lengths);
@@ -238,6 +222,27 @@ impl PlainColumn {
             }
         };
         Ok(array)
+    }
+
+    /// All rows' bytes, and how many each has, row by row.
+    fn uneven(&self, file: &File, runs: &[Option<Prefixed>]) -> io::Result<(Buffer, Vec<usize>)> {
+        let (mut values, mut lengths) = (vec![], Vec::with_capacity(self.rows));
+        for (piece, run) in self.pieces.iter().zip(runs) {
+            match (run, &piece.source) {
+                (Some(run), _) => uneven(file, run, &mut values, &mut lengths)?,
+                (None, Source::SameAt(data)) => {
+                    let (value, rows) = (self.single(file, data)?, piece.rows.end - piece.rows.start);
+                    let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(value.len()));
+                    if total.is_none_or(|total| total > i32::MAX as usize) {
+                        return Err(invalid("more bytes than one array addresses"));
+                    }
+                    values.extend(value.repeat(rows as usize));
+                    lengths.extend(std::iter::repeat_n(value.len(), rows as usize));
+                }
+                (None, _) => return Err(invalid("a piece of no kind")),
+            }
+        }
+        Ok((values.into(), lengths))
     }
 
     /// The bytes of a value that Lance wrote by itself.
@@ -259,16 +264,25 @@ impl PlainColumn {
     }
 }
 
-/// Adds a page's rows, each behind its length, to those read before.
+/// Rows that lie one after another in a file, each behind its length.
+#[derive(Debug, Clone)]
+struct Prefixed {
+    range: Range<u64>,
+    /// Bytes of a length.
+    prefix: usize,
+    rows: u64,
+    /// Bytes of the rows without their lengths.
+    bytes: usize,
+}
+
+/// Where these rows of a page lie in the file.
 fn prefixed(
     file: &File,
     rows: &Range<u64>,
     data: &Range<u64>,
     prefix: usize,
     (index, width): (u64, u64),
-    values: &mut Vec<u8>,
-    lengths: &mut Vec<usize>,
-) -> io::Result<()> {
+) -> io::Result<Prefixed> {
     let start = |row: u64| -> io::Result<u64> {
         let mut bytes = [0; 8];
         let entry = bytes.get_mut(..width as usize).ok_or_else(|| invalid("an index entry is too wide"))?;
@@ -279,37 +293,39 @@ fn prefixed(
     let count = rows.end - rows.start;
     let bytes = range.end.checked_sub(range.start).and_then(|b| b.checked_sub(count.saturating_mul(prefix as u64)));
     let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| invalid("rows overlap"))?;
-    let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
-    let length = bytes as u64 / count;
-    if values.is_empty() && bytes >= ALIGNED_FROM {
-        // In front of the first value: kernels read whole cache lines.
-        values.reserve_exact(bytes + LINE);
-        values.resize(values.as_ptr().align_offset(LINE), 0);
-    }
-    // As those of nearly all layers are.
-    if length * count == bytes as u64 && append_prefixed(file, range.clone(), prefix, length as usize, values)? {
-        lengths.extend(std::iter::repeat_n(length as usize, count as usize));
-        return Ok(());
-    }
-    values.reserve_exact(bytes);
-    uneven(file, range, count, bytes, prefix, values, lengths)
+    Ok(Prefixed { range, prefix, rows: count, bytes: usize::try_from(bytes).map_err(io::Error::other)? })
 }
 
-/// Adds rows of any lengths, `left` bytes of them.
-fn uneven(
-    file: &File,
-    range: Range<u64>,
-    count: u64,
-    mut left: usize,
-    prefix: usize,
-    values: &mut Vec<u8>,
-    lengths: &mut Vec<usize>,
-) -> io::Result<()> {
-    let window = WINDOW.min((range.end - range.start) as usize);
-    let mut bytes = BufReader::with_capacity(window, At { file, range });
-    for _ in 0..count {
+/// All rows' bytes and how many each has, where those of a run are of one length.
+fn even(file: &File, runs: &[Prefixed]) -> io::Result<Option<(Buffer, Vec<usize>)>> {
+    let length = |run: &Prefixed| run.bytes / run.rows as usize;
+    if runs.iter().any(|run| run.bytes == 0 || run.bytes % run.rows as usize != 0) {
+        return Ok(None);
+    }
+    let total = runs.iter().try_fold(0usize, |sum, run| sum.checked_add(run.bytes));
+    let mut room = Room::new(total.ok_or_else(|| invalid("too long"))?)?;
+    let mut left = room.all();
+    for run in runs {
+        let (into, rest) = left.split_at_mut(run.bytes);
+        if !read_rows(file, run.range.start, run.prefix, length(run), into)? {
+            return Ok(None);
+        }
+        left = rest;
+    }
+    let lengths = runs.iter().flat_map(|run| std::iter::repeat_n(length(run), run.rows as usize));
+    // SAFETY: each run has filled its part, and the parts are all there is.
+    Ok(Some((unsafe { room.filled() }, lengths.collect())))
+}
+
+/// Adds rows of any lengths.
+fn uneven(file: &File, run: &Prefixed, values: &mut Vec<u8>, lengths: &mut Vec<usize>) -> io::Result<()> {
+    let mut left = run.bytes;
+    values.reserve_exact(left);
+    let window = WINDOW.min((run.range.end - run.range.start) as usize);
+    let mut bytes = BufReader::with_capacity(window, At { file, range: run.range.clone() });
+    for _ in 0..run.rows {
         let mut length = [0; 8];
-        bytes.read_exact(&mut length[..prefix])?;
+        bytes.read_exact(&mut length[..run.prefix])?;
         let length = usize::try_from(u64::from_le_bytes(length)).ok().filter(|&length| length <= left);
         let length = length.ok_or_else(|| invalid("a row's length is beyond its page"))?;
         lengths.push(length);

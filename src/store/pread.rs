@@ -28,36 +28,33 @@ static CORES: OnceLock<usize> = OnceLock::new();
 /// # Errors
 /// When the file ends before them, or cannot be read.
 pub fn append<T: Pod>(file: &File, at: u64, count: usize, values: &mut Vec<T>) -> io::Result<()> {
-    append_with(values, count, 1, |first, into| {
-        fill(file, into, at + (first * size_of::<T>()) as u64)?;
+    values.reserve_exact(count);
+    let spare = bytes(&mut values.spare_capacity_mut()[..count]);
+    write_with(spare, size_of::<T>(), |first, into| {
+        fill(file, into, at.saturating_add(first as u64))?;
         Ok(true)
     })?;
+    // SAFETY: all `count` numbers behind the last one have been read, and any bytes are a `T`.
+    unsafe { values.set_len(values.len() + count) };
     Ok(())
 }
 
-/// Adds rows of `length` bytes that lie in `range`, each behind its length in `prefix` bytes, to `values`; false if one
-/// of them is of another length.
+/// Reads rows of `length` bytes that begin at `at`, each behind its length in `prefix` bytes, into `into`, which they
+/// fill; false if one of them is of another length, and then nothing is said of what is there.
 ///
 /// # Errors
 /// As [`append`].
-pub fn append_prefixed(
-    file: &File,
-    range: Range<u64>,
-    prefix: usize,
-    length: usize,
-    values: &mut Vec<u8>,
-) -> io::Result<bool> {
+pub fn read_rows(file: &File, at: u64, prefix: usize, length: usize, into: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
     let stride = prefix + length;
-    let rows = ((range.end - range.start) / stride as u64) as usize;
     let expected = (length as u64).to_le_bytes();
-    append_with(values, rows * length, length, |first, into| {
-        let rows = into.len().checked_div(length).unwrap_or(rows);
-        let scattered = length >= SCATTERED_FROM && prefix > 0;
-        let step = if scattered { SCATTERED_ROWS } else { (WINDOW / stride).max(1) };
+    let scattered = length >= SCATTERED_FROM && prefix > 0;
+    let step = if scattered { SCATTERED_ROWS } else { (WINDOW / stride).max(1) };
+    write_with(into, length, |first, into| {
+        let rows = into.len() / length;
         let mut window: Vec<u8> = Vec::new();
         for start in (0..rows).step_by(step) {
             let end = (start + step).min(rows);
-            let at = range.start + ((first.checked_div(length).unwrap_or(0) + start) * stride) as u64;
+            let at = at + ((first / length + start) * stride) as u64;
             let into = &mut into[start * length..end * length];
             if scattered {
                 window.resize((end - start) * prefix, 0);
@@ -81,41 +78,28 @@ pub fn append_prefixed(
     })
 }
 
-/// Adds `count` numbers that `write` puts in place, given the first one's number and the memory, as bytes, for some:
-/// a whole number of rows of `row` numbers. Where it says false or fails, nothing is added. It must write all of the
-/// memory when it says true.
-fn append_with<T: Pod>(
-    values: &mut Vec<T>,
-    count: usize,
+/// Has `write` write to all of `into`, by several threads where there is much: each gets the number of its first byte and
+/// its memory, a whole number of rows of `row` bytes. False where one of them says so.
+fn write_with(
+    into: &mut [MaybeUninit<u8>],
     row: usize,
     write: impl Fn(usize, &mut [MaybeUninit<u8>]) -> io::Result<bool> + Sync,
 ) -> io::Result<bool> {
-    values.reserve_exact(count);
-    let spare = &mut values.spare_capacity_mut()[..count];
-    let threads = match size_of_val(spare) / SHARE {
-        0 | 1 => 1,
+    let threads = match into.len() / SHARE {
+        0 | 1 => return write(0, into),
         // Asking the system takes a while.
         several => *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get())).min(&several),
     };
-    let share = count.div_ceil(threads).next_multiple_of(row.max(1));
-    let written = if threads == 1 {
-        write(0, bytes(spare))?
-    } else {
-        std::thread::scope(|scope| {
-            let write = &write;
-            let mut parts = spare.chunks_mut(share).map(bytes).enumerate();
-            let own = parts.next();
-            let others: Vec<_> = parts.map(|(i, part)| scope.spawn(move || write(i * share, part))).collect();
-            let own = own.map_or(Ok(true), |(_, part)| write(0, part));
-            let panicked = |_| Err(io::Error::other("a thread that reads panicked"));
-            others.into_iter().fold(own, |so_far, other| Ok(other.join().unwrap_or_else(panicked)? & so_far?))
-        })?
-    };
-    if written {
-        // SAFETY: `write` has written all `count` numbers behind the last one, and any bytes are a `T`.
-        unsafe { values.set_len(values.len() + count) };
-    }
-    Ok(written)
+    let share = into.len().div_ceil(threads).next_multiple_of(row.max(1));
+    std::thread::scope(|scope| {
+        let write = &write;
+        let mut parts = into.chunks_mut(share).enumerate();
+        let own = parts.next();
+        let others: Vec<_> = parts.map(|(i, part)| scope.spawn(move || write(i * share, part))).collect();
+        let own = own.map_or(Ok(true), |(_, part)| write(0, part));
+        let panicked = |_| Err(io::Error::other("a thread that reads panicked"));
+        others.into_iter().fold(own, |so_far, other| Ok(other.join().unwrap_or_else(panicked)? & so_far?))
+    })
 }
 
 fn bytes<T: Pod>(numbers: &mut [MaybeUninit<T>]) -> &mut [MaybeUninit<u8>] {
@@ -220,7 +204,7 @@ mod tests {
         #[test]
         fn rows_come_without_their_lengths(length in 0usize..3000, rows in 0usize..1500, odd in 0usize..20_000) {
             let mut file = tempfile::tempfile().unwrap();
-            let (mut written, mut expected) = (vec![], vec![9]);
+            let (mut written, mut expected): (Vec<u8>, Vec<u8>) = (vec![], vec![]);
             for row in 0..rows {
                 let values: Vec<u8> = (0..length).map(|i| (i * 7 + row * 13) as u8).collect();
                 let length = if row == odd { length + 1 } else { length };
@@ -229,14 +213,18 @@ mod tests {
                 expected.extend(&values);
             }
             io::Write::write_all(&mut file, &written).unwrap();
-            let mut found = vec![9];
-            let even = append_prefixed(&file, 0..written.len() as u64, 4, length, &mut found).unwrap();
-            prop_assert_eq!(even, odd >= rows);
-            prop_assert_eq!(&found, &if even { expected } else { vec![9] });
+            let mut found = vec![0; length * rows];
+            // SAFETY: bytes that may be uninitialised are all that is said of the same memory.
+            let into = unsafe { &mut *(std::ptr::from_mut(&mut found[..]) as *mut [MaybeUninit<u8>]) };
+            let even = length == 0 || read_rows(&file, 0, 4, length, into).unwrap();
+            prop_assert_eq!(even, odd >= rows || length == 0);
+            if even {
+                prop_assert_eq!(&found, &expected);
+            }
             let mut words: Vec<u32> = vec![7];
             append(&file, 0, written.len() / 4, &mut words).unwrap();
             prop_assert_eq!(&bytemuck::cast_slice::<u32, u8>(&words[1..]), &&written[..written.len() / 4 * 4]);
-            prop_assert!(append(&file, 1, written.len(), &mut found).is_err() || written.is_empty());
+            prop_assert!(append(&file, 1, written.len(), &mut Vec::<u8>::new()).is_err() || written.is_empty());
         }
     }
 }

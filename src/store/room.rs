@@ -1,0 +1,101 @@
+//! Memory that a column's bytes are read into.
+
+use std::io;
+use std::mem::MaybeUninit;
+
+use arrow::buffer::Buffer;
+use bytes::Bytes;
+use memmap2::MmapMut;
+
+/// Bytes of a cache line, at which what is read begins: kernels read whole ones.
+const LINE: usize = 64;
+
+/// Bytes of a large page.
+const PAGE: usize = 2 << 20;
+
+/// From so many bytes on, large pages: the system hands out one of them faster than the 512 small ones, by more than it
+/// takes to read 2 MiB into them, and kernels that go through them look up fewer addresses. Of a last large page, at least
+/// as much is used.
+const LARGE_FROM: usize = 3 << 19;
+
+/// Room for some bytes, which begin at a cache line.
+pub enum Room {
+    Small { all: Vec<u8>, bytes: usize },
+    Large { all: MmapMut, start: usize, bytes: usize },
+}
+
+impl Room {
+    /// # Errors
+    /// When there is no memory.
+    pub fn new(bytes: usize) -> io::Result<Self> {
+        let too_long = || io::Error::from(io::ErrorKind::OutOfMemory);
+        if bytes < LARGE_FROM {
+            let mut all = Vec::<u8>::new();
+            all.try_reserve_exact(bytes + LINE)?;
+            // In front of the first byte that is read.
+            all.resize(all.as_ptr().align_offset(LINE), 0);
+            return Ok(Room::Small { all, bytes });
+        }
+        // What is not touched of it takes no memory.
+        let all = MmapMut::map_anon(bytes.checked_add(2 * PAGE).ok_or_else(too_long)?)?;
+        let start = all.as_ptr().align_offset(PAGE);
+        #[cfg(target_os = "linux")]
+        {
+            let whole = bytes / PAGE * PAGE;
+            let large = if bytes - whole >= LARGE_FROM { whole + PAGE } else { whole };
+            // Small pages do as well where the system has no others.
+            let _ = all.advise_range(memmap2::Advice::HugePage, start, large);
+        }
+        Ok(Room::Large { all, start, bytes })
+    }
+
+    /// All of it, of which nothing can be said yet.
+    pub fn all(&mut self) -> &mut [MaybeUninit<u8>] {
+        match self {
+            Room::Small { all, bytes } => &mut all.spare_capacity_mut()[..*bytes],
+            Room::Large { all, start, bytes } => {
+                let bytes = &mut all[*start..*start + *bytes];
+                // SAFETY: the same memory; less is said of it, and nobody but callers of this writes to it.
+                unsafe { &mut *(std::ptr::from_mut(bytes) as *mut [MaybeUninit<u8>]) }
+            }
+        }
+    }
+
+    /// What has been read.
+    ///
+    /// # Safety
+    /// Every byte of [`Room::all`] has been written.
+    pub unsafe fn filled(self) -> Buffer {
+        match self {
+            Room::Small { mut all, bytes } => {
+                let start = all.len();
+                // SAFETY: the caller's promise, of the bytes behind the first ones.
+                unsafe { all.set_len(start + bytes) };
+                Buffer::from(all).slice(start)
+            }
+            Room::Large { all, start, bytes } => Buffer::from(Bytes::from_owner(all).slice(start..start + bytes)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holds_what_is_written() {
+        for bytes in [0, 1, 1000, LARGE_FROM - 1, LARGE_FROM, PAGE + 1, 2 * PAGE, 3 * PAGE - 7] {
+            let mut room = Room::new(bytes).unwrap();
+            assert_eq!(room.all().len(), bytes);
+            room.all().iter_mut().enumerate().for_each(|(i, byte)| {
+                byte.write((i % 251) as u8);
+            });
+            // SAFETY: just now.
+            let filled = unsafe { room.filled() };
+            assert_eq!(filled.as_ptr().align_offset(LINE), 0, "{bytes}");
+            assert_eq!(filled.len(), bytes);
+            assert!(filled.iter().enumerate().all(|(i, byte)| *byte == (i % 251) as u8));
+        }
+        assert!(Room::new(usize::MAX / 2).is_err());
+    }
+}
