@@ -79,6 +79,9 @@ pub async fn index(context: &Context) -> Result<u8> {
     let note = |name: &str, keys: usize| context.output.note(format!("{name}: {keys} keys"));
     let reports = context.open().await?.index_keys(note).await?;
     context.output.result(&reports, |reports| {
+        if reports.is_empty() {
+            return "no table of float keys, and so nothing to index".to_owned();
+        }
         let rows = reports.iter().map(|r| {
             let made = r.partitions.map_or("none: too few keys".to_owned(), |n| format!("{n} partitions"));
             vec![r.table.clone(), r.keys.to_string(), made]
