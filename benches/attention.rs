@@ -92,7 +92,7 @@ fn row(heads: usize, dim: usize, causal: bool, tokens: usize, rate: f64) -> Resu
         line += &format!("{:>9} {:>12} |", "-", "-");
     }
     for queries in [Some(&of_queries), None] {
-        let attention = Quantized { keys: &of_keys, queries, scale, block_len: BLOCK };
+        let attention = Quantized::new(&of_keys, queries, scale, BLOCK);
         let run = || {
             if causal {
                 let mut past = Past::new(1, heads, of_keys.codes(), dim);

@@ -3,13 +3,13 @@
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView4, ArrayViewMut1, ArrayViewMut2, s};
 
-use super::softmax::{Running, take};
+use super::softmax::{Running, add_keys, finish};
 use super::{Attended, Sizes, Task, Visible, attended, check, tasks};
 use crate::error::{Error, Result};
-use crate::linalg::{in_pool, on_all_threads, product_into};
+use crate::linalg::{in_pool, on_all_threads};
 
 /// Queries of a tile.
-const QUERIES: usize = 128;
+pub(super) const QUERIES: usize = 128;
 
 /// Keys of a tile: with as many queries, scores that stay in a core's second cache.
 const KEYS: usize = 256;
@@ -55,11 +55,11 @@ pub fn exact(
 }
 
 /// What some queries of a sequence do not see.
-struct Hidden<'a> {
-    visible: Visible<'a>,
-    batch: usize,
+pub(super) struct Hidden<'a> {
+    pub visible: Visible<'a>,
+    pub batch: usize,
     /// The first of the queries.
-    first: usize,
+    pub first: usize,
 }
 
 impl Hidden<'_> {
@@ -94,7 +94,7 @@ impl Hidden<'_> {
 }
 
 /// Some queries of one head, and all keys that they see.
-fn attend(
+pub(super) fn attend(
     q: ArrayView2<f32>,
     k: ArrayView2<f32>,
     v: ArrayView2<f32>,
@@ -108,22 +108,10 @@ fn attend(
     let mut scores = Array2::<f32>::zeros((queries, KEYS.min(end)));
     let mut running = vec![Running::default(); queries];
     for start in (0..end).step_by(KEYS) {
-        let count = KEYS.min(end - start);
-        let mut scores = scores.slice_mut(s![.., ..count]);
-        product_into(scores.view_mut(), q, k.slice(s![start..start + count, ..]).reversed_axes(), scale, false);
-        hidden.hide(start, &mut scores);
-        for ((mut row, running), mut output) in scores.rows_mut().into_iter().zip(&mut running).zip(output.rows_mut()) {
-            let before = take(running, row.as_slice_mut().expect("rows of a tile are contiguous"));
-            if before != 1.0 {
-                output *= before;
-            }
-        }
-        product_into(output.view_mut(), scores.view(), v.slice(s![start..start + count, ..]), 1.0, true);
+        let keys = start..end.min(start + KEYS);
+        let scores = scores.slice_mut(s![.., ..keys.len()]);
+        let tile = (q, k.slice(s![keys.clone(), ..]), v.slice(s![keys, ..]));
+        add_keys(tile, scale, scores, |scores| hidden.hide(start, scores), output.view_mut(), &mut running);
     }
-    for ((running, mut output), lse) in running.iter().zip(output.rows_mut()).zip(lse) {
-        if running.sum > 0.0 {
-            output /= running.sum;
-        }
-        *lse = running.log_sum_exp();
-    }
+    finish(&running, output, lse);
 }

@@ -6,6 +6,8 @@
 
 mod codebook;
 mod exact;
+mod hyper;
+mod past;
 mod softmax;
 mod vector_quantized;
 
@@ -13,7 +15,9 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, ArrayViewMut1, Arr
 
 pub use codebook::{Codebook, Learned};
 pub use exact::exact;
-pub use vector_quantized::{Past, Quantized};
+pub use hyper::{Draws, Hyper};
+pub use past::Past;
+pub use vector_quantized::{Quantized, RelativeBias};
 
 use crate::error::{Error, Result};
 use crate::layer::require_finite;

@@ -1,4 +1,8 @@
-//! One row of scores at a time: its part of a softmax whose maximum is not known yet.
+//! Softmaxes whose maximum is not known yet, some keys at a time.
+
+use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
+
+use crate::linalg::product_into;
 
 /// The largest score so far, and Σ exp(score − largest).
 #[derive(Debug, Clone, Copy)]
@@ -17,6 +21,38 @@ impl Running {
     /// ln Σ exp(score) so far; NaN where a score was NaN or infinite.
     pub fn log_sum_exp(&self) -> f32 {
         if self.sum == 0.0 { f32::NEG_INFINITY } else { self.most + self.sum.ln() }
+    }
+}
+
+/// Adds some keys' part to each query's: to `output` `[queries, value dim]` the values times exp(score − largest so far).
+///
+/// `scores` `[queries, keys]` is room for them, and `change` may do as it likes with what comes into it.
+pub fn add_keys(
+    (q, k, v): (ArrayView2<f32>, ArrayView2<f32>, ArrayView2<f32>),
+    scale: f32,
+    mut scores: ArrayViewMut2<f32>,
+    change: impl FnOnce(&mut ArrayViewMut2<f32>),
+    mut output: ArrayViewMut2<f32>,
+    running: &mut [Running],
+) {
+    product_into(scores.view_mut(), q, k.reversed_axes(), scale, false);
+    change(&mut scores);
+    for ((mut row, running), mut output) in scores.rows_mut().into_iter().zip(running).zip(output.rows_mut()) {
+        let before = take(running, row.as_slice_mut().expect("rows of a tile are contiguous"));
+        if before != 1.0 {
+            output *= before;
+        }
+    }
+    product_into(output, scores.view(), v, 1.0, true);
+}
+
+/// Divides what all keys gave by the sum of their weights; a query that has seen none gives zeros.
+pub fn finish(running: &[Running], mut output: ArrayViewMut2<f32>, mut lse: ArrayViewMut1<f32>) {
+    for ((running, mut output), lse) in running.iter().zip(output.rows_mut()).zip(&mut lse) {
+        if running.sum > 0.0 {
+            output /= running.sum;
+        }
+        *lse = running.log_sum_exp();
     }
 }
 

@@ -4,28 +4,28 @@
 //! Scores depend on a key's code alone, so all keys of a code are one: their number n and the mean of their values, whose
 //! weight is exp(score + ln n). What comes out is exact attention over the quantised keys, up to rounding.
 
-use ndarray::{Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView4, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use ndarray::{
+    Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut1, ArrayViewMut2, Axis, concatenate, s,
+};
 
 use super::codebook::Codebook;
-use super::softmax::{Running, take};
+use super::past::{Past, add};
+use super::softmax::{Running, add_keys, finish};
 use super::{Attended, Visible, check};
 use crate::error::{Error, Result};
-use crate::linalg::{in_pool, on_all_threads, product_into};
+use crate::layer::require_finite;
+use crate::linalg::{in_pool, matmul, on_all_threads};
 
-/// What is left of keys and values that were seen: for each code their number and the mean of the values.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Past {
-    /// `[batch, heads, codes]`
-    pub counts: Array3<f32>,
-    /// `[batch, heads, codes, value dim]`; zeros where the count is 0.
-    pub means: Array4<f32>,
-}
-
-impl Past {
-    /// Of nothing.
-    pub fn new(batch: usize, heads: usize, codes: usize, value_dim: usize) -> Self {
-        Past { counts: Array3::zeros((batch, heads, codes)), means: Array4::zeros((batch, heads, codes, value_dim)) }
-    }
+/// Scores of positions, added to those of contents (Transformer-XL; Transformer-VQ): query i and key j have
+/// scale · (⟨qᵢ + u, kⱼ⟩ + ⟨qᵢ + w, r₍ᵢ₋ⱼ₎⟩), without the last product where i − j is more than `mem_len`.
+#[derive(Debug, Clone, Copy)]
+pub struct RelativeBias<'a> {
+    /// `[heads, dim]`
+    pub u: ArrayView2<'a, f32>,
+    /// `[heads, dim]`
+    pub w: ArrayView2<'a, f32>,
+    /// `[heads, mem_len + 1, dim]`, by the distance.
+    pub r: ArrayView3<'a, f32>,
 }
 
 /// How queries meet codewords.
@@ -37,8 +37,21 @@ pub struct Quantized<'a> {
     pub queries: Option<&'a Codebook>,
     /// What products are multiplied with.
     pub scale: f32,
-    /// Tokens that a causal attention takes at a time: within them keys are met one by one, behind them by their codes.
+    /// Tokens that a causal attention takes at a time: within them, and for `mem_len` tokens before them, keys are met one by
+    /// one, behind that by their codes.
     pub block_len: usize,
+    pub mem_len: usize,
+    /// Whether a causal attention meets keys behind that window at all.
+    pub agg_cache: bool,
+    /// Scores of positions, of a causal attention.
+    pub bias: Option<RelativeBias<'a>>,
+}
+
+impl<'a> Quantized<'a> {
+    /// Without scores of positions, and with nothing left out.
+    pub fn new(keys: &'a Codebook, queries: Option<&'a Codebook>, scale: f32, block_len: usize) -> Self {
+        Quantized { keys, queries, scale, block_len, mem_len: 0, agg_cache: true, bias: None }
+    }
 }
 
 impl Quantized<'_> {
@@ -56,8 +69,12 @@ impl Quantized<'_> {
     ) -> Result<Attended> {
         let sizes = check(q, k, v, visible)?;
         self.check(q, k)?;
-        if visible.causal || visible.segments.is_some() {
-            let found = if visible.causal { "causal" } else { "segments" };
+        if visible.causal || visible.segments.is_some() || self.bias.is_some() {
+            let found = match (visible.causal, self.bias) {
+                (true, _) => "causal",
+                (_, Some(_)) => "scores of positions",
+                _ => "segments",
+            };
             return Err(Error::expected(
                 "visible keys of an attention by codes",
                 found,
@@ -117,36 +134,31 @@ impl Quantized<'_> {
                 "a key for each query, in blocks of at least 1",
             ));
         }
-        let (batch, heads, codes, value_dim) = past.means.dim();
-        let expected = (sizes.batch, k.dim().1, self.keys.codes(), sizes.value_dim);
-        if (batch, heads, codes, value_dim) != expected || past.counts.dim() != (batch, heads, codes) {
-            let found = format!("means {:?}, counts {:?}", past.means.shape(), past.counts.shape());
-            return Err(Error::expected(
-                "sizes of the past",
-                found,
-                format!("[batch, heads, codes, value dim] {expected:?}"),
-            ));
-        }
+        let (batch, heads) = (sizes.batch, k.dim().1);
+        past.check((batch, heads, self.keys.codes(), sizes.value_dim))?;
         let words = self.keys.codewords();
-        let mut codes = Array3::zeros((batch, heads, sizes.keys));
+        let before = past.recent_codes.dim().2;
+        // Tokens are counted from the first that the past still has by itself.
+        let mut codes = Array3::zeros((batch, heads, before + sizes.keys));
+        codes.slice_mut(s![.., .., ..before]).assign(&past.recent_codes);
         for b in 0..batch {
-            codes.slice_mut(s![b, .., ..]).assign(&self.keys.assign(k.slice(s![b, .., .., ..]))?);
+            let found = self.keys.assign(k.slice(s![b, .., .., ..]))?;
+            codes.slice_mut(s![b, .., before..]).assign(&found);
         }
+        let joined = (before > 0).then(|| concatenate![Axis(2), past.recent_values, v]);
+        let v = joined.as_ref().map_or(v, |joined| joined.view());
         let asked = self.queries.map(Codebook::codewords);
         // What each share of a head's tokens finds behind it: shares are then independent of each other.
         let share = self.share(sizes.keys);
-        let shares = sizes.keys.div_ceil(share);
-        let mut behind: Vec<Past> = Vec::with_capacity(shares);
-        for number in 0..shares {
+        let mut behind: Vec<Past> = Vec::with_capacity(sizes.keys.div_ceil(share));
+        let mut added = 0;
+        for first in (0..sizes.keys).step_by(share) {
+            let near = (before + first).saturating_sub(self.mem_len).max(added);
+            past.add(codes.view(), v, added..near);
+            added = near;
             behind.push(past.clone());
-            let tokens = number * share..sizes.keys.min((number + 1) * share);
-            for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
-                let (counts, means) = (past.counts.slice_mut(s![b, h, ..]), past.means.slice_mut(s![b, h, .., ..]));
-                let codes = codes.slice(s![b, h, tokens.clone()]);
-                add(counts, means, codes, v.slice(s![b, h, tokens.clone(), ..]), None);
-            }
         }
-        self.over_shares(q, sizes.value_dim, share, |b, h, first, q, mut output, mut lse| {
+        let found = self.over_shares(q, sizes.value_dim, share, |b, h, first, q, mut output, mut lse| {
             let shared = h / sizes.shared;
             let behind = &behind[first / share];
             let mut counts = behind.counts.slice(s![b, shared, ..]).to_owned();
@@ -157,21 +169,45 @@ impl Quantized<'_> {
                 _ => None,
             };
             let q = coded.as_ref().map_or(q, |coded| coded.view());
+            let mut added = (before + first).saturating_sub(self.mem_len);
             for start in (0..q.nrows()).step_by(self.block_len) {
                 let end = q.nrows().min(start + self.block_len);
-                let codes = codes.slice(s![b, shared, first + start..first + end]);
-                let v = v.slice(s![b, shared, first + start..first + end, ..]);
-                let near = gathered(words, &codes.to_vec());
-                let (mut output, mut lse) = (output.slice_mut(s![start..end, ..]), lse.slice_mut(s![start..end]));
+                let query = before + first + start;
+                let tokens = query.saturating_sub(self.mem_len)..before + first + end;
+                let (of, values) = (codes.slice(s![b, shared, ..]), v.slice(s![b, shared, .., ..]));
+                let gone = added..tokens.start;
+                let (of_gone, values_gone) = (of.slice(s![gone.clone()]), values.slice(s![gone, ..]));
+                add(counts.view_mut(), means.view_mut(), of_gone, values_gone, None);
+                added = tokens.start;
                 let q = q.slice(s![start..end, ..]);
+                let with_u = self.bias.map(|bias| &q + &bias.u.row(h));
+                let content = with_u.as_ref().map_or(q, |q| q.view());
+                let (mut output, lse) = (output.slice_mut(s![start..end, ..]), lse.slice_mut(s![start..end]));
                 let mut running = vec![Running::default(); end - start];
-                let behind = Behind { words, counts: counts.view(), means: means.view(), scale: self.scale };
-                behind_by_codes(q, &behind, output.view_mut(), &mut running);
-                within(q, near.view(), v, self.scale, output.view_mut(), &mut running);
-                finish(&running, output.view_mut(), lse.view_mut());
-                add(counts.view_mut(), means.view_mut(), codes, v, None);
+                if self.agg_cache {
+                    let behind = Behind { words, counts: counts.view(), means: means.view(), scale: self.scale };
+                    behind_by_codes(content, &behind, output.view_mut(), &mut running);
+                }
+                let near = gathered(words, &of.slice(s![tokens.clone()]).to_vec());
+                let positions = self.bias.map(|bias| {
+                    let with_w = &q + &bias.w.row(h);
+                    matmul(with_w.view(), bias.r.slice(s![h, .., ..]).reversed_axes()) * self.scale
+                });
+                let near = Near {
+                    keys: near.view(),
+                    values: values.slice(s![tokens.clone(), ..]),
+                    before: query - tokens.start,
+                    positions,
+                };
+                near.within(content, self.scale, output.view_mut(), &mut running);
+                finish(&running, output, lse);
             }
-        })
+        });
+        let all = before + sizes.keys;
+        let near = all.saturating_sub(self.mem_len).max(added);
+        past.add(codes.view(), v, added..near);
+        past.keep(codes.view(), v, near..all);
+        found
     }
 
     fn check(&self, q: ArrayView4<f32>, k: ArrayView4<f32>) -> Result<()> {
@@ -186,6 +222,18 @@ impl Quantized<'_> {
             )),
         };
         fits("keys", self.keys, k)?;
+        if let Some(bias) = self.bias {
+            let (_, heads, _, dim) = q.dim();
+            let found = (bias.u.dim(), bias.w.dim(), bias.r.dim());
+            let expected = ((heads, dim), (heads, dim), (heads, self.mem_len + 1, dim));
+            if found != expected {
+                return Err(Error::expected("shapes of u, w and r", format!("{found:?}"), format!("{expected:?}")));
+            }
+            for (what, numbers) in [("u", bias.u.iter()), ("w", bias.w.iter())] {
+                require_finite(what, numbers)?;
+            }
+            require_finite("r", bias.r.iter())?;
+        }
         if !self.scale.is_finite() {
             return Err(Error::expected("scale of the scores", self.scale, "a finite number"));
         }
@@ -230,26 +278,8 @@ impl Quantized<'_> {
     }
 }
 
-/// Adds values of some codes to their means.
-fn add(
-    mut counts: ArrayViewMut1<f32>,
-    mut means: ArrayViewMut2<f32>,
-    codes: ArrayView1<u32>,
-    values: ArrayView2<f32>,
-    there: Option<ArrayView1<bool>>,
-) {
-    for (i, (&code, value)) in codes.iter().zip(values.rows()).enumerate() {
-        if there.is_some_and(|there| !there[i]) {
-            continue;
-        }
-        let count = &mut counts[code as usize];
-        *count += 1.0;
-        let share = 1.0 / *count;
-        means.row_mut(code as usize).zip_mut_with(&value, |mean, value| *mean += (value - *mean) * share);
-    }
-}
-
-fn gathered(words: ArrayView2<f32>, codes: &[u32]) -> Array2<f32> {
+/// These rows.
+pub(super) fn gathered(words: ArrayView2<f32>, codes: &[u32]) -> Array2<f32> {
     let mut rows = Array2::zeros((codes.len(), words.ncols()));
     rows.rows_mut().into_iter().zip(codes).for_each(|(mut row, &code)| row.assign(&words.row(code as usize)));
     rows
@@ -276,48 +306,42 @@ fn by_codes(q: ArrayView2<f32>, behind: &Behind, mut output: ArrayViewMut2<f32>,
 }
 
 /// The part of what is behind, by its codes; those that no key has are left out, however large their scores are.
-fn behind_by_codes(q: ArrayView2<f32>, behind: &Behind, mut output: ArrayViewMut2<f32>, running: &mut [Running]) {
+fn behind_by_codes(q: ArrayView2<f32>, behind: &Behind, output: ArrayViewMut2<f32>, running: &mut [Running]) {
     let Behind { words, counts, means, scale } = behind;
     if counts.iter().all(|count| *count == 0.0) {
         return;
     }
     let logs = counts.mapv(f32::ln);
-    let mut scores = Array2::zeros((q.nrows(), words.nrows()));
-    product_into(scores.view_mut(), q, words.reversed_axes(), *scale, false);
-    for ((mut row, running), mut output) in scores.rows_mut().into_iter().zip(running).zip(output.rows_mut()) {
-        row += &logs;
-        let before = take(running, row.as_slice_mut().expect("rows of an owned array are contiguous"));
-        output *= before;
-    }
-    product_into(output.view_mut(), scores.view(), *means, 1.0, true);
+    let scores = &mut Array2::zeros((q.nrows(), words.nrows()));
+    let more = |scores: &mut ArrayViewMut2<f32>| *scores += &logs;
+    add_keys((q, *words, *means), *scale, scores.view_mut(), more, output, running);
 }
 
-/// The part of a block's own keys, one by one, up to each query's.
-fn within(
-    q: ArrayView2<f32>,
-    k: ArrayView2<f32>,
-    v: ArrayView2<f32>,
-    scale: f32,
-    mut output: ArrayViewMut2<f32>,
-    running: &mut [Running],
-) {
-    let mut scores = Array2::zeros((q.nrows(), k.nrows()));
-    product_into(scores.view_mut(), q, k.reversed_axes(), scale, false);
-    for (i, ((mut row, running), mut output)) in
-        scores.rows_mut().into_iter().zip(running).zip(output.rows_mut()).enumerate()
-    {
-        row.slice_mut(s![i + 1..]).fill(f32::NEG_INFINITY);
-        let before = take(running, row.as_slice_mut().expect("rows of an owned array are contiguous"));
-        output *= before;
-    }
-    product_into(output.view_mut(), scores.view(), v, 1.0, true);
+/// Keys that are met one by one.
+struct Near<'a> {
+    keys: ArrayView2<'a, f32>,
+    values: ArrayView2<'a, f32>,
+    /// How many of them come before the first query.
+    before: usize,
+    /// Scores of each query's distances.
+    positions: Option<Array2<f32>>,
 }
 
-fn finish(running: &[Running], mut output: ArrayViewMut2<f32>, mut lse: ArrayViewMut1<f32>) {
-    for ((running, mut output), lse) in running.iter().zip(output.rows_mut()).zip(&mut lse) {
-        if running.sum > 0.0 {
-            output /= running.sum;
-        }
-        *lse = running.log_sum_exp();
+impl Near<'_> {
+    /// Their part, up to each query's own.
+    fn within(&self, q: ArrayView2<f32>, scale: f32, output: ArrayViewMut2<f32>, running: &mut [Running]) {
+        let scores = &mut Array2::zeros((q.nrows(), self.keys.nrows()));
+        let change = |scores: &mut ArrayViewMut2<f32>| {
+            for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
+                let own = self.before + i;
+                row.slice_mut(s![own + 1..]).fill(f32::NEG_INFINITY);
+                if let Some(positions) = &self.positions {
+                    let positions = positions.row(i);
+                    let nearest = row.slice_mut(s![(own + 1).saturating_sub(positions.len())..=own; -1]);
+                    nearest.into_iter().zip(positions).for_each(|(score, position)| *score += position);
+                }
+            }
+        };
+        add_keys((q, self.keys, self.values), scale, scores.view_mut(), change, output, running);
     }
 }

@@ -1,6 +1,10 @@
-//! The standard normal distribution, accurate in both tails.
+//! The standard normal distribution, accurate in both tails, and numbers drawn from it.
 
 use std::f64::consts::{PI, SQRT_2};
+
+use ndarray::Array2;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 /// Density at `x`.
 pub fn normal_pdf(x: f64) -> f64 {
@@ -45,6 +49,20 @@ pub fn normal_quantile(p: f64) -> f64 {
         x += step / (1.0 + 0.5 * x * step);
     }
     sign * x
+}
+
+/// Independent standard normal numbers, always the same for a seed.
+pub fn normal_matrix(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    // Above 0, for the logarithm.
+    let mut uniform = || ((random.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64;
+    let mut numbers = vec![0f64; rows * columns];
+    for pair in numbers.chunks_mut(2) {
+        // Box and Muller's pairs.
+        let (length, angle) = ((-2.0 * uniform().ln()).sqrt(), std::f64::consts::TAU * uniform());
+        pair.iter_mut().zip([angle.cos(), angle.sin()]).for_each(|(number, part)| *number = length * part);
+    }
+    Array2::from_shape_vec((rows, columns), numbers).expect("as many as the shape has")
 }
 
 #[cfg(test)]

@@ -1,10 +1,9 @@
 //! The leading part of an SVD from a random sketch, at a fraction of a full one's cost.
 
 use ndarray::{Array1, Array2, ArrayView2};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::decompose::{Svd, leading_svd, orthonormal};
+use super::normal::normal_matrix;
 use super::product::{matmul, matmul_f64};
 use crate::error::{Error, Result};
 
@@ -79,7 +78,7 @@ pub fn randomized_svd(matrix: &dyn Operator, k: usize, sketch: Sketch) -> Result
         return Ok(Svd { u: Array2::zeros((rows, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, columns)) });
     }
     let width = (k + sketch.oversampling).min(rows.min(columns));
-    let mut range = orthonormal(matrix.apply(normal(columns, width, sketch.seed).view()).view())?;
+    let mut range = orthonormal(matrix.apply(normal_matrix(columns, width, sketch.seed).view()).view())?;
     for _ in 0..sketch.power_iterations {
         let back = orthonormal(matrix.apply_transposed(range.view()).view())?;
         range = orthonormal(matrix.apply(back.view()).view())?;
@@ -90,20 +89,6 @@ pub fn randomized_svd(matrix: &dyn Operator, k: usize, sketch: Sketch) -> Result
     Ok(Svd { u: matmul_f64(range.view(), found.u.view()), ..found })
 }
 
-/// Independent standard normal numbers.
-fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    // Above 0, for the logarithm.
-    let mut uniform = || ((random.next_u64() >> 11) + 1) as f64 / (1u64 << 53) as f64;
-    let mut numbers = vec![0f64; rows * columns];
-    for pair in numbers.chunks_mut(2) {
-        // Box and Muller's pairs.
-        let (length, angle) = ((-2.0 * uniform().ln()).sqrt(), std::f64::consts::TAU * uniform());
-        pair.iter_mut().zip([angle.cos(), angle.sin()]).for_each(|(number, part)| *number = length * part);
-    }
-    Array2::from_shape_vec((rows, columns), numbers).expect("as many as the shape has")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,7 +96,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn falling(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
-        let (mut a, b) = (normal(rows, columns, seed), normal(columns, columns, seed + 1));
+        let (mut a, b) = (normal_matrix(rows, columns, seed), normal_matrix(columns, columns, seed + 1));
         a.columns_mut().into_iter().enumerate().for_each(|(j, mut c)| c *= 1.0 / (1.0 + j as f64).sqrt());
         a.dot(&b)
     }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ndarray::{Array1, Array2, Ix1, Ix2};
 use safetensors::{Dtype, SafeTensors};
@@ -20,6 +21,8 @@ type Tensor = ndarray::ArrayD<f64>;
 struct Case {
     name: String,
     index: Value,
+    /// What the folder's index says beside its cases.
+    folder: Arc<Value>,
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -36,6 +39,7 @@ impl Case {
         let index = std::fs::read_to_string(folder.join("index.json")).unwrap();
         let index = ["-Infinity", "Infinity", "NaN"].iter().fold(index, |text, name| text.replace(name, "null"));
         let index: Value = serde_json::from_str(&index).unwrap();
+        let index = Arc::new(index);
         let cases = index["cases"].as_array().unwrap();
         assert!(!cases.is_empty(), "{} lists no cases", folder.display());
         let read = |case: &Value| {
@@ -43,7 +47,7 @@ impl Case {
             let bytes = std::fs::read(folder.join(file)).unwrap();
             let tensors = SafeTensors::deserialize(&bytes).unwrap();
             let tensors = tensors.iter().map(|(name, view)| (name.to_owned(), wide(&view))).collect();
-            Case { name: format!("{system}/{file}"), index: case.clone(), tensors }
+            Case { name: format!("{system}/{file}"), index: case.clone(), folder: index.clone(), tensors }
         };
         cases.iter().map(read).collect()
     }
