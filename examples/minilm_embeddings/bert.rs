@@ -3,9 +3,10 @@
 
 use std::f32::consts::FRAC_1_SQRT_2;
 
-use layerstore::layer::{Accuracy, DenseLayer, Layer};
+use layerstore::ErrorKind;
+use layerstore::layer::{Accuracy, AttentionBlock, DenseLayer, Layer, Mechanism, VqAttentionConfig, VqAttentionLayer};
 use layerstore::store::{LayerHandle, Snapshot};
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 use crate::Result;
 
@@ -58,6 +59,11 @@ impl Bert {
             .collect()
     }
 
+    /// Blocks whose attention the model stores.
+    pub fn stored_attention(&self) -> usize {
+        self.blocks.iter().filter(|b| b.stored_attention).count()
+    }
+
     /// The sentence's embedding, `[HIDDEN]`, of length 1.
     pub async fn embed(&self, tokens: &Tokens, watch: &mut Watch<'_>) -> Result<Array1<f32>> {
         let positions: Vec<usize> = (0..tokens.ids.len()).collect();
@@ -78,6 +84,9 @@ struct Block {
     query: LayerHandle,
     key: LayerHandle,
     value: LayerHandle,
+    attention: AttentionBlock,
+    /// Whether the model stores its attention.
+    stored_attention: bool,
     attention_output: LayerHandle,
     attention_norm: Norm,
     intermediate: LayerHandle,
@@ -89,7 +98,10 @@ impl Block {
     async fn open(snapshot: &Snapshot, model: &str, number: usize) -> Result<Self> {
         let name = |part: &str| format!("encoder.layer.{number}.{part}");
         let square = (HIDDEN, HIDDEN);
+        let (attention, stored_attention) = attention(snapshot, model, &name("attention")).await?;
         Ok(Block {
+            attention,
+            stored_attention,
             query: linear(snapshot, model, &name("attention.self.query"), square).await?,
             key: linear(snapshot, model, &name("attention.self.key"), square).await?,
             value: linear(snapshot, model, &name("attention.self.value"), square).await?,
@@ -106,7 +118,10 @@ impl Block {
         let query = run(&self.query, &x, watch).await?;
         let key = run(&self.key, &x, watch).await?;
         let value = run(&self.value, &x, watch).await?;
-        let attended = run(&self.attention_output, &attention(&query, &key, &value), watch).await?;
+        let [query, key, value] = [query, key, value].map(|x| x.insert_axis(Axis(0)));
+        let attended =
+            self.attention.attend(query.view(), key.view(), value.view(), None, None, Accuracy::Approximate)?;
+        let attended = run(&self.attention_output, &attended.index_axis_move(Axis(0), 0), watch).await?;
         let x = self.attention_norm.apply(x + attended);
         let mut inner = run(&self.intermediate, &x, watch).await?;
         inner.mapv_inplace(gelu);
@@ -136,23 +151,26 @@ fn check_shape(name: &str, found: (usize, usize), expected: (usize, usize)) -> R
         .into())
 }
 
-/// softmax(q kᵀ / √width) v, head by head; all `[tokens, HIDDEN]`.
-fn attention(query: &Array2<f32>, key: &Array2<f32>, value: &Array2<f32>) -> Array2<f32> {
-    const WIDTH: usize = HIDDEN / HEADS;
-    let scale = 1.0 / (WIDTH as f32).sqrt();
-    let mut attended = Array2::<f32>::zeros(query.dim());
-    for head in 0..HEADS {
-        let (from, to) = (head * WIDTH, (head + 1) * WIDTH);
-        let mut weights = query.slice(s![.., from..to]).dot(&key.slice(s![.., from..to]).t());
-        for mut row in weights.rows_mut() {
-            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            row.mapv_inplace(|score| ((score - largest) * scale).exp());
-            let total = row.sum();
-            row /= total;
+/// What is between a block's projections: what the model stores for it, or the exact attention that it was trained with.
+async fn attention(snapshot: &Snapshot, model: &str, name: &str) -> Result<(AttentionBlock, bool)> {
+    let (attention, stored) = match snapshot.attention(model, name).await {
+        Ok(handle) => (handle.load_attention().await?, true),
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            let width = Some(HIDDEN / HEADS);
+            let config = VqAttentionConfig {
+                mechanism: Mechanism::Exact,
+                n_head: HEADS,
+                d_model: Some(HIDDEN),
+                d_k: width,
+                d_v: width,
+                causal: false,
+                ..VqAttentionConfig::default()
+            };
+            (VqAttentionLayer::new(config, None, None, None)?, false)
         }
-        attended.slice_mut(s![.., from..to]).assign(&weights.dot(&value.slice(s![.., from..to])));
-    }
-    attended
+        Err(e) => return Err(e.into()),
+    };
+    Ok((AttentionBlock::new(attention, None, None)?, stored))
 }
 
 /// The exact one, as the model was trained with; the tanh formula is an approximation of it.

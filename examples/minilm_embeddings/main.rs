@@ -157,6 +157,9 @@ async fn run(args: &Args) -> Result<()> {
         }
         let baseline = baseline.get_or_insert_with(|| embeddings.clone());
         let mut row = describe(name, &linears, cosines(embeddings.view(), baseline.view()), seconds);
+        if bert.stored_attention() > 0 {
+            row.methods.insert(Method::VqAttention.to_string(), bert.stored_attention());
+        }
         row.cosine_to_reference = reference.as_ref().map(|r| cosines(embeddings.view(), r.view()));
         rows.push(row);
     }

@@ -6,8 +6,8 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::layer::require_finite;
 use crate::linalg::product_into;
+use crate::linalg::require_finite;
 use crate::quant::kmeans;
 
 /// No count is taken to be less where a sum is divided by it.
@@ -23,7 +23,7 @@ const SHARE: usize = 1024;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Codebook {
     /// `[heads, codes, dim]`
-    sums: Array3<f32>,
+    words: Array3<f32>,
     /// `[heads, codes]`
     counts: Array2<f32>,
 }
@@ -41,31 +41,42 @@ pub struct Learned {
 }
 
 impl Codebook {
-    /// From running sums `[heads, codes, dim]` and counts `[heads, codes]`.
+    /// From codewords `[heads, codes, dim]` and how many vectors, in the running mean, have them, `[heads, codes]`.
     ///
     /// # Errors
     /// When shapes do not fit, there is no code, or a number is not finite or a count negative.
-    pub fn new(sums: Array3<f32>, counts: Array2<f32>) -> Result<Self> {
-        let (heads, codes, _) = sums.dim();
+    pub fn new(words: Array3<f32>, counts: Array2<f32>) -> Result<Self> {
+        let (heads, codes, _) = words.dim();
         if counts.dim() != (heads, codes) || codes == 0 {
-            let found = format!("{:?} for sums {:?}", counts.shape(), sums.shape());
+            let found = format!("{:?} for codewords {:?}", counts.shape(), words.shape());
             return Err(Error::expected("counts of codewords", found, "[heads, codes], at least one code"));
         }
-        require_finite("the codewords' sums", sums.iter())?;
+        require_finite("the codewords", words.iter())?;
         require_finite("the codewords' counts", counts.iter())?;
         match counts.iter().find(|count| **count < 0.0) {
             Some(count) => Err(Error::expected("a codeword's count", count, "at least 0")),
-            None => Ok(Codebook { sums, counts }),
+            None => Ok(Codebook { words, counts }),
         }
+    }
+
+    /// From running sums `[heads, codes, dim]` and counts `[heads, codes]`.
+    ///
+    /// # Errors
+    /// As [`Codebook::new`].
+    pub fn of_sums(mut sums: Array3<f32>, counts: Array2<f32>) -> Result<Self> {
+        if counts.dim() == (sums.dim().0, sums.dim().1) {
+            Zip::from(sums.lanes_mut(Axis(2))).and(&counts).for_each(|mut sum, count| sum /= count.max(LEAST_COUNT));
+        }
+        Self::new(sums, counts)
     }
 
     /// Codewords `[heads, codes, dim]` as they are, each as if one vector had had it.
     ///
     /// # Errors
     /// As [`Codebook::new`].
-    pub fn of_codewords(codewords: Array3<f32>) -> Result<Self> {
-        let counts = Array2::ones((codewords.dim().0, codewords.dim().1));
-        Self::new(codewords, counts)
+    pub fn of_codewords(words: Array3<f32>) -> Result<Self> {
+        let counts = Array2::ones((words.dim().0, words.dim().1));
+        Self::new(words, counts)
     }
 
     /// Codewords by k-means of the vectors `[heads, n, dim]`, always the same for a seed.
@@ -88,21 +99,23 @@ impl Codebook {
     }
 
     pub fn heads(&self) -> usize {
-        self.sums.dim().0
+        self.words.dim().0
     }
 
     pub fn codes(&self) -> usize {
-        self.sums.dim().1
+        self.words.dim().1
     }
 
     /// Length of a codeword.
     pub fn dim(&self) -> usize {
-        self.sums.dim().2
+        self.words.dim().2
     }
 
     /// Running sums `[heads, codes, dim]`.
-    pub fn sums(&self) -> ArrayView3<'_, f32> {
-        self.sums.view()
+    pub fn sums(&self) -> Array3<f32> {
+        let mut sums = self.words.clone();
+        Zip::from(sums.lanes_mut(Axis(2))).and(&self.counts).for_each(|mut sum, count| sum *= count.max(LEAST_COUNT));
+        sums
     }
 
     /// Running counts `[heads, codes]`.
@@ -111,12 +124,8 @@ impl Codebook {
     }
 
     /// `[heads, codes, dim]`
-    pub fn codewords(&self) -> Array3<f32> {
-        let mut words = self.sums.clone();
-        Zip::from(words.lanes_mut(Axis(2)))
-            .and(&self.counts)
-            .for_each(|mut word, count| word /= count.max(LEAST_COUNT));
-        words
+    pub fn codewords(&self) -> ArrayView3<'_, f32> {
+        self.words.view()
     }
 
     /// The nearest codeword of each vector `[heads, n, dim]`, the lowest of equally near ones: `[heads, n]`.
@@ -125,10 +134,9 @@ impl Codebook {
     /// When heads or lengths are others, or a number is not finite.
     pub fn assign(&self, x: ArrayView3<f32>) -> Result<Array2<u32>> {
         self.check(x)?;
-        let words = self.codewords();
         let mut codes = Array2::zeros((x.dim().0, x.dim().1));
         let mut shares = vec![];
-        for ((codes, words), x) in codes.outer_iter_mut().zip(words.outer_iter()).zip(x.outer_iter()) {
+        for ((codes, words), x) in codes.outer_iter_mut().zip(self.words.outer_iter()).zip(x.outer_iter()) {
             let codes = codes.into_slice().expect("rows of an owned array are contiguous");
             for (share, codes) in codes.chunks_mut(SHARE).enumerate() {
                 let first = share * SHARE;
@@ -141,12 +149,8 @@ impl Codebook {
 
     /// [`Codebook::assign`] for vectors `[n, dim]` of one head, which have been checked.
     pub(super) fn codes_of(&self, head: usize, x: ArrayView2<f32>) -> Vec<u32> {
-        let mut words = self.sums.slice(s![head, .., ..]).to_owned();
-        Zip::from(words.rows_mut())
-            .and(self.counts.row(head))
-            .for_each(|mut word, count| word /= count.max(LEAST_COUNT));
         let mut codes = vec![0; x.nrows()];
-        assign(words.view(), x, &mut codes);
+        assign(self.words.slice(s![head, .., ..]), x, &mut codes);
         codes
     }
 
@@ -177,20 +181,20 @@ impl Codebook {
         {
             return Err(Error::expected("mask of the vectors", there.len(), n));
         }
-        let (codes, words) = (self.assign(x)?, self.codewords());
+        let codes = self.assign(x)?;
         let counted = |i: usize| there.is_none_or(|there| there[i]);
         let squared_errors = Array2::from_shape_fn(codes.dim(), |(h, i)| {
-            let (x, word) = (x.slice(s![h, i, ..]), words.slice(s![h, codes[[h, i]] as usize, ..]));
+            let (x, word) = (x.slice(s![h, i, ..]), self.words.slice(s![h, codes[[h, i]] as usize, ..]));
             x.iter().zip(word).map(|(a, b)| (a - b) * (a - b)).sum::<f32>()
         });
-        self.sums *= gamma;
-        self.counts *= gamma;
+        let (mut sums, mut counts) = (self.sums() * gamma, &self.counts * gamma);
         let mut commitment = 0f64;
         for ((h, i), &code) in codes.indexed_iter().filter(|((_, i), _)| counted(*i)) {
             commitment += f64::from(squared_errors[[h, i]]);
-            self.counts[[h, code as usize]] += 1.0 - gamma;
-            self.sums.slice_mut(s![h, code as usize, ..]).scaled_add(1.0 - gamma, &x.slice(s![h, i, ..]));
+            counts[[h, code as usize]] += 1.0 - gamma;
+            sums.slice_mut(s![h, code as usize, ..]).scaled_add(1.0 - gamma, &x.slice(s![h, i, ..]));
         }
+        *self = Self::of_sums(sums, counts)?;
         Ok(Learned { codes, squared_errors, commitment: (commitment / n.max(1) as f64) as f32 })
     }
 
@@ -210,7 +214,7 @@ impl Codebook {
         }
         for &(h, code) in &dead {
             let drawn = (chance.next_u64() % n) as usize;
-            self.sums.slice_mut(s![h, code, ..]).assign(&x.slice(s![h, drawn, ..]));
+            self.words.slice_mut(s![h, code, ..]).assign(&x.slice(s![h, drawn, ..]));
             self.counts[[h, code]] = 1.0;
         }
         Ok(dead.len())

@@ -20,7 +20,7 @@ pub use past::Past;
 pub use vector_quantized::{Quantized, RelativeBias};
 
 use crate::error::{Error, Result};
-use crate::layer::require_finite;
+use crate::linalg::require_finite;
 
 /// Which keys a query sees.
 #[derive(Debug, Clone, Copy, Default)]

@@ -34,7 +34,7 @@ impl Past {
     /// # Errors
     /// When the sizes are not `[batch, heads, codes, value dim]` or do not fit each other, or codes, counts or values are
     /// none.
-    pub(super) fn check(&self, expected: (usize, usize, usize, usize)) -> Result<()> {
+    pub(crate) fn check(&self, expected: (usize, usize, usize, usize)) -> Result<()> {
         let (batch, heads, codes, value_dim) = expected;
         let recent = self.recent_codes.dim().2;
         let fits = self.means.dim() == expected
@@ -50,8 +50,8 @@ impl Past {
                 format!("[batch, heads, codes, value dim] {expected:?}, and what fits it"),
             ));
         }
-        crate::layer::require_finite("the past's means", self.means.iter())?;
-        crate::layer::require_finite("the past's values", self.recent_values.iter())?;
+        crate::linalg::require_finite("the past's means", self.means.iter())?;
+        crate::linalg::require_finite("the past's values", self.recent_values.iter())?;
         if let Some(count) = self.counts.iter().find(|count| !(count.is_finite() && **count >= 0.0)) {
             return Err(Error::expected("a count of the past", count, "a number of keys"));
         }

@@ -13,7 +13,7 @@ use super::past::{Past, add};
 use super::softmax::{Running, add_keys, finish};
 use super::{Attended, Visible, check};
 use crate::error::{Error, Result};
-use crate::layer::require_finite;
+use crate::linalg::require_finite;
 use crate::linalg::{in_pool, matmul, on_all_threads};
 
 /// Scores of positions, added to those of contents (Transformer-XL; Transformer-VQ): query i and key j have

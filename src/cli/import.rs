@@ -10,7 +10,7 @@ use crate::model::{self, Cancel, ImportOptions, ImportReport, Plan};
 use crate::store::{Store, check_model_name};
 
 /// A request to stop that Ctrl-C makes.
-fn cancel_on_interrupt() -> Cancel {
+pub fn cancel_on_interrupt() -> Cancel {
     let cancel = Cancel::new();
     let asked = cancel.clone();
     tokio::spawn(async move {

@@ -1,5 +1,6 @@
 //! The command line: arguments parsed purely, then resolved, one file per group of commands.
 
+mod attention;
 mod catalogue;
 mod import;
 mod keys;
@@ -53,6 +54,11 @@ enum Command {
     Show { model: String, layer: String },
     /// Run a layer on inputs.
     Forward(ForwardArgs),
+    /// Run an attention block, its projections included, on a sequence.
+    Attend(attention::AttendArgs),
+    /// Train the codebooks of an attention block.
+    #[command(subcommand)]
+    Codebooks(attention::CodebooksCommand),
     /// Show which keys of a key–value layer each input uses.
     Search(SearchArgs),
     /// Show the keys of all layers that point most nearly along a key, or a vector, or against it.
@@ -270,6 +276,8 @@ async fn run(cli: Cli) -> Result<u8> {
         Command::Log => catalogue::log(&context).await,
         Command::Diff { old, new } => catalogue::diff(&context, &old, &new).await,
         Command::Forward(args) => run::forward(&context, args).await,
+        Command::Attend(args) => attention::attend(&context, args).await,
+        Command::Codebooks(command) => attention::codebooks(&context, command).await,
         Command::Search(args) => run::search(&context, args).await,
         Command::Nearest(args) => keys::nearest(&context, args).await,
         Command::Shared(args) => keys::shared(&context, args).await,

@@ -73,7 +73,7 @@ pub fn bytes(n: u64) -> String {
 
 /// How many times smaller.
 pub fn ratio(dense: u64, stored: u64) -> String {
-    if stored == 0 { "-".into() } else { format!("{:.2}×", dense as f64 / stored as f64) }
+    if stored == 0 || dense == 0 { "-".into() } else { format!("{:.2}×", dense as f64 / stored as f64) }
 }
 
 /// An error for a person.

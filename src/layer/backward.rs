@@ -51,6 +51,7 @@ impl Layer {
                 let corrected = matmul(matmul_nt(grad_output, a.view()).view(), b.view());
                 (layer.quantized_backward(grad_output) + corrected, matmul(grad_output.t(), x))
             }
+            Layer::VqAttention(_) => return Err(super::no_weight("a layer with gradients of a weight")),
             Layer::Dense(layer) => (matmul(grad_output, layer.weight()?.view()), matmul(grad_output.t(), x)),
         };
         Ok(Gradients { input, weight, bias })

@@ -8,6 +8,7 @@ mod dense;
 mod key_value;
 mod low_rank;
 pub mod parts;
+mod vq_attention;
 
 use std::fmt;
 use std::str::FromStr;
@@ -28,10 +29,12 @@ pub use low_rank::{
     Correction, LowRankConfig, LowRankLayer, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod, Transform,
 };
 pub use parts::{ArtifactId, Parts};
+pub use vq_attention::{AttentionBlock, HyperSettings, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
 
 pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
 
 use crate::error::{Error, Result};
+pub(crate) use crate::linalg::require_finite;
 
 /// How a layer is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -43,11 +46,13 @@ pub enum Method {
     KeyValue,
     /// Quantised weights and a low-rank correction of their error.
     LowRank,
+    /// Attention between projections that are layers of their own: codebooks and settings.
+    VqAttention,
 }
 
 impl Method {
     /// Every method, in the order they are documented.
-    pub const ALL: [Method; 3] = [Method::Dense, Method::KeyValue, Method::LowRank];
+    pub const ALL: [Method; 4] = [Method::Dense, Method::KeyValue, Method::LowRank, Method::VqAttention];
 
     /// The name in rules, tables and JSON.
     pub fn as_str(self) -> &'static str {
@@ -55,6 +60,7 @@ impl Method {
             Method::Dense => "dense",
             Method::KeyValue => "key_value",
             Method::LowRank => "low_rank",
+            Method::VqAttention => "vq_attention",
         }
     }
 }
@@ -82,6 +88,7 @@ pub enum MethodConfig {
     Dense,
     KeyValue(KeyValueConfig),
     LowRank(LowRankConfig),
+    VqAttention(VqAttentionConfig),
 }
 
 impl MethodConfig {
@@ -91,6 +98,7 @@ impl MethodConfig {
             MethodConfig::Dense => Method::Dense,
             MethodConfig::KeyValue(_) => Method::KeyValue,
             MethodConfig::LowRank(_) => Method::LowRank,
+            MethodConfig::VqAttention(_) => Method::VqAttention,
         }
     }
 
@@ -117,6 +125,7 @@ impl MethodConfig {
             MethodConfig::Dense => Ok(()),
             MethodConfig::KeyValue(config) => config.validate(),
             MethodConfig::LowRank(config) => config.validate(),
+            MethodConfig::VqAttention(config) => config.validate(),
         }
     }
 
@@ -130,6 +139,7 @@ impl MethodConfig {
             MethodConfig::Dense => Ok(()),
             MethodConfig::KeyValue(config) => config.check(out_features, in_features),
             MethodConfig::LowRank(config) => config.check(out_features, in_features, calibrated),
+            MethodConfig::VqAttention(_) => Err(no_weight("a method for a weight")),
         }
     }
 
@@ -140,7 +150,7 @@ impl MethodConfig {
     pub fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
         match self {
             MethodConfig::LowRank(config) => config.expected_bytes(out_features, in_features),
-            MethodConfig::Dense | MethodConfig::KeyValue(_) => Ok(None),
+            MethodConfig::Dense | MethodConfig::KeyValue(_) | MethodConfig::VqAttention(_) => Ok(None),
         }
     }
 
@@ -167,8 +177,18 @@ impl MethodConfig {
             MethodConfig::LowRank(config) => {
                 Ok(Layer::LowRank(LowRankLayer::build(config, weight, bias, calibration)?))
             }
+            MethodConfig::VqAttention(_) => Err(no_weight("a method for a weight")),
         }
     }
+}
+
+/// An attention layer where a linear one belongs.
+fn no_weight(what: &str) -> Error {
+    Error::expected(
+        what,
+        "vq_attention",
+        "a linear layer: attention runs by `attend`, and its projections by themselves",
+    )
 }
 
 fn check_inputs(
@@ -199,18 +219,6 @@ fn check_inputs(
     require_finite("the weight", weight.iter())
 }
 
-pub(crate) fn require_finite<'a>(what: &str, values: impl Iterator<Item = &'a f32> + Clone) -> Result<()> {
-    // Less their signs, infinities and NaN are the largest bit patterns; a maximum needs no branch for each value.
-    let largest = values.clone().fold(0, |most, value| (value.to_bits() & (u32::MAX >> 1)).max(most));
-    if largest < f32::INFINITY.to_bits() {
-        return Ok(());
-    }
-    match values.enumerate().find(|(_, value)| !value.is_finite()) {
-        Some((index, value)) => Err(Error::NotFinite { what: what.to_owned(), value: f64::from(*value), index }),
-        None => Ok(()),
-    }
-}
-
 /// Whether a forward pass may leave out what matters little.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Accuracy {
@@ -236,6 +244,7 @@ pub enum Layer {
     Dense(DenseLayer),
     KeyValue(KeyValueLayer),
     LowRank(LowRankLayer),
+    VqAttention(VqAttentionLayer),
 }
 
 impl Layer {
@@ -245,6 +254,7 @@ impl Layer {
             Layer::Dense(_) => Method::Dense,
             Layer::KeyValue(_) => Method::KeyValue,
             Layer::LowRank(_) => Method::LowRank,
+            Layer::VqAttention(_) => Method::VqAttention,
         }
     }
 
@@ -254,6 +264,7 @@ impl Layer {
             Layer::Dense(l) => l.out_features(),
             Layer::KeyValue(l) => l.out_features(),
             Layer::LowRank(l) => l.out_features(),
+            Layer::VqAttention(l) => l.out_features(),
         }
     }
 
@@ -263,6 +274,7 @@ impl Layer {
             Layer::Dense(l) => l.in_features(),
             Layer::KeyValue(l) => l.in_features(),
             Layer::LowRank(l) => l.in_features(),
+            Layer::VqAttention(l) => l.in_features(),
         }
     }
 
@@ -272,6 +284,7 @@ impl Layer {
             Layer::Dense(l) => l.config(),
             Layer::KeyValue(l) => l.config(),
             Layer::LowRank(l) => l.config(),
+            Layer::VqAttention(l) => l.config(),
         }
     }
 
@@ -301,8 +314,10 @@ impl Layer {
     /// # Errors
     /// As [`Layer::forward`].
     pub fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
-        if let Layer::Dense(layer) = self {
-            layer.require_matrix()?;
+        match self {
+            Layer::Dense(layer) => layer.require_matrix()?,
+            Layer::VqAttention(_) => return Err(no_weight("a layer to run")),
+            Layer::KeyValue(_) | Layer::LowRank(_) => {}
         }
         if x.ncols() != self.in_features() {
             return Err(Error::expected(
@@ -316,6 +331,7 @@ impl Layer {
             Layer::Dense(l) => l.linear(x),
             Layer::KeyValue(l) => Ok(l.linear(x, accuracy)),
             Layer::LowRank(l) => Ok(Output { y: l.linear(x, accuracy), relative_error_bound: None }),
+            Layer::VqAttention(_) => Err(no_weight("a layer to run")),
         }
     }
 
@@ -328,6 +344,7 @@ impl Layer {
             Layer::Dense(l) => l.bias(),
             Layer::KeyValue(l) => Ok(l.bias().cloned()),
             Layer::LowRank(l) => Ok(l.bias().cloned()),
+            Layer::VqAttention(_) => Ok(None),
         }
     }
 
@@ -351,6 +368,7 @@ impl Layer {
             Layer::Dense(l) => Ok(l.weight()?.clone()),
             Layer::KeyValue(l) => Ok(l.weight()),
             Layer::LowRank(l) => Ok(l.weight()),
+            Layer::VqAttention(_) => Err(no_weight("a layer with a weight")),
         }
     }
 
@@ -360,6 +378,7 @@ impl Layer {
             Layer::Dense(l) => l.to_parts(),
             Layer::KeyValue(l) => l.to_parts(),
             Layer::LowRank(l) => l.to_parts(),
+            Layer::VqAttention(l) => l.to_parts(),
         }
     }
 
@@ -372,6 +391,7 @@ impl Layer {
             Method::Dense => Ok(Layer::Dense(DenseLayer::from_parts(parts)?)),
             Method::KeyValue => Ok(Layer::KeyValue(KeyValueLayer::from_parts(parts)?)),
             Method::LowRank => Ok(Layer::LowRank(LowRankLayer::from_parts(parts)?)),
+            Method::VqAttention => Ok(Layer::VqAttention(VqAttentionLayer::from_parts(parts)?)),
         }
     }
 
@@ -381,7 +401,7 @@ impl Layer {
     /// When the settings are not valid for the layer.
     pub fn configured(&self, config: &Value) -> Result<Self> {
         match self {
-            Layer::Dense(_) => Ok(self.clone()),
+            Layer::Dense(_) | Layer::VqAttention(_) => Ok(self.clone()),
             Layer::LowRank(l) => Ok(Layer::LowRank(l.configured(config)?)),
             Layer::KeyValue(l) => Ok(Layer::KeyValue(l.configured(config)?)),
         }
@@ -393,6 +413,7 @@ impl Layer {
             Layer::Dense(l) => l.memory_bytes(),
             Layer::KeyValue(l) => l.memory_bytes(),
             Layer::LowRank(l) => l.memory_bytes(),
+            Layer::VqAttention(l) => l.memory_bytes(),
         }
     }
 }

@@ -54,17 +54,18 @@ pub fn write_array(location: &str, array: ArrayView2<f32>, as_vector: bool) -> R
         Ok(Location::Safetensors(path, name)) => (path, Some(name.unwrap_or("output"))),
         Err(e) => return Err(e),
     };
+    whole(path, |staged| match name {
+        None => write_npy(staged, &shape, values),
+        Some(name) => write_tensor(staged, name, shape, values),
+    })
+}
+
+/// Has a file written beside its place, and moved there when it is whole.
+pub(super) fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let staged = parent.join(format!(
-        ".{}.{}.partial",
-        path.file_name().unwrap_or_default().to_string_lossy(),
-        std::process::id()
-    ));
-    let written = match name {
-        None => write_npy(&staged, &shape, values),
-        Some(name) => write_tensor(&staged, name, shape, values),
-    };
-    written.and_then(|()| std::fs::rename(&staged, path).map_err(|e| Error::io(path, e))).inspect_err(|_| {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let staged = parent.join(format!(".{name}.{}.partial", std::process::id()));
+    write(&staged).and_then(|()| std::fs::rename(&staged, path).map_err(|e| Error::io(path, e))).inspect_err(|_| {
         let _ = std::fs::remove_file(&staged);
     })
 }

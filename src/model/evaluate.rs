@@ -186,7 +186,7 @@ async fn stored_reference(
 /// When the store holds no dense weights for a quantised layer.
 pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<Layer> {
     let every_key = match handle.record().method {
-        Method::Dense => return handle.load().await,
+        Method::Dense | Method::VqAttention => return handle.load().await,
         Method::LowRank => None,
         Method::KeyValue => match handle.load().await? {
             Layer::KeyValue(layer) if !layer.holds_its_weight() => Some(Layer::KeyValue(layer)),

@@ -9,15 +9,18 @@ use chrono::Utc;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::attention::{PlannedBlock, make_block};
 use super::checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
 use super::measure::{CorrectionReport, measure};
-use super::plan::{Planned, bits_per_weight, flattened, plan};
+use super::plan::{All, Planned, bits_per_weight, flattened, plan};
 use super::rules::Rules;
 use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::layer::parts::{Tensor, canonical_json};
 use crate::layer::{DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
-use crate::store::{ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, check_model_name, joined};
+use crate::store::{
+    ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, Stored, check_model_name, joined,
+};
 
 /// Part of every recipe: raise it when a method comes to make other parts from the same settings.
 const RECIPE_VERSION: u32 = 2;
@@ -98,13 +101,13 @@ pub async fn import(
 ) -> Result<ImportReport> {
     check_model_name(model)?;
     let ImportOptions { rules, calibration, message, progress, cancel } = options;
-    let (planned, unused_rules) = plan(&checkpoint, &rules, calibration.as_ref())?;
+    let All { layers: planned, blocks, unused_rules } = plan(&checkpoint, &rules, calibration.as_ref())?;
     let named: HashSet<&str> = planned.iter().map(|p| p.source.layer.as_str()).collect();
     let given = calibration.iter().flat_map(Activations::layers);
     let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
     let calibration = Arc::new(calibration);
     let bytes = planned.iter().map(|p| p.source.byte_len() as u64).sum();
-    progress.started(planned.len(), bytes);
+    progress.started(planned.len() + blocks.len(), bytes);
     let _done = Finish(progress.clone());
     let mut writer = store.writer().await?;
     let mut records = Vec::with_capacity(planned.len());
@@ -137,39 +140,52 @@ pub async fn import(
                 (stored, config, correction, !new)
             }
         };
-        let record = LayerRecord {
-            model: model.to_owned(),
-            layer: name.clone(),
-            method: stored.method,
-            in_features,
-            out_features,
-            artifact: stored.artifact,
-            relative_error: stored.relative_error,
-            error_basis: stored.error_basis,
-            dense_bytes,
-            stored_bytes: stored.stored_bytes,
-            config,
-            source,
-            created_at: Utc::now(),
-            places: Places::default(),
-        };
-        layers.push(LayerReport {
-            layer: name,
-            method: record.method,
-            in_features,
-            out_features,
-            artifact: record.artifact.to_string(),
-            relative_error: record.relative_error,
-            error_basis: record.error_basis,
-            dense_bytes,
-            stored_bytes: record.stored_bytes,
-            bits_per_weight: bits_per_weight(record.stored_bytes, out_features, in_features),
-            correction,
-            reused,
-            seconds: started.elapsed().as_secs_f64(),
-        });
-        records.push(record);
+        let done = Done { name, in_features, out_features, dense_bytes, stored, config, correction, reused, source };
+        layers.push(done.report(started));
+        records.push(done.record(model));
         progress.layer_done(dense_bytes, reused);
+    }
+    for block in blocks {
+        let started = Instant::now();
+        let name = block.name.clone();
+        progress.layer(&name);
+        let width = block.config.d_model.unwrap_or_default() as u64;
+        let (checkpoint, calibration, block) = (checkpoint.clone(), calibration.clone(), Arc::new(block));
+        let recipe = {
+            let (checkpoint, calibration, block) = (checkpoint.clone(), calibration.clone(), block.clone());
+            unless_cancelled(&cancel, move || Ok(block_recipe(&checkpoint, &block, calibration.as_ref().as_ref())))
+                .await?
+        };
+        let before = writer.made_by(&recipe).cloned();
+        let (stored, reused) = match before {
+            Some(stored) => (stored, true),
+            None => {
+                let made =
+                    unless_cancelled(&cancel, move || make_block(&checkpoint, &block, calibration.as_ref().as_ref()));
+                let (layer, error) = made.await.map_err(|e| e.in_layer(&name))?;
+                let made = Made {
+                    recipe,
+                    relative_error: error.filter(|e| e.is_finite()),
+                    error_basis: ErrorBasis::Activations,
+                };
+                let (_, new) = writer.add(&Layer::VqAttention(layer).to_parts(), made).await?;
+                (writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?, !new)
+            }
+        };
+        let done = Done {
+            name,
+            in_features: width,
+            out_features: width,
+            dense_bytes: 0,
+            config: stored.config.clone(),
+            stored,
+            correction: CorrectionReport::default(),
+            reused,
+            source: Source::default(),
+        };
+        layers.push(done.report(started));
+        records.push(done.record(model));
+        progress.layer_done(0, reused);
     }
     if cancel.is_cancelled() {
         return Err(Error::Cancelled);
@@ -186,6 +202,63 @@ pub async fn import(
         unused_rules,
         unmatched_calibration,
     })
+}
+
+/// A layer that is in the store.
+struct Done {
+    name: String,
+    in_features: u64,
+    out_features: u64,
+    dense_bytes: u64,
+    stored: Stored,
+    config: Value,
+    correction: CorrectionReport,
+    reused: bool,
+    source: Source,
+}
+
+impl Done {
+    fn report(&self, started: Instant) -> LayerReport {
+        let stored = &self.stored;
+        LayerReport {
+            layer: self.name.clone(),
+            method: stored.method,
+            in_features: self.in_features,
+            out_features: self.out_features,
+            artifact: stored.artifact.to_string(),
+            relative_error: stored.relative_error,
+            error_basis: stored.error_basis,
+            dense_bytes: self.dense_bytes,
+            stored_bytes: stored.stored_bytes,
+            bits_per_weight: match stored.method {
+                // It has none.
+                Method::VqAttention => 0.0,
+                _ => bits_per_weight(stored.stored_bytes, self.out_features, self.in_features),
+            },
+            correction: self.correction.clone(),
+            reused: self.reused,
+            seconds: started.elapsed().as_secs_f64(),
+        }
+    }
+
+    fn record(self, model: &str) -> LayerRecord {
+        LayerRecord {
+            model: model.to_owned(),
+            layer: self.name,
+            method: self.stored.method,
+            in_features: self.in_features,
+            out_features: self.out_features,
+            artifact: self.stored.artifact,
+            relative_error: self.stored.relative_error,
+            error_basis: self.stored.error_basis,
+            dense_bytes: self.dense_bytes,
+            stored_bytes: self.stored.stored_bytes,
+            config: self.config,
+            source: self.source,
+            created_at: Utc::now(),
+            places: Places::default(),
+        }
+    }
 }
 
 struct Finish(Arc<dyn Progress>);
@@ -235,6 +308,28 @@ fn recipe(checkpoint: &Checkpoint, planned: &Planned, calibration: Option<&Activ
     }
     let file = checkpoint.file_name(&planned.source.weight).to_owned();
     (hasher.finalize().into(), Source { file, tensors, metadata: checkpoint.metadata().clone() })
+}
+
+/// Names what a block is made from and how.
+fn block_recipe(checkpoint: &Checkpoint, block: &PlannedBlock, calibration: Option<&Activations>) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    let mut add = |bytes: &[u8]| {
+        hasher.update(&(bytes.len() as u64).to_le_bytes());
+        hasher.update_rayon(bytes);
+    };
+    for projection in &block.projections {
+        for entry in std::iter::once(&projection.weight).chain(&projection.bias) {
+            add(source_tensor(checkpoint, entry).hash.as_bytes());
+        }
+        if let Some((dtype, shape, bytes)) = calibration.and_then(|c| c.raw(&projection.layer)) {
+            add(format!("{dtype:?} {shape:?}").as_bytes());
+            add(bytes);
+        }
+    }
+    let settings = serde_json::to_value(&block.config).unwrap_or(Value::Null);
+    add(canonical_json(&settings).as_bytes());
+    add(&RECIPE_VERSION.to_le_bytes());
+    hasher.finalize().into()
 }
 
 fn source_tensor(checkpoint: &Checkpoint, entry: &TensorEntry) -> SourceTensor {

@@ -1,11 +1,14 @@
 //! Whole models: checkpoints read and written, rules that choose methods, calibration, compression, evaluation.
 
 mod arrays;
+mod attention;
 mod checkpoint;
+mod codebooks;
 mod evaluate;
 mod export;
 mod import;
 mod measure;
+mod past;
 mod plan;
 mod rules;
 mod shared;
@@ -13,11 +16,13 @@ mod work;
 
 pub use arrays::{read_array, write_array};
 pub use checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
+pub use codebooks::{Training, TrainingReport, train_codebooks};
 pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
 pub use export::{ExportReport, export};
 pub use import::{ImportOptions, ImportReport, LayerReport, import, open_inputs};
 pub use measure::CorrectionReport;
+pub use past::{read_past, write_past};
 pub use plan::{Plan, PlannedLayer, preview};
-pub use rules::{Rule, Rules};
+pub use rules::{Rule, Rules, read_attention_settings};
 pub use shared::{SharedDirections, SharedOptions, shared_directions};
 pub use work::{Cancel, Progress, Silent};

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::attention::{PlannedBlock, blocks};
 use super::checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
 use super::rules::{Rule, Rules};
 use crate::error::Result;
@@ -47,7 +48,7 @@ pub struct Plan {
 /// # Errors
 /// When a rule or calibration does not fit a layer.
 pub fn preview(checkpoint: &Checkpoint, rules: &Rules, calibration: Option<&Activations>) -> Result<Plan> {
-    let (planned, unused_rules) = plan(checkpoint, rules, calibration)?;
+    let All { layers: planned, blocks, unused_rules } = plan(checkpoint, rules, calibration)?;
     let layer = |planned: Planned| -> Result<PlannedLayer> {
         let (out_features, in_features) = flattened(&planned.source.weight);
         let bias = planned.source.bias.as_ref();
@@ -70,16 +71,35 @@ pub fn preview(checkpoint: &Checkpoint, rules: &Rules, calibration: Option<&Acti
             layer: planned.source.layer,
         })
     };
-    Ok(Plan { layers: planned.into_iter().map(layer).collect::<Result<_>>()?, unused_rules })
+    let block = |block: &PlannedBlock| {
+        let width = block.config.d_model.unwrap_or_default() as u64;
+        Ok(PlannedLayer {
+            layer: block.name.clone(),
+            rule: Some(block.rule.clone()),
+            method: Method::VqAttention,
+            in_features: width,
+            out_features: width,
+            calibrated: block.calibrates(),
+            dense_bytes: 0,
+            expected_bytes: Some(block.expected_bytes()),
+            bits_per_weight: None,
+        })
+    };
+    let layers = planned.into_iter().map(layer).chain(blocks.iter().map(block)).collect::<Result<_>>()?;
+    Ok(Plan { layers, unused_rules })
 }
 
-/// Finds each layer's rule and holds it against the layer, and gives the rules that took none.
-pub(super) fn plan(
-    checkpoint: &Checkpoint,
-    rules: &Rules,
-    calibration: Option<&Activations>,
-) -> Result<(Vec<Planned>, Vec<String>)> {
-    let mut used = vec![false; rules.iter().count()];
+/// All that an import does.
+pub(super) struct All {
+    pub layers: Vec<Planned>,
+    pub blocks: Vec<PlannedBlock>,
+    /// Patterns of rules that take nothing.
+    pub unused_rules: Vec<String>,
+}
+
+/// Finds each layer's rule and holds it against the layer, the blocks of attention, and the rules that took nothing.
+pub(super) fn plan(checkpoint: &Checkpoint, rules: &Rules, calibration: Option<&Activations>) -> Result<All> {
+    let (blocks, mut used) = blocks(checkpoint, rules, calibration)?;
     let mut planned = Vec::new();
     for source in checkpoint.layers() {
         // Vectors, and tensors of other types, have no rows to compress: rules are for matrices.
@@ -101,7 +121,7 @@ pub(super) fn plan(
         planned.push(Planned { source, method, calibrated, rule });
     }
     let unused = rules.iter().zip(used).filter(|(_, used)| !used).map(|(rule, _)| described(rule));
-    Ok((planned, unused.collect()))
+    Ok(All { layers: planned, blocks, unused_rules: unused.collect() })
 }
 
 /// A tensor's shape as rows and columns: a vector is one column, more dimensions fold into the columns.

@@ -9,7 +9,7 @@ use serde_json::Value;
 use toml::Spanned;
 
 use crate::error::{Error, Result};
-use crate::layer::{Method, MethodConfig};
+use crate::layer::{Method, MethodConfig, VqAttentionConfig};
 
 /// One rule: layers whose whole path matches are compressed by a method.
 #[derive(Debug, Clone)]
@@ -23,9 +23,13 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether the rule takes a layer.
+    /// Whether the rule takes a linear layer; those for attention take none.
     pub fn matches(&self, layer: &str) -> bool {
-        self.pattern.is_match(layer)
+        self.method.method() != Method::VqAttention && self.pattern.is_match(layer)
+    }
+
+    pub(super) fn pattern(&self) -> &Regex {
+        &self.pattern
     }
 }
 
@@ -144,6 +148,21 @@ impl Rules {
     }
 }
 
+/// Reads the settings of an attention block: a file of what a rule for attention says, less `layers` and `method`.
+///
+/// # Errors
+/// As [`Rules::open`].
+pub fn read_attention_settings(path: &Path) -> Result<VqAttentionConfig> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    let fail = |line: usize, message: String| Error::Rules { file: path.display().to_string(), line, message };
+    let config: VqAttentionConfig = toml::from_str(&text).map_err(|e| {
+        let start = e.span().map_or(0, |span| span.start).min(text.len());
+        fail(1 + text.as_bytes()[..start].iter().filter(|b| **b == b'\n').count(), e.message().to_owned())
+    })?;
+    config.validate().map_err(|e| fail(1, e.to_string()))?;
+    Ok(config)
+}
+
 /// The method of a rule's table; on failure, the key to blame where there is one, and the message.
 fn read_method(
     settings: &serde_json::Map<String, Value>,
@@ -178,9 +197,15 @@ fn read_fields(method: Method, fields: &serde_json::Map<String, Value>) -> std::
         Method::Dense => Nothing::deserialize(value).map(|_| MethodConfig::Dense),
         Method::KeyValue => serde_json::from_value(value).map(MethodConfig::KeyValue),
         Method::LowRank => serde_json::from_value(value).map(MethodConfig::LowRank),
+        Method::VqAttention => serde_json::from_value(value).map(MethodConfig::VqAttention),
     };
     let config = config.map_err(|e| format!("{method}: {e}"))?;
     config.validate().map_err(|e| e.to_string())?;
+    if let MethodConfig::VqAttention(attention) = &config
+        && (attention.query.is_none() || !fields.contains_key("n_head"))
+    {
+        return Err("vq_attention: the rule names n_head, and the layers query, key and value of a block".into());
+    }
     Ok(config)
 }
 
@@ -245,6 +270,9 @@ method = "dense"
             (&rule("method = 'key_value'\nbackend = { type = 'annoy' }"), 4, "flat"),
             (&rule("method = 'key_value'\nthreshold = 1.0\nexpected_keys_per_query = 2"), 5, "one of them"),
             (&rule("method = 'key_value'\nenergy_keep = 2.0"), 4, "energy_keep"),
+            (&rule("method = 'vq_attention'\nn_head = 4"), 1, "query, key and value"),
+            (&rule("method = 'vq_attention'\nn_head = 4\nquery = 'q'\nkey = 'k'"), 1, "all three"),
+            (&rule("method = 'vq_attention'\nmechanism = 'flash'"), 4, "vq_qk"),
         ] {
             match Rules::parse(text, "r.toml") {
                 Err(Error::Rules { line: found, message, .. }) => {

@@ -4,6 +4,7 @@
 //! artifact is which model's which layer, and every change of it is one version. See `docs/design.md` for the tables
 //! and the commit protocol.
 
+mod attention;
 mod catalog;
 mod data;
 mod files;
@@ -31,6 +32,7 @@ use std::sync::Arc;
 
 use moka::future::Cache;
 
+pub use attention::AttentionHandle;
 pub use catalog::{SnapshotInfo, VersionInfo};
 pub use gc::GcReport;
 pub use handle::LayerHandle;

@@ -114,7 +114,7 @@ fn keys_quantized(case: &Case) {
 
 fn learned(case: &Case) {
     let counts = case.any("in.count").clone().into_dimensionality::<Ix2>().unwrap().mapv(|v| v as f32);
-    let mut book = Codebook::new(case.three("in.sum"), counts).unwrap();
+    let mut book = Codebook::of_sums(case.three("in.sum"), counts).unwrap();
     let there = case.vector("in.mask").mapv(|v| v != 0.0);
     let steps: Vec<_> = case.four("in.x").outer_iter().map(|x| x.to_owned()).collect();
     let mut found: [Vec<Tensor>; 6] = Default::default();

@@ -1,0 +1,155 @@
+//! `attend` and `codebooks`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use ndarray::Axis;
+use serde::Serialize;
+
+use super::Context;
+use super::import::cancel_on_interrupt;
+use super::output::bytes;
+use crate::error::{Error, Result};
+use crate::layer::Accuracy;
+use crate::model::{self, Training};
+use crate::store::{Store, check_model_name, joined};
+
+#[derive(Debug, Args)]
+pub struct AttendArgs {
+    model: String,
+    layer: String,
+    /// Inputs of the query projection, or queries where the block has none: a matrix [tokens, width] of one sequence, .npy or
+    /// FILE.safetensors:TENSOR, f32 or f16.
+    #[arg(long, value_name = "FILE")]
+    q: String,
+    /// Those of keys, if they are others than of queries.
+    #[arg(long, value_name = "FILE")]
+    k: Option<String>,
+    /// Those of values, if they are others than of keys.
+    #[arg(long, value_name = "FILE")]
+    v: Option<String>,
+    /// Where the outputs go, .npy or .safetensors.
+    #[arg(long, value_name = "FILE")]
+    output: Option<String>,
+    /// Let each query meet each key, and use every key, or all that is stored, of the projections.
+    #[arg(long)]
+    exact: bool,
+    /// What came before these tokens, in a .safetensors that is read where it is there, and written for the tokens that come
+    /// after: for a causal block with codebooks, whose sequence is too long for one call.
+    #[arg(long, value_name = "FILE", conflicts_with = "exact")]
+    state: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CodebooksCommand {
+    /// Train a block's codebooks from its inputs; a block that is not there is made.
+    Train(TrainArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    model: String,
+    /// The attention block: one that is there, or a new name.
+    layer: String,
+    /// Inputs of the query projection, or queries where the block has none: a matrix [tokens, width], .npy or
+    /// FILE.safetensors:TENSOR, f32 or f16.
+    #[arg(long, value_name = "FILE")]
+    queries: String,
+    /// Those of keys, if they are others than of queries.
+    #[arg(long, value_name = "FILE")]
+    keys: Option<String>,
+    /// Settings (TOML) of a new block, or to begin with anew: n_head, n_code and what else docs/rules.md says of vq_attention.
+    #[arg(long, value_name = "FILE")]
+    settings: Option<PathBuf>,
+    /// Times that all tokens are gone through.
+    #[arg(long, value_name = "N", default_value_t = Training::default().epochs)]
+    epochs: usize,
+    /// Tokens of a step.
+    #[arg(long, value_name = "N", default_value_t = Training::default().batch)]
+    batch: usize,
+    /// Begin with k-means again, in place of the block's codewords.
+    #[arg(long)]
+    anew: bool,
+}
+
+#[derive(Serialize)]
+struct Attended {
+    shape: Vec<usize>,
+}
+
+pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
+    let handle = context.snapshot().await?.attention(&args.model, &args.layer).await?;
+    let q = model::read_array(&args.q)?.0;
+    let k = args.k.as_deref().map(model::read_array).transpose()?.map_or_else(|| q.clone(), |k| k.0);
+    let v = args.v.as_deref().map(model::read_array).transpose()?.map_or_else(|| k.clone(), |v| v.0);
+    let block = handle.load().await?;
+    let (block, accuracy) = match args.exact {
+        true => (block.exact()?, Accuracy::Full),
+        false => (block, Accuracy::Approximate),
+    };
+    let mut past = match &args.state {
+        None => None,
+        Some(path) if path.exists() => Some(model::read_past(path)?),
+        Some(_) => {
+            let fresh = block.attention().past().cloned().or_else(|| block.attention().no_past(1));
+            Some(fresh.ok_or_else(|| {
+                Error::expected("--state", "a block without one", "a causal block with codebooks of keys")
+            })?)
+        }
+    };
+    let stored = block.attention().past().cloned();
+    let done = tokio::task::spawn_blocking(move || {
+        let [q, k, v] = [q, k, v].map(|x| x.insert_axis(Axis(0)));
+        // What was stored with the block came before, unless a file says otherwise.
+        let mut before = past.take().or(stored);
+        let y = block.attend(q.view(), k.view(), v.view(), None, before.as_mut(), accuracy)?;
+        Ok::<_, Error>((y.index_axis_move(Axis(0), 0), before))
+    });
+    let (y, past) = joined(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
+    if let Some(path) = &args.output {
+        model::write_array(path, y.view(), false)?;
+    }
+    if let (Some(path), Some(past)) = (&args.state, &past) {
+        model::write_past(path, past)?;
+    }
+    context.output.result(&Attended { shape: y.shape().to_vec() }, |r| {
+        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
+        let preview = if args.output.is_some() { String::new() } else { format!("\n{y:.4}") };
+        format!("output of shape {:?}{place}{preview}", r.shape)
+    })?;
+    Ok(0)
+}
+
+pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u8> {
+    let CodebooksCommand::Train(args) = command;
+    context.refuse_at("codebooks train")?;
+    check_model_name(&args.model)?;
+    let config = args.settings.as_deref().map(model::read_attention_settings).transpose()?;
+    let queries = model::read_array(&args.queries)?.0;
+    let keys = args.keys.as_deref().map(model::read_array).transpose()?.map_or_else(|| queries.clone(), |k| k.0);
+    let training = Training { config, epochs: args.epochs, batch: args.batch, anew: args.anew };
+    let store = match training.config {
+        Some(_) => Store::create(&context.store).await?,
+        None => context.open().await?,
+    };
+    let (progress, cancel) = (context.output.progress(), cancel_on_interrupt());
+    let (inputs, model, layer) = ((queries, keys), &args.model, &args.layer);
+    let report = model::train_codebooks(&store, model, layer, inputs, training, &progress, &cancel).await?;
+    context.output.result(&report, |r| {
+        let loss = |what: &str, losses: Option<[f32; 2]>| {
+            losses.map_or(String::new(), |[first, last]| format!("; {what} {first:.4} to {last:.4}"))
+        };
+        format!(
+            "'{}' of '{}' at version {}: {} steps, loss{}{}; {} dead codewords given away; {}",
+            r.layer,
+            r.model,
+            r.version,
+            r.steps,
+            loss(" of queries", r.queries).trim_start_matches(';'),
+            loss("of keys", r.keys),
+            r.revived,
+            bytes(r.stored_bytes),
+        )
+    })?;
+    Ok(0)
+}

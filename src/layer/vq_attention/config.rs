@@ -1,0 +1,234 @@
+//! The settings of an attention block.
+
+use serde::{Deserialize, Serialize};
+
+use crate::attention::Hyper;
+use crate::error::{Error, Result};
+
+/// How queries meet keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mechanism {
+    /// Queries and keys by their codewords.
+    #[default]
+    VqQk,
+    /// Keys by their codewords, queries as they are (Transformer-VQ).
+    VqK,
+    /// HyperAttention.
+    Hyper,
+    /// Each query and each key.
+    Exact,
+}
+
+/// How HyperAttention estimates; see [`Hyper`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HyperSettings {
+    pub block_size: usize,
+    pub sample_size: usize,
+    pub lsh_num_projs: usize,
+    pub min_seq_len: usize,
+    pub seed: u64,
+}
+
+impl Default for HyperSettings {
+    fn default() -> Self {
+        let Hyper { block_size, sample_size, projections, min_seq_len, seed } = Hyper::default();
+        HyperSettings { block_size, sample_size, lsh_num_projs: projections, min_seq_len, seed }
+    }
+}
+
+impl From<HyperSettings> for Hyper {
+    fn from(s: HyperSettings) -> Self {
+        Hyper {
+            block_size: s.block_size,
+            sample_size: s.sample_size,
+            projections: s.lsh_num_projs,
+            min_seq_len: s.min_seq_len,
+            seed: s.seed,
+        }
+    }
+}
+
+/// Settings of an attention block, in rules, in the catalogue and in code.
+///
+/// Lengths that are left out follow from the projections: `d_model` is the width of the query projection's inputs, `d_k` and
+/// `d_v` are its and the value projection's outputs for each head.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VqAttentionConfig {
+    pub mechanism: Mechanism,
+    /// Heads of queries.
+    pub n_head: usize,
+    /// Heads of keys and values, which heads of queries share; as many as of queries where left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_kv_head: Option<usize>,
+    /// Width of the block's inputs and outputs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_model: Option<usize>,
+    /// Length of a head's queries and keys.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_k: Option<usize>,
+    /// Length of a head's values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub d_v: Option<usize>,
+    /// Codewords of each head, of queries and of keys.
+    pub n_code: usize,
+    /// Codewords of queries, in place of `n_code`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_code_q: Option<usize>,
+    /// Codewords of keys, in place of `n_code`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_code_k: Option<usize>,
+    /// Tokens that a causal attention takes at a time.
+    pub block_len: usize,
+    /// Tokens before a block that it meets one by one.
+    pub mem_len: usize,
+    /// Whether a query sees only the keys up to its own.
+    pub causal: bool,
+    /// What codebooks keep of their running means at each step of learning.
+    pub c_gamma: f64,
+    /// Whether a causal attention meets keys behind its window, by their codes.
+    pub agg_cache: bool,
+    /// What products of queries and keys are multiplied with; `1 / sqrt(d_k)` where left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hyper: Option<HyperSettings>,
+    /// Names of the linear layers in the same model, behind the block's own and a dot, or in full. Without one, what it
+    /// would give is the block's input or output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub query: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
+    /// Of the k-means that codebooks begin with.
+    pub seed: u64,
+}
+
+impl Default for VqAttentionConfig {
+    fn default() -> Self {
+        VqAttentionConfig {
+            mechanism: Mechanism::default(),
+            n_head: 8,
+            n_kv_head: None,
+            d_model: None,
+            d_k: None,
+            d_v: None,
+            n_code: 512,
+            n_code_q: None,
+            n_code_k: None,
+            block_len: 128,
+            mem_len: 0,
+            causal: true,
+            c_gamma: 0.99,
+            agg_cache: true,
+            scale: None,
+            hyper: None,
+            query: None,
+            key: None,
+            value: None,
+            output: None,
+            seed: 0,
+        }
+    }
+}
+
+impl VqAttentionConfig {
+    /// Heads of keys and values.
+    pub fn kv_heads(&self) -> usize {
+        self.n_kv_head.unwrap_or(self.n_head)
+    }
+
+    /// Codewords of each head of queries; none where queries are taken as they are.
+    pub fn query_codes(&self) -> Option<usize> {
+        (self.mechanism == Mechanism::VqQk).then(|| self.n_code_q.unwrap_or(self.n_code))
+    }
+
+    /// Codewords of each head of keys; none where keys are taken as they are.
+    pub fn key_codes(&self) -> Option<usize> {
+        matches!(self.mechanism, Mechanism::VqQk | Mechanism::VqK).then(|| self.n_code_k.unwrap_or(self.n_code))
+    }
+
+    /// The same with all lengths said: `d_k` and `d_v` of a head, and of the whole `d_model`, where they are not.
+    ///
+    /// # Errors
+    /// When a length that is said is another than the one found.
+    pub fn with_lengths(&self, d_model: usize, d_k: usize, d_v: usize) -> Result<Self> {
+        let mut all = self.clone();
+        for (name, said, found) in
+            [("d_model", &mut all.d_model, d_model), ("d_k", &mut all.d_k, d_k), ("d_v", &mut all.d_v, d_v)]
+        {
+            if *said.get_or_insert(found) != found {
+                return Err(Error::expected(name, said.unwrap_or_default(), format!("{found}, as its layers have")));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Checks the settings by themselves.
+    ///
+    /// # Errors
+    /// When one is out of its range, or two do not go together.
+    pub fn validate(&self) -> Result<()> {
+        let at_least_one = [
+            ("n_head", Some(self.n_head)),
+            ("n_kv_head", self.n_kv_head),
+            ("d_model", self.d_model),
+            ("d_k", self.d_k),
+            ("d_v", self.d_v),
+            ("n_code", Some(self.n_code)),
+            ("n_code_q", self.n_code_q),
+            ("n_code_k", self.n_code_k),
+            ("block_len", Some(self.block_len)),
+        ];
+        if let Some((name, _)) = at_least_one.iter().find(|(_, value)| *value == Some(0)) {
+            return Err(Error::expected(*name, 0, "at least 1"));
+        }
+        if !self.n_head.is_multiple_of(self.kv_heads()) {
+            return Err(Error::expected(
+                "n_kv_head",
+                self.kv_heads(),
+                format!("a divisor of n_head = {}", self.n_head),
+            ));
+        }
+        if !(0.0..=1.0).contains(&self.c_gamma) {
+            return Err(Error::expected("c_gamma", self.c_gamma, "within 0 and 1"));
+        }
+        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
+            return Err(Error::expected("scale", scale, "a finite number"));
+        }
+        let unused = match self.mechanism {
+            Mechanism::VqQk => self.hyper.map(|_| "hyper"),
+            Mechanism::VqK => self.hyper.map(|_| "hyper").or(self.n_code_q.map(|_| "n_code_q")),
+            Mechanism::Hyper | Mechanism::Exact => {
+                let hyper = self.hyper.filter(|_| self.mechanism == Mechanism::Exact).map(|_| "hyper");
+                hyper.or(self.n_code_q.map(|_| "n_code_q")).or(self.n_code_k.map(|_| "n_code_k"))
+            }
+        };
+        if let Some(unused) = unused {
+            let mechanism = serde_json::to_value(self.mechanism).unwrap_or_default();
+            return Err(Error::expected(
+                unused,
+                format!("it beside mechanism = {mechanism}"),
+                "a mechanism that uses it",
+            ));
+        }
+        let projections = [&self.query, &self.key, &self.value];
+        let said = projections.iter().filter(|name| name.is_some()).count();
+        if said != 0 && said != 3 {
+            return Err(Error::expected("query, key and value", format!("{said} of them"), "all three, or none"));
+        }
+        if self.hyper.is_some_and(|h| h.block_size == 0 || h.min_seq_len == 0 || h.lsh_num_projs > 24) {
+            return Err(Error::expected(
+                "hyper",
+                format!("{:?}", self.hyper.unwrap_or_default()),
+                "block_size and min_seq_len of at least 1, lsh_num_projs of at most 24",
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,277 @@
+//! Attention as a layer: codebooks, settings, and what a long sequence has left behind.
+
+mod block;
+mod config;
+mod stored;
+
+use std::sync::Arc;
+
+use ndarray::{ArrayView2, ArrayView4, Axis, s};
+use serde_json::{Value, json};
+
+pub use block::AttentionBlock;
+pub use config::{HyperSettings, Mechanism, VqAttentionConfig};
+
+use crate::attention::{Attended, Codebook, Learned, Past, Quantized, Visible, exact};
+use crate::error::{Error, Result};
+
+/// Codewords that hardly any vector has are given to others below this share of an even count.
+const DEAD_BELOW: f32 = 0.01;
+
+/// An attention layer without its projections: queries, keys and values in, heads of outputs out.
+#[derive(Debug, Clone)]
+pub struct VqAttentionLayer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// With all lengths said.
+    config: VqAttentionConfig,
+    queries: Option<Codebook>,
+    keys: Option<Codebook>,
+    past: Option<Past>,
+}
+
+/// What a step of learning saw of queries and keys.
+#[derive(Debug, Clone)]
+pub struct Step {
+    pub queries: Option<Learned>,
+    pub keys: Option<Learned>,
+    /// Codewords that were given to other vectors.
+    pub revived: usize,
+}
+
+impl VqAttentionLayer {
+    /// From settings with all lengths said, the codebooks that they call for, and what came before a sequence's next token.
+    ///
+    /// # Errors
+    /// When settings are not valid, or codebooks or past do not fit them.
+    pub fn new(
+        config: VqAttentionConfig,
+        queries: Option<Codebook>,
+        keys: Option<Codebook>,
+        past: Option<Past>,
+    ) -> Result<Self> {
+        config.validate()?;
+        let (Some(d_k), Some(d_v), Some(_)) = (config.d_k, config.d_v, config.d_model) else {
+            return Err(Error::expected("lengths of an attention layer", "some left out", "d_model, d_k and d_v"));
+        };
+        let wanted = [
+            ("queries", &queries, config.query_codes(), config.n_head),
+            ("keys", &keys, config.key_codes(), config.kv_heads()),
+        ];
+        for (what, book, codes, heads) in wanted {
+            let found = book.as_ref().map(|book| (book.heads(), book.codes(), book.dim()));
+            let expected = codes.map(|codes| (heads, codes, d_k));
+            if found != expected {
+                return Err(Error::expected(
+                    format!("codebook of {what}, [heads, codes, d_k]"),
+                    format!("{found:?}"),
+                    format!("{expected:?}"),
+                ));
+            }
+        }
+        if let Some(past) = &past {
+            let codes = keys.as_ref().filter(|_| config.causal).map(Codebook::codes);
+            let codes = codes
+                .ok_or_else(|| Error::expected("a past", "one", "none: only causal attention by codes has one"))?;
+            past.check((past.counts.dim().0, config.kv_heads(), codes, d_v))?;
+        }
+        Ok(VqAttentionLayer { inner: Arc::new(Inner { config, queries, keys, past }) })
+    }
+
+    /// With codebooks by k-means of queries `[heads · d_k]` and keys `[kv heads · d_k]` a row, where the settings call for
+    /// them.
+    ///
+    /// # Errors
+    /// As [`VqAttentionLayer::new`], and when there are fewer vectors than codes.
+    pub fn by_kmeans(config: VqAttentionConfig, queries: ArrayView2<f32>, keys: ArrayView2<f32>) -> Result<Self> {
+        config.validate()?;
+        let seed = config.seed;
+        let learn = |x: ArrayView2<f32>, heads: usize, codes: Option<usize>, what: &str| {
+            let by_heads = in_heads(x, heads, what)?;
+            let by_heads = by_heads.view().into_dimensionality().map_err(|e| Error::Numeric(e.to_string()))?;
+            codes.map(|codes| Codebook::by_kmeans(by_heads, codes, seed)).transpose()
+        };
+        let books = (
+            learn(queries, config.n_head, config.query_codes(), "queries")?,
+            learn(keys, config.kv_heads(), config.key_codes(), "keys")?,
+        );
+        Self::new(config, books.0, books.1, None)
+    }
+
+    /// The settings, with all lengths said.
+    pub fn settings(&self) -> &VqAttentionConfig {
+        &self.inner.config
+    }
+
+    /// Codewords of queries, where they are quantised.
+    pub fn queries(&self) -> Option<&Codebook> {
+        self.inner.queries.as_ref()
+    }
+
+    /// Codewords of keys, where they are quantised.
+    pub fn keys(&self) -> Option<&Codebook> {
+        self.inner.keys.as_ref()
+    }
+
+    /// What came before the next token, where it was kept.
+    pub fn past(&self) -> Option<&Past> {
+        self.inner.past.as_ref()
+    }
+
+    /// The same layer, at another place of a sequence.
+    ///
+    /// # Errors
+    /// When the past does not fit.
+    pub fn with_past(&self, past: Option<Past>) -> Result<Self> {
+        let Inner { config, queries, keys, .. } = &*self.inner;
+        Self::new(config.clone(), queries.clone(), keys.clone(), past)
+    }
+
+    /// The same layer with each query meeting each key.
+    ///
+    /// # Errors
+    /// As [`VqAttentionLayer::new`].
+    pub fn exact(&self) -> Result<Self> {
+        let config = VqAttentionConfig {
+            mechanism: Mechanism::Exact,
+            hyper: None,
+            n_code_q: None,
+            n_code_k: None,
+            ..self.inner.config.clone()
+        };
+        Self::new(config, None, None, None)
+    }
+
+    /// Width of the block's inputs.
+    pub fn in_features(&self) -> usize {
+        self.inner.config.d_model.unwrap_or_default()
+    }
+
+    /// Width of the block's outputs.
+    pub fn out_features(&self) -> usize {
+        self.in_features()
+    }
+
+    /// A past of nothing, for so many sequences; none where the layer needs none.
+    pub fn no_past(&self, batch: usize) -> Option<Past> {
+        let config = &self.inner.config;
+        let codes = self.inner.keys.as_ref().filter(|_| config.causal)?.codes();
+        Some(Past::new(batch, config.kv_heads(), codes, config.d_v.unwrap_or_default()))
+    }
+
+    /// Attention of queries `[batch, heads, tokens, d_k]` to keys and values. `there` `[batch, keys]` leaves padding out.
+    /// Tokens come after those of `past`, and are added to it; without, they are the first.
+    ///
+    /// # Errors
+    /// As the mechanism's own; when there is a past that the mechanism has no use for, or padding that it does not know.
+    pub fn attend(
+        &self,
+        q: ArrayView4<f32>,
+        k: ArrayView4<f32>,
+        v: ArrayView4<f32>,
+        there: Option<ArrayView2<bool>>,
+        past: Option<&mut Past>,
+    ) -> Result<Attended> {
+        let Inner { config, queries, keys, .. } = &*self.inner;
+        let d_k = config.d_k.unwrap_or_default();
+        let scale = config.scale.unwrap_or(1.0 / (d_k as f64).sqrt()) as f32;
+        let found = (q.dim().1, k.dim().1, q.dim().3, v.dim().3);
+        let expected = (config.n_head, config.kv_heads(), d_k, config.d_v.unwrap_or_default());
+        if found != expected {
+            return Err(Error::expected(
+                "heads of queries and of keys, their length, and that of values",
+                format!("{found:?}"),
+                format!("{expected:?}"),
+            ));
+        }
+        let visible = Visible { causal: config.causal, keys: there, segments: None };
+        let no_use = |what: &str, mechanism: &str| Err(Error::expected(what, "one", format!("none: {mechanism}")));
+        match (config.mechanism, keys) {
+            (Mechanism::VqQk | Mechanism::VqK, Some(keys)) if config.causal => {
+                if there.is_some() {
+                    return no_use("a mask of keys", "causal attention by codes takes whole sequences");
+                }
+                let attention = Quantized {
+                    mem_len: config.mem_len,
+                    agg_cache: config.agg_cache,
+                    ..Quantized::new(keys, queries.as_ref(), scale, config.block_len)
+                };
+                match (past, self.no_past(q.dim().0)) {
+                    (Some(past), _) => attention.causal(q, k, v, past),
+                    (None, Some(mut fresh)) => attention.causal(q, k, v, &mut fresh),
+                    (None, None) => no_use("a codebook of keys", "the layer has one"),
+                }
+            }
+            _ if past.is_some() => no_use("a past", "only causal attention by codes has one"),
+            (Mechanism::VqQk | Mechanism::VqK, Some(keys)) => {
+                Quantized::new(keys, queries.as_ref(), scale, config.block_len).all(q, k, v, &visible)
+            }
+            (Mechanism::Hyper, _) if there.is_some() => {
+                no_use("a mask of keys", "HyperAttention takes whole sequences")
+            }
+            (Mechanism::Hyper, _) => {
+                crate::attention::Hyper::from(config.hyper.unwrap_or_default()).attend(q, k, v, scale, config.causal)
+            }
+            _ => exact(q, k, v, scale, &visible),
+        }
+    }
+
+    /// One step of learning from queries `[tokens, heads · d_k]` and keys `[tokens, kv heads · d_k]`: running means with
+    /// `c_gamma`, and codewords that have died given to vectors of this step. No rows leave a codebook as it is.
+    ///
+    /// # Errors
+    /// When vectors are of another length, or a number is not finite.
+    pub fn learn(&self, queries: ArrayView2<f32>, keys: ArrayView2<f32>, step: u64) -> Result<(Self, Step)> {
+        let config = &self.inner.config;
+        let mut revived = 0;
+        let mut one = |book: &Option<Codebook>, x: ArrayView2<f32>, heads: usize, what: &str| {
+            let Some(book) = book else { return Ok((None, None)) };
+            if x.is_empty() {
+                return Ok((Some(book.clone()), None));
+            }
+            let (mut book, x) = (book.clone(), in_heads(x, heads, what)?);
+            let learned = book.learn(x.view(), None, config.c_gamma as f32)?;
+            let even = book.counts().sum() / (book.heads() * book.codes()) as f32;
+            revived += book.revive(x.view(), DEAD_BELOW * even, config.seed.wrapping_add(step))?;
+            Ok::<_, Error>((Some(book), Some(learned)))
+        };
+        let (q, of_queries) = one(&self.inner.queries, queries, config.n_head, "queries")?;
+        let (k, of_keys) = one(&self.inner.keys, keys, config.kv_heads(), "keys")?;
+        let layer = Self::new(config.clone(), q, k, None)?;
+        Ok((layer, Step { queries: of_queries, keys: of_keys, revived }))
+    }
+
+    pub(super) fn config(&self) -> Value {
+        json!(self.inner.config)
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        let book = |book: &Option<Codebook>| book.as_ref().map_or(0, |b| b.codewords().len() + b.counts().len());
+        let past = self.inner.past.as_ref();
+        let past = past.map_or(0, |p| p.counts.len() + p.means.len() + p.recent_codes.len() + p.recent_values.len());
+        4 * (book(&self.inner.queries) + book(&self.inner.keys) + past)
+    }
+}
+
+/// Rows `[tokens, heads · dim]` as `[heads, tokens, dim]`.
+fn in_heads(x: ArrayView2<f32>, heads: usize, what: &str) -> Result<ndarray::Array3<f32>> {
+    let (tokens, width) = x.dim();
+    if heads == 0 || !width.is_multiple_of(heads) {
+        return Err(Error::expected(format!("width of {what}"), width, format!("a multiple of {heads} heads")));
+    }
+    let x = x.to_shape((tokens, heads, width / heads)).map_err(|e| Error::Numeric(e.to_string()))?;
+    Ok(x.permuted_axes([1, 0, 2]).as_standard_layout().to_owned())
+}
+
+/// Rows `[batch, tokens, heads · dim]` as `[batch, heads, tokens, dim]`.
+fn batch_in_heads(x: ndarray::ArrayView3<f32>, heads: usize, what: &str) -> Result<ndarray::Array4<f32>> {
+    let (batch, tokens, width) = x.dim();
+    let mut all = ndarray::Array4::zeros((batch, heads, tokens, width.checked_div(heads).unwrap_or(0)));
+    for b in 0..batch {
+        all.slice_mut(s![b, .., .., ..]).assign(&in_heads(x.index_axis(Axis(0), b), heads, what)?);
+    }
+    Ok(all)
+}

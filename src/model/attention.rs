@@ -1,0 +1,173 @@
+//! Attention blocks of a checkpoint: found by the names of their projections, their codebooks made from calibration inputs.
+
+use ndarray::{Array2, ArrayView1, s};
+
+use super::checkpoint::{Activations, Checkpoint, LayerSource};
+use super::rules::{Rule, Rules};
+use crate::error::{Error, Result};
+use crate::layer::{AttentionBlock, MethodConfig, VqAttentionConfig, VqAttentionLayer};
+use crate::linalg::{add_outer, matmul_nt, relative_error};
+
+/// Calibration tokens that attend to each other when a block is measured: inputs do not say where sequences end.
+const WINDOW: usize = 128;
+
+/// A block and how it is to be made.
+pub(super) struct PlannedBlock {
+    pub name: String,
+    /// With all lengths said.
+    pub config: VqAttentionConfig,
+    /// The rule that takes it.
+    pub rule: String,
+    /// Wq, Wk and Wv.
+    pub projections: [LayerSource; 3],
+}
+
+impl PlannedBlock {
+    /// Bytes that it will take.
+    pub fn expected_bytes(&self) -> u64 {
+        let of = |codes: Option<usize>, heads: usize| codes.map_or(0, |codes| heads * codes * (self.d_k() + 1) * 4);
+        (of(self.config.query_codes(), self.config.n_head) + of(self.config.key_codes(), self.config.kv_heads())) as u64
+    }
+
+    fn d_k(&self) -> usize {
+        self.config.d_k.unwrap_or_default()
+    }
+
+    /// Whether its codebooks are to be made from inputs.
+    pub fn calibrates(&self) -> bool {
+        self.config.key_codes().is_some()
+    }
+}
+
+/// The blocks that rules for attention find among a checkpoint's layers, and for each rule whether it found one. A block is
+/// where a rule's projections are, each behind one name that the rule's pattern matches.
+///
+/// # Errors
+/// When a projection is not there or of another shape, or calibration inputs are missing.
+pub(super) fn blocks(
+    checkpoint: &Checkpoint,
+    rules: &Rules,
+    calibration: Option<&Activations>,
+) -> Result<(Vec<PlannedBlock>, Vec<bool>)> {
+    let layers = checkpoint.layers();
+    let (mut found, mut used) = (Vec::<PlannedBlock>::new(), vec![]);
+    for rule in rules.iter() {
+        let before = found.len();
+        if let MethodConfig::VqAttention(config) = &rule.method {
+            let suffix = format!(".{}", config.query.as_deref().unwrap_or_default());
+            for layer in &layers {
+                let Some(block) = layer.layer.strip_suffix(&suffix).filter(|block| rule.pattern().is_match(block))
+                else {
+                    continue;
+                };
+                if found.iter().all(|known| known.name != block) {
+                    found.push(planned(block, config, rule, &layers, calibration).map_err(|e| e.in_layer(block))?);
+                }
+            }
+        }
+        used.push(found.len() > before);
+    }
+    Ok((found, used))
+}
+
+fn planned(
+    block: &str,
+    config: &VqAttentionConfig,
+    rule: &Rule,
+    layers: &[LayerSource],
+    calibration: Option<&Activations>,
+) -> Result<PlannedBlock> {
+    if layers.iter().any(|layer| layer.layer == block) {
+        return Err(Error::expected("name of an attention block", format!("'{block}', a layer"), "a name of its own"));
+    }
+    let named = |name: &Option<String>| {
+        let name = format!("{block}.{}", name.as_deref().unwrap_or_default());
+        layers.iter().find(|layer| layer.layer == name && layer.weight.is_float_matrix()).ok_or_else(|| {
+            Error::expected("projection of an attention block", format!("no matrix '{name}'"), "a layer of that name")
+        })
+    };
+    let projections = [named(&config.query)?, named(&config.key)?, named(&config.value)?];
+    if config.output.is_some() {
+        named(&config.output)?;
+    }
+    let [(q, d_model), (k, k_width), (v, _)] = projections.map(|p| (p.weight.shape[0], p.weight.shape[1]));
+    let (heads, shared) = (config.n_head, config.kv_heads());
+    if !q.is_multiple_of(heads) || !v.is_multiple_of(shared) || k != q / heads * shared {
+        return Err(Error::expected(
+            "outputs of the projections",
+            format!("{q} of queries, {k} of keys, {v} of values"),
+            format!("as many for each of {heads} heads of queries and {shared} of keys and values"),
+        ));
+    }
+    let planned = PlannedBlock {
+        name: block.to_owned(),
+        config: config.with_lengths(d_model, q / heads, v / shared)?,
+        rule: format!("line {}: {}", rule.line, rule.layers),
+        projections: projections.map(Clone::clone),
+    };
+    if planned.calibrates() {
+        for (projection, width) in [(projections[0], d_model), (projections[1], k_width)] {
+            let there = calibration.is_some_and(|c| c.layers().any(|name| name == projection.layer));
+            if !there {
+                return Err(Error::expected(
+                    "calibration inputs for codebooks",
+                    format!("none for '{}'", projection.layer),
+                    "--calibration with a tensor of that name",
+                ));
+            }
+            calibration.map(|c| c.check(&projection.layer, width)).transpose()?;
+        }
+    }
+    Ok(planned)
+}
+
+/// Makes a block, and measures it against exact attention over the calibration inputs, where there are any.
+pub(super) fn make_block(
+    checkpoint: &Checkpoint,
+    planned: &PlannedBlock,
+    calibration: Option<&Activations>,
+) -> Result<(VqAttentionLayer, Option<f64>)> {
+    let [q, k, v] = &planned.projections;
+    let inputs = |source: &LayerSource| -> Result<Option<Array2<f32>>> {
+        let Some(calibration) = calibration else { return Ok(None) };
+        let Some(x) = calibration.get(&source.layer, source.weight.shape[1])? else { return Ok(None) };
+        let mut y = matmul_nt(x.view(), checkpoint.matrix(&source.weight)?.view());
+        if let Some(bias) = &source.bias {
+            let bias = checkpoint.vector(bias)?;
+            add_outer(&mut y, bias.view());
+        }
+        Ok(Some(y))
+    };
+    let (queries, keys, values) = (inputs(q)?, inputs(k)?, inputs(v)?);
+    let layer = match (&queries, &keys) {
+        (Some(queries), Some(keys)) => {
+            VqAttentionLayer::by_kmeans(planned.config.clone(), queries.view(), keys.view())?
+        }
+        _ => VqAttentionLayer::new(planned.config.clone(), None, None, None)?,
+    };
+    let error = match (queries, keys, values) {
+        (Some(q), Some(k), Some(v)) if q.nrows() == k.nrows() && k.nrows() == v.nrows() => {
+            let exact = AttentionBlock::new(layer.exact()?, None, None)?;
+            let block = AttentionBlock::new(layer.clone(), None, None)?;
+            Some(windowed_error(&block, &exact, [&q, &k, &v])?)
+        }
+        _ => None,
+    };
+    Ok((layer, error))
+}
+
+/// ‖ŷ − y‖ / ‖y‖ of outputs of the heads, each window of tokens by itself.
+fn windowed_error(block: &AttentionBlock, exact: &AttentionBlock, [q, k, v]: [&Array2<f32>; 3]) -> Result<f64> {
+    let (mut found, mut expected) = (vec![], vec![]);
+    for start in (0..q.nrows()).step_by(WINDOW) {
+        let tokens = start..q.nrows().min(start + WINDOW);
+        let part = |x: &Array2<f32>| x.slice(s![tokens.clone(), ..]).insert_axis(ndarray::Axis(0)).to_owned();
+        let (q, k, v) = (part(q), part(k), part(v));
+        for (block, all) in [(block, &mut found), (exact, &mut expected)] {
+            let y = block.attend(q.view(), k.view(), v.view(), None, None, crate::layer::Accuracy::Full)?;
+            all.extend(y);
+        }
+    }
+    let row = |all: &[f32]| ArrayView1::from(all).insert_axis(ndarray::Axis(0)).to_owned();
+    Ok(relative_error(row(&found).view(), row(&expected).view()))
+}

@@ -1,0 +1,238 @@
+//! Codebooks of an attention block, learned from its inputs.
+
+use chrono::Utc;
+use ndarray::{Array2, ArrayView2, s};
+use serde::Serialize;
+
+use super::work::{Cancel, Progress};
+use crate::error::{Error, Result};
+use crate::layer::{Accuracy, AttentionBlock, Layer, Method, Step, VqAttentionConfig, VqAttentionLayer};
+use crate::store::{ErrorBasis, LayerRecord, Made, Places, Source, Store, joined};
+
+/// How codebooks are trained.
+#[derive(Debug, Clone)]
+pub struct Training {
+    /// Settings of a block that is not there yet; of one that is, its own are used.
+    pub config: Option<VqAttentionConfig>,
+    /// Times that all tokens are gone through.
+    pub epochs: usize,
+    /// Tokens of a step.
+    pub batch: usize,
+    /// Begin with k-means again, in place of what the block has.
+    pub anew: bool,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Training { config: None, epochs: 10, batch: 1024, anew: false }
+    }
+}
+
+/// What training did.
+#[derive(Debug, Clone, Serialize)]
+pub struct TrainingReport {
+    pub model: String,
+    pub layer: String,
+    pub version: u64,
+    pub steps: usize,
+    /// The commitment loss of the first step and of the last, over queries and over keys: the mean squared distance to the
+    /// codeword, summed over heads.
+    pub queries: Option<[f32; 2]>,
+    pub keys: Option<[f32; 2]>,
+    /// Codewords that had died and were given to other vectors.
+    pub revived: usize,
+    pub artifact: String,
+    pub stored_bytes: u64,
+}
+
+/// Trains the codebooks of a block from inputs of its projections (or queries and keys themselves, where it has none), a row
+/// a token, and stores it as a new version of the model. A block that is not there is made, its codebooks begun by k-means.
+///
+/// # Errors
+/// When the block is there and no attention, or is not and has no settings; inputs do not fit; the storage refuses; or the
+/// work is cancelled: then the store is as it was.
+pub async fn train_codebooks(
+    store: &Store,
+    model: &str,
+    layer: &str,
+    (queries, keys): (Array2<f32>, Array2<f32>),
+    training: Training,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<TrainingReport> {
+    if training.batch == 0 {
+        return Err(Error::expected("tokens of a step", 0, "at least 1"));
+    }
+    let mut writer = store.writer().await?;
+    let snapshot = store.latest().await?;
+    let known = snapshot.models().await?.iter().any(|m| m.model == model);
+    let mut records = if known { snapshot.layers(model).await? } else { vec![] };
+    let there = records.iter().find(|r| r.layer == layer);
+    let (block, config) = match there {
+        Some(record) if record.method != Method::VqAttention => {
+            let found = format!("'{layer}', a {} layer", record.method);
+            return Err(Error::expected("layer with codebooks", found, "a vq_attention layer, or a new name"));
+        }
+        Some(_) => {
+            let block = snapshot.attention(model, layer).await?.load().await?;
+            let config = training.config.clone().unwrap_or_else(|| block.attention().settings().clone());
+            (Some(block), config)
+        }
+        None => {
+            let config = training.config.clone().ok_or_else(|| {
+                Error::expected("settings of a new attention block", "none", "a file of them, see `docs/rules.md`")
+            })?;
+            (None, config)
+        }
+    };
+    config.validate()?;
+    let (projected, layer_before) = match &block {
+        Some(block) => {
+            let again = training.anew || training.config.is_some();
+            (project(block, queries.view(), keys.view())?, (!again).then(|| block.attention().clone()))
+        }
+        None => {
+            // Its projections, where it names any, are layers of the model.
+            let projected = match (&config.query, &config.key) {
+                (Some(query), Some(key)) => {
+                    let mut both = vec![];
+                    for (name, x) in [(query, &queries), (key, &keys)] {
+                        let full = format!("{layer}.{name}");
+                        let name = if records.iter().any(|r| r.layer == full) { &full } else { name };
+                        both.push(snapshot.layer(model, name).await?.forward(x.view(), Accuracy::Full).await?.y);
+                    }
+                    let keys = both.pop().unwrap_or_default();
+                    (both.pop().unwrap_or_default(), keys)
+                }
+                _ => (queries.clone(), keys.clone()),
+            };
+            (projected, None)
+        }
+    };
+    let (heads, shared) = (config.n_head, config.kv_heads());
+    let (q, k) = projected;
+    if !q.ncols().is_multiple_of(heads) || q.ncols() / heads * shared != k.ncols() || config.key_codes().is_none() {
+        return Err(Error::expected(
+            "queries and keys to learn from",
+            format!("{} and {} numbers a token, mechanism {:?}", q.ncols(), k.ncols(), config.mechanism),
+            format!("as many for each of {heads} and {shared} heads, and a mechanism with codebooks"),
+        ));
+    }
+    let d_k = q.ncols() / heads;
+    let config = match &block {
+        Some(block) => {
+            let known = block.attention().settings();
+            config.with_lengths(block.attention().in_features(), d_k, known.d_v.unwrap_or(d_k))?
+        }
+        None => {
+            let d_v = config.d_v.unwrap_or(d_k);
+            let d_model = config.d_model.unwrap_or(if config.query.is_some() { queries.ncols() } else { q.ncols() });
+            config.with_lengths(d_model, d_k, d_v)?
+        }
+    };
+    let steps = training.epochs * q.nrows().max(k.nrows()).div_ceil(training.batch);
+    progress.started(steps + 1, steps as u64);
+    progress.layer("k-means");
+    let started = layer_before;
+    let trained = learn(started, config, (q, k), &training, progress, cancel).await;
+    progress.finished();
+    let Trained { attention, queries, keys, revived, steps } = trained?;
+    let attention = Layer::VqAttention(attention);
+    let parts = attention.to_parts();
+    let made = Made { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
+    writer.add(&parts, made).await?;
+    let record = LayerRecord {
+        model: model.to_owned(),
+        layer: layer.to_owned(),
+        method: Method::VqAttention,
+        in_features: attention.in_features() as u64,
+        out_features: attention.out_features() as u64,
+        artifact: parts.id(),
+        relative_error: None,
+        error_basis: ErrorBasis::Activations,
+        dense_bytes: 0,
+        stored_bytes: parts.stored_bytes(),
+        config: attention.config(),
+        source: Source::default(),
+        created_at: Utc::now(),
+        places: Places::default(),
+    };
+    records.retain(|r| r.layer != layer);
+    records.push(record);
+    let message = format!("codebooks of '{layer}' trained");
+    let version = writer.commit(model, &records, Some(&message)).await?;
+    Ok(TrainingReport {
+        model: model.to_owned(),
+        layer: layer.to_owned(),
+        version,
+        steps,
+        queries,
+        keys,
+        revived,
+        artifact: parts.id().to_string(),
+        stored_bytes: parts.stored_bytes(),
+    })
+}
+
+fn project(block: &AttentionBlock, q: ArrayView2<f32>, k: ArrayView2<f32>) -> Result<(Array2<f32>, Array2<f32>)> {
+    let [queries, keys] = block.project_queries_and_keys(q, k, Accuracy::Full)?;
+    Ok((queries, keys))
+}
+
+struct Trained {
+    attention: VqAttentionLayer,
+    queries: Option<[f32; 2]>,
+    keys: Option<[f32; 2]>,
+    revived: usize,
+    steps: usize,
+}
+
+async fn learn(
+    started: Option<VqAttentionLayer>,
+    config: VqAttentionConfig,
+    (q, k): (Array2<f32>, Array2<f32>),
+    training: &Training,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<Trained> {
+    let (q, k) = (std::sync::Arc::new(q), std::sync::Arc::new(k));
+    let mut attention = match started {
+        Some(attention) => attention,
+        None => {
+            let (q, k) = (q.clone(), k.clone());
+            let made = tokio::task::spawn_blocking(move || VqAttentionLayer::by_kmeans(config, q.view(), k.view()));
+            joined(made.await)??
+        }
+    };
+    progress.layer_done(0, false);
+    let batches = q.nrows().max(k.nrows()).div_ceil(training.batch);
+    let (mut queries, mut keys, mut revived, mut steps) = (None, None, 0, 0);
+    for epoch in 0..training.epochs {
+        progress.layer(&format!("epoch {} of {}", epoch + 1, training.epochs));
+        for batch in 0..batches {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let (q, k, size, step) = (q.clone(), k.clone(), training.batch, steps as u64);
+            let learned = tokio::task::spawn_blocking(move || {
+                let part = |x: &Array2<f32>| {
+                    let start = (batch * size).min(x.nrows());
+                    x.slice(s![start..x.nrows().min(start + size), ..]).to_owned()
+                };
+                attention.learn(part(&q).view(), part(&k).view(), step)
+            });
+            let (after, step): (_, Step) = joined(learned.await)??;
+            attention = after;
+            for (all, learned) in [(&mut queries, &step.queries), (&mut keys, &step.keys)] {
+                if let Some(learned) = learned.as_ref().filter(|learned| !learned.codes.is_empty()) {
+                    let losses: &mut [f32; 2] = all.get_or_insert([learned.commitment; 2]);
+                    losses[1] = learned.commitment;
+                }
+            }
+            revived += step.revived;
+            steps += 1;
+            progress.layer_done(1, false);
+        }
+    }
+    Ok(Trained { attention, queries, keys, revived, steps })
+}

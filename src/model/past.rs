@@ -1,0 +1,76 @@
+//! What a sequence has left behind, in a file: a long one is attended to piece by piece.
+
+use std::path::Path;
+
+use ndarray::{Array, ArrayD, Dimension};
+use safetensors::tensor::TensorView;
+
+use super::arrays::whole;
+use super::checkpoint::Checkpoint;
+use crate::attention::Past;
+use crate::error::{Error, Result};
+use crate::layer::{DType, to_f32};
+
+/// Reads what [`write_past`] wrote. Whether it fits a layer is found when it is used.
+///
+/// # Errors
+/// When the file cannot be read, or holds other tensors.
+pub fn read_past(path: &Path) -> Result<Past> {
+    let file = Checkpoint::open(path)?;
+    Ok(Past {
+        counts: floats(&file, "counts")?,
+        means: floats(&file, "means")?,
+        recent_codes: array(&file, "recent_codes", DType::U32, |bytes| {
+            Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+        })?,
+        recent_values: floats(&file, "recent_values")?,
+    })
+}
+
+fn floats<D: Dimension>(file: &Checkpoint, name: &str) -> Result<Array<f32, D>> {
+    array(file, name, DType::F32, |bytes| to_f32(DType::F32, bytes))
+}
+
+fn array<T, D: Dimension>(
+    file: &Checkpoint,
+    name: &str,
+    dtype: DType,
+    numbers: impl Fn(&[u8]) -> Result<Vec<T>>,
+) -> Result<Array<T, D>> {
+    let path = file.path().display();
+    let wrong = |found: String| Error::expected(format!("tensor '{name}' of {path}"), found, "as `attend` writes it");
+    let entry = file.tensor(name).ok_or_else(|| wrong("none".into()))?;
+    if entry.dtype != dtype {
+        return Err(wrong(format!("{:?}", entry.dtype)));
+    }
+    let array = ArrayD::from_shape_vec(entry.shape.clone(), numbers(file.bytes(entry))?);
+    array.and_then(|array| array.into_dimensionality()).map_err(|_| wrong(format!("shape {:?}", entry.shape)))
+}
+
+/// Writes a past as safetensors; the file appears whole or not at all.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_past(path: &Path, past: &Past) -> Result<()> {
+    // Sizes may be 0, and numbers in any order.
+    let floats = [
+        ("counts", past.counts.shape(), past.counts.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()),
+        ("means", past.means.shape(), past.means.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        (
+            "recent_values",
+            past.recent_values.shape(),
+            past.recent_values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        ),
+    ];
+    let codes: Vec<u8> = past.recent_codes.iter().flat_map(|code| code.to_le_bytes()).collect();
+    let mut tensors = vec![("recent_codes", DType::U32, past.recent_codes.shape(), &codes)];
+    tensors.extend(floats.iter().map(|(name, shape, bytes)| (*name, DType::F32, *shape, bytes)));
+    let tensors = tensors.into_iter().map(|(name, dtype, shape, bytes)| {
+        let view = TensorView::new(dtype, shape.to_vec(), bytes).map_err(|e| Error::file(path, e.to_string()));
+        view.map(|view| (name, view))
+    });
+    let tensors: Vec<(&str, TensorView)> = tensors.collect::<Result<_>>()?;
+    whole(path, |staged| {
+        safetensors::serialize_to_file(tensors, None, staged).map_err(|e| Error::file(path, e.to_string()))
+    })
+}

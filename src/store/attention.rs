@@ -1,0 +1,97 @@
+//! An attention block of a snapshot, opened when it is first used.
+
+use super::{LayerHandle, Snapshot};
+use crate::error::{Error, Result};
+use crate::layer::{AttentionBlock, Layer, VqAttentionConfig, VqAttentionLayer};
+
+/// An attention block by name: its codebooks and settings, and the linear layers that it names. Making one reads rows of the
+/// catalogue; [`AttentionHandle::load`] reads the arrays.
+#[derive(Debug, Clone)]
+pub struct AttentionHandle {
+    attention: LayerHandle,
+    projections: Option<[LayerHandle; 3]>,
+    output: Option<LayerHandle>,
+}
+
+impl Snapshot {
+    /// The attention block of that name, and the layers of the same model that it names, all of this snapshot.
+    ///
+    /// # Errors
+    /// When there is no such model or layer, the layer is no attention block, or one that it names is not there.
+    pub async fn attention(&self, model: &str, layer: &str) -> Result<AttentionHandle> {
+        let attention = self.layer(model, layer).await?;
+        let config: VqAttentionConfig = match serde_json::from_value(attention.record().config.clone()) {
+            Ok(config) if attention.record().method == crate::layer::Method::VqAttention => config,
+            _ => {
+                let found = format!("'{layer}', a {} layer", attention.record().method);
+                return Err(Error::expected("layer to attend with", found, "a vq_attention layer"));
+            }
+        };
+        let projections = match (&config.query, &config.key, &config.value) {
+            (Some(query), Some(key), Some(value)) => Some([
+                self.named(model, layer, query).await?,
+                self.named(model, layer, key).await?,
+                self.named(model, layer, value).await?,
+            ]),
+            _ => None,
+        };
+        let output = match &config.output {
+            Some(output) => Some(self.named(model, layer, output).await?),
+            None => None,
+        };
+        Ok(AttentionHandle { attention, projections, output })
+    }
+
+    /// A block's layer: behind the block's own name, or by its name in full.
+    async fn named(&self, model: &str, block: &str, name: &str) -> Result<LayerHandle> {
+        match self.layer(model, &format!("{block}.{name}")).await {
+            Ok(handle) => Ok(handle),
+            Err(behind) => self.layer(model, name).await.map_err(|_| behind.in_layer(block)),
+        }
+    }
+}
+
+impl AttentionHandle {
+    /// The handle of codebooks and settings.
+    pub fn attention(&self) -> &LayerHandle {
+        &self.attention
+    }
+
+    /// Those of Wq, Wk and Wv, where the block has them.
+    pub fn projections(&self) -> Option<&[LayerHandle; 3]> {
+        self.projections.as_ref()
+    }
+
+    /// That of Wo, where the block has it.
+    pub fn output(&self) -> Option<&LayerHandle> {
+        self.output.as_ref()
+    }
+
+    /// Codebooks and settings, in memory.
+    ///
+    /// # Errors
+    /// As [`LayerHandle::load`].
+    pub async fn load_attention(&self) -> Result<VqAttentionLayer> {
+        match self.attention.load().await? {
+            Layer::VqAttention(layer) => Ok(layer),
+            other => Err(Error::expected("layer to attend with", other.method(), "vq_attention")),
+        }
+    }
+
+    /// The block in memory, ready to run.
+    ///
+    /// # Errors
+    /// As [`LayerHandle::load`], and when layers do not fit each other.
+    pub async fn load(&self) -> Result<AttentionBlock> {
+        let projections = match &self.projections {
+            Some([query, key, value]) => Some([query.load().await?, key.load().await?, value.load().await?]),
+            None => None,
+        };
+        let output = match &self.output {
+            Some(output) => Some(output.load().await?),
+            None => None,
+        };
+        AttentionBlock::new(self.load_attention().await?, projections, output)
+            .map_err(|e| e.in_layer(&self.attention.record().layer))
+    }
+}
