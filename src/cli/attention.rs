@@ -136,7 +136,7 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
     let (inputs, model, layer) = ((queries, keys), &args.model, &args.layer);
     let report = model::train_codebooks(&store, model, layer, inputs, training, &progress, &cancel).await?;
     context.output.result(&report, |r| {
-        let loss = |what: &str, losses: Option<[f32; 2]>| {
+        let loss = |what: &str, losses: Option<[f64; 2]>| {
             losses.map_or(String::new(), |[first, last]| format!("; {what} {first:.4} to {last:.4}"))
         };
         format!(

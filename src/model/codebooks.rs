@@ -1,7 +1,9 @@
 //! Codebooks of an attention block, learned from its inputs.
 
 use chrono::Utc;
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, Axis};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::Serialize;
 
 use super::work::{Cancel, Progress};
@@ -35,10 +37,10 @@ pub struct TrainingReport {
     pub layer: String,
     pub version: u64,
     pub steps: usize,
-    /// The commitment loss of the first step and of the last, over queries and over keys: the mean squared distance to the
-    /// codeword, summed over heads.
-    pub queries: Option<[f32; 2]>,
-    pub keys: Option<[f32; 2]>,
+    /// The commitment loss over the first epoch and over the last, of queries and of keys: the mean squared distance of a token
+    /// to its codewords, summed over heads.
+    pub queries: Option<[f64; 2]>,
+    pub keys: Option<[f64; 2]>,
     /// Codewords that had died and were given to other vectors.
     pub revived: usize,
     pub artifact: String,
@@ -181,8 +183,8 @@ fn project(block: &AttentionBlock, q: ArrayView2<f32>, k: ArrayView2<f32>) -> Re
 
 struct Trained {
     attention: VqAttentionLayer,
-    queries: Option<[f32; 2]>,
-    keys: Option<[f32; 2]>,
+    queries: Option<[f64; 2]>,
+    keys: Option<[f64; 2]>,
     revived: usize,
     steps: usize,
 }
@@ -207,32 +209,60 @@ async fn learn(
     progress.layer_done(0, false);
     let batches = q.nrows().max(k.nrows()).div_ceil(training.batch);
     let (mut queries, mut keys, mut revived, mut steps) = (None, None, 0, 0);
+    let mut chance = ChaCha8Rng::seed_from_u64(attention.settings().seed);
     for epoch in 0..training.epochs {
         progress.layer(&format!("epoch {} of {}", epoch + 1, training.epochs));
+        let mut losses = [Loss::default(); 2];
+        let orders = [shuffled(q.nrows(), &mut chance), shuffled(k.nrows(), &mut chance)].map(std::sync::Arc::new);
         for batch in 0..batches {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let (q, k, size, step) = (q.clone(), k.clone(), training.batch, steps as u64);
+            let (q, k, orders, step) = (q.clone(), k.clone(), orders.clone(), steps as u64);
             let learned = tokio::task::spawn_blocking(move || {
-                let part = |x: &Array2<f32>| {
-                    let start = (batch * size).min(x.nrows());
-                    x.slice(s![start..x.nrows().min(start + size), ..]).to_owned()
+                // As many batches of both, however many there are of each.
+                let part = |x: &Array2<f32>, order: &[usize]| {
+                    let (start, end) = (batch * order.len() / batches, (batch + 1) * order.len() / batches);
+                    x.select(Axis(0), &order[start..end])
                 };
-                attention.learn(part(&q).view(), part(&k).view(), step)
+                attention.learn(part(&q, &orders[0]).view(), part(&k, &orders[1]).view(), step)
             });
             let (after, step): (_, Step) = joined(learned.await)??;
             attention = after;
-            for (all, learned) in [(&mut queries, &step.queries), (&mut keys, &step.keys)] {
-                if let Some(learned) = learned.as_ref().filter(|learned| !learned.codes.is_empty()) {
-                    let losses: &mut [f32; 2] = all.get_or_insert([learned.commitment; 2]);
-                    losses[1] = learned.commitment;
+            for (loss, learned) in losses.iter_mut().zip([&step.queries, &step.keys]) {
+                if let Some(learned) = learned {
+                    let tokens = learned.codes.ncols() as f64;
+                    loss.sum += f64::from(learned.commitment) * tokens;
+                    loss.tokens += tokens;
                 }
             }
             revived += step.revived;
             steps += 1;
             progress.layer_done(1, false);
         }
+        for (all, loss) in [&mut queries, &mut keys].into_iter().zip(losses) {
+            if loss.tokens > 0.0 {
+                let mean = loss.sum / loss.tokens;
+                let both: &mut [f64; 2] = all.get_or_insert([mean; 2]);
+                both[1] = mean;
+            }
+        }
     }
     Ok(Trained { attention, queries, keys, revived, steps })
+}
+
+/// A loss over several steps.
+#[derive(Debug, Clone, Copy, Default)]
+struct Loss {
+    sum: f64,
+    tokens: f64,
+}
+
+/// 0 … n − 1 in an order by chance (Fisher and Yates).
+fn shuffled(n: usize, chance: &mut ChaCha8Rng) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    for i in (1..n).rev() {
+        order.swap(i, (chance.next_u64() % (i as u64 + 1)) as usize);
+    }
+    order
 }

@@ -1,5 +1,6 @@
 //! Everything that needs a store on disk, in one binary: each one links LanceDB.
 
+mod attention;
 mod cli;
 mod faults;
 mod golden;

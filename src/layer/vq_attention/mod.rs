@@ -275,3 +275,6 @@ fn batch_in_heads(x: ndarray::ArrayView3<f32>, heads: usize, what: &str) -> Resu
     }
     Ok(all)
 }
+
+#[cfg(test)]
+mod tests;

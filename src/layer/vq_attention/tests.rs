@@ -1,0 +1,181 @@
+use ndarray::{Array2, Array3, Axis, s};
+use proptest::prelude::*;
+
+use super::*;
+use crate::layer::{Accuracy, DenseLayer, Layer, LowRankConfig, MethodConfig, Rank};
+use crate::linalg::relative_error;
+
+fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
+    Array2::from_shape_fn((rows, columns), |(i, j)| {
+        ((i * 7919 + j * 104_729 + i * j * 31 + seed * 613) % 1009) as f32 / 500.0 - 1.0
+    })
+}
+
+fn config(mechanism: Mechanism, causal: bool) -> VqAttentionConfig {
+    VqAttentionConfig {
+        mechanism,
+        n_head: 4,
+        n_kv_head: Some(2),
+        d_model: Some(12),
+        d_k: Some(6),
+        d_v: Some(5),
+        n_code: 8,
+        block_len: 7,
+        causal,
+        ..VqAttentionConfig::default()
+    }
+}
+
+fn layer(config: VqAttentionConfig) -> VqAttentionLayer {
+    VqAttentionLayer::by_kmeans(config, sample(50, 24, 1).view(), sample(50, 12, 2).view()).unwrap()
+}
+
+fn dense(rows: usize, columns: usize, seed: usize) -> Layer {
+    let bias = sample(1, rows, seed + 1).row(0).to_owned();
+    Layer::Dense(DenseLayer::from_f32(sample(rows, columns, seed).view(), Some(bias.view())))
+}
+
+const ALL: [Mechanism; 4] = [Mechanism::VqQk, Mechanism::VqK, Mechanism::Hyper, Mechanism::Exact];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// What is stored comes back as it was, under the same name, and attends the same.
+    #[test]
+    fn parts_are_the_layer(
+        mechanism in prop::sample::select(ALL.to_vec()),
+        causal in any::<bool>(),
+        codes in 1usize..9,
+        tokens in 0usize..20,
+        mem_len in 0usize..6,
+    ) {
+        let coded = matches!(mechanism, Mechanism::VqQk | Mechanism::VqK);
+        let config = VqAttentionConfig { n_code_k: coded.then_some(codes), mem_len, ..config(mechanism, causal) };
+        let mut layer = layer(config);
+        let [q, k, v] = [(24, 4, 3), (12, 2, 4), (10, 2, 5)].map(|(width, heads, seed)| {
+            batch_in_heads(sample(tokens, width, seed).insert_axis(Axis(0)).view(), heads, "inputs").unwrap()
+        });
+        if let Some(mut past) = layer.no_past(1) {
+            layer.attend(q.view(), k.view(), v.view(), None, Some(&mut past)).unwrap();
+            layer = layer.with_past(Some(past)).unwrap();
+        }
+        let parts = Layer::VqAttention(layer.clone()).to_parts();
+        let Layer::VqAttention(back) = Layer::from_parts(parts.clone()).unwrap() else { panic!("another kind of layer") };
+        prop_assert_eq!(back.settings(), layer.settings());
+        prop_assert_eq!((back.keys(), back.queries(), back.past()), (layer.keys(), layer.queries(), layer.past()));
+        prop_assert_eq!(Layer::VqAttention(back.clone()).to_parts().id(), parts.id());
+        let found = [&layer, &back].map(|layer| layer.attend(q.view(), k.view(), v.view(), None, None).unwrap());
+        prop_assert_eq!(&found[0].output, &found[1].output);
+    }
+}
+
+#[test]
+fn a_block_is_its_projections_around_attention() {
+    let x = sample(2 * 30, 12, 9).into_shape_with_order((2, 30, 12)).unwrap();
+    let projections = [dense(24, 12, 10), dense(12, 12, 20), dense(10, 12, 30)];
+    for mechanism in ALL {
+        for causal in [false, true] {
+            let layer = layer(config(mechanism, causal));
+            let block = AttentionBlock::new(layer.clone(), Some(projections.clone()), Some(dense(12, 20, 40))).unwrap();
+            let found = block.attend(x.view(), x.view(), x.view(), None, None, Accuracy::Approximate).unwrap();
+            for (b, x) in x.outer_iter().enumerate() {
+                let [q, k, v] = [(0, 4), (1, 2), (2, 2)].map(|(place, heads): (usize, usize)| {
+                    let y = projections[place].forward(x, Accuracy::Full).unwrap().y;
+                    batch_in_heads(y.insert_axis(Axis(0)).view(), heads, "inputs").unwrap()
+                });
+                let heads = layer.attend(q.view(), k.view(), v.view(), None, None).unwrap().output;
+                let joined = Array2::from_shape_fn((30, 20), |(i, j)| heads[[0, j / 5, i, j % 5]]);
+                let expected = dense(12, 20, 40).forward(joined.view(), Accuracy::Full).unwrap().y;
+                let error = relative_error(found.slice(s![b, .., ..]), expected.view());
+                assert!(error < 1e-5, "{mechanism:?}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn long_sequences_come_in_pieces_and_compressed_projections_serve() {
+    let low_rank = |rows: usize, columns: usize, seed: usize| {
+        let config = LowRankConfig {
+            weight: serde_json::from_str(r#"{"type": "int8", "group": "channel"}"#).unwrap(),
+            rank: Rank::Components(2),
+            ..LowRankConfig::default()
+        };
+        MethodConfig::LowRank(config).compress(sample(rows, columns, seed).view(), None, None).unwrap()
+    };
+    let projections = [low_rank(24, 12, 10), low_rank(12, 12, 20), low_rank(10, 12, 30)];
+    let block = AttentionBlock::new(layer(config(Mechanism::VqK, true)), Some(projections), None).unwrap();
+    let x = sample(40, 12, 9).insert_axis(Axis(0));
+    let attend = |x: ndarray::ArrayView3<f32>, past: Option<&mut Past>| -> Array3<f32> {
+        block.attend(x, x, x, None, past, Accuracy::Approximate).unwrap()
+    };
+    let whole = attend(x.view(), None);
+    let mut past = block.attention().no_past(1).unwrap();
+    let pieces = [0..17, 17..18, 18..40].map(|tokens| attend(x.slice(s![.., tokens, ..]), Some(&mut past)));
+    let views: Vec<_> = pieces.iter().map(|piece| piece.view()).collect();
+    let joined = ndarray::concatenate(Axis(1), &views).unwrap();
+    assert!(joined.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-5));
+    let exact = block.exact().unwrap();
+    assert_eq!(exact.attention().settings().mechanism, Mechanism::Exact);
+    assert_ne!(exact.attend(x.view(), x.view(), x.view(), None, None, Accuracy::Full).unwrap(), whole);
+}
+
+#[test]
+fn learning_brings_codewords_nearer() {
+    let (q, k) = (sample(300, 24, 1), sample(300, 12, 2));
+    let far = |heads: usize, seed: usize| {
+        let words = sample(heads * 8, 6, seed).into_shape_with_order((heads, 8, 6)).unwrap() * 9.0;
+        Some(Codebook::of_codewords(words).unwrap())
+    };
+    let config = VqAttentionConfig { c_gamma: 0.8, ..config(Mechanism::VqQk, true) };
+    let mut layer = VqAttentionLayer::new(config, far(4, 5), far(2, 6), None).unwrap();
+    let mut losses = vec![];
+    for number in 0..30 {
+        let (after, step) = layer.learn(q.view(), k.view(), number).unwrap();
+        losses.push([step.queries.unwrap().commitment, step.keys.unwrap().commitment]);
+        layer = after;
+    }
+    for side in 0..2 {
+        assert!(losses[29][side] < 0.5 * losses[0][side], "{losses:?}");
+    }
+    let (same, step) = layer.learn(Array2::zeros((0, 24)).view(), k.view(), 0).unwrap();
+    assert!(step.queries.is_none() && same.queries() == layer.queries() && same.keys() != layer.keys());
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let refuse = |config: VqAttentionConfig, expected: &str| {
+        let found = VqAttentionLayer::by_kmeans(config, sample(50, 24, 1).view(), sample(50, 12, 2).view());
+        let message = found.unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    };
+    let good = || config(Mechanism::VqQk, true);
+    refuse(VqAttentionConfig { n_head: 0, ..good() }, "n_head");
+    refuse(VqAttentionConfig { n_kv_head: Some(3), ..good() }, "divisor");
+    refuse(VqAttentionConfig { c_gamma: 1.5, ..good() }, "c_gamma");
+    refuse(VqAttentionConfig { n_code: 51, ..good() }, "51 for 50 vectors");
+    refuse(VqAttentionConfig { d_k: Some(7), ..good() }, "codebook of queries");
+    refuse(VqAttentionConfig { d_v: None, ..good() }, "d_model, d_k and d_v");
+    refuse(VqAttentionConfig { hyper: Some(HyperSettings::default()), ..good() }, "hyper");
+    refuse(VqAttentionConfig { n_code_q: Some(3), ..config(Mechanism::VqK, true) }, "n_code_q");
+    refuse(VqAttentionConfig { query: Some("q".into()), ..good() }, "all three");
+    let causal = layer(good());
+    let [q, k, v] = [(24, 4), (12, 2), (10, 2)]
+        .map(|(width, heads)| batch_in_heads(sample(9, width, 3).insert_axis(Axis(0)).view(), heads, "x").unwrap());
+    let there = Array2::from_elem((1, 9), true);
+    let attend = |layer: &VqAttentionLayer, there: Option<&Array2<bool>>, past: Option<&mut Past>| {
+        layer.attend(q.view(), k.view(), v.view(), there.map(|t| t.view()), past).map(|_| ())
+    };
+    assert!(attend(&causal, Some(&there), None).unwrap_err().to_string().contains("mask"));
+    let mut past = causal.no_past(1).unwrap();
+    let all = layer(config(Mechanism::VqQk, false));
+    assert!(all.no_past(1).is_none());
+    assert!(attend(&all, Some(&there), None).is_ok());
+    assert!(attend(&all, None, Some(&mut past)).unwrap_err().to_string().contains("a past"));
+    assert!(all.with_past(Some(past)).unwrap_err().to_string().contains("only causal"));
+    let other = Some([dense(24, 12, 1), dense(11, 12, 2), dense(10, 12, 3)]);
+    let message = AttentionBlock::new(all, other, None).unwrap_err().to_string();
+    assert!(message.contains("key projection"), "{message}");
+    let linear = Layer::VqAttention(causal);
+    assert!(linear.forward(sample(1, 12, 1).view(), Accuracy::Full).unwrap_err().to_string().contains("attend"));
+}
