@@ -64,12 +64,12 @@ pub(super) struct Hidden<'a> {
 
 impl Hidden<'_> {
     /// Keys below this may be seen by one of `queries`.
-    fn end(&self, queries: usize, keys: usize) -> usize {
+    pub fn end(&self, queries: usize, keys: usize) -> usize {
         if self.visible.causal { keys.min(self.first + queries) } else { keys }
     }
 
     /// Sets the scores of keys from `start` on that a query does not see to −∞.
-    fn hide(&self, start: usize, scores: &mut ArrayViewMut2<f32>) {
+    pub fn hide(&self, start: usize, scores: &mut ArrayViewMut2<f32>) {
         let keys = scores.ncols();
         if let Some(there) = self.visible.keys {
             let there = there.slice(s![self.batch, start..start + keys]);

@@ -6,6 +6,7 @@
 
 mod codebook;
 mod exact;
+mod gradients;
 mod hyper;
 mod past;
 mod softmax;
@@ -15,6 +16,7 @@ use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, ArrayViewMut1, Arr
 
 pub use codebook::{Codebook, Learned};
 pub use exact::exact;
+pub use gradients::{AttentionGradients, exact_gradients};
 pub use hyper::{Draws, Hyper};
 pub use past::Past;
 pub use vector_quantized::{Quantized, RelativeBias};

@@ -210,7 +210,7 @@ impl Quantized<'_> {
         found
     }
 
-    fn check(&self, q: ArrayView4<f32>, k: ArrayView4<f32>) -> Result<()> {
+    pub(super) fn check(&self, q: ArrayView4<f32>, k: ArrayView4<f32>) -> Result<()> {
         let fits = |what: &str, book: &Codebook, of: ArrayView4<f32>| match (book.heads(), book.dim())
             == (of.dim().1, of.dim().3)
         {

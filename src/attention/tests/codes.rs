@@ -5,7 +5,7 @@ use super::super::{Codebook, Past, Quantized, RelativeBias, Visible};
 use super::{dot, naive, off, sample, three, weighed};
 
 /// The vectors' codewords in their place, by the definition: the first of the nearest.
-fn replaced(book: &Codebook, x: &Array4<f32>) -> Array4<f32> {
+pub(super) fn replaced(book: &Codebook, x: &Array4<f32>) -> Array4<f32> {
     let words = book.codewords();
     let mut all = x.clone();
     for ((_, h, _), mut vector) in

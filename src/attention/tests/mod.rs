@@ -1,5 +1,6 @@
 mod codes;
 mod exact;
+mod gradients;
 mod hyper;
 
 use ndarray::{Array3, Array4, ArrayView1, Axis, s};
