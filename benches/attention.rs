@@ -73,6 +73,9 @@ fn main() -> Result<()> {
     let lengths = if named.is_empty() { (10..=18).step_by(2).map(|p| 1 << p).collect() } else { named };
     let (a, b) = (matrix(2048, 2048, 1), matrix(2048, 2048, 2));
     let rate = 2048f64.powi(3) / seconds(|| black_box(matmul(black_box(a.view()), b.view())));
+    // Threads that are started once are not of any call.
+    let small = clustered(1, 2048, 64, 5);
+    exact(small.view(), small.view(), small.view(), 0.1, &Visible::default())?;
     println!("matrix product: {:.1} GFLOP/s. {CODES} codes, blocks of {BLOCK}; {:?}", 2e-9 * rate, Hyper::default());
     println!(
         "{:>30} | {:>30} | codes of queries and keys{:14} | codes of keys{:26} | HyperAttention",

@@ -12,7 +12,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
 use super::exact::{self, Hidden};
-use super::softmax::{Running, add_keys, finish};
+use super::softmax::{Running, add_keys, finish, tile};
 use super::vector_quantized::gathered;
 use super::{Attended, Sizes, Visible, attended, check};
 use crate::error::{Error, Result};
@@ -345,6 +345,7 @@ impl Hyper {
         let (q, (k, v)) = (all.queries(part), all.keys(part));
         let (start, samples) = (blocks.start * queries / count, sorted.sampled_keys.nrows());
         let whole = queries < self.min_seq_len;
+        let mut room = vec![];
         for block in blocks {
             let rows = block * queries / count..(block + 1) * queries / count;
             let own = block * keys / count..(block + 1) * keys / count;
@@ -358,14 +359,14 @@ impl Hyper {
             let (near, values) = (gathered(k, &sorted.keys[own.clone()]), gathered(v, &sorted.keys[own.clone()]));
             let q = gathered(q, &sorted.queries[rows]);
             let mut running = vec![Running::default(); q.nrows()];
-            let mut scores = Array2::zeros((q.nrows(), near.nrows()));
-            let tile = (q.view(), near.view(), values.view());
-            add_keys(tile, all.scale, scores.view_mut(), |_| {}, output.view_mut(), &mut running);
+            let scores = tile(&mut room, q.nrows(), near.nrows());
+            let keys_of = (q.view(), near.view(), values.view());
+            add_keys(keys_of, all.scale, scores, |_| {}, output.view_mut(), &mut running);
             if samples > 0 {
                 // Each sample stands for so many keys; those of the block have been met.
                 let weight = (keys as f32 / samples as f32).ln();
-                let mut scores = Array2::zeros((q.nrows(), samples));
-                let tile = (q.view(), sorted.sampled_keys.view(), sorted.sampled_values.view());
+                let scores = tile(&mut room, q.nrows(), samples);
+                let sampled = (q.view(), sorted.sampled_keys.view(), sorted.sampled_values.view());
                 let weigh = |scores: &mut ArrayViewMut2<f32>| {
                     *scores += weight;
                     for (mut column, &place) in scores.columns_mut().into_iter().zip(part.samples) {
@@ -374,7 +375,7 @@ impl Hyper {
                         }
                     }
                 };
-                add_keys(tile, all.scale, scores.view_mut(), weigh, output.view_mut(), &mut running);
+                add_keys(sampled, all.scale, scores, weigh, output.view_mut(), &mut running);
             }
             finish(&running, output, lse);
         }

@@ -32,11 +32,21 @@ pub fn add_keys(
     scale: f32,
     mut scores: ArrayViewMut2<f32>,
     change: impl FnOnce(&mut ArrayViewMut2<f32>),
-    mut output: ArrayViewMut2<f32>,
+    output: ArrayViewMut2<f32>,
     running: &mut [Running],
 ) {
     product_into(scores.view_mut(), q, k.reversed_axes(), scale, false);
     change(&mut scores);
+    add_scored(scores, v, output, running);
+}
+
+/// [`add_keys`] where the scores are known: they are weights afterwards.
+pub fn add_scored(
+    mut scores: ArrayViewMut2<f32>,
+    v: ArrayView2<f32>,
+    mut output: ArrayViewMut2<f32>,
+    running: &mut [Running],
+) {
     for ((mut row, running), mut output) in scores.rows_mut().into_iter().zip(running).zip(output.rows_mut()) {
         let before = take(running, row.as_slice_mut().expect("rows of a tile are contiguous"));
         if before != 1.0 {
@@ -44,6 +54,14 @@ pub fn add_keys(
         }
     }
     product_into(output, scores.view(), v, 1.0, true);
+}
+
+/// Room for a tile of scores in memory that is used again and again.
+pub fn tile(room: &mut Vec<f32>, rows: usize, columns: usize) -> ArrayViewMut2<'_, f32> {
+    if room.len() < rows * columns {
+        room.resize(rows * columns, 0.0);
+    }
+    ArrayViewMut2::from_shape((rows, columns), &mut room[..rows * columns]).expect("as many as the shape has")
 }
 
 /// Divides what all keys gave by the sum of their weights; a query that has seen none gives zeros.

@@ -5,16 +5,17 @@
 //! weight is exp(score + ln n). What comes out is exact attention over the quantised keys, up to rounding.
 
 use ndarray::{
-    Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut1, ArrayViewMut2, Axis, concatenate, s,
+    Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut1, ArrayViewMut2, Axis, Zip,
+    concatenate, s,
 };
 
 use super::codebook::Codebook;
 use super::past::{Past, add};
-use super::softmax::{Running, add_keys, finish};
+use super::softmax::{Running, add_keys, add_scored, finish, tile};
 use super::{Attended, Visible, check};
 use crate::error::{Error, Result};
 use crate::linalg::require_finite;
-use crate::linalg::{in_pool, matmul, on_all_threads};
+use crate::linalg::{in_pool, matmul, on_all_threads, product_into};
 
 /// Scores of positions, added to those of contents (Transformer-XL; Transformer-VQ): query i and key j have
 /// scale · (⟨qᵢ + u, kⱼ⟩ + ⟨qᵢ + w, r₍ᵢ₋ⱼ₎⟩), without the last product where i − j is more than `mem_len`.
@@ -164,11 +165,20 @@ impl Quantized<'_> {
             let mut counts = behind.counts.slice(s![b, shared, ..]).to_owned();
             let mut means = behind.means.slice(s![b, shared, .., ..]).to_owned();
             let words = words.slice(s![shared, .., ..]);
-            let coded = match (&asked, self.queries) {
-                (Some(asked), Some(book)) => Some(gathered(asked.slice(s![h, .., ..]), &book.codes_of(h, q))),
+            let of_queries = self.queries.map(|book| book.codes_of(h, q));
+            let coded = match (&asked, &of_queries) {
+                (Some(asked), Some(of_queries)) => Some(gathered(asked.slice(s![h, .., ..]), of_queries)),
                 _ => None,
             };
             let q = coded.as_ref().map_or(q, |coded| coded.view());
+            // Of all pairs of codewords, where that is less than of all queries.
+            let table = asked.as_ref().filter(|asked| self.bias.is_none() && asked.dim().1 <= q.nrows()).map(|asked| {
+                let mut table = Array2::zeros((asked.dim().1, words.nrows()));
+                let asked = asked.slice(s![h, .., ..]);
+                product_into(table.view_mut(), asked, words.reversed_axes(), self.scale, false);
+                table
+            });
+            let mut room = vec![];
             let mut added = (before + first).saturating_sub(self.mem_len);
             for start in (0..q.nrows()).step_by(self.block_len) {
                 let end = q.nrows().min(start + self.block_len);
@@ -186,7 +196,8 @@ impl Quantized<'_> {
                 let mut running = vec![Running::default(); end - start];
                 if self.agg_cache {
                     let behind = Behind { words, counts: counts.view(), means: means.view(), scale: self.scale };
-                    behind_by_codes(content, &behind, output.view_mut(), &mut running);
+                    let known = table.as_ref().zip(of_queries.as_ref().map(|codes| &codes[start..end]));
+                    behind_by_codes(content, known, &behind, &mut room, output.view_mut(), &mut running);
                 }
                 let near = gathered(words, &of.slice(s![tokens.clone()]).to_vec());
                 let positions = self.bias.map(|bias| {
@@ -199,7 +210,7 @@ impl Quantized<'_> {
                     before: query - tokens.start,
                     positions,
                 };
-                near.within(content, self.scale, output.view_mut(), &mut running);
+                near.within(content, self.scale, &mut room, output.view_mut(), &mut running);
                 finish(&running, output, lse);
             }
         });
@@ -296,25 +307,45 @@ struct Behind<'a> {
 /// All of a query's attention, where codes are all there is.
 fn by_codes(q: ArrayView2<f32>, behind: &Behind, mut output: ArrayViewMut2<f32>, mut lse: ArrayViewMut1<f32>) {
     const ROWS: usize = 128;
+    let mut room = vec![];
     for start in (0..q.nrows()).step_by(ROWS) {
         let end = q.nrows().min(start + ROWS);
         let mut running = vec![Running::default(); end - start];
         let mut output = output.slice_mut(s![start..end, ..]);
-        behind_by_codes(q.slice(s![start..end, ..]), behind, output.view_mut(), &mut running);
+        behind_by_codes(q.slice(s![start..end, ..]), None, behind, &mut room, output.view_mut(), &mut running);
         finish(&running, output.view_mut(), lse.slice_mut(s![start..end]));
     }
 }
 
 /// The part of what is behind, by its codes; those that no key has are left out, however large their scores are.
-fn behind_by_codes(q: ArrayView2<f32>, behind: &Behind, output: ArrayViewMut2<f32>, running: &mut [Running]) {
+///
+/// With the scores of all pairs of codewords and the queries' codes, scores are looked up.
+fn behind_by_codes(
+    q: ArrayView2<f32>,
+    known: Option<(&Array2<f32>, &[u32])>,
+    behind: &Behind,
+    room: &mut Vec<f32>,
+    output: ArrayViewMut2<f32>,
+    running: &mut [Running],
+) {
     let Behind { words, counts, means, scale } = behind;
     if counts.iter().all(|count| *count == 0.0) {
         return;
     }
     let logs = counts.mapv(f32::ln);
-    let scores = &mut Array2::zeros((q.nrows(), words.nrows()));
-    let more = |scores: &mut ArrayViewMut2<f32>| *scores += &logs;
-    add_keys((q, *words, *means), *scale, scores.view_mut(), more, output, running);
+    let mut scores = tile(room, q.nrows(), words.nrows());
+    match known {
+        Some((table, codes)) => {
+            for (mut row, &code) in scores.rows_mut().into_iter().zip(codes) {
+                Zip::from(&mut row)
+                    .and(table.row(code as usize))
+                    .and(&logs)
+                    .for_each(|row, score, log| *row = score + log);
+            }
+            add_scored(scores, *means, output, running);
+        }
+        None => add_keys((q, *words, *means), *scale, scores, |scores| *scores += &logs, output, running),
+    }
 }
 
 /// Keys that are met one by one.
@@ -329,8 +360,15 @@ struct Near<'a> {
 
 impl Near<'_> {
     /// Their part, up to each query's own.
-    fn within(&self, q: ArrayView2<f32>, scale: f32, output: ArrayViewMut2<f32>, running: &mut [Running]) {
-        let scores = &mut Array2::zeros((q.nrows(), self.keys.nrows()));
+    fn within(
+        &self,
+        q: ArrayView2<f32>,
+        scale: f32,
+        room: &mut Vec<f32>,
+        output: ArrayViewMut2<f32>,
+        running: &mut [Running],
+    ) {
+        let scores = tile(room, q.nrows(), self.keys.nrows());
         let change = |scores: &mut ArrayViewMut2<f32>| {
             for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
                 let own = self.before + i;
@@ -342,6 +380,6 @@ impl Near<'_> {
                 }
             }
         };
-        add_keys((q, self.keys, self.values), scale, scores.view_mut(), change, output, running);
+        add_keys((q, self.keys, self.values), scale, scores, change, output, running);
     }
 }
