@@ -16,7 +16,7 @@ use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Result};
-use crate::layer::Layer;
+use crate::layer::{AttentionBlock, Layer};
 use crate::store::{LayerHandle, Snapshot, SnapshotInfo, StoreOptions, VersionInfo};
 
 /// A [`crate::store::Store`] for callers that are not async. Not for use inside a tokio runtime.
@@ -97,6 +97,14 @@ impl Store {
     /// As there.
     pub fn load(&self, handle: &LayerHandle) -> Result<Layer> {
         self.run(handle.load())
+    }
+
+    /// An attention block of the latest version, its projections included.
+    ///
+    /// # Errors
+    /// As [`Snapshot::attention`] and [`AttentionHandle::load`](crate::store::AttentionHandle::load).
+    pub fn attention(&self, model: &str, layer: &str) -> Result<AttentionBlock> {
+        self.run(async { self.store.latest().await?.attention(model, layer).await?.load().await })
     }
 
     /// See [`crate::store::Store::create_snapshot`].

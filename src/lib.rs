@@ -36,10 +36,9 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`layer`] and
-//! [`attention`] are in memory, only
-//! [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together. [`blocking`] is the store
-//! for callers that are not async.
+//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`attention`] and
+//! [`layer`] are in memory, only [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together.
+//! [`blocking`] is the store for callers that are not async.
 
 #[cfg(target_endian = "big")]
 compile_error!("stored numbers are little-endian and are used in place");

@@ -1,23 +1,19 @@
 //! Codewords for queries and keys, a set for each head, learned from the vectors that they stand for.
 
-use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, Axis, Zip, s};
+use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, Axis, Zip, s};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::linalg::product_into;
 use crate::linalg::require_finite;
-use crate::quant::kmeans;
+use crate::quant::{kmeans, nearest_rows};
 
 /// No count is taken to be less where a sum is divided by it.
 const LEAST_COUNT: f32 = 0.01;
 
-/// Vectors whose codes are found at a time.
-const BLOCK: usize = 128;
-
 /// Vectors that a thread takes.
-const SHARE: usize = 1024;
+const SHARE: usize = 4096;
 
 /// Codewords of each head, as running means of the vectors that had them: `sum / max(count, 0.01)`.
 #[derive(Debug, Clone, PartialEq)]
@@ -143,14 +139,14 @@ impl Codebook {
                 shares.push((words, x.slice_move(s![first..first + codes.len(), ..]), codes));
             }
         }
-        shares.into_par_iter().for_each(|(words, x, codes)| assign(words, x, codes));
+        shares.into_par_iter().for_each(|(words, x, codes)| nearest_rows(words, x, codes));
         Ok(codes)
     }
 
     /// [`Codebook::assign`] for vectors `[n, dim]` of one head, which have been checked.
     pub(super) fn codes_of(&self, head: usize, x: ArrayView2<f32>) -> Vec<u32> {
         let mut codes = vec![0; x.nrows()];
-        assign(self.words.slice(s![head, .., ..]), x, &mut codes);
+        nearest_rows(self.words.slice(s![head, .., ..]), x, &mut codes);
         codes
     }
 
@@ -219,31 +215,4 @@ impl Codebook {
         }
         Ok(dead.len())
     }
-}
-
-/// Nearest rows of `words` `[codes, dim]`, the first of equally near ones, by ‖c‖² − 2⟨x, c⟩.
-fn assign(words: ArrayView2<f32>, x: ArrayView2<f32>, codes: &mut [u32]) {
-    let norms: Array1<f32> = words.rows().into_iter().map(|word| word.dot(&word)).collect();
-    let mut products = Array2::<f32>::zeros((BLOCK.min(x.nrows()), words.nrows()));
-    for (block, codes) in codes.chunks_mut(BLOCK).enumerate() {
-        let x = x.slice(s![block * BLOCK..block * BLOCK + codes.len(), ..]);
-        let mut products = products.slice_mut(s![..codes.len(), ..]);
-        product_into(products.view_mut(), x, words.reversed_axes(), -2.0, false);
-        for (code, mut row) in codes.iter_mut().zip(products.rows_mut()) {
-            row += &norms;
-            *code = first_least(row.as_slice().expect("rows of an owned array are contiguous"));
-        }
-    }
-}
-
-/// Where the first of the smallest numbers is.
-fn first_least(numbers: &[f32]) -> u32 {
-    // Sixteen at a time: one would wait for itself.
-    let (lines, rest) = numbers.as_chunks::<16>();
-    let mut least = [f32::INFINITY; 16];
-    for line in lines {
-        least.iter_mut().zip(line).for_each(|(least, number)| *least = if number < least { *number } else { *least });
-    }
-    let least = least.iter().chain(rest).fold(f32::INFINITY, |least, number| least.min(*number));
-    numbers.iter().position(|number| *number == least).unwrap_or(0) as u32
 }

@@ -1,12 +1,12 @@
 //! Exact attention, a tile of queries and keys at a time: the scores are never in memory as a whole (online softmax, as in
 //! FlashAttention).
 
-use ndarray::{Array2, Array3, ArrayView2, ArrayView4, ArrayViewMut1, ArrayViewMut2, s};
+use ndarray::{Array2, ArrayView2, ArrayView4, ArrayViewMut1, ArrayViewMut2, s};
 
 use super::softmax::{Running, add_keys, finish};
 use super::{Attended, Sizes, Task, Visible, attended, check, tasks};
 use crate::error::{Error, Result};
-use crate::linalg::{in_pool, on_all_threads};
+use crate::linalg::{in_pool, large_zeros, on_all_threads};
 
 /// Queries of a tile.
 pub(super) const QUERIES: usize = 128;
@@ -35,7 +35,7 @@ pub fn exact(
     if !scale.is_finite() {
         return Err(Error::expected("scale of the scores", scale, "a finite number"));
     }
-    let mut output = Array3::zeros((batch * heads, queries, value_dim));
+    let mut output = large_zeros((batch * heads, queries, value_dim));
     let mut log_sum_exp = Array2::from_elem((batch * heads, queries), f32::NEG_INFINITY);
     let mut tasks = tasks(&mut output, &mut log_sum_exp, QUERIES);
     let work = |(head, first, output, lse): Task| {

@@ -16,7 +16,7 @@ use super::softmax::{Running, add_keys, finish, tile};
 use super::vector_quantized::gathered;
 use super::{Attended, Sizes, Visible, attended, check};
 use crate::error::{Error, Result};
-use crate::linalg::{in_pool, normal_matrix, on_all_threads, product_into};
+use crate::linalg::{in_pool, large_zeros, normal_matrix, on_all_threads, product_into};
 
 /// Bits of a hash, at most.
 const MOST_PROJECTIONS: usize = 24;
@@ -171,7 +171,7 @@ impl Hyper {
         let (parts, runs) = self.levels(sizes.queries, sizes.keys, causal);
         self.check_draws(&parts, draws, &sizes, q.dim().3)?;
         let all = All { q, k, v, scale, sizes };
-        let mut output = Array3::zeros((sizes.batch * sizes.heads, sizes.queries, sizes.value_dim));
+        let mut output = large_zeros((sizes.batch * sizes.heads, sizes.queries, sizes.value_dim));
         let mut log_sum_exp = Array2::from_elem((sizes.batch * sizes.heads, sizes.queries), f32::NEG_INFINITY);
         in_pool(|| {
             all.diagonal(&runs, &mut output, &mut log_sum_exp);

@@ -15,7 +15,7 @@ use super::softmax::{Running, add_keys, add_scored, finish, tile};
 use super::{Attended, Visible, check};
 use crate::error::{Error, Result};
 use crate::linalg::require_finite;
-use crate::linalg::{in_pool, matmul, on_all_threads, product_into};
+use crate::linalg::{in_pool, large_zeros, matmul, on_all_threads, product_into};
 
 /// Scores of positions, added to those of contents (Transformer-XL; Transformer-VQ): query i and key j have
 /// scale · (⟨qᵢ + u, kⱼ⟩ + ⟨qᵢ + w, r₍ᵢ₋ⱼ₎⟩), without the last product where i − j is more than `mem_len`.
@@ -276,7 +276,7 @@ impl Quantized<'_> {
         work: impl Fn(usize, usize, usize, ArrayView2<f32>, ArrayViewMut2<f32>, ArrayViewMut1<f32>) + Sync,
     ) -> Result<Attended> {
         let (batch, heads, queries, _) = q.dim();
-        let mut output = Array3::zeros((batch * heads, queries, value_dim));
+        let mut output = large_zeros((batch * heads, queries, value_dim));
         let mut log_sum_exp = Array2::from_elem((batch * heads, queries), f32::NEG_INFINITY);
         let tasks = super::tasks(&mut output, &mut log_sum_exp, share);
         in_pool(|| {

@@ -271,7 +271,7 @@ method = "dense"
             (&rule("method = 'key_value'\nthreshold = 1.0\nexpected_keys_per_query = 2"), 5, "one of them"),
             (&rule("method = 'key_value'\nenergy_keep = 2.0"), 4, "energy_keep"),
             (&rule("method = 'vq_attention'\nn_head = 4"), 1, "query, key and value"),
-            (&rule("method = 'vq_attention'\nn_head = 4\nquery = 'q'\nkey = 'k'"), 1, "all three"),
+            (&rule("method = 'vq_attention'\nn_head = 4\nquery = 'q'\nkey = 'k'"), 6, "all three"),
             (&rule("method = 'vq_attention'\nmechanism = 'flash'"), 4, "vq_qk"),
         ] {
             match Rules::parse(text, "r.toml") {

@@ -4,6 +4,8 @@ use ndarray::{Array2, ArrayView2};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
+use super::nearest::nearest_rows;
+
 const ITERATIONS: usize = 25;
 
 /// The nearest row of a codebook, and its squared distance.
@@ -18,14 +20,16 @@ pub fn kmeans(points: ArrayView2<f32>, weights: &[f32], k: usize, seed: u64) -> 
     let mut centres = spread_out(points, weights, k, seed);
     let width = points.ncols();
     let mut previous = f64::INFINITY;
+    let mut codes = vec![0; points.nrows()];
     for _ in 0..ITERATIONS {
         let mut sums = Array2::<f64>::zeros((k, width));
         let mut counted = vec![0f64; k];
         let mut error = 0f64;
         let mut worst = (0, -1f64);
+        nearest_rows(centres.view(), points, &mut codes);
         for (i, point) in points.rows().into_iter().enumerate() {
-            let weight = f64::from(weights[i]);
-            let (centre, distance) = nearest(&centres, point.to_slice().expect("standard layout"));
+            let (weight, centre) = (f64::from(weights[i]), codes[i] as usize);
+            let distance: f32 = point.iter().zip(centres.row(centre)).map(|(a, b)| (a - b) * (a - b)).sum();
             let cost = f64::from(distance) * weight;
             error += cost;
             if cost > worst.1 {

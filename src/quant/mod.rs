@@ -7,6 +7,7 @@ mod gptq;
 mod half_quadratic;
 mod kernels;
 mod kmeans;
+mod nearest;
 mod packed;
 mod packing;
 mod product;
@@ -14,6 +15,7 @@ mod quantizer;
 mod rows;
 
 pub(crate) use kmeans::{kmeans, nearest};
+pub(crate) use nearest::nearest_rows;
 
 pub use dual::column_scales;
 pub use format::{Group, ScaleType, WeightFormat, WeightType};
