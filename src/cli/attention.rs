@@ -136,17 +136,17 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
     let (inputs, model, layer) = ((queries, keys), &args.model, &args.layer);
     let report = model::train_codebooks(&store, model, layer, inputs, training, &progress, &cancel).await?;
     context.output.result(&report, |r| {
-        let loss = |what: &str, losses: Option<[f64; 2]>| {
-            losses.map_or(String::new(), |[first, last]| format!("; {what} {first:.4} to {last:.4}"))
+        let of = |what: &str, losses: Option<[f64; 2]>| {
+            losses.map(|[first, last]| format!("loss of {what} {first:.4}, then {last:.4}"))
         };
+        let losses: Vec<String> = [of("queries", r.queries), of("keys", r.keys)].into_iter().flatten().collect();
         format!(
-            "'{}' of '{}' at version {}: {} steps, loss{}{}; {} dead codewords given away; {}",
+            "'{}' of '{}' at version {}: {} steps; {}; {} dead codewords given away; {}",
             r.layer,
             r.model,
             r.version,
             r.steps,
-            loss(" of queries", r.queries).trim_start_matches(';'),
-            loss("of keys", r.keys),
+            losses.join("; "),
             r.revived,
             bytes(r.stored_bytes),
         )
