@@ -61,7 +61,7 @@ pub const NORMAL_FLOAT: [f32; 16] = [
 
 /// A way to write a weight as a code of at most eight bits.
 ///
-/// Weights are finite, and at most [`LARGEST`](super::packed::LARGEST) in size.
+/// Weights are finite, and at most `LARGEST` in size.
 pub trait Quantizer: Send + Sync {
     /// Grids worth trying for a group, the plain one first; for anything but [`Clipping::Mse`] it is the only one.
     fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid>;

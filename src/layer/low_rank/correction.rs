@@ -59,7 +59,7 @@ impl Transform {
         })
     }
 
-    /// QERA-approx's, from E[x_i²].
+    /// QERA-approx's, from the mean of x_i².
     pub fn rms(squares: Array1<f64>) -> Self {
         let most = squares.iter().fold(0f64, |m, &v| m.max(v)).sqrt();
         Transform::Diagonal(if most > 0.0 {
