@@ -10,6 +10,7 @@ use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView4, ArrayV
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::exact::{self, Hidden};
 use super::softmax::{Running, add_keys, finish, tile};
@@ -21,19 +22,24 @@ use crate::linalg::{in_pool, large_zeros, normal_matrix, on_all_threads, product
 /// Bits of a hash, at most.
 const MOST_PROJECTIONS: usize = 24;
 
+/// Keys that are sampled, at most.
+const MOST_SAMPLES: usize = 1 << 16;
+
 /// Queries that a task has, if they are of several blocks.
 const SHARE: usize = 256;
 
 /// How much is computed exactly, and of how large a sample the rest is estimated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Hyper {
     /// Keys of a bucket, at most.
     pub block_size: usize,
-    /// Keys that are drawn, with replacement, for those of the other buckets; 0 leaves them out.
+    /// Keys that are drawn, with replacement, for those of the other buckets, at most 65,536; 0 leaves them out.
     pub sample_size: usize,
     /// Directions whose signs are the hash, at most 24.
+    #[serde(rename = "lsh_num_projs")]
     pub projections: usize,
-    /// Fewer queries than these attend exactly; so do causal parts of at most as many tokens.
+    /// Fewer queries than these attend exactly; so do causal runs whose second half is shorter.
     pub min_seq_len: usize,
     /// What is drawn is always the same for a seed.
     pub seed: u64,
@@ -200,11 +206,13 @@ impl Hyper {
             return (vec![vec![(0..queries, 0..keys)]], vec![]);
         }
         let (mut levels, mut runs) = (vec![], std::iter::once(0..queries).collect::<Vec<_>>());
-        while runs.iter().any(|run| run.len() > self.min_seq_len) {
+        // Where its second half would attend exactly, so does the whole run.
+        let split = |run: &Range<usize>| run.len() > 1 && run.len().div_ceil(2) >= self.min_seq_len;
+        while runs.iter().any(split) {
             let (mut level, mut halves) = (vec![], vec![]);
             for run in runs {
                 // A run of one token fewer than its neighbour may be short enough: its second half is empty.
-                let middle = if run.len() > self.min_seq_len { run.start + run.len() / 2 } else { run.end };
+                let middle = if split(&run) { run.start + run.len() / 2 } else { run.end };
                 level.push((middle..run.end, if middle < run.end { run.start..middle } else { 0..0 }));
                 halves.extend([run.start..middle, middle..run.end]);
             }
@@ -214,14 +222,27 @@ impl Hyper {
         (levels, runs)
     }
 
-    fn check(&self, q: ArrayView4<f32>, k: ArrayView4<f32>, causal: bool) -> Result<()> {
-        if self.block_size == 0 || self.projections > MOST_PROJECTIONS || self.min_seq_len == 0 {
-            return Err(Error::expected(
-                "block_size, projections and min_seq_len of HyperAttention",
-                format!("{}, {} and {}", self.block_size, self.projections, self.min_seq_len),
-                format!("at least 1, at most {MOST_PROJECTIONS}, and at least 1"),
-            ));
+    /// # Errors
+    /// When a block is of no keys, there are more projections or samples than allowed, or `min_seq_len` is 0.
+    pub fn validate(&self) -> Result<()> {
+        let fits = self.block_size > 0
+            && self.sample_size <= MOST_SAMPLES
+            && self.projections <= MOST_PROJECTIONS
+            && self.min_seq_len > 0;
+        match fits {
+            true => Ok(()),
+            false => Err(Error::expected(
+                "settings of HyperAttention",
+                format!("{self:?}"),
+                format!(
+                    "block_size and min_seq_len of at least 1, at most {MOST_SAMPLES} samples and {MOST_PROJECTIONS} projections"
+                ),
+            )),
         }
+    }
+
+    fn check(&self, q: ArrayView4<f32>, k: ArrayView4<f32>, causal: bool) -> Result<()> {
+        self.validate()?;
         match causal && q.dim().2 != k.dim().2 {
             true => Err(Error::expected(
                 "tokens of a causal attention",
@@ -274,12 +295,7 @@ impl Hyper {
         for ((part, sorted), (output, lse)) in parts.iter().zip(&sorted).zip(&mut found) {
             let (mut output, mut lse) = (output.view_mut(), lse.view_mut());
             let (blocks, queries) = (self.blocks(part.keys.len()), part.queries.len());
-            let step = if part.queries.len() < self.min_seq_len {
-                // These take the blocks for tiles.
-                1
-            } else {
-                (SHARE * blocks / queries.max(1)).max(1)
-            };
+            let step = (SHARE * blocks / queries.max(1)).max(1);
             for first in (0..blocks).step_by(step) {
                 let end = blocks.min(first + step);
                 let rows = (end * queries / blocks) - first * queries / blocks;
@@ -317,11 +333,7 @@ impl Hyper {
             order.sort_by_key(|&token| hashes[token as usize]);
             order
         };
-        let (queries, keys) = if part.queries.len() < self.min_seq_len {
-            ((0..part.queries.len() as u32).collect(), (0..part.keys.len() as u32).collect())
-        } else {
-            (order(&hashes.0, h, &part.queries), order(&hashes.1, h / all.sizes.shared, &part.keys))
-        };
+        let (queries, keys) = (order(&hashes.0, h, &part.queries), order(&hashes.1, h / all.sizes.shared, &part.keys));
         let sampled: Vec<u32> = match self.blocks(part.keys.len()) {
             1 => vec![],
             _ => part.samples.iter().map(|&place| keys[place as usize]).collect(),
@@ -344,18 +356,12 @@ impl Hyper {
         let (count, queries, keys) = (self.blocks(part.keys.len()), part.queries.len(), part.keys.len());
         let (q, (k, v)) = (all.queries(part), all.keys(part));
         let (start, samples) = (blocks.start * queries / count, sorted.sampled_keys.nrows());
-        let whole = queries < self.min_seq_len;
         let mut room = vec![];
         for block in blocks {
             let rows = block * queries / count..(block + 1) * queries / count;
             let own = block * keys / count..(block + 1) * keys / count;
             let into = s![rows.start - start..rows.end - start, ..];
             let (mut output, lse) = (output.slice_mut(into), lse.slice_mut(s![rows.start - start..rows.end - start]));
-            if whole {
-                let visible = Hidden { visible: Visible::default(), batch: 0, first: 0 };
-                exact::attend(q.slice(s![rows, ..]), k, v, all.scale, &visible, output, lse);
-                continue;
-            }
             let (near, values) = (gathered(k, &sorted.keys[own.clone()]), gathered(v, &sorted.keys[own.clone()]));
             let q = gathered(q, &sorted.queries[rows]);
             let mut running = vec![Running::default(); q.nrows()];

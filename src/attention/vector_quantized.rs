@@ -236,7 +236,7 @@ impl Quantized<'_> {
         if let Some(bias) = self.bias {
             let (_, heads, _, dim) = q.dim();
             let found = (bias.u.dim(), bias.w.dim(), bias.r.dim());
-            let expected = ((heads, dim), (heads, dim), (heads, self.mem_len + 1, dim));
+            let expected = ((heads, dim), (heads, dim), (heads, self.mem_len.saturating_add(1), dim));
             if found != expected {
                 return Err(Error::expected("shapes of u, w and r", format!("{found:?}"), format!("{expected:?}")));
             }

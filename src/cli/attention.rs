@@ -87,21 +87,17 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         true => (block.exact()?, Accuracy::Full),
         false => (block, Accuracy::Approximate),
     };
-    let mut past = match &args.state {
-        None => None,
+    // What was stored with the block came before, unless a file says otherwise.
+    let stored = || block.attention().past().cloned();
+    let mut before = match &args.state {
+        None => stored(),
         Some(path) if path.exists() => Some(model::read_past(path)?),
-        Some(_) => {
-            let fresh = block.attention().past().cloned().or_else(|| block.attention().no_past(1));
-            Some(fresh.ok_or_else(|| {
-                Error::expected("--state", "a block without one", "a causal block with codebooks of keys")
-            })?)
-        }
+        Some(_) => Some(stored().or_else(|| block.attention().no_past(1)).ok_or_else(|| {
+            Error::expected("--state", "a block without one", "a causal block with codebooks of keys")
+        })?),
     };
-    let stored = block.attention().past().cloned();
     let done = tokio::task::spawn_blocking(move || {
         let [q, k, v] = [q, k, v].map(|x| x.insert_axis(Axis(0)));
-        // What was stored with the block came before, unless a file says otherwise.
-        let mut before = past.take().or(stored);
         let y = block.attend(q.view(), k.view(), v.view(), None, before.as_mut(), accuracy)?;
         Ok::<_, Error>((y.index_axis_move(Axis(0), 0), before))
     });

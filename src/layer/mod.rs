@@ -29,7 +29,7 @@ pub use low_rank::{
     Correction, LowRankConfig, LowRankLayer, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod, Transform,
 };
 pub use parts::{ArtifactId, Parts};
-pub use vq_attention::{AttentionBlock, HyperSettings, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
+pub use vq_attention::{AttentionBlock, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
 
 pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
 

@@ -90,32 +90,36 @@ fn planned(
     if config.output.is_some() {
         named(&config.output)?;
     }
-    let [(q, d_model), (k, k_width), (v, _)] = projections.map(|p| (p.weight.shape[0], p.weight.shape[1]));
-    let (heads, shared) = (config.n_head, config.kv_heads());
-    if !q.is_multiple_of(heads) || !v.is_multiple_of(shared) || k != q / heads * shared {
-        return Err(Error::expected(
-            "outputs of the projections",
-            format!("{q} of queries, {k} of keys, {v} of values"),
-            format!("as many for each of {heads} heads of queries and {shared} of keys and values"),
-        ));
-    }
+    let shapes = projections.map(|p| (p.weight.shape[0], p.weight.shape[1]));
     let planned = PlannedBlock {
         name: block.to_owned(),
-        config: config.with_lengths(d_model, q / heads, v / shared)?,
+        config: config.of_projections(shapes)?,
         rule: format!("line {}: {}", rule.line, rule.layers),
         projections: projections.map(Clone::clone),
     };
     if planned.calibrates() {
-        for (projection, width) in [(projections[0], d_model), (projections[1], k_width)] {
-            let there = calibration.is_some_and(|c| c.layers().any(|name| name == projection.layer));
-            if !there {
-                return Err(Error::expected(
+        for (projection, codes) in
+            projections.into_iter().zip([planned.config.query_codes(), planned.config.key_codes()])
+        {
+            let there = calibration.filter(|c| c.layers().any(|name| name == projection.layer));
+            let calibration = there.ok_or_else(|| {
+                Error::expected(
                     "calibration inputs for codebooks",
                     format!("none for '{}'", projection.layer),
                     "--calibration with a tensor of that name",
+                )
+            })?;
+            calibration.check(&projection.layer, projection.weight.shape[1])?;
+            let tokens = calibration.raw(&projection.layer).and_then(|(_, shape, _)| shape.first().copied());
+            if let (Some(codes), Some(tokens)) = (codes, tokens)
+                && codes > tokens
+            {
+                return Err(Error::expected(
+                    format!("codewords of '{}'", projection.layer),
+                    format!("{codes} for {tokens} vectors"),
+                    "no more than vectors",
                 ));
             }
-            calibration.map(|c| c.check(&projection.layer, width)).transpose()?;
         }
     }
     Ok(planned)

@@ -1,20 +1,20 @@
 //! Codebooks of an attention block, learned from its inputs.
 
 use chrono::Utc;
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, Axis};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::Serialize;
 
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, AttentionBlock, Layer, Method, Step, VqAttentionConfig, VqAttentionLayer};
-use crate::store::{ErrorBasis, LayerRecord, Made, Places, Source, Store, joined};
+use crate::layer::{Accuracy, Layer, Method, Step, VqAttentionConfig, VqAttentionLayer};
+use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Made, Places, Source, Store, joined};
 
 /// How codebooks are trained.
 #[derive(Debug, Clone)]
 pub struct Training {
-    /// Settings of a block that is not there yet; of one that is, its own are used.
+    /// Settings of a block that is not there yet, or is to begin anew; without, its own.
     pub config: Option<VqAttentionConfig>,
     /// Times that all tokens are gone through.
     pub epochs: usize,
@@ -68,75 +68,50 @@ pub async fn train_codebooks(
     let mut writer = store.writer().await?;
     let snapshot = store.latest().await?;
     let known = snapshot.models().await?.iter().any(|m| m.model == model);
-    let mut records = if known { snapshot.layers(model).await? } else { vec![] };
-    let there = records.iter().find(|r| r.layer == layer);
-    let (block, config) = match there {
+    let records = if known { snapshot.layers(model).await? } else { vec![] };
+    let there = match records.iter().find(|r| r.layer == layer) {
         Some(record) if record.method != Method::VqAttention => {
             let found = format!("'{layer}', a {} layer", record.method);
             return Err(Error::expected("layer with codebooks", found, "a vq_attention layer, or a new name"));
         }
-        Some(_) => {
-            let block = snapshot.attention(model, layer).await?.load().await?;
-            let config = training.config.clone().unwrap_or_else(|| block.attention().settings().clone());
-            (Some(block), config)
-        }
-        None => {
-            let config = training.config.clone().ok_or_else(|| {
-                Error::expected("settings of a new attention block", "none", "a file of them, see `docs/rules.md`")
-            })?;
-            (None, config)
+        Some(_) => Some(snapshot.attention(model, layer).await?.load_attention().await?),
+        None => None,
+    };
+    let config = match (&training.config, &there) {
+        (Some(config), _) => config.clone(),
+        (None, Some(attention)) => attention.settings().clone(),
+        (None, None) => {
+            let expected = "a file of them, see `docs/rules.md`";
+            return Err(Error::expected("settings of a new attention block", "none", expected));
         }
     };
     config.validate()?;
-    let (projected, layer_before) = match &block {
-        Some(block) => {
-            let again = training.anew || training.config.is_some();
-            (project(block, queries.view(), keys.view())?, (!again).then(|| block.attention().clone()))
-        }
-        None => {
-            // Its projections, where it names any, are layers of the model.
-            let projected = match (&config.query, &config.key) {
-                (Some(query), Some(key)) => {
-                    let mut both = vec![];
-                    for (name, x) in [(query, &queries), (key, &keys)] {
-                        let full = format!("{layer}.{name}");
-                        let name = if records.iter().any(|r| r.layer == full) { &full } else { name };
-                        both.push(snapshot.layer(model, name).await?.forward(x.view(), Accuracy::Full).await?.y);
-                    }
-                    let keys = both.pop().unwrap_or_default();
-                    (both.pop().unwrap_or_default(), keys)
-                }
-                _ => (queries.clone(), keys.clone()),
-            };
-            (projected, None)
-        }
-    };
-    let (heads, shared) = (config.n_head, config.kv_heads());
-    let (q, k) = projected;
-    if !q.ncols().is_multiple_of(heads) || q.ncols() / heads * shared != k.ncols() || config.key_codes().is_none() {
-        return Err(Error::expected(
-            "queries and keys to learn from",
-            format!("{} and {} numbers a token, mechanism {:?}", q.ncols(), k.ncols(), config.mechanism),
-            format!("as many for each of {heads} and {shared} heads, and a mechanism with codebooks"),
-        ));
+    if config.key_codes().is_none() {
+        let found = format!("{:?}", config.mechanism);
+        return Err(Error::expected("mechanism of an attention block to train", found, "one with codebooks"));
     }
-    let d_k = q.ncols() / heads;
-    let config = match &block {
-        Some(block) => {
-            let known = block.attention().settings();
-            config.with_lengths(block.attention().in_features(), d_k, known.d_v.unwrap_or(d_k))?
+    let (config, q, k) = match snapshot.projections(model, layer, &config).await? {
+        (Some(projections), _) => {
+            let shape =
+                |handle: &LayerHandle| (handle.record().out_features as usize, handle.record().in_features as usize);
+            let config = config.of_projections([&projections[0], &projections[1], &projections[2]].map(shape))?;
+            let q = projections[0].forward(queries.view(), Accuracy::Full).await?.y;
+            (config, q, projections[1].forward(keys.view(), Accuracy::Full).await?.y)
         }
-        None => {
-            let d_v = config.d_v.unwrap_or(d_k);
-            let d_model = config.d_model.unwrap_or(if config.query.is_some() { queries.ncols() } else { q.ncols() });
-            config.with_lengths(d_model, d_k, d_v)?
+        (None, _) => {
+            let (q, k) = (queries.ncols(), keys.ncols());
+            // Values are not seen here: they are as long as keys, unless the settings say otherwise.
+            let values = config.d_v.map_or(Some(k), |d_v| d_v.checked_mul(config.kv_heads()));
+            let values = values.ok_or_else(|| Error::expected("d_v", config.d_v.unwrap_or_default(), "a length"))?;
+            let width = config.d_model.unwrap_or(q);
+            (config.of_projections([(q, width), (k, width), (values, width)])?, queries, keys)
         }
     };
+    let begin = there.filter(|_| !training.anew && training.config.is_none());
     let steps = training.epochs * q.nrows().max(k.nrows()).div_ceil(training.batch);
     progress.started(steps + 1, steps as u64);
     progress.layer("k-means");
-    let started = layer_before;
-    let trained = learn(started, config, (q, k), &training, progress, cancel).await;
+    let trained = learn(begin, config, (q, k), &training, progress, cancel).await;
     progress.finished();
     let Trained { attention, queries, keys, revived, steps } = trained?;
     let attention = Layer::VqAttention(attention);
@@ -159,6 +134,10 @@ pub async fn train_codebooks(
         created_at: Utc::now(),
         places: Places::default(),
     };
+    // As they are now: training took a while.
+    let latest = store.latest().await?;
+    let known = latest.models().await?.iter().any(|m| m.model == model);
+    let mut records = if known { latest.layers(model).await? } else { vec![] };
     records.retain(|r| r.layer != layer);
     records.push(record);
     let message = format!("codebooks of '{layer}' trained");
@@ -174,11 +153,6 @@ pub async fn train_codebooks(
         artifact: parts.id().to_string(),
         stored_bytes: parts.stored_bytes(),
     })
-}
-
-fn project(block: &AttentionBlock, q: ArrayView2<f32>, k: ArrayView2<f32>) -> Result<(Array2<f32>, Array2<f32>)> {
-    let [queries, keys] = block.project_queries_and_keys(q, k, Accuracy::Full)?;
-    Ok((queries, keys))
 }
 
 struct Trained {

@@ -27,19 +27,30 @@ impl Snapshot {
                 return Err(Error::expected("layer to attend with", found, "a vq_attention layer"));
             }
         };
+        let (projections, output) = self.projections(model, layer, &config).await?;
+        Ok(AttentionHandle { attention, projections, output })
+    }
+
+    /// The layers that a block's settings name: Wq, Wk and Wv, and Wo.
+    pub(crate) async fn projections(
+        &self,
+        model: &str,
+        block: &str,
+        config: &VqAttentionConfig,
+    ) -> Result<(Option<[LayerHandle; 3]>, Option<LayerHandle>)> {
         let projections = match (&config.query, &config.key, &config.value) {
             (Some(query), Some(key), Some(value)) => Some([
-                self.named(model, layer, query).await?,
-                self.named(model, layer, key).await?,
-                self.named(model, layer, value).await?,
+                self.named(model, block, query).await?,
+                self.named(model, block, key).await?,
+                self.named(model, block, value).await?,
             ]),
             _ => None,
         };
         let output = match &config.output {
-            Some(output) => Some(self.named(model, layer, output).await?),
+            Some(output) => Some(self.named(model, block, output).await?),
             None => None,
         };
-        Ok(AttentionHandle { attention, projections, output })
+        Ok((projections, output))
     }
 
     /// A block's layer: behind the block's own name, or by its name in full.

@@ -184,6 +184,27 @@ fn a_block_of_its_own_is_trained_from_queries_and_keys() {
         "{further} after {made}"
     );
 
+    // One that names layers of a model has their lengths, Wv's too.
+    let (checkpoint, _, _) = inputs(&place);
+    place.json(&["import", &checkpoint, "--model", "m"]);
+    let named =
+        "n_head = 4\nn_kv_head = 1\nn_code = 8\nquery = 'attention.q'\nkey = 'attention.k'\nvalue = 'attention.v'\n";
+    std::fs::write(place.path("named.toml"), named).unwrap();
+    let named = place.path("named.toml").display().to_string();
+    let wide = array(&place, "wide.npy", sample(60, WIDTH, 1).view());
+    place.fails(
+        1,
+        &["outputs of the projections"],
+        &["codebooks", "train", "m", "blocks.0", "--queries", &wide, "--settings", &named],
+    );
+    let fitting = std::fs::read_to_string(&named)
+        .unwrap()
+        .replace("n_kv_head = 1", "n_kv_head = 2")
+        .replace("attention.v", "attention.k");
+    std::fs::write(&named, fitting).unwrap();
+    place.json(&["codebooks", "train", "m", "blocks.0", "--queries", &wide, "--settings", &named]);
+    assert_eq!(place.json(&["attend", "m", "blocks.0", "--q", &wide])["shape"], serde_json::json!([60, WIDTH]));
+
     let narrow = array(&place, "narrow.npy", sample(9, 7, 3).view());
     place.fails(1, &["width of queries", "7"], &["attend", "free", "attention", "--q", &narrow]);
     place.fails(1, &["no layer named"], &["attend", "free", "other", "--q", &x]);
@@ -214,6 +235,14 @@ fn rules_for_blocks_that_do_not_fit_are_refused() {
     refuse("n_head = 4", "n_head = 6", true, "outputs of the projections");
     refuse("n_head = 4", "n_head = 4\nd_k = 5", true, "d_k");
     refuse("n_code = 24", "n_code = 91", true, "91 for 90 vectors");
+    refuse("n_code = 24", "n_code = 9223372036854775807", true, "for 90 vectors");
+    refuse("n_head = 4", "n_head = 9223372036854775807", true, "divisor of n_head");
+    refuse(
+        "mechanism = \"vq_k\"",
+        "mechanism = \"hyper\"\nhyper = { sample_size = 99999999999 }",
+        true,
+        "65536 samples",
+    );
     refuse("value = \"v\"", "", true, "all three");
     assert!(!place.path("layers").exists() || place.json(&["models"]).as_array().unwrap().is_empty());
 }

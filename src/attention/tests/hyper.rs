@@ -112,7 +112,7 @@ fn settings_and_draws_that_do_not_fit_are_refused() {
         assert!(message.contains(expected), "{message}");
     };
     refuse(Hyper { block_size: 0, ..hyper }, 40, "at least 1");
-    refuse(Hyper { projections: 25, ..hyper }, 40, "at most 24");
+    refuse(Hyper { projections: 25, ..hyper }, 40, "24 projections");
     refuse(Hyper { min_seq_len: 0, ..hyper }, 40, "min_seq_len");
     refuse(hyper, 39, "a key for each query");
     let mut draws = hyper.draws(x.view(), x.view(), false).unwrap();

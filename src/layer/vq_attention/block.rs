@@ -77,20 +77,6 @@ impl AttentionBlock {
         Ok([query.forward(q, accuracy)?.y, key.forward(k, accuracy)?.y, value.forward(v, accuracy)?.y])
     }
 
-    /// Queries and keys alone.
-    ///
-    /// # Errors
-    /// As [`Layer::forward`].
-    pub fn project_queries_and_keys(
-        &self,
-        q: ArrayView2<f32>,
-        k: ArrayView2<f32>,
-        accuracy: Accuracy,
-    ) -> Result<[Array2<f32>; 2]> {
-        let Some([query, key, _]) = &self.projections else { return Ok([q.to_owned(), k.to_owned()]) };
-        Ok([query.forward(q, accuracy)?.y, key.forward(k, accuracy)?.y])
-    }
-
     /// Attends from `q` `[batch, queries, width]` to `k` and `v` `[batch, keys, width]`: `[batch, queries, width]`. `there` and
     /// `past` are [`VqAttentionLayer::attend`]'s.
     ///

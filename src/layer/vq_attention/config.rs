@@ -20,36 +20,6 @@ pub enum Mechanism {
     Exact,
 }
 
-/// How HyperAttention estimates; see [`Hyper`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct HyperSettings {
-    pub block_size: usize,
-    pub sample_size: usize,
-    pub lsh_num_projs: usize,
-    pub min_seq_len: usize,
-    pub seed: u64,
-}
-
-impl Default for HyperSettings {
-    fn default() -> Self {
-        let Hyper { block_size, sample_size, projections, min_seq_len, seed } = Hyper::default();
-        HyperSettings { block_size, sample_size, lsh_num_projs: projections, min_seq_len, seed }
-    }
-}
-
-impl From<HyperSettings> for Hyper {
-    fn from(s: HyperSettings) -> Self {
-        Hyper {
-            block_size: s.block_size,
-            sample_size: s.sample_size,
-            projections: s.lsh_num_projs,
-            min_seq_len: s.min_seq_len,
-            seed: s.seed,
-        }
-    }
-}
-
 /// Settings of an attention block, in rules, in the catalogue and in code.
 ///
 /// Lengths that are left out follow from the projections: `d_model` is the width of the query projection's inputs, `d_k` and
@@ -94,7 +64,7 @@ pub struct VqAttentionConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub hyper: Option<HyperSettings>,
+    pub hyper: Option<Hyper>,
     /// Names of the linear layers in the same model, behind the block's own and a dot, or in full. Without one, what it
     /// would give is the block's input or output.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -169,6 +139,22 @@ impl VqAttentionConfig {
         Ok(all)
     }
 
+    /// The same with the lengths that projections of these shapes, `[out, in]` of Wq, Wk and Wv, give it.
+    ///
+    /// # Errors
+    /// When heads do not divide their outputs, or a length that is said is another.
+    pub fn of_projections(&self, [q, k, v]: [(usize, usize); 3]) -> Result<Self> {
+        let (heads, shared) = (self.n_head, self.kv_heads());
+        if !q.0.is_multiple_of(heads) || !v.0.is_multiple_of(shared) || Some(k.0) != (q.0 / heads).checked_mul(shared) {
+            return Err(Error::expected(
+                "outputs of the projections",
+                format!("{} of queries, {} of keys, {} of values", q.0, k.0, v.0),
+                format!("as many for each of {heads} heads of queries and {shared} of keys and values"),
+            ));
+        }
+        self.with_lengths(q.1, q.0 / heads, v.0 / shared)
+    }
+
     /// Checks the settings by themselves.
     ///
     /// # Errors
@@ -222,13 +208,6 @@ impl VqAttentionConfig {
         if said != 0 && said != 3 {
             return Err(Error::expected("query, key and value", format!("{said} of them"), "all three, or none"));
         }
-        if self.hyper.is_some_and(|h| h.block_size == 0 || h.min_seq_len == 0 || h.lsh_num_projs > 24) {
-            return Err(Error::expected(
-                "hyper",
-                format!("{:?}", self.hyper.unwrap_or_default()),
-                "block_size and min_seq_len of at least 1, lsh_num_projs of at most 24",
-            ));
-        }
-        Ok(())
+        self.hyper.map_or(Ok(()), |hyper| hyper.validate())
     }
 }

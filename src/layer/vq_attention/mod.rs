@@ -10,7 +10,7 @@ use ndarray::{ArrayView2, ArrayView4, Axis, s};
 use serde_json::{Value, json};
 
 pub use block::AttentionBlock;
-pub use config::{HyperSettings, Mechanism, VqAttentionConfig};
+pub use config::{Mechanism, VqAttentionConfig};
 
 use crate::attention::{Attended, Codebook, Learned, Past, Quantized, Visible, exact};
 use crate::error::{Error, Result};
@@ -212,9 +212,7 @@ impl VqAttentionLayer {
             (Mechanism::Hyper, _) if there.is_some() => {
                 no_use("a mask of keys", "HyperAttention takes whole sequences")
             }
-            (Mechanism::Hyper, _) => {
-                crate::attention::Hyper::from(config.hyper.unwrap_or_default()).attend(q, k, v, scale, config.causal)
-            }
+            (Mechanism::Hyper, _) => config.hyper.unwrap_or_default().attend(q, k, v, scale, config.causal),
             _ => exact(q, k, v, scale, &visible),
         }
     }

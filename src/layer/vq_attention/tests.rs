@@ -156,7 +156,7 @@ fn what_does_not_fit_is_refused() {
     refuse(VqAttentionConfig { n_code: 51, ..good() }, "51 for 50 vectors");
     refuse(VqAttentionConfig { d_k: Some(7), ..good() }, "codebook of queries");
     refuse(VqAttentionConfig { d_v: None, ..good() }, "d_model, d_k and d_v");
-    refuse(VqAttentionConfig { hyper: Some(HyperSettings::default()), ..good() }, "hyper");
+    refuse(VqAttentionConfig { hyper: Some(crate::attention::Hyper::default()), ..good() }, "hyper");
     refuse(VqAttentionConfig { n_code_q: Some(3), ..config(Mechanism::VqK, true) }, "n_code_q");
     refuse(VqAttentionConfig { query: Some("q".into()), ..good() }, "all three");
     let causal = layer(good());
