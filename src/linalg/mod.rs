@@ -20,7 +20,7 @@ pub use decompose::{
 };
 pub(crate) use finite::require_finite;
 pub use normal::{normal_cdf, normal_matrix, normal_pdf, normal_quantile, normal_survival};
-pub(crate) use pages::large_zeros;
+pub(crate) use pages::{LARGE_PAGE, ask_for_large_pages, large_zeros};
 pub use product::{add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, product_into, relative_error};
 pub use randomized::{Operator, Sketch, randomized_svd};
 pub use statistics::{Moments, Ridge, covariance};

@@ -2,25 +2,32 @@
 
 use ndarray::Array3;
 
-/// Bytes of a large page.
-#[cfg(target_os = "linux")]
-const PAGE: usize = 2 << 20;
+/// Bytes of a large page: the system hands out one of them far faster than the 512 small ones.
+pub const LARGE_PAGE: usize = 2 << 20;
 
-/// Zeros, in large pages where there are many: the system hands out one of them far faster than 512 small ones.
+/// Asks for large pages where `bytes` from `start` on hold whole ones. It may be of no avail, which is no failure.
+///
+/// # Safety
+/// The memory is the caller's.
+pub unsafe fn ask_for_large_pages(start: *const u8, bytes: usize) {
+    let skipped = start.align_offset(LARGE_PAGE);
+    let whole = bytes.saturating_sub(skipped) / LARGE_PAGE * LARGE_PAGE;
+    #[cfg(target_os = "linux")]
+    if whole > 0 {
+        // SAFETY: the range is the caller's, and the advice changes none of its contents.
+        unsafe { libc::madvise(start.add(skipped).cast_mut().cast(), whole, libc::MADV_HUGEPAGE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = whole;
+}
+
+/// Zeros, in large pages where there are many.
 pub fn large_zeros(shape: (usize, usize, usize)) -> Array3<f32> {
     let zeros = Array3::<f32>::zeros(shape);
-    #[cfg(target_os = "linux")]
-    {
-        let bytes = size_of_val(zeros.as_slice().unwrap_or_default());
-        let start = zeros.as_ptr().cast::<u8>().align_offset(PAGE);
-        let whole = bytes.saturating_sub(start) / PAGE * PAGE;
-        if whole >= 2 * PAGE {
-            // SAFETY: the range is within the array, and the advice changes none of its contents. That it may not be taken
-            // is no failure.
-            unsafe {
-                libc::madvise(zeros.as_ptr().cast::<u8>().add(start).cast_mut().cast(), whole, libc::MADV_HUGEPAGE);
-            }
-        }
+    let bytes = size_of::<f32>() * zeros.len();
+    if bytes >= 2 * LARGE_PAGE {
+        // SAFETY: it is the array's own.
+        unsafe { ask_for_large_pages(zeros.as_ptr().cast(), bytes) };
     }
     zeros
 }

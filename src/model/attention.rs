@@ -3,8 +3,10 @@
 use ndarray::{Array2, ArrayView1, s};
 
 use super::checkpoint::{Activations, Checkpoint, LayerSource};
+use super::import::{RECIPE_VERSION, source_tensor};
 use super::rules::{Rule, Rules};
 use crate::error::{Error, Result};
+use crate::layer::parts::canonical_json;
 use crate::layer::{AttentionBlock, MethodConfig, VqAttentionConfig, VqAttentionLayer};
 use crate::linalg::{add_outer, matmul_nt, relative_error};
 
@@ -123,6 +125,32 @@ fn planned(
         }
     }
     Ok(planned)
+}
+
+/// Names what a block is made from and how.
+pub(super) fn block_recipe(
+    checkpoint: &Checkpoint,
+    block: &PlannedBlock,
+    calibration: Option<&Activations>,
+) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    let mut add = |bytes: &[u8]| {
+        hasher.update(&(bytes.len() as u64).to_le_bytes());
+        hasher.update_rayon(bytes);
+    };
+    for projection in &block.projections {
+        for entry in std::iter::once(&projection.weight).chain(&projection.bias) {
+            add(source_tensor(checkpoint, entry).hash.as_bytes());
+        }
+        if let Some((dtype, shape, bytes)) = calibration.and_then(|c| c.raw(&projection.layer)) {
+            add(format!("{dtype:?} {shape:?}").as_bytes());
+            add(bytes);
+        }
+    }
+    let settings = serde_json::to_value(&block.config).unwrap_or_default();
+    add(canonical_json(&settings).as_bytes());
+    add(&RECIPE_VERSION.to_le_bytes());
+    hasher.finalize().into()
 }
 
 /// Makes a block, and measures it against exact attention over the calibration inputs, where there are any.

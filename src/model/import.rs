@@ -9,7 +9,7 @@ use chrono::Utc;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::attention::{PlannedBlock, make_block};
+use super::attention::{block_recipe, make_block};
 use super::checkpoint::{Activations, Checkpoint, LayerSource, TensorEntry};
 use super::measure::{CorrectionReport, measure};
 use super::plan::{All, Planned, bits_per_weight, flattened, plan};
@@ -23,7 +23,7 @@ use crate::store::{
 };
 
 /// Part of every recipe: raise it when a method comes to make other parts from the same settings.
-const RECIPE_VERSION: u32 = 2;
+pub(super) const RECIPE_VERSION: u32 = 2;
 
 /// How a checkpoint is imported.
 pub struct ImportOptions {
@@ -310,29 +310,7 @@ fn recipe(checkpoint: &Checkpoint, planned: &Planned, calibration: Option<&Activ
     (hasher.finalize().into(), Source { file, tensors, metadata: checkpoint.metadata().clone() })
 }
 
-/// Names what a block is made from and how.
-fn block_recipe(checkpoint: &Checkpoint, block: &PlannedBlock, calibration: Option<&Activations>) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    let mut add = |bytes: &[u8]| {
-        hasher.update(&(bytes.len() as u64).to_le_bytes());
-        hasher.update_rayon(bytes);
-    };
-    for projection in &block.projections {
-        for entry in std::iter::once(&projection.weight).chain(&projection.bias) {
-            add(source_tensor(checkpoint, entry).hash.as_bytes());
-        }
-        if let Some((dtype, shape, bytes)) = calibration.and_then(|c| c.raw(&projection.layer)) {
-            add(format!("{dtype:?} {shape:?}").as_bytes());
-            add(bytes);
-        }
-    }
-    let settings = serde_json::to_value(&block.config).unwrap_or(Value::Null);
-    add(canonical_json(&settings).as_bytes());
-    add(&RECIPE_VERSION.to_le_bytes());
-    hasher.finalize().into()
-}
-
-fn source_tensor(checkpoint: &Checkpoint, entry: &TensorEntry) -> SourceTensor {
+pub(super) fn source_tensor(checkpoint: &Checkpoint, entry: &TensorEntry) -> SourceTensor {
     let dtype = dtype_name(entry.dtype);
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{dtype} {:?} ", entry.shape).as_bytes());

@@ -7,15 +7,13 @@ use arrow::buffer::Buffer;
 use bytes::Bytes;
 use memmap2::MmapMut;
 
+use crate::linalg::{LARGE_PAGE as PAGE, ask_for_large_pages};
+
 /// Bytes of a cache line, at which what is read begins: kernels read whole ones.
 const LINE: usize = 64;
 
-/// Bytes of a large page.
-const PAGE: usize = 2 << 20;
-
-/// From so many bytes on, large pages: the system hands out one of them faster than the 512 small ones, by more than it
-/// takes to read 2 MiB into them, and kernels that go through them look up fewer addresses. Of a last large page, at least
-/// as much is used.
+/// From so many bytes on, large pages: what they save is more than reading 2 MiB into one takes, and kernels that go
+/// through them look up fewer addresses. Of a last large page, at least as much is used.
 const LARGE_FROM: usize = 3 << 19;
 
 /// Room for some bytes, which begin at a cache line.
@@ -39,13 +37,10 @@ impl Room {
         // What is not touched of it takes no memory.
         let all = MmapMut::map_anon(bytes.checked_add(2 * PAGE).ok_or_else(too_long)?)?;
         let start = all.as_ptr().align_offset(PAGE);
-        #[cfg(target_os = "linux")]
-        {
-            let whole = bytes / PAGE * PAGE;
-            let large = if bytes - whole >= LARGE_FROM { whole + PAGE } else { whole };
-            // Small pages do as well where the system has no others.
-            let _ = all.advise_range(memmap2::Advice::HugePage, start, large);
-        }
+        let whole = bytes / PAGE * PAGE;
+        let large = if bytes - whole >= LARGE_FROM { whole + PAGE } else { whole };
+        // SAFETY: the mapping is ours, and goes two pages beyond what is asked for.
+        unsafe { ask_for_large_pages(all[start..].as_ptr(), large) };
         Ok(Room::Large { all, start, bytes })
     }
 
