@@ -4,7 +4,10 @@
 
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
-use super::{Layer, require_finite};
+use super::activation::Activation;
+use super::low_rank::LowRankLayer;
+use super::ternary::TernaryLayer;
+use super::{Accuracy, Layer, require_finite};
 use crate::error::{Error, Result};
 use crate::linalg::{matmul, matmul_nt};
 
@@ -46,16 +49,48 @@ impl Layer {
         let bias = grad_output.sum_axis(Axis(0));
         let (input, weight) = match self {
             Layer::KeyValue(layer) => layer.gradients(x, grad_output),
-            Layer::LowRank(layer) => {
-                let (a, b) = layer.factors();
-                let corrected = matmul(matmul_nt(grad_output, a.view()).view(), b.view());
-                (layer.quantized_backward(grad_output) + corrected, matmul(grad_output.t(), x))
+            Layer::LowRank(layer) => (through(layer, grad_output), matmul(grad_output.t(), x)),
+            Layer::Ternary(layer) => {
+                return ternary(layer, x, grad_output);
             }
-            Layer::VqAttention(_) => return Err(super::no_weight("a layer with gradients of a weight")),
+            Layer::VqAttention(_) | Layer::Module(_) => {
+                return Err(super::no_weight("a layer with gradients of a weight", self.method()));
+            }
             Layer::Dense(layer) => (matmul(grad_output, layer.weight()?.view()), matmul(grad_output.t(), x)),
         };
         Ok(Gradients { input, weight, bias })
     }
+}
+
+/// `grad_output · (Ŵ + A B)`
+fn through(layer: &LowRankLayer, grad_output: ArrayView2<f32>) -> Array2<f32> {
+    let (a, b) = layer.factors();
+    let corrected = matmul(matmul_nt(grad_output, a.view()).view(), b.view());
+    layer.quantized_backward(grad_output) + corrected
+}
+
+/// Of a ternary layer, inputs that are rounded being taken as they are.
+fn ternary(layer: &TernaryLayer, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients> {
+    let normalized = layer.normalized(x)?;
+    let mut grad_output = grad_output.to_owned();
+    if layer.activation() != Activation::Linear {
+        let mut before = layer.core().linear(normalized.view(), Accuracy::Full);
+        if let Some(bias) = layer.core().bias() {
+            before += bias;
+        }
+        for (g, &y) in grad_output.iter_mut().zip(&before) {
+            *g *= layer.activation().slope(y).ok_or_else(|| {
+                Error::expected("activation of a layer with gradients", "softmax", "a function of one number")
+            })?;
+        }
+    }
+    let inner = through(layer.core(), grad_output.view());
+    let input = match layer.norm() {
+        Some(norm) => norm.backward(x, inner.view())?.input,
+        None => inner,
+    };
+    let weight = matmul(grad_output.t(), normalized.view());
+    Ok(Gradients { input, weight, bias: grad_output.sum_axis(Axis(0)) })
 }
 
 #[cfg(test)]

@@ -3,11 +3,15 @@
 //! A layer kind knows its parts and no table; the store moves parts and knows no layer kind. Inputs are
 //! `[batch, in_features]`, outputs `[batch, out_features]`, f32, and `y = x · Wᵀ + b`.
 
+mod activation;
 mod backward;
 mod dense;
 mod key_value;
 mod low_rank;
+mod module;
 pub mod parts;
+mod rms_norm;
+mod ternary;
 mod vq_attention;
 
 use std::fmt;
@@ -17,6 +21,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use activation::Activation;
 pub use backward::Gradients;
 pub use dense::{DType, DenseLayer};
 pub(crate) use dense::{dtype_name, dtype_named, from_f32, to_f32};
@@ -28,7 +33,10 @@ pub use key_value::{
 pub use low_rank::{
     Correction, LowRankConfig, LowRankLayer, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod, Transform,
 };
+pub use module::ModuleLayer;
 pub use parts::{ArtifactId, Parts};
+pub use rms_norm::{NormGradients, RmsNorm};
+pub use ternary::{TernaryConfig, TernaryLayer};
 pub use vq_attention::{AttentionBlock, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
 
 pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
@@ -46,13 +54,28 @@ pub enum Method {
     KeyValue,
     /// Quantised weights and a low-rank correction of their error.
     LowRank,
+    /// Weights of −1, 0 and 1.
+    Ternary,
     /// Attention between projections that are layers of their own: codebooks and settings.
     VqAttention,
+    /// Settings and small tensors of what is made of other layers; no rule asks for it.
+    Module,
 }
 
 impl Method {
     /// Every method, in the order they are documented.
-    pub const ALL: [Method; 4] = [Method::Dense, Method::KeyValue, Method::LowRank, Method::VqAttention];
+    pub const ALL: [Method; 6] =
+        [Method::Dense, Method::KeyValue, Method::LowRank, Method::Ternary, Method::VqAttention, Method::Module];
+
+    /// Those that a rule can ask for.
+    pub fn of_rules() -> impl Iterator<Item = Method> {
+        Method::ALL.into_iter().filter(|method| *method != Method::Module)
+    }
+
+    /// Whether such a layer stands for a weight matrix: inputs go in, and outputs come out of it alone.
+    pub fn is_linear(self) -> bool {
+        !matches!(self, Method::VqAttention | Method::Module)
+    }
 
     /// The name in rules, tables and JSON.
     pub fn as_str(self) -> &'static str {
@@ -60,7 +83,9 @@ impl Method {
             Method::Dense => "dense",
             Method::KeyValue => "key_value",
             Method::LowRank => "low_rank",
+            Method::Ternary => "ternary",
             Method::VqAttention => "vq_attention",
+            Method::Module => "module",
         }
     }
 }
@@ -88,6 +113,7 @@ pub enum MethodConfig {
     Dense,
     KeyValue(KeyValueConfig),
     LowRank(LowRankConfig),
+    Ternary(TernaryConfig),
     VqAttention(VqAttentionConfig),
 }
 
@@ -98,6 +124,7 @@ impl MethodConfig {
             MethodConfig::Dense => Method::Dense,
             MethodConfig::KeyValue(_) => Method::KeyValue,
             MethodConfig::LowRank(_) => Method::LowRank,
+            MethodConfig::Ternary(_) => Method::Ternary,
             MethodConfig::VqAttention(_) => Method::VqAttention,
         }
     }
@@ -107,6 +134,9 @@ impl MethodConfig {
         let mut all = stored.clone();
         if let MethodConfig::LowRank(config) = self {
             return low_rank::with_activations(all, config.activations);
+        }
+        if let (MethodConfig::Ternary(config), Value::Object(all)) = (self, &mut all) {
+            all.insert("activations".into(), serde_json::json!(config.weights.activations));
         }
         if let (MethodConfig::KeyValue(config), Value::Object(all)) = (self, &mut all)
             && let Value::Object(search) = serde_json::json!(config.search())
@@ -125,6 +155,7 @@ impl MethodConfig {
             MethodConfig::Dense => Ok(()),
             MethodConfig::KeyValue(config) => config.validate(),
             MethodConfig::LowRank(config) => config.validate(),
+            MethodConfig::Ternary(config) => config.validate(),
             MethodConfig::VqAttention(config) => config.validate(),
         }
     }
@@ -139,7 +170,8 @@ impl MethodConfig {
             MethodConfig::Dense => Ok(()),
             MethodConfig::KeyValue(config) => config.check(out_features, in_features),
             MethodConfig::LowRank(config) => config.check(out_features, in_features, calibrated),
-            MethodConfig::VqAttention(_) => Err(no_weight("a method for a weight")),
+            MethodConfig::Ternary(config) => config.weights.check(out_features, in_features, calibrated),
+            MethodConfig::VqAttention(_) => Err(no_weight("a method for a weight", Method::VqAttention)),
         }
     }
 
@@ -150,6 +182,7 @@ impl MethodConfig {
     pub fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
         match self {
             MethodConfig::LowRank(config) => config.expected_bytes(out_features, in_features),
+            MethodConfig::Ternary(config) => config.weights.expected_bytes(out_features, in_features),
             MethodConfig::Dense | MethodConfig::KeyValue(_) | MethodConfig::VqAttention(_) => Ok(None),
         }
     }
@@ -177,18 +210,21 @@ impl MethodConfig {
             MethodConfig::LowRank(config) => {
                 Ok(Layer::LowRank(LowRankLayer::build(config, weight, bias, calibration)?))
             }
-            MethodConfig::VqAttention(_) => Err(no_weight("a method for a weight")),
+            MethodConfig::Ternary(config) => {
+                Ok(Layer::Ternary(TernaryLayer::build(config, weight, bias, calibration)?))
+            }
+            MethodConfig::VqAttention(_) => Err(no_weight("a method for a weight", Method::VqAttention)),
         }
     }
 }
 
-/// An attention layer where a linear one belongs.
-fn no_weight(what: &str) -> Error {
-    Error::expected(
-        what,
-        "vq_attention",
-        "a linear layer: attention runs by `attend`, and its projections by themselves",
-    )
+/// What is made of several layers where a linear one belongs.
+fn no_weight(what: &str, found: Method) -> Error {
+    let expected = match found {
+        Method::VqAttention => "a linear layer: attention runs by `attend`, and its projections by themselves",
+        _ => "a linear layer: a module runs with the layers that it is made of",
+    };
+    Error::expected(what, found, expected)
 }
 
 fn check_inputs(
@@ -244,7 +280,9 @@ pub enum Layer {
     Dense(DenseLayer),
     KeyValue(KeyValueLayer),
     LowRank(LowRankLayer),
+    Ternary(TernaryLayer),
     VqAttention(VqAttentionLayer),
+    Module(ModuleLayer),
 }
 
 impl Layer {
@@ -254,7 +292,9 @@ impl Layer {
             Layer::Dense(_) => Method::Dense,
             Layer::KeyValue(_) => Method::KeyValue,
             Layer::LowRank(_) => Method::LowRank,
+            Layer::Ternary(_) => Method::Ternary,
             Layer::VqAttention(_) => Method::VqAttention,
+            Layer::Module(_) => Method::Module,
         }
     }
 
@@ -264,7 +304,9 @@ impl Layer {
             Layer::Dense(l) => l.out_features(),
             Layer::KeyValue(l) => l.out_features(),
             Layer::LowRank(l) => l.out_features(),
+            Layer::Ternary(l) => l.out_features(),
             Layer::VqAttention(l) => l.out_features(),
+            Layer::Module(l) => l.out_features(),
         }
     }
 
@@ -274,7 +316,9 @@ impl Layer {
             Layer::Dense(l) => l.in_features(),
             Layer::KeyValue(l) => l.in_features(),
             Layer::LowRank(l) => l.in_features(),
+            Layer::Ternary(l) => l.in_features(),
             Layer::VqAttention(l) => l.in_features(),
+            Layer::Module(l) => l.in_features(),
         }
     }
 
@@ -284,11 +328,14 @@ impl Layer {
             Layer::Dense(l) => l.config(),
             Layer::KeyValue(l) => l.config(),
             Layer::LowRank(l) => l.config(),
+            Layer::Ternary(l) => l.config(),
             Layer::VqAttention(l) => l.config(),
+            Layer::Module(l) => l.config(),
         }
     }
 
-    /// `y = x · Wᵀ + b` for `x` `[batch, in_features]`.
+    /// `y = x · Wᵀ + b` for `x` `[batch, in_features]`; of a ternary layer with the norm before it and the activation after
+    /// it, if it has them.
     ///
     /// # Errors
     /// When the width of `x` is another, a value is not finite, or the layer is a tensor that is no matrix.
@@ -296,6 +343,9 @@ impl Layer {
         let mut output = self.linear(x, accuracy)?;
         if let Some(bias) = self.bias()? {
             crate::linalg::add_outer(&mut output.y, bias.view());
+        }
+        if let Layer::Ternary(layer) = self {
+            layer.activate(output.y.view_mut());
         }
         Ok(output)
     }
@@ -309,15 +359,15 @@ impl Layer {
         Ok(y.index_axis_move(ndarray::Axis(0), 0))
     }
 
-    /// `x · Wᵀ`, the bias left out: what relative errors are measured on.
+    /// `x · Wᵀ`, bias and activation left out: what relative errors are measured on.
     ///
     /// # Errors
     /// As [`Layer::forward`].
     pub fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
         match self {
             Layer::Dense(layer) => layer.require_matrix()?,
-            Layer::VqAttention(_) => return Err(no_weight("a layer to run")),
-            Layer::KeyValue(_) | Layer::LowRank(_) => {}
+            Layer::VqAttention(_) | Layer::Module(_) => return Err(no_weight("a layer to run", self.method())),
+            Layer::KeyValue(_) | Layer::LowRank(_) | Layer::Ternary(_) => {}
         }
         if x.ncols() != self.in_features() {
             return Err(Error::expected(
@@ -331,7 +381,8 @@ impl Layer {
             Layer::Dense(l) => l.linear(x),
             Layer::KeyValue(l) => Ok(l.linear(x, accuracy)),
             Layer::LowRank(l) => Ok(Output { y: l.linear(x, accuracy), relative_error_bound: None }),
-            Layer::VqAttention(_) => Err(no_weight("a layer to run")),
+            Layer::Ternary(l) => Ok(Output { y: l.linear(x, accuracy)?, relative_error_bound: None }),
+            Layer::VqAttention(_) | Layer::Module(_) => Err(no_weight("a layer to run", self.method())),
         }
     }
 
@@ -344,7 +395,8 @@ impl Layer {
             Layer::Dense(l) => l.bias(),
             Layer::KeyValue(l) => Ok(l.bias().cloned()),
             Layer::LowRank(l) => Ok(l.bias().cloned()),
-            Layer::VqAttention(_) => Ok(None),
+            Layer::Ternary(l) => Ok(l.core().bias().cloned()),
+            Layer::VqAttention(_) | Layer::Module(_) => Ok(None),
         }
     }
 
@@ -368,7 +420,8 @@ impl Layer {
             Layer::Dense(l) => Ok(l.weight()?.clone()),
             Layer::KeyValue(l) => Ok(l.weight()),
             Layer::LowRank(l) => Ok(l.weight()),
-            Layer::VqAttention(_) => Err(no_weight("a layer with a weight")),
+            Layer::Ternary(l) => Ok(l.core().weight()),
+            Layer::VqAttention(_) | Layer::Module(_) => Err(no_weight("a layer with a weight", self.method())),
         }
     }
 
@@ -378,7 +431,9 @@ impl Layer {
             Layer::Dense(l) => l.to_parts(),
             Layer::KeyValue(l) => l.to_parts(),
             Layer::LowRank(l) => l.to_parts(),
+            Layer::Ternary(l) => l.to_parts(),
             Layer::VqAttention(l) => l.to_parts(),
+            Layer::Module(l) => l.to_parts(),
         }
     }
 
@@ -391,7 +446,9 @@ impl Layer {
             Method::Dense => Ok(Layer::Dense(DenseLayer::from_parts(parts)?)),
             Method::KeyValue => Ok(Layer::KeyValue(KeyValueLayer::from_parts(parts)?)),
             Method::LowRank => Ok(Layer::LowRank(LowRankLayer::from_parts(parts)?)),
+            Method::Ternary => Ok(Layer::Ternary(TernaryLayer::from_parts(parts)?)),
             Method::VqAttention => Ok(Layer::VqAttention(VqAttentionLayer::from_parts(parts)?)),
+            Method::Module => Ok(Layer::Module(ModuleLayer::from_parts(parts)?)),
         }
     }
 
@@ -401,7 +458,8 @@ impl Layer {
     /// When the settings are not valid for the layer.
     pub fn configured(&self, config: &Value) -> Result<Self> {
         match self {
-            Layer::Dense(_) | Layer::VqAttention(_) => Ok(self.clone()),
+            Layer::Dense(_) | Layer::VqAttention(_) | Layer::Module(_) => Ok(self.clone()),
+            Layer::Ternary(l) => Ok(Layer::Ternary(l.configured(config)?)),
             Layer::LowRank(l) => Ok(Layer::LowRank(l.configured(config)?)),
             Layer::KeyValue(l) => Ok(Layer::KeyValue(l.configured(config)?)),
         }
@@ -413,7 +471,9 @@ impl Layer {
             Layer::Dense(l) => l.memory_bytes(),
             Layer::KeyValue(l) => l.memory_bytes(),
             Layer::LowRank(l) => l.memory_bytes(),
+            Layer::Ternary(l) => l.memory_bytes(),
             Layer::VqAttention(l) => l.memory_bytes(),
+            Layer::Module(l) => l.memory_bytes(),
         }
     }
 }

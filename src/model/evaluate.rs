@@ -9,7 +9,7 @@ use super::checkpoint::{Activations, Checkpoint};
 use super::measure::{CorrectionReport, measure};
 use super::plan::bits_per_weight;
 use crate::error::{Error, Result};
-use crate::layer::{Layer, Method};
+use crate::layer::{Activation, Layer, Method};
 use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot, joined};
 
 /// One layer's error.
@@ -179,15 +179,20 @@ async fn stored_reference(
 }
 
 /// The layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer of the
-/// same tensor; a key–value layer with rounded keys or values of which the store has no dense weights is run with every
+/// same tensor; a ternary layer with a norm or an activation is run with its inputs as they are; a key–value layer with rounded keys or values of which the store has no dense weights is run with every
 /// key.
 ///
 /// # Errors
 /// When the store holds no dense weights for a quantised layer.
 pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<Layer> {
     let every_key = match handle.record().method {
-        Method::Dense | Method::VqAttention => return handle.load().await,
+        Method::Dense | Method::VqAttention | Method::Module => return handle.load().await,
         Method::LowRank => None,
+        Method::Ternary => match handle.load().await? {
+            // What is normalised or passed through a function is no dense layer's output.
+            Layer::Ternary(layer) if layer.norm().is_none() && layer.activation() == Activation::Linear => None,
+            layer => return Ok(layer),
+        },
         Method::KeyValue => match handle.load().await? {
             Layer::KeyValue(layer) if !layer.holds_its_weight() => Some(Layer::KeyValue(layer)),
             layer => return Ok(layer),

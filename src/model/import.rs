@@ -231,8 +231,8 @@ impl Done {
             dense_bytes: self.dense_bytes,
             stored_bytes: stored.stored_bytes,
             bits_per_weight: match stored.method {
-                // It has none.
-                Method::VqAttention => 0.0,
+                // They have none.
+                method if !method.is_linear() => 0.0,
                 _ => bits_per_weight(stored.stored_bytes, self.out_features, self.in_features),
             },
             correction: self.correction.clone(),

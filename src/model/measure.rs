@@ -12,12 +12,20 @@ use crate::store::ErrorBasis;
 pub(super) fn measure(layer: &Layer, weight: &Array2<f32>, inputs: Option<&Array2<f32>>) -> Result<(f64, ErrorBasis)> {
     match inputs {
         Some(x) => {
-            let exact = matmul_nt(x.view(), weight.view());
+            let exact = exact(layer, weight, x)?;
             let approximate = layer.linear(x.view(), Accuracy::Approximate)?.y;
             Ok((relative_error(approximate.view(), exact.view()), ErrorBasis::Activations))
         }
         None => Ok((relative_error(layer.weight()?.view(), weight.view()), ErrorBasis::Weights)),
     }
+}
+
+/// What the weight itself gives, for the inputs that it meets.
+fn exact(layer: &Layer, weight: &Array2<f32>, x: &Array2<f32>) -> Result<Array2<f32>> {
+    Ok(match layer {
+        Layer::Ternary(layer) => matmul_nt(layer.normalized(x.view())?.view(), weight.view()),
+        _ => matmul_nt(x.view(), weight.view()),
+    })
 }
 
 /// What a low-rank layer's correction is good for; nothing of other layers.
@@ -33,9 +41,13 @@ pub struct CorrectionReport {
 
 impl CorrectionReport {
     pub(super) fn of(layer: &Layer, weight: &Array2<f32>, inputs: Option<&Array2<f32>>) -> Self {
-        let Layer::LowRank(layer) = layer else { return CorrectionReport::default() };
+        let (layer, inputs) = match layer {
+            Layer::LowRank(layer) => (layer, inputs.cloned()),
+            Layer::Ternary(layer) => (layer.core(), inputs.and_then(|x| layer.normalized(x.view()).ok())),
+            _ => return CorrectionReport::default(),
+        };
         let quantized = layer.quantized();
-        let error = match inputs {
+        let error = match &inputs {
             Some(x) => {
                 let plain = quantized.products(x.view(), layer.activations());
                 relative_error(plain.view(), matmul_nt(x.view(), weight.view()).view())

@@ -167,12 +167,15 @@ pub fn read_attention_settings(path: &Path) -> Result<VqAttentionConfig> {
 fn read_method(
     settings: &serde_json::Map<String, Value>,
 ) -> std::result::Result<MethodConfig, (Option<String>, String)> {
-    let names = || Method::ALL.map(Method::as_str).join(", ");
+    let names = || Method::of_rules().map(Method::as_str).collect::<Vec<_>>().join(", ");
     let method = match settings.get("method") {
         Some(Value::String(name)) => name.parse::<Method>().map_err(|e| (Some("method".into()), e.to_string()))?,
         Some(_) => return Err((Some("method".into()), format!("method must be one of {}, in quotes", names()))),
         None => return Err((None, format!("the rule has no 'method': give one of {}", names()))),
     };
+    if method == Method::Module {
+        return Err((Some("method".into()), format!("method: no rule makes a module; give one of {}", names())));
+    }
     let mut fields = settings.clone();
     fields.remove("method");
     let config = read_fields(method, &fields).map_err(|message| {
@@ -197,7 +200,9 @@ fn read_fields(method: Method, fields: &serde_json::Map<String, Value>) -> std::
         Method::Dense => Nothing::deserialize(value).map(|_| MethodConfig::Dense),
         Method::KeyValue => serde_json::from_value(value).map(MethodConfig::KeyValue),
         Method::LowRank => serde_json::from_value(value).map(MethodConfig::LowRank),
+        Method::Ternary => serde_json::from_value(value).map(MethodConfig::Ternary),
         Method::VqAttention => serde_json::from_value(value).map(MethodConfig::VqAttention),
+        Method::Module => return Err("no rule makes a module".into()),
     };
     let config = config.map_err(|e| format!("{method}: {e}"))?;
     config.validate().map_err(|e| e.to_string())?;
@@ -273,6 +278,9 @@ method = "dense"
             (&rule("method = 'vq_attention'\nn_head = 4"), 1, "query, key and value"),
             (&rule("method = 'vq_attention'\nn_head = 4\nquery = 'q'\nkey = 'k'"), 6, "all three"),
             (&rule("method = 'vq_attention'\nmechanism = 'flash'"), 4, "vq_qk"),
+            (&rule("method = 'module'"), 3, "no rule makes a module"),
+            (&rule("method = 'ternary'\ngroup = 'row'"), 4, "channel"),
+            (&rule("method = 'ternary'\nrank = 4\nnorm = 7"), 5, "norm"),
         ] {
             match Rules::parse(text, "r.toml") {
                 Err(Error::Rules { line: found, message, .. }) => {

@@ -5,9 +5,11 @@ use std::fmt;
 use half::f16;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::trits::TRITS;
 use crate::error::{Error, Result};
 
-/// The type of a weight's code. Written `"int2"` to `"int8"`, `"nf4"`, `"mxint2"` to `"mxint8"`, `"f16"` or `"bf16"`.
+/// The type of a weight's code. Written `"int2"` to `"int8"`, `"nf4"`, `"mxint2"` to `"mxint8"`, `"ternary"`, `"f16"` or
+/// `"bf16"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightType {
     /// Integers of this many bits, 2 to 8.
@@ -16,6 +18,8 @@ pub enum WeightType {
     Nf4,
     /// Signed integers of this many bits, 2 to 8, whose scale is a power of two (OCP Microscaling's MXINT).
     MxInt(u8),
+    /// −1, 0 and 1: two bits each in memory, five to a byte where they are stored (BitNet b1.58).
+    Ternary,
     /// Half precision, without scales.
     F16,
     /// bfloat16, without scales.
@@ -23,18 +27,27 @@ pub enum WeightType {
 }
 
 impl WeightType {
-    /// Bits per weight, scales and zero points aside.
+    /// Bits per weight in memory, scales and zero points aside.
     pub fn bits(self) -> u32 {
         match self {
             WeightType::Int(bits) | WeightType::MxInt(bits) => bits.into(),
             WeightType::Nf4 => 4,
+            WeightType::Ternary => 2,
             WeightType::F16 | WeightType::Bf16 => 16,
         }
     }
 
-    /// Bytes of one packed row of `columns` weights.
+    /// Bytes of one packed row of `columns` weights in memory.
     pub fn row_bytes(self, columns: usize) -> usize {
         (columns * self.bits() as usize).div_ceil(8)
+    }
+
+    /// Bytes of one row of `columns` weights as it is stored.
+    pub fn stored_row_bytes(self, columns: usize) -> usize {
+        match self {
+            WeightType::Ternary => columns.div_ceil(TRITS),
+            _ => self.row_bytes(columns),
+        }
     }
 
     /// Whether weights are floats by themselves.
@@ -46,6 +59,7 @@ impl WeightType {
         let bits = |digits: &str| digits.parse().ok().filter(|bits| (2..=8).contains(bits) && digits.len() == 1);
         match name {
             "nf4" => Some(WeightType::Nf4),
+            "ternary" => Some(WeightType::Ternary),
             "f16" => Some(WeightType::F16),
             "bf16" => Some(WeightType::Bf16),
             _ => match name.strip_prefix("mxint") {
@@ -61,6 +75,7 @@ impl fmt::Display for WeightType {
         match self {
             WeightType::Int(bits) => write!(f, "int{bits}"),
             WeightType::Nf4 => f.write_str("nf4"),
+            WeightType::Ternary => f.write_str("ternary"),
             WeightType::MxInt(bits) => write!(f, "mxint{bits}"),
             WeightType::F16 => f.write_str("f16"),
             WeightType::Bf16 => f.write_str("bf16"),
@@ -79,7 +94,7 @@ impl<'de> Deserialize<'de> for WeightType {
         let name = String::deserialize(deserializer)?;
         WeightType::parse(&name).ok_or_else(|| {
             de::Error::custom(format!(
-                "weight type '{name}': expected int2 to int8, nf4, mxint2 to mxint8, f16 or bf16"
+                "weight type '{name}': expected int2 to int8, nf4, mxint2 to mxint8, ternary, f16 or bf16"
             ))
         })
     }
@@ -253,13 +268,13 @@ impl WeightFormat {
         }
     }
 
-    /// Bytes of a `rows × columns` matrix in this format: codes, scales and zero points.
+    /// Bytes of a stored `rows × columns` matrix in this format: codes, scales and zero points.
     ///
     /// # Errors
     /// As [`WeightFormat::group_size`].
     pub fn stored_bytes(&self, rows: usize, columns: usize) -> Result<usize> {
         let per_group = self.scale_bytes() + usize::from(self.has_zeros());
-        Ok(rows * (self.weight_type.row_bytes(columns) + self.groups(columns)? * per_group))
+        Ok(rows * (self.weight_type.stored_row_bytes(columns) + self.groups(columns)? * per_group))
     }
 
     /// The scale that is stored for this one: the nearest that the scales' type has, above 0.
@@ -300,7 +315,7 @@ mod tests {
     #[test]
     fn names_come_back_and_others_are_refused() {
         let types = (2..=8).flat_map(|b| [WeightType::Int(b), WeightType::MxInt(b)]);
-        for kind in types.chain([WeightType::Nf4, WeightType::F16, WeightType::Bf16]) {
+        for kind in types.chain([WeightType::Nf4, WeightType::Ternary, WeightType::F16, WeightType::Bf16]) {
             assert_eq!(WeightType::parse(&kind.to_string()), Some(kind));
         }
         for name in ["int1", "int9", "int04", "int", "nf3", "mxint", "mxint16", "f32", "INT4", ""] {
@@ -340,5 +355,6 @@ mod tests {
         assert_eq!(bytes(r#"{"type":"nf4","group":16,"scales":"f16"}"#), 3 * (64 + 8 * 2));
         assert_eq!(bytes(r#"{"type":"mxint8"}"#), 3 * (128 + 4));
         assert_eq!(bytes(r#"{"type":"bf16"}"#), 3 * 256);
+        assert_eq!(bytes(r#"{"type":"ternary","group":"channel"}"#), 3 * (26 + 4));
     }
 }

@@ -13,6 +13,7 @@ mod packing;
 mod product;
 mod quantizer;
 mod rows;
+mod trits;
 
 pub(crate) use kmeans::{kmeans, nearest};
 pub(crate) use nearest::nearest_rows;

@@ -6,9 +6,10 @@ use ndarray::{Array2, ArrayView1, ArrayView2};
 use rayon::prelude::*;
 
 use super::dual::column_scales;
-use super::format::{Group, WeightFormat, WeightType};
+use super::format::{Group, ScaleType, WeightFormat, WeightType};
 use super::packing::{pack, unpack};
 use super::quantizer::{Clipping, Grid, Quantizer};
+use super::trits::{from_trits, to_trits};
 use crate::error::{Error, Result};
 
 /// No weight may be larger: sums of levels times scales stay finite.
@@ -176,7 +177,7 @@ impl PackedMatrix {
         let zero_points = if format.has_zeros() { rows.saturating_mul(groups) } else { 0 };
         let found = (packed.len(), scales.len(), zeros.len());
         let expected = (
-            rows.saturating_mul(format.weight_type.row_bytes(columns)),
+            rows.saturating_mul(format.weight_type.stored_row_bytes(columns)),
             rows.saturating_mul(groups).saturating_mul(format.scale_bytes()),
             zero_points,
         );
@@ -191,7 +192,41 @@ impl PackedMatrix {
         if let Some((index, value)) = scales.iter().enumerate().find(|(_, scale)| !scale.is_finite()) {
             return Err(Error::NotFinite { what: "the scales".into(), value: f64::from(*value), index });
         }
+        let packed = match format.weight_type {
+            WeightType::Ternary => from_trits(&packed, rows, columns)?,
+            _ => packed,
+        };
         Ok(PackedMatrix { format, rows, columns, packed, scales, zeros, column_scales: vec![] })
+    }
+
+    /// Ternary weights `[rows, columns]` that are so already, all with one scale.
+    ///
+    /// # Errors
+    /// When one is none of −1, 0 and 1, or the scale is not finite.
+    pub fn from_ternary(weights: ArrayView2<i8>, scale: f32) -> Result<Self> {
+        let format = WeightFormat {
+            weight_type: WeightType::Ternary,
+            group: Group::Tensor,
+            symmetric: true,
+            scales: ScaleType::F32,
+        };
+        if let Some(found) = weights.iter().find(|w| !(-1..=1).contains(*w)) {
+            return Err(Error::expected("ternary weight", found, "-1, 0 or 1"));
+        }
+        if !scale.is_finite() {
+            return Err(Error::NotFinite { what: "the scale".into(), value: scale.into(), index: 0 });
+        }
+        let codes: Vec<u8> = weights.iter().map(|w| (w + 1) as u8).collect();
+        let grids = std::iter::repeat_n(Grid { scale, zero: 0 }, if weights.ncols() > 0 { weights.nrows() } else { 0 });
+        Ok(Self::from_codes(format, weights.dim(), &codes, grids))
+    }
+
+    /// The codes as they are stored: as they are in memory, but five ternary ones to a byte.
+    pub fn stored_codes(&self) -> Bytes {
+        match self.format.weight_type {
+            WeightType::Ternary => to_trits(&self.packed, self.columns).into(),
+            _ => self.packed.clone(),
+        }
     }
 
     /// The scales as they are stored.
@@ -248,7 +283,8 @@ impl PackedMatrix {
     /// Bytes of codes, scales and zero points, as stored; two for a column's scale.
     pub fn stored_bytes(&self) -> usize {
         let columns = 2 * self.column_scales.len();
-        self.packed.len() + self.format.scale_bytes() * self.scales.len() + self.zeros.len() + columns
+        let codes = self.rows * self.format.weight_type.stored_row_bytes(self.columns);
+        codes + self.format.scale_bytes() * self.scales.len() + self.zeros.len() + columns
     }
 
     /// Bytes that it takes in memory.
@@ -264,6 +300,9 @@ pub(super) fn check(weight: ArrayView2<f32>, format: WeightFormat, clipping: Cli
         && !(percent > 0.0 && percent <= 100.0)
     {
         return Err(Error::expected("percentile of a weight's clipping", percent, "above 0 and at most 100"));
+    }
+    if clipping == Clipping::Absmean && format.weight_type != WeightType::Ternary {
+        return Err(Error::expected("clipping", format!("\"absmean\" for {}", format.weight_type), "ternary weights"));
     }
     let most = if format.weight_type == WeightType::F16 { f16::MAX.to_f32() } else { LARGEST };
     match weight.iter().enumerate().find(|(_, v)| !v.is_finite()) {
@@ -282,7 +321,6 @@ pub(super) fn check(weight: ArrayView2<f32>, format: WeightFormat, clipping: Cli
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::ScaleType;
     use proptest::prelude::*;
 
     fn formats() -> impl Strategy<Value = WeightFormat> {
@@ -291,7 +329,8 @@ mod tests {
                 Just(WeightType::Int(bits)),
                 Just(WeightType::Int(bits)),
                 Just(WeightType::MxInt(bits)),
-                Just(WeightType::Nf4)
+                Just(WeightType::Nf4),
+                Just(WeightType::Ternary)
             ]
         });
         let groups = prop_oneof![Just(Group::Channel), Just(Group::Tensor), Just(Group::Size(4)), Just(Group::Size(6))];
@@ -321,6 +360,7 @@ mod tests {
                 let steps = match format.weight_type {
                     WeightType::Nf4 => 0.5 * (1.0 - 0.69),
                     WeightType::MxInt(_) => 1.0,
+                    WeightType::Ternary => 0.5,
                     _ if format.symmetric => 0.5,
                     // The zero point is rounded, too.
                     _ => 1.0,
@@ -332,7 +372,7 @@ mod tests {
             prop_assert!(squared(&best.dequantize(), &w) <= squared(&back, &w) * 1.0001 + 1e-9);
             for q in [plain, best] {
                 prop_assert_eq!(q.stored_bytes(), format.stored_bytes(rows, 12).unwrap());
-                let again = PackedMatrix::from_fields(q.format, (rows, 12), q.packed.clone(), &q.scale_bytes(), q.zeros.clone());
+                let again = PackedMatrix::from_fields(q.format, (rows, 12), q.stored_codes(), &q.scale_bytes(), q.zeros.clone());
                 prop_assert_eq!(again.unwrap(), q);
             }
         }
@@ -354,9 +394,14 @@ mod tests {
 
     #[test]
     fn zeros_and_extremes() {
-        for weight_type in
-            [WeightType::Int(2), WeightType::Int(4), WeightType::Nf4, WeightType::MxInt(4), WeightType::Bf16]
-        {
+        for weight_type in [
+            WeightType::Int(2),
+            WeightType::Int(4),
+            WeightType::Nf4,
+            WeightType::MxInt(4),
+            WeightType::Ternary,
+            WeightType::Bf16,
+        ] {
             for (symmetric, clipping) in
                 [(true, Clipping::Absmax), (false, Clipping::Mse), (false, Clipping::Percentile(90.0))]
             {
@@ -380,6 +425,25 @@ mod tests {
         for percent in [0.0, 101.0, f64::NAN] {
             assert!(PackedMatrix::quantize(large.view(), format, Clipping::Percentile(percent), None).is_err());
         }
+    }
+
+    /// Keras-MML's numbers: the mean of all sizes, and the nearest of three levels for it.
+    #[test]
+    fn ternary_by_the_mean() {
+        let w = Array2::from_shape_fn((2, 6), |(i, j)| [0.0, 0.4, -0.6, 2.0, -0.9, 0.3][j] * (i as f32 + 1.0));
+        let format = WeightFormat { weight_type: WeightType::Ternary, group: Group::Tensor, ..WeightFormat::default() };
+        let q = PackedMatrix::quantize(w.view(), format, Clipping::Absmean, None).unwrap();
+        let mean = w.mapv(f32::abs).mean().unwrap();
+        assert!(q.scales.iter().all(|s| (s - mean).abs() < 1e-6));
+        let ternary = w.mapv(|w| (w / mean).round_ties_even().clamp(-1.0, 1.0));
+        assert!((q.dequantize() - &ternary * mean).iter().all(|d| d.abs() < 1e-6));
+        let again = PackedMatrix::from_ternary(ternary.mapv(|t| t as i8).view(), q.scales[0]).unwrap();
+        assert_eq!((&again.packed, &again.scales), (&q.packed, &q.scales));
+        assert_eq!(q.stored_codes().len(), 4);
+        assert!(PackedMatrix::from_ternary(Array2::from_elem((1, 2), 2).view(), 1.0).is_err());
+        let zero = PackedMatrix::quantize(Array2::zeros((2, 5)).view(), format, Clipping::Absmean, None).unwrap();
+        assert_eq!((zero.scales[0], zero.dequantize().sum()), (1e-5, 0.0));
+        assert!(PackedMatrix::quantize(w.view(), WeightFormat::default(), Clipping::Absmean, None).is_err());
     }
 
     #[test]

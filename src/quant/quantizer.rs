@@ -14,6 +14,8 @@ pub enum Clipping {
     /// They span all of it but the largest weights: this percentile of |w|, and half of what it leaves at each end of an
     /// asymmetric group.
     Percentile(f64),
+    /// The mean of |w|, at least 1e-5 and at most 1e9, for ternary weights alone (BitNet b1.58).
+    Absmean,
     /// Narrower spans and other zero points are tried, then the best scale for the codes: the least squared error, each
     /// column's weighed by its E\[x²\] where inputs are known.
     #[default]
@@ -35,6 +37,9 @@ const TO_WHOLE: f32 = 12_582_912.0;
 
 /// Spans tried for [`Clipping::Mse`].
 const SPANS: usize = 12;
+
+/// Numbers that are added up as f32 before they are f64: there are many where a tensor has one scale.
+const PART: usize = 256;
 
 /// Times that a scale is then fitted to its codes.
 const FITS: usize = 3;
@@ -81,6 +86,7 @@ impl WeightFormat {
             WeightType::Int(bits) => Some(Box::new(Asymmetric { bits: bits.into() })),
             WeightType::Nf4 => Some(Box::new(NormalFloat)),
             WeightType::MxInt(bits) => Some(Box::new(Microscaling { bits: bits.into() })),
+            WeightType::Ternary => Some(Box::new(Ternary)),
             WeightType::F16 | WeightType::Bf16 => None,
         }
     }
@@ -99,20 +105,25 @@ impl WeightFormat {
         match clipping {
             Clipping::Mse => {}
             Clipping::Hqq => return half_quadratic(self, quantizer, weights, best),
-            Clipping::Absmax | Clipping::Percentile(_) => return best,
+            Clipping::Absmax | Clipping::Absmean | Clipping::Percentile(_) => return best,
         }
         let mut rounded = vec![0f32; weights.len()];
         let mut error = |grid: Grid| {
             quantizer.round(grid, weights, &mut rounded);
-            let (mut error, mut across, mut square) = (0f32, 0f32, 0f32);
-            for ((&w, &r), &i) in weights.iter().zip(&rounded).zip(importance) {
-                error += i * (r - w) * (r - w);
-                across += i * r * w;
-                square += i * r * r;
-            }
-            (error, across / square)
+            let parts = weights.chunks(PART).zip(rounded.chunks(PART)).zip(importance.chunks(PART));
+            let sums = parts.map(|((weights, rounded), importance)| {
+                let (mut error, mut across, mut square) = (0f32, 0f32, 0f32);
+                for ((&w, &r), &i) in weights.iter().zip(rounded).zip(importance) {
+                    error += i * (r - w) * (r - w);
+                    across += i * r * w;
+                    square += i * r * r;
+                }
+                [error, across, square].map(f64::from)
+            });
+            let [error, across, square] = sums.fold([0f64; 3], |a, b| std::array::from_fn(|i| a[i] + b[i]));
+            (error, (across / square) as f32)
         };
-        let (mut least, mut factor) = (f32::INFINITY, 1.0);
+        let (mut least, mut factor) = (f64::INFINITY, 1.0);
         for grid in candidates {
             let grid = stored(grid);
             let (found, fitting) = error(grid);
@@ -340,5 +351,45 @@ impl Quantizer for Microscaling {
 
     fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
         Symmetric { bits: self.bits }.decode(grid, codes, out);
+    }
+}
+
+struct Ternary;
+
+/// Scales to try, in mean sizes of the weights: normal ones want 1.53, evenly spread ones less, peaked ones more.
+const TIMES_MEAN: [f64; 7] = [1.5, 1.0, 1.25, 1.75, 2.0, 2.25, 2.5];
+
+/// Sizes of weights from which on a mean of them is a scale, and the largest scale (Keras-MML's).
+const MEANS: std::ops::RangeInclusive<f64> = 1e-5..=1e9;
+
+impl Quantizer for Ternary {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+        let grid = |scale: f64| Grid { scale: scale as f32, zero: 0 };
+        let sum: f64 = weights.iter().map(|w| f64::from(w.abs())).sum();
+        let mean = sum / weights.len().max(1) as f64;
+        match clipping {
+            Clipping::Absmean => vec![grid(mean.clamp(*MEANS.start(), *MEANS.end()))],
+            Clipping::Absmax | Clipping::Percentile(_) => {
+                vec![Grid { scale: or_one(reach(weights, clipping)), zero: 0 }]
+            }
+            Clipping::Mse | Clipping::Hqq => {
+                let mean = if (mean as f32) < f32::MIN_POSITIVE.sqrt() { 1.0 } else { mean };
+                TIMES_MEAN.map(|times| grid(times * mean)).to_vec()
+            }
+        }
+    }
+
+    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
+        let reciprocal = 1.0 / grid.scale;
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -1.0, 1.0) * grid.scale);
+    }
+
+    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
+        let reciprocal = 1.0 / grid.scale;
+        codes.iter_mut().zip(weights).for_each(|(c, w)| *c = (whole(w * reciprocal, -1.0, 1.0) + 1.0) as u8);
+    }
+
+    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = (f32::from(c & 3) - 1.0) * grid.scale);
     }
 }

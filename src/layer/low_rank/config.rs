@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
-use crate::quant::{Activations, Clipping, RowType, WeightFormat};
+use crate::quant::{Activations, Clipping, RowType, WeightFormat, WeightType};
 
 /// Which inputs the correction is the best one for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -114,8 +114,8 @@ fn as_they_are(activations: &Activations) -> bool {
 }
 
 pub(super) fn check_activations(activations: Activations, weight: &WeightFormat) -> Result<()> {
-    if weight.weight_type.is_float() && activations == Activations::Int8 {
-        let found = format!("\"int8\" for {}", weight.weight_type);
+    if weight.weight_type.is_float() && activations.rounds() {
+        let found = format!("whole numbers for {}", weight.weight_type);
         return Err(Error::expected("activations", found, "\"f32\" for weights that stay floats"));
     }
     Ok(())
@@ -198,6 +198,10 @@ impl LowRankConfig {
             && !(percent > 0.0 && percent <= 100.0)
         {
             return Err(Error::expected("percentile of clipping", percent, "above 0 and at most 100"));
+        }
+        if self.clipping == Clipping::Absmean && self.weight.weight_type != WeightType::Ternary {
+            let found = format!("\"absmean\" for {}", self.weight.weight_type);
+            return Err(Error::expected("clipping", found, "\"absmean\" for ternary weights alone"));
         }
         if self.weight.weight_type.is_float() && self.rounding == Rounding::Gptq {
             let found = format!("\"gptq\" for {}", self.weight.weight_type);

@@ -75,7 +75,7 @@ struct Running {
 
 impl LowRankLayer {
     /// Quantises `weight` `[out, in]` and corrects it. Settings and shapes have been checked.
-    pub(super) fn build(
+    pub(in crate::layer) fn build(
         config: &LowRankConfig,
         weight: ArrayView2<f32>,
         bias: Option<ArrayView1<f32>>,
@@ -143,6 +143,20 @@ impl LowRankLayer {
         Self::new(Inner { config, weight: packed, a, b, singular_values, shift, bias })?.with_activations(activations)
     }
 
+    /// Packed weights as they are, without a correction.
+    pub(in crate::layer) fn of_weight(weight: PackedMatrix, bias: Option<Array1<f32>>) -> Result<Self> {
+        let (out_features, in_features) = (weight.rows, weight.columns);
+        let factors = RowType::F16;
+        let config =
+            StoredConfig { weight: weight.format, rank: 0, factors, in_features, out_features, made: Map::new() };
+        let none = |length: usize| RowMatrix::new(Array2::zeros((0, length)), factors);
+        let (a, b) = (none(out_features)?, none(in_features)?);
+        if let Some(bias) = &bias {
+            crate::linalg::require_finite("the bias", bias.iter())?;
+        }
+        Self::new(Inner { config, weight, a, b, singular_values: vec![], shift: None, bias })
+    }
+
     fn new(inner: Inner) -> Result<Self> {
         let Inner { config, weight, a, b, singular_values, shift, bias } = &inner;
         let (rank, outputs, inputs) = (config.rank, config.out_features, config.in_features);
@@ -207,20 +221,20 @@ impl LowRankLayer {
         Ok(LowRankLayer { inner: self.inner.clone(), activations })
     }
 
-    pub(super) fn configured(&self, config: &Value) -> Result<Self> {
+    pub(in crate::layer) fn configured(&self, config: &Value) -> Result<Self> {
         self.with_activations(read_config::<Running>(Method::LowRank, config)?.activations)
     }
 
-    pub(super) fn config(&self) -> Value {
+    pub(in crate::layer) fn config(&self) -> Value {
         with_activations(json!(self.inner.config), self.activations)
     }
 
-    pub(super) fn bias(&self) -> Option<&Array1<f32>> {
+    pub(in crate::layer) fn bias(&self) -> Option<&Array1<f32>> {
         self.inner.bias.as_ref()
     }
 
     /// `x · (Ŵ + A B)ᵀ` and the shift, for a checked `x`, straight from the codes.
-    pub(super) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
+    pub(in crate::layer) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
         let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
         let work = self.out_features() * self.in_features() * x.nrows();
         shared(work, || self.linear_with(x, activations))
@@ -250,7 +264,7 @@ impl LowRankLayer {
     }
 
     /// `grad_output · Ŵ`, a block of rows dequantised at a time.
-    pub(super) fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
+    pub(in crate::layer) fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
         let weight = &self.inner.weight;
         let mut input = Array2::zeros((grad_output.nrows(), weight.columns));
         let mut block = Array2::zeros((BLOCK_ROWS, weight.columns));
@@ -266,17 +280,17 @@ impl LowRankLayer {
     }
 
     /// Ŵ + A B, `[out, in]`.
-    pub(super) fn weight(&self) -> Array2<f32> {
+    pub(in crate::layer) fn weight(&self) -> Array2<f32> {
         let (a, b) = self.factors();
         self.inner.weight.dequantize() + matmul(a.t(), b.view())
     }
 
-    pub(super) fn to_parts(&self) -> Parts {
+    pub(in crate::layer) fn to_parts(&self) -> Parts {
         let inner = &*self.inner;
         let mut parts = Parts::new(Method::LowRank, json!(inner.config));
         parts.weights = Some(WeightRows {
             rows: inner.weight.rows,
-            packed: inner.weight.packed.clone(),
+            packed: inner.weight.stored_codes(),
             scales: inner.weight.scale_bytes().into(),
             zeros: inner.weight.zeros.clone().into(),
         });
@@ -317,7 +331,7 @@ impl LowRankLayer {
         parts
     }
 
-    pub(super) fn from_parts(mut parts: Parts) -> Result<Self> {
+    pub(in crate::layer) fn from_parts(mut parts: Parts) -> Result<Self> {
         let config: StoredConfig = read_config(parts.method, &parts.config)?;
         let (outputs, inputs) = (config.out_features, config.in_features);
         let rows = parts
@@ -372,11 +386,11 @@ impl LowRankLayer {
         Self::new(Inner { config, weight, a, b, singular_values, shift: shift.transpose()?, bias })
     }
 
-    pub(super) fn memory_bytes(&self) -> usize {
+    pub(in crate::layer) fn memory_bytes(&self) -> usize {
         let inner = &*self.inner;
         let shift = inner.shift.as_ref().map_or(0, RowMatrix::memory_bytes);
         let factors = inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len() + shift;
-        inner.weight.memory_bytes() + factors + 4 * self.out_features()
+        inner.weight.memory_bytes() + factors + 4 * inner.bias.as_ref().map_or(0, Array1::len)
     }
 }
 

@@ -153,7 +153,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn bytes<const H: usize, const LEVELS: bool>(block: __m256i, half: usize, coding: Registers) -> __m256i {
+    unsafe fn bytes<const H: usize, const LEVELS: bool>(
+        block: __m256i,
+        half: usize,
+        coding: Registers,
+        plain: bool,
+    ) -> __m256i {
         unsafe {
             let codes = match (H, half) {
                 (1, _) => block,
@@ -164,10 +169,23 @@ impl Lanes for Avx2 {
             };
             match LEVELS {
                 true => _mm256_shuffle_epi8(coding.bytes, codes),
-                false if H == 1 => codes,
+                false if H == 1 || plain => codes,
                 false => _mm256_xor_si256(codes, coding.flip),
             }
         }
+    }
+
+    // Sums of two products have to fit 16 bits.
+    const IN_PLACE: bool = false;
+
+    #[inline(always)]
+    unsafe fn bytes_in_place<const H: usize>(block: __m256i, _: usize) -> __m256i {
+        block
+    }
+
+    #[inline(always)]
+    unsafe fn put_together<const H: usize>(sums: [__m256i; 4]) -> __m256i {
+        sums[0]
     }
 
     #[inline(always)]

@@ -146,7 +146,12 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn bytes<const H: usize, const LEVELS: bool>(block: __m512i, half: usize, coding: Registers) -> __m512i {
+    unsafe fn bytes<const H: usize, const LEVELS: bool>(
+        block: __m512i,
+        half: usize,
+        coding: Registers,
+        plain: bool,
+    ) -> __m512i {
         unsafe {
             let codes = match H {
                 1 => block,
@@ -161,8 +166,36 @@ impl Lanes for Avx512 {
             };
             match LEVELS {
                 true => _mm512_shuffle_epi8(coding.bytes, codes),
-                false if H == 1 => codes,
+                false if H == 1 || plain => codes,
                 false => _mm512_xor_si512(codes, coding.flip),
+            }
+        }
+    }
+
+    const IN_PLACE: bool = true;
+
+    #[inline(always)]
+    unsafe fn bytes_in_place<const H: usize>(block: __m512i, half: usize) -> __m512i {
+        let mask = match H {
+            1 => return block,
+            2 => 0x0f << (4 * half),
+            _ => 0x03 << (2 * half),
+        };
+        unsafe { _mm512_and_si512(block, _mm512_set1_epi8(mask as u8 as i8)) }
+    }
+
+    #[inline(always)]
+    unsafe fn put_together<const H: usize>(sums: [__m512i; 4]) -> __m512i {
+        // What is shifted out is 0 in every sum.
+        unsafe {
+            match H {
+                1 => sums[0],
+                2 => _mm512_add_epi32(sums[0], _mm512_srai_epi32::<4>(sums[1])),
+                _ => {
+                    let low = _mm512_add_epi32(sums[0], _mm512_srai_epi32::<2>(sums[1]));
+                    let high = _mm512_add_epi32(_mm512_srai_epi32::<4>(sums[2]), _mm512_srai_epi32::<6>(sums[3]));
+                    _mm512_add_epi32(low, high)
+                }
             }
         }
     }

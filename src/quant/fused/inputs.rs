@@ -4,6 +4,8 @@ use bytemuck::{Pod, Zeroable};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
+use super::Activations;
+
 /// How a row's codes lie in registers.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
@@ -115,14 +117,14 @@ impl Inputs {
 
     /// As signed bytes, times a scale of the row's own: within a block a register for each of a lane's halves, whose
     /// bytes are in the order of the codes.
-    pub fn bytes(x: ArrayView2<f32>, layout: &Layout) -> Self {
+    pub fn bytes(x: ArrayView2<f32>, layout: &Layout, activations: Activations) -> Self {
         Self::laid_out(x, layout, |row, target, sums| {
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") {
                 // SAFETY: the feature is there.
-                return unsafe { lay_bytes_avx2(layout, row, target, sums) };
+                return unsafe { lay_bytes_avx2(layout, row, activations, target, sums) };
             }
-            lay_bytes(layout, row, target, sums)
+            lay_bytes(layout, row, activations, target, sums)
         })
     }
 
@@ -199,13 +201,13 @@ fn lay_floats(layout: &Layout, row: &[f32], target: &mut [f32], sums: &mut [f32]
 /// The same, compiled for wider registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn lay_bytes_avx2(layout: &Layout, row: &[f32], target: &mut [i8], sums: &mut [f32]) -> f32 {
-    lay_bytes(layout, row, target, sums)
+fn lay_bytes_avx2(layout: &Layout, row: &[f32], activations: Activations, target: &mut [i8], sums: &mut [f32]) -> f32 {
+    lay_bytes(layout, row, activations, target, sums)
 }
 
 #[inline(always)]
-fn lay_bytes(layout: &Layout, row: &[f32], target: &mut [i8], sums: &mut [f32]) -> f32 {
-    let (scale, rounded) = rounded(row);
+fn lay_bytes(layout: &Layout, row: &[f32], activations: Activations, target: &mut [i8], sums: &mut [f32]) -> f32 {
+    let (scale, rounded) = rounded(row, activations);
     let blocks = rounded.chunks(layout.block_codes()).zip(target.chunks_mut(layout.block_codes()));
     match layout.halves {
         1 => target[..rounded.len()].copy_from_slice(&rounded),
@@ -238,15 +240,22 @@ fn sum(values: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest.iter().sum::<f32>()
 }
 
-/// Whole numbers −128 … 127 and the scale that they are multiplied with: LQER-Qwix's, `max|x| / 127.5`, so that no
-/// number is further off than half a step.
+/// Whole numbers −128 … 127 and the scale that they are multiplied with, as [`Activations`] says.
 #[inline(always)]
-pub fn rounded(row: &[f32]) -> (f32, Vec<i8>) {
+pub fn rounded(row: &[f32], activations: Activations) -> (f32, Vec<i8>) {
     // Finite numbers are in the order of their bits, signs aside; and a maximum of integers needs no order of its own.
-    let most = row.iter().fold(0, |most, v| (v.to_bits() & (u32::MAX >> 1)).max(most));
-    let scale = f32::from_bits(most) * (1.0 / 127.5);
-    let scale = if scale < f32::MIN_POSITIVE.sqrt() { 1.0 } else { scale };
-    let reciprocal = 1.0 / scale;
+    let most = f32::from_bits(row.iter().fold(0, |most, v| (v.to_bits() & (u32::MAX >> 1)).max(most)));
+    let (scale, reciprocal) = match activations {
+        Activations::Int8Absmax => {
+            let steps = 127.0 / most.clamp(1e-5, 1e9);
+            (1.0 / steps, steps)
+        }
+        Activations::Int8 | Activations::F32 => {
+            let scale = most * (1.0 / 127.5);
+            let scale = if scale < f32::MIN_POSITIVE.sqrt() { 1.0 } else { scale };
+            (scale, 1.0 / scale)
+        }
+    };
     // The sum's lowest bits are the number's.
     let round = |v: &f32| ((v * reciprocal).clamp(-128.0, 127.0) + TO_WHOLE).to_bits() as i8;
     (scale, row.iter().map(round).collect())

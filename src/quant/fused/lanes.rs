@@ -53,12 +53,20 @@ pub trait Lanes: Copy {
     /// A block of a row's codes: `bytes` of it are there, all of a block's where `FULL`. For `H` = 1 they are spread.
     unsafe fn block<const H: usize, const FULL: bool>(from: *const u8, bytes: usize, coding: Self::Coding)
     -> Self::Int;
-    /// Unsigned codes of a block, a byte each: byte t of a lane is its code `t · H + half`.
+    /// Unsigned codes of a block, a byte each: byte t of a lane is its code `t · H + half`. In `plain` ones nothing is to
+    /// be flipped.
     unsafe fn bytes<const H: usize, const LEVELS: bool>(
         block: Self::Int,
         half: usize,
         coding: Self::Coding,
+        plain: bool,
     ) -> Self::Int;
+    /// Whether [`Lanes::dot`] takes bytes of any size without more work, so that codes may stay where they are in them.
+    const IN_PLACE: bool;
+    /// Plain codes where they are, all others in their bytes cleared: `16^half` (H = 2) or `4^half` (H = 4) times as large.
+    unsafe fn bytes_in_place<const H: usize>(block: Self::Int, half: usize) -> Self::Int;
+    /// The sum of the products of all codes, from one sum for each of their places.
+    unsafe fn put_together<const H: usize>(sums: [Self::Int; 4]) -> Self::Int;
     /// What the first codes of all lanes stand for.
     unsafe fn values<const H: usize, const LEVELS: bool>(block: Self::Int, coding: Self::Coding) -> Self::Float;
     /// The lanes without their first codes.
@@ -166,7 +174,12 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn bytes<const H: usize, const LEVELS: bool>(block: [u32; 8], half: usize, coding: Coding) -> [u32; 8] {
+    unsafe fn bytes<const H: usize, const LEVELS: bool>(
+        block: [u32; 8],
+        half: usize,
+        coding: Coding,
+        _: bool,
+    ) -> [u32; 8] {
         let codes = match H {
             2 => block.map(|v| ((v >> (4 * half)) & 0x0f0f_0f0f) ^ (u32::from(coding.flip) * 0x0101_0101)),
             4 => block.map(|v| ((v >> (2 * half)) & 0x0303_0303) ^ (u32::from(coding.flip) * 0x0101_0101)),
@@ -177,6 +190,18 @@ impl Lanes for Portable {
                 .map(|v| u32::from_le_bytes(v.to_le_bytes().map(|code| level_byte(levels[usize::from(code & 15)])))),
             _ => codes,
         }
+    }
+
+    const IN_PLACE: bool = false;
+
+    #[inline(always)]
+    unsafe fn bytes_in_place<const H: usize>(block: [u32; 8], _: usize) -> [u32; 8] {
+        block
+    }
+
+    #[inline(always)]
+    unsafe fn put_together<const H: usize>(sums: [[u32; 8]; 4]) -> [u32; 8] {
+        sums[0]
     }
 
     #[inline(always)]

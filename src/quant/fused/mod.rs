@@ -38,6 +38,17 @@ pub enum Activations {
     /// by more than 1/255 of the row's largest. NF4's levels become 127ths of the scale with it, off by at most 1/254
     /// of it.
     Int8,
+    /// Whole numbers −127 … 127, each input row with a scale of its own, `max|x| / 127`, of sizes from 1e-5 to 1e9
+    /// (BitNet b1.58, Keras-MML): no number is off by more than 1/254 of the row's largest.
+    #[serde(rename = "int8_absmax")]
+    Int8Absmax,
+}
+
+impl Activations {
+    /// Whether inputs become whole numbers.
+    pub fn rounds(self) -> bool {
+        self != Activations::F32
+    }
 }
 
 /// An instruction set that kernels are compiled for.
@@ -206,13 +217,13 @@ impl PackedMatrix {
         let Some(layout) = layout.filter(|_| self.columns > 0) else {
             let x = match activations {
                 Activations::F32 => x.to_owned(),
-                Activations::Int8 => as_rounded(x),
+                rounding => as_rounded(x, rounding),
             };
             return Box::new(move |rows, y| self.decoded(x.view(), rows, y));
         };
         let (kind, inputs) = match activations {
             Activations::F32 => (Kind::Floats, Inputs::floats(x, &layout)),
-            Activations::Int8 => (Kind::Bytes, Inputs::bytes(x, &layout)),
+            rounding => (Kind::Bytes, Inputs::bytes(x, &layout, rounding)),
         };
         let blocks = layout.blocks();
         Box::new(move |rows, y| {
@@ -236,6 +247,7 @@ impl PackedMatrix {
         let (levels, flip, zero, factor) = match (self.format.weight_type, kind) {
             (WeightType::Nf4, Kind::Floats) => (Some(&NORMAL_FLOAT), 0, 0.0, 1.0),
             (WeightType::Nf4, Kind::Bytes) => (Some(&NORMAL_FLOAT), 0, 128.0, 1.0 / 127.0),
+            (WeightType::Ternary, _) => (None, 0, 1.0, 1.0),
             _ if self.format.has_zeros() => (None, 0, 0.0, 1.0),
             _ => (None, half, f32::from(half), 1.0),
         };
@@ -283,11 +295,11 @@ impl PackedMatrix {
     }
 }
 
-/// Inputs as they are after rounding to [`Activations::Int8`].
-fn as_rounded(x: ArrayView2<f32>) -> Array2<f32> {
+/// Inputs as they are after rounding.
+fn as_rounded(x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
     let mut all = Array2::zeros(x.dim());
     for (from, mut to) in x.rows().into_iter().zip(all.rows_mut()) {
-        let (scale, whole) = rounded(&from.to_vec());
+        let (scale, whole) = rounded(&from.to_vec(), activations);
         to.iter_mut().zip(&whole).for_each(|(to, &whole)| *to = f32::from(whole) * scale);
     }
     all

@@ -9,6 +9,7 @@ fn formats() -> impl Strategy<Value = WeightFormat> {
             3 => Just(WeightType::Int(bits)),
             1 => Just(WeightType::MxInt(bits)),
             1 => Just(WeightType::Nf4),
+            2 => Just(WeightType::Ternary),
             1 => prop::sample::select(vec![WeightType::F16, WeightType::Bf16]),
         ]
     });
@@ -80,17 +81,17 @@ proptest! {
         let inputs = if packed.column_scales.is_empty() { x.clone() } else { &x * &ArrayView1::from(&packed.column_scales) };
         let coarse = format.weight_type == WeightType::Nf4;
         for machine in machines() {
-            for activations in [Activations::F32, Activations::Int8] {
-                if activations == Activations::Int8 && format.weight_type.is_float() {
+            for activations in [Activations::F32, Activations::Int8, Activations::Int8Absmax] {
+                if activations.rounds() && format.weight_type.is_float() {
                     continue;
                 }
                 let y = packed.products_on(machine, x.view(), activations);
                 let (expected, size) = match activations {
                     Activations::F32 => slow(&inputs, &weight),
-                    Activations::Int8 => slow(&as_rounded(inputs.view()), &weight),
+                    rounding => slow(&as_rounded(inputs.view(), rounding), &weight),
                 };
                 // NF4's levels as bytes are off by half of a 127th of the scale.
-                let levels = if coarse && activations == Activations::Int8 { 0.5 / 127.0 } else { 0.0 };
+                let levels = if coarse && activations.rounds() { 0.5 / 127.0 } else { 0.0 };
                 let largest = packed.scales.iter().fold(0f32, |most, s| most.max(s.abs()));
                 for ((i, j), &found) in y.indexed_iter() {
                     let sum: f64 = inputs.row(i).iter().map(|v| f64::from(v.abs())).sum();
@@ -106,10 +107,12 @@ proptest! {
     /// No input is further off than half a step, and what is whole already stays.
     #[test]
     fn rounding_to_bytes(values in proptest::collection::vec(-9f32..9.0, 1..40)) {
-        let (scale, whole) = rounded(&values);
         let most = values.iter().fold(0f32, |m, v| m.max(v.abs()));
-        for (v, w) in values.iter().zip(&whole) {
-            prop_assert!((v - f32::from(*w) * scale).abs() <= most / 255.0 * 1.0001);
+        for (activations, steps) in [(Activations::Int8, 255.0), (Activations::Int8Absmax, 254.0)] {
+            let (scale, whole) = rounded(&values, activations);
+            for (v, w) in values.iter().zip(&whole) {
+                prop_assert!((v - f32::from(*w) * scale).abs() <= most.max(1e-5) / steps * 1.0001);
+            }
         }
     }
 }

@@ -31,6 +31,21 @@ pub enum Kind {
     Bytes,
 }
 
+/// What a tile is compiled for.
+mod mode {
+    /// Floats for inputs.
+    pub const FLOATS: u8 = 0;
+    /// Bytes for inputs.
+    pub const BYTES: u8 = 1;
+    /// Bytes, and codes that nothing is flipped in.
+    pub const PLAIN: u8 = 2;
+    /// The same, and one scale a row: whole numbers are all that is added up.
+    pub const WHOLE: u8 = 3;
+}
+
+/// Blocks of a row whose products, of codes left where they are in their bytes, surely fit 32 bits.
+const WHOLE_BLOCKS: usize = 1 << 13;
+
 /// `out[v · rows + i] = ⟨row i of the range, input v⟩`
 ///
 /// # Safety
@@ -58,18 +73,23 @@ unsafe fn tiles<L: Lanes, const H: usize, const LEVELS: bool>(
     rows: Range<usize>,
     out: &mut [f32],
 ) {
+    let plain = !LEVELS && m.coding.flip == 0;
+    // Where a block's codes are spread, flipping them is part of it.
+    let whole = !LEVELS && (plain || H == 1) && m.groups == 1 && m.blocks.len() <= WHOLE_BLOCKS;
     // SAFETY: the caller's promise.
     unsafe {
         match kind {
-            Kind::Floats => tiled::<L, H, LEVELS, true>(m, x, rows, out),
-            Kind::Bytes => tiled::<L, H, LEVELS, false>(m, x, rows, out),
+            Kind::Floats => tiled::<L, H, LEVELS, { mode::FLOATS }>(m, x, rows, out),
+            Kind::Bytes if whole => tiled::<L, H, false, { mode::WHOLE }>(m, x, rows, out),
+            Kind::Bytes if plain && H > 1 => tiled::<L, H, false, { mode::PLAIN }>(m, x, rows, out),
+            Kind::Bytes => tiled::<L, H, LEVELS, { mode::BYTES }>(m, x, rows, out),
         }
     }
 }
 
 /// Four rows by one input, or by four. What is left over is done again with what came before it.
 #[inline(always)]
-unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool>(
+unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8>(
     m: &Rows,
     x: &Inputs,
     rows: Range<usize>,
@@ -81,7 +101,7 @@ unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool
         let coding = L::coding(&m.coding);
         if count < 4 {
             for (i, v) in (0..count).flat_map(|i| (0..batch).map(move |v| (i, v))) {
-                let found = tile::<L, H, LEVELS, FLOATS, 1, 1>(m, x, coding, rows.start + i, v);
+                let found = tile::<L, H, LEVELS, MODE, 1, 1>(m, x, coding, rows.start + i, v);
                 out[v * count + i] = found[0][0];
             }
             return;
@@ -92,20 +112,20 @@ unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool
             let mut v = 0;
             while v < batch {
                 if batch < 4 {
-                    let found = tile::<L, H, LEVELS, FLOATS, 4, 1>(m, x, coding, rows.start + from, v);
+                    let found = tile::<L, H, LEVELS, MODE, 4, 1>(m, x, coding, rows.start + from, v);
                     (0..4).for_each(|r| out[v * count + from + r] = found[r][0]);
                     v += 1;
                     continue;
                 }
                 let (row, first) = (rows.start + from, v.min(batch - 4));
                 // Sums of floats are kept for a whole block: those of four rows would not fit into the registers.
-                let found = match FLOATS {
-                    true => {
-                        let [a, b] = tile::<L, H, LEVELS, FLOATS, 2, 4>(m, x, coding, row, first);
-                        let [c, d] = tile::<L, H, LEVELS, FLOATS, 2, 4>(m, x, coding, row + 2, first);
+                let found = match MODE {
+                    mode::FLOATS => {
+                        let [a, b] = tile::<L, H, LEVELS, MODE, 2, 4>(m, x, coding, row, first);
+                        let [c, d] = tile::<L, H, LEVELS, MODE, 2, 4>(m, x, coding, row + 2, first);
                         [a, b, c, d]
                     }
-                    false => tile::<L, H, LEVELS, FLOATS, 4, 4>(m, x, coding, row, first),
+                    _ => tile::<L, H, LEVELS, MODE, 4, 4>(m, x, coding, row, first),
                 };
                 for (r, found) in found.iter().enumerate() {
                     found.iter().enumerate().for_each(|(c, value)| out[(first + c) * count + from + r] = *value);
@@ -119,7 +139,7 @@ unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool
 
 /// `⟨row r, input v⟩` for `R` rows and `V` inputs from these on.
 #[inline(always)]
-unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool, const R: usize, const V: usize>(
+unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, const R: usize, const V: usize>(
     m: &Rows,
     x: &Inputs,
     coding: L::Coding,
@@ -152,12 +172,14 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool,
             }
         }
         let mut windows = [L::zero(); R];
+        // For one input a sum for each place that codes have in their bytes, for several one for each of them.
+        let mut whole = [[L::zeros(); 4]; R];
         let mut packed = m.packed.as_ptr().add(row * m.row_bytes);
         let mut floats = x.first::<f32>(v);
         let mut bytes = x.first::<i8>(v);
         let mut left = m.row_bytes;
         for block in m.blocks {
-            if block.moved {
+            if MODE != mode::WHOLE && block.moved {
                 windows = std::array::from_fn(|r| L::load_some(scales[r].add(block.first), block.count));
             }
             let codes: [L::Int; R] = match left >= m.block_bytes {
@@ -167,11 +189,32 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool,
             // The next rows, which the machine does not guess in time; what is only prefetched need not be there.
             (0..R).for_each(|r| L::prefetch(packed.wrapping_add((R + r) * m.row_bytes)));
             let places = block.places.as_ptr();
-            if FLOATS {
+            if MODE == mode::FLOATS {
                 let parts = parts::<L, H, LEVELS, R, V>(&codes, floats, x.stride::<f32>(), coding);
                 for r in 0..R {
                     let scale = L::pick(windows[r], places);
                     (0..V).for_each(|c| totals[r][c] = L::fma(parts[r][c], scale, totals[r][c]));
+                }
+            } else if MODE == mode::WHOLE && V == 1 {
+                for half in 0..H {
+                    let x = L::load_bytes(bytes.add(half * 4 * L::LANES));
+                    for r in 0..R {
+                        let place = if L::IN_PLACE { half } else { 0 };
+                        let codes = match L::IN_PLACE {
+                            true => L::bytes_in_place::<H>(codes[r], half),
+                            false => L::bytes::<H, LEVELS>(codes[r], half, coding, true),
+                        };
+                        whole[r][place] = L::dot(codes, x, whole[r][place], coding);
+                    }
+                }
+            } else if MODE == mode::WHOLE {
+                for half in 0..H {
+                    let inputs: [L::Int; V] =
+                        std::array::from_fn(|c| L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES)));
+                    for r in 0..R {
+                        let codes = L::bytes::<H, LEVELS>(codes[r], half, coding, true);
+                        (0..V).for_each(|c| whole[r][c] = L::dot(codes, inputs[c], whole[r][c], coding));
+                    }
                 }
             } else if V == 1 {
                 // All rows side by side: none waits for its own last product.
@@ -179,7 +222,12 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool,
                 for half in 0..H {
                     let x = L::load_bytes(bytes.add(half * 4 * L::LANES));
                     for r in 0..R {
-                        sums[r] = L::dot(L::bytes::<H, LEVELS>(codes[r], half, coding), x, sums[r], coding);
+                        sums[r] = L::dot(
+                            L::bytes::<H, LEVELS>(codes[r], half, coding, MODE == mode::PLAIN),
+                            x,
+                            sums[r],
+                            coding,
+                        );
                     }
                 }
                 let sums = sums.map(|sum| L::to_float(sum));
@@ -188,7 +236,7 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool,
                 // Row after row: those of all rows would not fit into the registers.
                 for r in 0..R {
                     let halves: [L::Int; 4] = std::array::from_fn(|half| match half < H {
-                        true => L::bytes::<H, LEVELS>(codes[r], half, coding),
+                        true => L::bytes::<H, LEVELS>(codes[r], half, coding, MODE == mode::PLAIN),
                         false => codes[r],
                     });
                     let scale = L::pick(windows[r], places);
@@ -206,6 +254,15 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const FLOATS: bool,
             floats = floats.wrapping_add(L::LANES * 4 * H);
             bytes = bytes.wrapping_add(L::LANES * 4 * H);
             left = left.saturating_sub(m.block_bytes);
+        }
+        if MODE == mode::WHOLE {
+            for r in 0..R {
+                let scale = L::splat(*scales[r]);
+                for (c, total) in totals[r].iter_mut().enumerate() {
+                    let sum = if V == 1 && L::IN_PLACE { L::put_together::<H>(whole[r]) } else { whole[r][c] };
+                    *total = L::fma(L::to_float(sum), scale, *total);
+                }
+            }
         }
         std::array::from_fn(|r| std::array::from_fn(|c| L::sum(totals[r][c]) * x.scales[v + c] * m.factor))
     }

@@ -1,0 +1,181 @@
+//! Functions that are applied to what a layer gives, named as Keras names them.
+
+use ndarray::{ArrayViewMut2, Zip};
+use serde::{Deserialize, Serialize};
+
+/// What an output becomes, number by number; `Softmax` alone looks at a whole row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// Itself.
+    #[default]
+    Linear,
+    Relu,
+    /// `x Φ(x)`, with the normal distribution itself and no approximation of it.
+    Gelu,
+    /// `x σ(x)`, also called swish.
+    Silu,
+    Sigmoid,
+    Tanh,
+    /// `1.0507 x`, or `1.0507 · 1.6733 (eˣ − 1)` below 0.
+    Selu,
+    /// `x`, or `eˣ − 1` below 0.
+    Elu,
+    Softplus,
+    Softsign,
+    Exponential,
+    /// `min(max(x / 6 + 1/2, 0), 1)`.
+    HardSigmoid,
+    /// `eˣ` over the row's sum of it.
+    Softmax,
+}
+
+const SELU_SCALE: f64 = 1.050_700_987_355_480_5;
+const SELU_ALPHA: f64 = 1.673_263_242_354_377_2;
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+impl Activation {
+    /// Every function, in the order they are documented.
+    pub const ALL: [Activation; 13] = [
+        Activation::Linear,
+        Activation::Relu,
+        Activation::Gelu,
+        Activation::Silu,
+        Activation::Sigmoid,
+        Activation::Tanh,
+        Activation::Selu,
+        Activation::Elu,
+        Activation::Softplus,
+        Activation::Softsign,
+        Activation::Exponential,
+        Activation::HardSigmoid,
+        Activation::Softmax,
+    ];
+
+    /// The function of one number; of [`Activation::Softmax`], which has none, the exponential that it is made of.
+    pub fn of(self, x: f32) -> f32 {
+        match self {
+            Activation::Linear => return x,
+            Activation::Relu => return x.max(0.0),
+            // One exponential of an f32 does: what it is off by is a few units of the last place.
+            Activation::Silu => return x / (1.0 + (-x).exp()),
+            Activation::Sigmoid => return 1.0 / (1.0 + (-x).exp()),
+            Activation::Tanh => return x.tanh(),
+            _ => {}
+        }
+        let x = f64::from(x);
+        let y = match self {
+            Activation::Gelu => x * 0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2)),
+            Activation::Selu if x > 0.0 => SELU_SCALE * x,
+            Activation::Selu => SELU_SCALE * SELU_ALPHA * x.exp_m1(),
+            Activation::Elu => {
+                if x > 0.0 {
+                    x
+                } else {
+                    x.exp_m1()
+                }
+            }
+            Activation::Softplus => x.max(0.0) + (-x.abs()).exp().ln_1p(),
+            Activation::Softsign => x / (1.0 + x.abs()),
+            Activation::HardSigmoid => (x / 6.0 + 0.5).clamp(0.0, 1.0),
+            _ => x.exp(),
+        };
+        y as f32
+    }
+
+    /// Its slope at a number; `None` for [`Activation::Softmax`], whose slope is a whole row's.
+    pub fn slope(self, x: f32) -> Option<f32> {
+        let x = f64::from(x);
+        let y = match self {
+            Activation::Linear => 1.0,
+            Activation::Relu => {
+                if x > 0.0 {
+                    1.0
+                } else {
+                    0.0
+                }
+            }
+            Activation::Gelu => {
+                let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+                0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2)) + x * density
+            }
+            Activation::Silu => sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x))),
+            Activation::Sigmoid => sigmoid(x) * (1.0 - sigmoid(x)),
+            Activation::Tanh => 1.0 - x.tanh().powi(2),
+            Activation::Selu if x > 0.0 => SELU_SCALE,
+            Activation::Selu => SELU_SCALE * SELU_ALPHA * x.exp(),
+            Activation::Elu => {
+                if x > 0.0 {
+                    1.0
+                } else {
+                    x.exp()
+                }
+            }
+            Activation::Softplus => sigmoid(x),
+            Activation::Softsign => (1.0 + x.abs()).powi(-2),
+            Activation::Exponential => x.exp(),
+            Activation::HardSigmoid => {
+                if x.abs() < 3.0 {
+                    1.0 / 6.0
+                } else {
+                    0.0
+                }
+            }
+            Activation::Softmax => return None,
+        };
+        Some(y as f32)
+    }
+
+    /// Applies it to rows.
+    pub fn apply(self, mut rows: ArrayViewMut2<f32>) {
+        match self {
+            Activation::Linear => {}
+            Activation::Softmax => {
+                for mut row in rows.rows_mut() {
+                    let most = row.iter().fold(f32::NEG_INFINITY, |most, &v| most.max(v));
+                    row.mapv_inplace(|v| (v - most).exp());
+                    let sum: f32 = row.sum();
+                    row.mapv_inplace(|v| v / sum);
+                }
+            }
+            _ => Zip::from(&mut rows).for_each(|v| *v = self.of(*v)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn slopes_are_those_of_the_functions() {
+        for activation in Activation::ALL.into_iter().filter(|a| *a != Activation::Softmax) {
+            for x in [-4.3f32, -1.1, -0.2, 0.3, 0.9, 2.7] {
+                let step = 1e-2f32;
+                let rise = (activation.of(x + step) - activation.of(x - step)) / (2.0 * step);
+                let slope = activation.slope(x).unwrap();
+                assert!(
+                    (slope - rise).abs() <= 2e-3 * (1.0 + slope.abs()),
+                    "{activation:?} at {x}: {slope} for {rise}"
+                );
+            }
+        }
+        assert_eq!(Activation::Softmax.slope(0.0), None);
+    }
+
+    #[test]
+    fn sizes_without_end() {
+        for activation in Activation::ALL {
+            let mut rows = array![[-200.0f32, 0.0, 80.0]];
+            activation.apply(rows.view_mut());
+            assert!(rows.iter().all(|v| v.is_finite()), "{activation:?} {rows}");
+        }
+        let mut rows = array![[1000.0f32, 1000.0], [0.0, 2f32.ln()]];
+        Activation::Softmax.apply(rows.view_mut());
+        assert!((rows - array![[0.5, 0.5], [1.0 / 3.0, 2.0 / 3.0]]).iter().all(|d: &f32| d.abs() < 1e-6));
+    }
+}
