@@ -36,8 +36,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`attention`] and
-//! [`layer`] are in memory, only [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together.
+//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`attention`], [`layer`] and
+//! [`matmul_free`] are in memory, only [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together.
 //! [`blocking`] is the store for callers that are not async.
 
 #[cfg(target_endian = "big")]
@@ -51,6 +51,7 @@ pub mod error;
 pub mod index;
 pub mod layer;
 pub mod linalg;
+pub mod matmul_free;
 pub mod model;
 pub mod quant;
 pub mod store;

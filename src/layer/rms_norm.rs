@@ -68,6 +68,22 @@ impl RmsNorm {
         self.gain.as_ref().or(self.bias.as_ref()).map_or(1, Array2::nrows)
     }
 
+    /// The norm of one position.
+    ///
+    /// # Errors
+    /// When there is no such position.
+    pub fn at(&self, position: usize) -> Result<RmsNorm> {
+        let positions = self.positions();
+        if positions == 1 {
+            return Ok(self.clone());
+        }
+        if position >= positions {
+            return Err(Error::expected("position", position, format!("less than {positions}, a norm's positions")));
+        }
+        let one = |array: &Array2<f32>| array.slice(ndarray::s![position..position + 1, ..]).to_owned();
+        Ok(RmsNorm { gain: self.gain.as_ref().map(one), bias: self.bias.as_ref().map(one) })
+    }
+
     /// Normalises rows `[rows, features]`.
     ///
     /// # Errors

@@ -1,0 +1,173 @@
+//! The MatMul-free gated recurrent unit (Zhu et al., 2024, as Keras-MML builds it), whose gates look at inputs alone.
+
+use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, s};
+use serde::{Deserialize, Serialize};
+
+use super::recurrence::{self, Cell, Ran, SequenceConfig};
+use super::rows::require_shape;
+use crate::error::{Error, Result};
+use crate::layer::{Accuracy, Activation, Layer};
+
+/// A GRU's settings, with Keras-MML's defaults.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GruConfig {
+    /// Width of state and outputs.
+    pub units: usize,
+    /// Whether data and output gates are part of, or as, the ternary layers; plain dense ones where not.
+    pub fully_mml: bool,
+    /// Heads that the state is seen in: a shape, and nothing more.
+    pub num_heads: usize,
+    /// Of the candidate state.
+    pub activation: Activation,
+    /// Of forget and data gates.
+    pub recurrent_activation: Activation,
+    #[serde(flatten)]
+    pub sequence: SequenceConfig,
+}
+
+impl Default for GruConfig {
+    fn default() -> Self {
+        GruConfig {
+            units: 0,
+            fully_mml: false,
+            num_heads: 1,
+            activation: Activation::Silu,
+            recurrent_activation: Activation::Sigmoid,
+            sequence: SequenceConfig::default(),
+        }
+    }
+}
+
+/// `h = f · h₋₁ + (1 − f) · c`, `y = output_gate(g · h)`, with `[f | c | g]`, or `[f | c]` and `g`, from the input.
+#[derive(Debug, Clone)]
+pub struct Gru {
+    config: GruConfig,
+    kernel: Layer,
+    data_gate: Option<Layer>,
+    output_gate: Layer,
+}
+
+impl Gru {
+    /// From its layers: `kernel` gives f, c and, without a `data_gate`, g side by side.
+    ///
+    /// # Errors
+    /// When the layers do not fit each other or the settings, or heads do not divide the units.
+    pub fn new(config: GruConfig, kernel: Layer, data_gate: Option<Layer>, output_gate: Layer) -> Result<Self> {
+        let (units, heads) = (config.units, config.num_heads);
+        if units == 0 || heads == 0 || !units.is_multiple_of(heads) {
+            let found = format!("{units} and {heads}");
+            return Err(Error::expected("units and num_heads of a GRU", found, "at least 1, heads that divide units"));
+        }
+        if config.fully_mml == data_gate.is_some() {
+            let found = if data_gate.is_some() { "one" } else { "none" };
+            let expected = if config.fully_mml { "none: fully_mml has it in the kernel" } else { "one" };
+            return Err(Error::expected("data_gate of a GRU", found, expected));
+        }
+        let inputs = kernel.in_features();
+        let gates = if config.fully_mml { 3 } else { 2 };
+        require_shape("a GRU's kernel", &kernel, units.saturating_mul(gates), inputs)?;
+        if let Some(gate) = &data_gate {
+            require_shape("a GRU's data_gate", gate, units, inputs)?;
+        }
+        require_shape("a GRU's output_gate", &output_gate, units, units)?;
+        Ok(Gru { config, kernel, data_gate, output_gate })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &GruConfig {
+        &self.config
+    }
+
+    /// The layer of forget gates and candidates, and of data gates where there is no layer of those.
+    pub fn kernel(&self) -> &Layer {
+        &self.kernel
+    }
+
+    /// The layer of data gates.
+    pub fn data_gate(&self) -> Option<&Layer> {
+        self.data_gate.as_ref()
+    }
+
+    /// The layer behind the gates.
+    pub fn output_gate(&self) -> &Layer {
+        &self.output_gate
+    }
+
+    /// Runs sequences `[batch, steps, in_features]` as the settings say, from a state `[batch, heads, units / heads]` on, zeros
+    /// where none is given. `mask` `[batch, steps]` says which steps are there.
+    ///
+    /// # Errors
+    /// As [`recurrence::run`].
+    pub fn run(
+        &self,
+        x: ArrayView3<f32>,
+        state: Option<ArrayView3<f32>>,
+        mask: Option<ArrayView2<bool>>,
+        accuracy: Accuracy,
+    ) -> Result<Ran> {
+        recurrence::run(self, self.config.sequence, x, state, mask, accuracy)
+    }
+
+    /// The cell's step, for inputs `[batch, in_features]`: outputs `[batch, units]`.
+    ///
+    /// # Errors
+    /// As [`recurrence::step`].
+    pub fn step(&self, x: ArrayView2<f32>, state: &mut Array3<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
+        recurrence::step(self, x, state, accuracy)
+    }
+}
+
+impl Cell for Gru {
+    fn in_features(&self) -> usize {
+        self.kernel.in_features()
+    }
+
+    fn out_features(&self) -> usize {
+        self.config.units
+    }
+
+    fn state_shape(&self) -> (usize, usize) {
+        (self.config.num_heads, self.config.units / self.config.num_heads)
+    }
+
+    /// `[f | c | g]`.
+    fn drive(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
+        let units = self.config.units;
+        let from_kernel = self.kernel.forward(x, accuracy)?.y;
+        let mut all = match &self.data_gate {
+            None => from_kernel,
+            Some(gate) => {
+                let mut all = Array2::zeros((x.nrows(), 3 * units));
+                all.slice_mut(s![.., ..2 * units]).assign(&from_kernel);
+                all.slice_mut(s![.., 2 * units..]).assign(&gate.forward(x, accuracy)?.y);
+                all
+            }
+        };
+        let GruConfig { activation, recurrent_activation, .. } = self.config;
+        recurrent_activation.apply(all.slice_mut(s![.., ..units]));
+        activation.apply(all.slice_mut(s![.., units..2 * units]));
+        recurrent_activation.apply(all.slice_mut(s![.., 2 * units..]));
+        Ok(all)
+    }
+
+    fn left_len(&self) -> usize {
+        self.config.units
+    }
+
+    fn advance(&self, drive: ArrayView1<f32>, state: &mut [f32], left: &mut [f32]) {
+        let units = self.config.units;
+        let drive = drive.to_slice().expect("rows of an owned array");
+        let (forget, rest) = drive.split_at(units);
+        let (candidate, data) = rest.split_at(units);
+        let gates = forget.iter().zip(candidate).zip(data);
+        for ((h, left), ((f, c), g)) in state.iter_mut().zip(left).zip(gates) {
+            *h = f * *h + (1.0 - f) * c;
+            *left = g * *h;
+        }
+    }
+
+    fn output(&self, left: ArrayView2<f32>, _: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
+        Ok(self.output_gate.forward(left, accuracy)?.y)
+    }
+}
