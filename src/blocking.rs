@@ -17,6 +17,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Result};
 use crate::layer::{AttentionBlock, Layer};
+use crate::matmul_free::Module;
 use crate::store::{LayerHandle, Snapshot, SnapshotInfo, StoreOptions, VersionInfo};
 
 /// A [`crate::store::Store`] for callers that are not async. Not for use inside a tokio runtime.
@@ -105,6 +106,22 @@ impl Store {
     /// As [`Snapshot::attention`] and [`AttentionHandle::load`](crate::store::AttentionHandle::load).
     pub fn attention(&self, model: &str, layer: &str) -> Result<AttentionBlock> {
         self.run(async { self.store.latest().await?.attention(model, layer).await?.load().await })
+    }
+
+    /// A module of the latest version, with all that it is made of.
+    ///
+    /// # Errors
+    /// As [`Snapshot::module`] and [`ModuleHandle::load`](crate::store::ModuleHandle::load).
+    pub fn module(&self, model: &str, name: &str) -> Result<Module> {
+        self.run(async { self.store.latest().await?.module(model, name).await?.load().await })
+    }
+
+    /// See [`crate::store::Store::save_module`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn save_module(&self, model: &str, name: &str, module: &Module, message: Option<&str>) -> Result<u64> {
+        self.run(self.store.save_module(model, name, module, message))
     }
 
     /// See [`crate::store::Store::create_snapshot`].

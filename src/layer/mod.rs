@@ -17,7 +17,7 @@ mod vq_attention;
 use std::fmt;
 use std::str::FromStr;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -422,6 +422,20 @@ impl Layer {
             Layer::LowRank(l) => Ok(l.weight()),
             Layer::Ternary(l) => Ok(l.core().weight()),
             Layer::VqAttention(_) | Layer::Module(_) => Err(no_weight("a layer with a weight", self.method())),
+        }
+    }
+
+    /// What a layer has beside weight and bias, by name: a ternary layer's norm (`norm.gain` and `norm.bias`), a module's own
+    /// tensors.
+    pub fn own_tensors(&self) -> Vec<(String, ArrayD<f32>)> {
+        match self {
+            Layer::Ternary(layer) => {
+                let norm = layer.norm();
+                let arrays = [("norm.gain", norm.and_then(RmsNorm::gain)), ("norm.bias", norm.and_then(RmsNorm::bias))];
+                arrays.into_iter().filter_map(|(name, array)| Some((name.into(), array?.clone().into_dyn()))).collect()
+            }
+            Layer::Module(layer) => layer.tensors().iter().map(|(name, array)| (name.clone(), array.clone())).collect(),
+            _ => vec![],
         }
     }
 

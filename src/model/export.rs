@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
-use crate::layer::{DType, Layer, dtype_named, from_f32};
+use crate::layer::{DType, Layer, Method, dtype_named, from_f32};
 use crate::store::{LayerHandle, Snapshot, joined};
 
 /// What was written.
@@ -52,9 +52,20 @@ pub async fn export(
             let dtype = dtype_named(&source.dtype)?;
             let length = source.shape.iter().product::<usize>() * dtype.bitsize() / 8;
             bytes += length as u64;
+            // Behind a layer's name, what is not its weight or bias.
+            let part = source.tensor.strip_prefix(&handle.record().layer).and_then(|rest| rest.strip_prefix('.'));
+            let part = part.filter(|part| match handle.record().method {
+                Method::Module => true,
+                Method::Ternary => part.starts_with("norm."),
+                _ => false,
+            });
             let tensor = LazyTensor {
                 handle: handle.clone(),
-                is_bias: place > 0,
+                which: match part {
+                    Some(part) => Which::Own(part.to_owned()),
+                    None if place > 0 => Which::Bias,
+                    None => Which::Weight,
+                },
                 dtype,
                 shape: source.shape.clone(),
                 length,
@@ -105,10 +116,18 @@ fn write(
         .inspect_err(|_| remove())
 }
 
+/// What a tensor is of its layer.
+enum Which {
+    Weight,
+    Bias,
+    /// One of [`Layer::own_tensors`].
+    Own(String),
+}
+
 /// A tensor that is read from the store when its turn comes to be written.
 struct LazyTensor {
     handle: LayerHandle,
-    is_bias: bool,
+    which: Which,
     dtype: DType,
     shape: Vec<usize>,
     length: usize,
@@ -125,13 +144,18 @@ impl LazyTensor {
         }
         self.progress.layer(&self.handle.record().layer);
         let layer = self.runtime.block_on(self.handle.load())?;
-        let bytes = match (&layer, self.is_bias) {
-            (Layer::Dense(dense), false) => dense.raw().to_vec(),
-            (Layer::Dense(dense), true) => dense.raw_bias().map(|b| b.data.to_vec()).unwrap_or_default(),
-            (layer, false) => {
+        let bytes = match (&layer, &self.which) {
+            (Layer::Dense(dense), Which::Weight) => dense.raw().to_vec(),
+            (Layer::Dense(dense), Which::Bias) => dense.raw_bias().map(|b| b.data.to_vec()).unwrap_or_default(),
+            (layer, Which::Weight) => {
                 from_f32(self.dtype, layer.weight()?.as_standard_layout().as_slice().unwrap_or_default())?.to_vec()
             }
-            (layer, true) => {
+            (layer, Which::Own(name)) => {
+                let own = layer.own_tensors().into_iter().find(|(found, _)| found == name);
+                let own = own.map(|(_, array)| array.iter().copied().collect::<Vec<f32>>());
+                from_f32(self.dtype, &own.unwrap_or_default())?.to_vec()
+            }
+            (layer, Which::Bias) => {
                 from_f32(self.dtype, &layer.stored_bias()?.map(|b| b.to_vec()).unwrap_or_default())?.to_vec()
             }
         };

@@ -222,6 +222,15 @@ impl Writer {
 
 /// Refuses names that would be trouble in a table, a shell or a log.
 pub fn check_model_name(name: &str) -> Result<()> {
+    check_name("model", name)
+}
+
+/// The same, for layers that are named by whoever saves them.
+pub(super) fn check_layer_name(name: &str) -> Result<()> {
+    check_name("layer", name)
+}
+
+fn check_name(what: &'static str, name: &str) -> Result<()> {
     let reason = if name.is_empty() || name.len() > 256 {
         "it has to have 1 to 256 bytes"
     } else if name.chars().any(char::is_control) {
@@ -231,7 +240,7 @@ pub fn check_model_name(name: &str) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::InvalidName { what: "model", name: name.escape_debug().to_string(), reason })
+    Err(Error::InvalidName { what, name: name.escape_debug().to_string(), reason })
 }
 
 /// Appends to a table, made first where it is missing, and gives the new data files with their rows, in order.

@@ -332,7 +332,9 @@ impl LowRankLayer {
     }
 
     pub(in crate::layer) fn from_parts(mut parts: Parts) -> Result<Self> {
-        let config: StoredConfig = read_config(parts.method, &parts.config)?;
+        let mut config: StoredConfig = read_config(parts.method, &parts.config)?;
+        // A way to run it, which the catalogue's config has beside: no part of what is stored.
+        config.made.remove("activations");
         let (outputs, inputs) = (config.out_features, config.in_features);
         let rows = parts
             .weights

@@ -49,6 +49,11 @@ impl Activations {
     pub fn rounds(self) -> bool {
         self != Activations::F32
     }
+
+    /// The whole numbers that a row becomes, and the scale that they are multiplied with.
+    pub fn whole(self, row: &[f32]) -> Option<(f32, Vec<i8>)> {
+        self.rounds().then(|| rounded(row, self))
+    }
 }
 
 /// An instruction set that kernels are compiled for.

@@ -14,6 +14,7 @@ use serde_json::Value;
 mod attention;
 mod axl;
 mod low_rank;
+mod matmul_free;
 
 type Tensor = ndarray::ArrayD<f64>;
 

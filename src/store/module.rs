@@ -1,0 +1,136 @@
+//! Modules, and layers that were made in memory, saved and opened by name.
+
+use std::collections::BTreeMap;
+
+use chrono::Utc;
+
+use super::record::{ErrorBasis, LayerRecord, Places, Source, SourceTensor};
+use super::writer::Made;
+use super::{LayerHandle, Snapshot, Store};
+use crate::error::{Error, Result};
+use crate::layer::{ArtifactId, Layer};
+use crate::matmul_free::Module;
+
+/// A module by name: the layers that it is made of. Making one reads rows of the catalogue; [`ModuleHandle::load`] reads the
+/// arrays.
+#[derive(Debug, Clone)]
+pub struct ModuleHandle {
+    name: String,
+    layers: BTreeMap<String, LayerHandle>,
+}
+
+impl Snapshot {
+    /// The module of that name with all that is behind it, such as `block.ffn` behind `block`: a model, or a part of one. A
+    /// linear layer is a module, too.
+    ///
+    /// # Errors
+    /// When there is no such model or layer.
+    pub async fn module(&self, model: &str, name: &str) -> Result<ModuleHandle> {
+        let own = self.layer(model, name).await?;
+        let mut layers = BTreeMap::from([(name.to_owned(), own)]);
+        let parts = self.layers(model).await?.into_iter().filter(|r| r.layer != name && is_part(&r.layer, name));
+        let parts: Vec<LayerRecord> = parts.collect();
+        self.store().inner.data.open_ahead(&parts).await?;
+        layers.extend(parts.into_iter().map(|record| (record.layer.clone(), self.handle(record))));
+        Ok(ModuleHandle { name: name.to_owned(), layers })
+    }
+}
+
+impl ModuleHandle {
+    /// The layers that it is made of, by name.
+    pub fn layers(&self) -> &BTreeMap<String, LayerHandle> {
+        &self.layers
+    }
+
+    /// The module in memory, ready to run. Layers come from the store's cache, or are read now.
+    ///
+    /// # Errors
+    /// As [`LayerHandle::load`], and when layers do not fit each other.
+    pub async fn load(&self) -> Result<Module> {
+        let mut loaded = BTreeMap::new();
+        for (name, handle) in &self.layers {
+            loaded.insert(name.clone(), handle.load().await?);
+        }
+        Module::from_layers(&self.name, &loaded)
+    }
+}
+
+impl Store {
+    /// Saves a module as layers of `model`, in the place of whatever was there under its name, as one new version. Other
+    /// layers of the model stay as they are.
+    ///
+    /// # Errors
+    /// As [`Store::save_layers`].
+    pub async fn save_module(&self, model: &str, name: &str, module: &Module, message: Option<&str>) -> Result<u64> {
+        self.save_layers(model, name, &module.to_layers(name), message).await
+    }
+
+    /// Saves layers by name, in the place of the layer `prefix` and of those behind it, as one new version.
+    ///
+    /// # Errors
+    /// When a name is not `prefix` or behind it, or is there twice, or the storage refuses: then nothing has changed.
+    pub async fn save_layers(
+        &self,
+        model: &str,
+        prefix: &str,
+        layers: &[(String, Layer)],
+        message: Option<&str>,
+    ) -> Result<u64> {
+        super::writer::check_model_name(model)?;
+        super::writer::check_layer_name(prefix)?;
+        if let Some((name, _)) = layers.iter().find(|(name, _)| !is_part(name, prefix)) {
+            return Err(Error::expected("layer to save", format!("'{name}'"), format!("'{prefix}', or one behind it")));
+        }
+        let mut writer = self.writer().await?;
+        let latest = self.latest().await?;
+        let known = latest.models().await?.iter().any(|m| m.model == model);
+        let mut records = if known { latest.layers(model).await? } else { vec![] };
+        records.retain(|r| !is_part(&r.layer, prefix));
+        for (name, layer) in layers {
+            let parts = layer.to_parts();
+            let id = parts.id();
+            let made = Made { recipe: id.0, relative_error: None, error_basis: ErrorBasis::Weights };
+            writer.add(&parts, made).await?;
+            let tensors = tensors_of(name, layer, id)?;
+            records.push(LayerRecord {
+                model: model.to_owned(),
+                layer: name.clone(),
+                method: layer.method(),
+                in_features: layer.in_features() as u64,
+                out_features: layer.out_features() as u64,
+                artifact: id,
+                relative_error: None,
+                error_basis: ErrorBasis::Weights,
+                dense_bytes: tensors.iter().map(|t| 4 * t.shape.iter().product::<usize>() as u64).sum(),
+                stored_bytes: parts.stored_bytes(),
+                config: layer.config(),
+                source: Source { tensors, ..Source::default() },
+                created_at: Utc::now(),
+                places: Places::default(),
+            });
+        }
+        writer.commit(model, &records, message).await
+    }
+}
+
+fn is_part(layer: &str, name: &str) -> bool {
+    layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// The tensors that an export makes of a layer: as if it had come from a checkpoint of f32.
+fn tensors_of(name: &str, layer: &Layer, id: ArtifactId) -> Result<Vec<SourceTensor>> {
+    let tensor = |part: &str, shape: Vec<usize>| {
+        let tensor = format!("{name}.{part}");
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&id.0);
+        hasher.update(part.as_bytes());
+        SourceTensor { tensor, dtype: "F32".into(), shape, hash: hasher.finalize().to_hex().to_string() }
+    };
+    let mut tensors = vec![];
+    if layer.method().is_linear() {
+        tensors.push(tensor("weight", vec![layer.out_features(), layer.in_features()]));
+        tensors.extend(layer.stored_bias()?.map(|bias| tensor("bias", vec![bias.len()])));
+    }
+    tensors.extend(layer.own_tensors().into_iter().map(|(part, array)| tensor(&part, array.shape().to_vec())));
+    Ok(tensors)
+}
