@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, ImportArgs};
 use crate::error::Result;
-use crate::model::{self, Cancel, ImportOptions, ImportReport, Plan};
+use crate::model::{self, Activations, Cancel, Checkpoint, ImportOptions, ImportReport, Plan, Rules};
 use crate::store::{Store, check_model_name};
 
 /// A request to stop that Ctrl-C makes.
@@ -25,9 +25,16 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     context.refuse_at("import")?;
     // Everything that can be wrong with the arguments is found before a store is made.
     check_model_name(&args.model)?;
-    let (checkpoint, rules, calibration) =
-        model::open_inputs(&args.checkpoint, args.rules.as_deref(), args.calibration.as_deref())?;
-    let plan = model::preview(&checkpoint, &rules, calibration.as_ref())?;
+    let rules = args.rules.as_deref().map(Rules::open).transpose()?.unwrap_or_default();
+    let calibration = args.calibration.as_deref().map(Activations::open).transpose()?;
+    let checkpoint = match model::is_keras(&args.checkpoint) {
+        true => None,
+        false => Some(Checkpoint::open(&args.checkpoint)?),
+    };
+    let plan = match &checkpoint {
+        Some(checkpoint) => model::preview(checkpoint, &rules, calibration.as_ref())?,
+        None => model::preview_keras(&args.checkpoint, &rules, calibration.as_ref())?,
+    };
     if args.dry_run {
         note_unused(context, &plan.unused_rules);
         context.output.result(&plan, planned)?;
@@ -41,7 +48,10 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
         cancel: cancel_on_interrupt(),
     };
     let store = Store::create(&context.store).await?;
-    let report = model::import(&store, Arc::new(checkpoint), &args.model, options).await?;
+    let report = match checkpoint {
+        Some(checkpoint) => model::import(&store, Arc::new(checkpoint), &args.model, options).await?,
+        None => model::import_keras(&store, &args.checkpoint, &args.model, options).await?,
+    };
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
         let count = report.unmatched_calibration.len();

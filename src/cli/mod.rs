@@ -52,7 +52,7 @@ enum Command {
     Layers { model: String },
     /// Show everything the catalogue knows of one layer.
     Show { model: String, layer: String },
-    /// Run a layer on inputs.
+    /// Run a layer, or a module with the layers that it is made of, on inputs.
     Forward(ForwardArgs),
     /// Run an attention block, its projections included, on a sequence.
     Attend(attention::AttendArgs),
@@ -116,7 +116,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct ImportArgs {
-    /// A .safetensors file, an index of shards (.json), or a folder of either.
+    /// A .safetensors file, an index of shards (.json), a folder of either, or a .keras file of Keras-MML's layers.
     checkpoint: PathBuf,
     /// The name to store it under; what the store held under that name is replaced.
     #[arg(long)]
@@ -139,7 +139,8 @@ struct ImportArgs {
 struct ForwardArgs {
     model: String,
     layer: String,
-    /// Inputs: a vector or a matrix [batch, in_features], .npy or FILE.safetensors:TENSOR, f32 or f16.
+    /// Inputs: a vector or a matrix [batch, in_features], for a module what it takes, such as [batch, steps, features];
+    /// .npy or FILE.safetensors:TENSOR, f32 or f16.
     #[arg(long, value_name = "FILE")]
     input: String,
     /// Where the outputs go, .npy or .safetensors.

@@ -5,9 +5,9 @@ use serde::Serialize;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer, Limit, QueryHits};
+use crate::layer::{Accuracy, Layer, Limit, Method, QueryHits};
 use crate::model::{self, Activations, Checkpoint};
-use crate::store::joined;
+use crate::store::{Snapshot, joined};
 
 /// Hits of a query that a table shows; JSON has them all.
 const SHOWN_HITS: usize = 5;
@@ -22,6 +22,9 @@ struct Forwarded {
 pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
     let snapshot = context.snapshot().await?;
     let handle = snapshot.layer(&args.model, &args.layer).await?;
+    if handle.record().method == Method::Module {
+        return forward_module(context, &snapshot, args).await;
+    }
     let (x, is_vector) = model::read_array(&args.input)?;
     let (layer, accuracy) = if args.exact {
         (model::exact_layer(&snapshot, &handle).await?, Accuracy::Full)
@@ -40,6 +43,24 @@ pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
         let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
         let preview = if args.output.is_some() { String::new() } else { format!("\n{:.4}", answer.y) };
         format!("output of shape {:?}{place}{bound}{preview}", r.shape)
+    })?;
+    Ok(0)
+}
+
+/// Runs a module with all that it is made of.
+async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArgs) -> Result<u8> {
+    let module = snapshot.module(&args.model, &args.layer).await?.load().await?;
+    let x = model::read_any_array(&args.input)?;
+    let accuracy = if args.exact { Accuracy::Full } else { Accuracy::Approximate };
+    let done = tokio::task::spawn_blocking(move || module.forward(x.view(), accuracy)).await;
+    let y = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
+    if let Some(path) = &args.output {
+        model::write_any_array(path, y.view())?;
+    }
+    let result = Forwarded { shape: y.shape().to_vec(), relative_error_bound: None };
+    context.output.result(&result, |r| match &args.output {
+        Some(path) => format!("output of shape {:?} in {path}", r.shape),
+        None => format!("output of shape {:?}\n{y:.4}", r.shape),
     })?;
     Ok(0)
 }

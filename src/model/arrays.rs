@@ -5,7 +5,7 @@ use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
 
 use half::f16;
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
 use npyz::{DType as NpyType, NpyFile, Order, TypeChar, WriterBuilder};
 use safetensors::tensor::TensorView;
 
@@ -13,11 +13,11 @@ use super::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::layer::{DType, to_f32};
 
-/// Reads a vector (one row) or a matrix `[batch, features]`, and says which of the two it was.
+/// Reads an array of any number of dimensions.
 ///
 /// # Errors
-/// When the file cannot be read, is of another kind, dtype or number of dimensions, or a value is not finite.
-pub fn read_array(location: &str) -> Result<(Array2<f32>, bool)> {
+/// When the file cannot be read, is of another kind or dtype, or a value is not finite.
+pub fn read_any_array(location: &str) -> Result<ArrayD<f32>> {
     let (shape, values) = match split_location(location)? {
         Location::Npy(path) => read_npy(path)?,
         Location::Safetensors(path, name) => read_tensor(path, name)?,
@@ -25,6 +25,17 @@ pub fn read_array(location: &str) -> Result<(Array2<f32>, bool)> {
     if let Some(index) = values.iter().position(|v| !v.is_finite()) {
         return Err(Error::NotFinite { what: location.to_owned(), value: f64::from(values[index]), index });
     }
+    ArrayD::from_shape_vec(IxDyn(&shape), values).map_err(|e| Error::expected(location, e, format!("{shape:?}")))
+}
+
+/// Reads a vector (one row) or a matrix `[batch, features]`, and says which of the two it was.
+///
+/// # Errors
+/// When the file cannot be read, is of another kind, dtype or number of dimensions, or a value is not finite.
+pub fn read_array(location: &str) -> Result<(Array2<f32>, bool)> {
+    let array = read_any_array(location)?;
+    let shape = array.shape().to_vec();
+    let (values, _) = array.into_raw_vec_and_offset();
     let (dimensions, is_vector) = match shape[..] {
         [features] => ((1, features), true),
         [batch, features] => ((batch, features), false),
@@ -46,7 +57,18 @@ pub fn read_array(location: &str) -> Result<(Array2<f32>, bool)> {
 /// # Errors
 /// When the name is of another kind, or the file cannot be written.
 pub fn write_array(location: &str, array: ArrayView2<f32>, as_vector: bool) -> Result<()> {
-    let shape: Vec<usize> = if as_vector { vec![array.ncols()] } else { array.shape().to_vec() };
+    match as_vector {
+        true => write_any_array(location, array.row(0).into_dyn()),
+        false => write_any_array(location, array.into_dyn()),
+    }
+}
+
+/// Writes an array of any number of dimensions as f32; the file appears whole or not at all.
+///
+/// # Errors
+/// When the name is of another kind, or the file cannot be written.
+pub fn write_any_array(location: &str, array: ArrayViewD<f32>) -> Result<()> {
+    let shape: Vec<usize> = array.shape().to_vec();
     let values = array.as_standard_layout();
     let values = values.as_slice().expect("standard layout");
     let (path, name) = match split_location(location) {

@@ -108,7 +108,7 @@ pub async fn import(
     let calibration = Arc::new(calibration);
     let bytes = planned.iter().map(|p| p.source.byte_len() as u64).sum();
     progress.started(planned.len() + blocks.len(), bytes);
-    let _done = Finish(progress.clone());
+    let _done = Finish::new(progress.clone());
     let mut writer = store.writer().await?;
     let mut records = Vec::with_capacity(planned.len());
     let mut layers = Vec::with_capacity(planned.len());
@@ -205,20 +205,20 @@ pub async fn import(
 }
 
 /// A layer that is in the store.
-struct Done {
-    name: String,
-    in_features: u64,
-    out_features: u64,
-    dense_bytes: u64,
-    stored: Stored,
-    config: Value,
-    correction: CorrectionReport,
-    reused: bool,
-    source: Source,
+pub(super) struct Done {
+    pub name: String,
+    pub in_features: u64,
+    pub out_features: u64,
+    pub dense_bytes: u64,
+    pub stored: Stored,
+    pub config: Value,
+    pub correction: CorrectionReport,
+    pub reused: bool,
+    pub source: Source,
 }
 
 impl Done {
-    fn report(&self, started: Instant) -> LayerReport {
+    pub fn report(&self, started: Instant) -> LayerReport {
         let stored = &self.stored;
         LayerReport {
             layer: self.name.clone(),
@@ -241,7 +241,7 @@ impl Done {
         }
     }
 
-    fn record(self, model: &str) -> LayerRecord {
+    pub fn record(self, model: &str) -> LayerRecord {
         LayerRecord {
             model: model.to_owned(),
             layer: self.name,
@@ -261,7 +261,14 @@ impl Done {
     }
 }
 
-struct Finish(Arc<dyn Progress>);
+/// Says that the work is over when it goes.
+pub(super) struct Finish(Arc<dyn Progress>);
+
+impl Finish {
+    pub fn new(progress: Arc<dyn Progress>) -> Self {
+        Finish(progress)
+    }
+}
 
 impl Drop for Finish {
     fn drop(&mut self) {
@@ -270,7 +277,7 @@ impl Drop for Finish {
 }
 
 /// Runs blocking work, and stops waiting for it when somebody asks.
-async fn unless_cancelled<T: Send + 'static>(
+pub(super) async fn unless_cancelled<T: Send + 'static>(
     cancel: &Cancel,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

@@ -39,6 +39,7 @@ pub use gc::GcReport;
 pub use handle::LayerHandle;
 pub use lance_io::object_store::WrappingObjectStore;
 pub use module::ModuleHandle;
+pub(crate) use module::source_tensors;
 pub use nearest::{KeyIndexReport, NearKey};
 pub use record::{ErrorBasis, LayerRecord, Places, Source, SourceTensor};
 pub use schema::FORMAT_VERSION;

@@ -91,7 +91,7 @@ impl Store {
             let id = parts.id();
             let made = Made { recipe: id.0, relative_error: None, error_basis: ErrorBasis::Weights };
             writer.add(&parts, made).await?;
-            let tensors = tensors_of(name, layer, id)?;
+            let tensors = source_tensors(name, layer, id)?;
             records.push(LayerRecord {
                 model: model.to_owned(),
                 layer: name.clone(),
@@ -117,8 +117,8 @@ fn is_part(layer: &str, name: &str) -> bool {
     layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// The tensors that an export makes of a layer: as if it had come from a checkpoint of f32.
-fn tensors_of(name: &str, layer: &Layer, id: ArtifactId) -> Result<Vec<SourceTensor>> {
+/// The tensors that an export makes of a layer that came from no checkpoint: as if it had come from one of f32.
+pub fn source_tensors(name: &str, layer: &Layer, id: ArtifactId) -> Result<Vec<SourceTensor>> {
     let tensor = |part: &str, shape: Vec<usize>| {
         let tensor = format!("{name}.{part}");
         let mut hasher = blake3::Hasher::new();

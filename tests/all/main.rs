@@ -5,6 +5,7 @@ mod cli;
 mod faults;
 mod golden;
 mod keys;
+mod matmul_free;
 mod processes;
 mod store;
 mod support;

@@ -1,0 +1,133 @@
+//! Models that Keras has saved (`.keras`), of Keras-MML's layers and some of Keras's own: their ternary kernels as they are,
+//! without a latent weight.
+
+mod archive;
+mod import;
+mod layers;
+
+use std::path::Path;
+
+use serde_json::Value;
+
+pub use import::{ROOT as KERAS_ROOT, import_keras, preview_keras};
+
+use self::archive::Archive;
+use crate::error::{Error, Result};
+use crate::matmul_free::Module;
+
+/// Whether a path is that of a model that Keras has saved.
+pub fn is_keras(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "keras")
+}
+
+/// Reads a `.keras` file as one module: its layers one after another, by their names.
+///
+/// # Errors
+/// When the file cannot be read, is no `.keras` file, its layers are no chain, or one is of a class that is not known here:
+/// nothing is left out.
+pub fn open_keras(path: &Path) -> Result<Module> {
+    let archive = Archive::open(path)?;
+    let read = || -> Result<Module> {
+        let model = &archive.config;
+        let class = model["class_name"].as_str().unwrap_or_default();
+        if !["Sequential", "Functional"].contains(&class) {
+            return Err(Error::expected("class of the model", format!("'{class}'"), "Sequential or Functional"));
+        }
+        let all = model["config"]["layers"].as_array();
+        let all = all.ok_or_else(|| Error::expected("layers of the model", "none", "a list"))?;
+        if class == "Functional" {
+            check_chain(all)?;
+        }
+        let mut modules = vec![];
+        for layer in all {
+            let name = name_of(layer)?;
+            modules.extend(layers::read(layer, name, &archive).map_err(|e| e.in_layer(name))?);
+        }
+        Ok(Module::Sequential(modules))
+    };
+    read().map_err(|e| Error::file(path, e.to_string()))
+}
+
+fn name_of(layer: &Value) -> Result<&str> {
+    let name = layer["config"]["name"].as_str().filter(|name| !name.is_empty());
+    name.ok_or_else(|| Error::expected("name of a layer", &layer["config"]["name"], "a text"))
+}
+
+/// That each layer takes the one before it, and that alone.
+fn check_chain(layers: &[Value]) -> Result<()> {
+    let mut before: Option<&str> = None;
+    for layer in layers {
+        let name = name_of(layer)?;
+        let mut taken = vec![];
+        histories(&layer["inbound_nodes"], &mut taken);
+        let expected: Vec<&str> = before.into_iter().collect();
+        if taken != expected {
+            let found = if taken.is_empty() { "none".to_owned() } else { taken.join(", ") };
+            return Err(Error::expected(
+                format!("inputs of layer '{name}'"),
+                found,
+                before.map_or("none, for it is the first".to_owned(), |b| format!("'{b}', the layer before it")),
+            ));
+        }
+        before = Some(name);
+    }
+    Ok(())
+}
+
+/// The layers whose outputs are named in what a layer is called with.
+fn histories<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+    match value {
+        Value::Array(items) => items.iter().for_each(|item| histories(item, found)),
+        Value::Object(fields) => match fields.get("keras_history").and_then(|h| h[0].as_str()) {
+            Some(name) => found.push(name),
+            None => fields.values().for_each(|field| histories(field, found)),
+        },
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn layer(name: &str, inputs: &[&str]) -> Value {
+        let args: Vec<Value> = inputs
+            .iter()
+            .map(|input| json!({"class_name": "__keras_tensor__", "config": {"keras_history": [input, 0, 0]}}))
+            .collect();
+        let nodes = if args.is_empty() { json!([]) } else { json!([{"args": args, "kwargs": {"mask": null}}]) };
+        json!({"class_name": "Dense", "config": {"name": name}, "inbound_nodes": nodes})
+    }
+
+    #[test]
+    fn only_chains_are_read() {
+        assert!(check_chain(&[layer("a", &[]), layer("b", &["a"]), layer("c", &["b"])]).is_ok());
+        for (layers, expected) in [
+            (vec![layer("a", &[]), layer("b", &["a"]), layer("c", &["a"])], "'b', the layer before it"),
+            (vec![layer("a", &[]), layer("b", &["a"]), layer("c", &["a", "b"])], "found a, b"),
+            (vec![layer("a", &[]), layer("b", &[])], "found none"),
+            (vec![layer("a", &["z"])], "it is the first"),
+        ] {
+            let message = check_chain(&layers).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+        assert!(name_of(&json!({"config": {}})).is_err());
+    }
+
+    #[test]
+    fn classes_that_are_not_known_are_named() {
+        let path = Path::new("tests/fixtures/keras/tokens.keras");
+        let archive = Archive::open(path).unwrap();
+        let read = |class: &str, config: Value| {
+            layers::read(&json!({"class_name": class, "config": config}), "lru", &archive).unwrap_err().to_string()
+        };
+        assert!(read("Conv2D", json!({})).contains("'Conv2D'"));
+        assert!(read("LRUMML", json!({"units": "many"})).contains("settings"));
+        assert!(read("LRUMML", json!({"units": 9, "state_dim": 4})).contains("(9, 4)"));
+        assert!(read("GRUMML", json!({"units": 8, "fully_mml": true})).contains("_kernel"));
+        assert!(read("Activation", json!({"activation": "mish"})).contains("gelu"));
+        assert!(read("Patches", json!({})).contains("patch_size"));
+        assert!(is_keras(path) && !is_keras(Path::new("model.safetensors")));
+    }
+}
