@@ -23,7 +23,7 @@ type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 const RANK: usize = 32;
 
 /// Name, format, and what inputs are rounded to.
-const FORMATS: [(&str, &str, &str); 13] = [
+const FORMATS: [(&str, &str, &str); 15] = [
     ("int4 g64", r#"{"type": "int4", "group": 64}"#, "f32"),
     ("int4 g64", r#"{"type": "int4", "group": 64}"#, "int8"),
     ("int4 g32 sym", r#"{"type": "int4", "group": 32, "symmetric": true}"#, "int8"),
@@ -36,6 +36,8 @@ const FORMATS: [(&str, &str, &str); 13] = [
     ("int5 g64", r#"{"type": "int5", "group": 64}"#, "int8"),
     ("int8 channel", r#"{"type": "int8", "group": "channel", "symmetric": true}"#, "f32"),
     ("int8 channel", r#"{"type": "int8", "group": "channel", "symmetric": true}"#, "int8"),
+    ("ternary channel", r#"{"type": "ternary", "group": "channel"}"#, "f32"),
+    ("ternary channel", r#"{"type": "ternary", "group": "channel"}"#, "int8_absmax"),
     ("bf16", r#"{"type": "bf16"}"#, "f32"),
 ];
 
@@ -54,7 +56,7 @@ fn main() -> Result<()> {
         let x = matrix(batch, inputs, 2);
         let dense = micros(dense_on_all_threads(weight.view(), x.view()));
         println!("\n{title}, rank {RANK}: dense f32 {dense:.1} µs");
-        println!("{:<14} {:<12} {:>12} {:>16} {:>16}", "weights", "activations", "µs", "dense / ours", "MiB in memory");
+        println!("{:<15} {:<12} {:>12} {:>16} {:>16}", "weights", "activations", "µs", "dense / ours", "MiB in memory");
         for (name, format, activations) in
             FORMATS.iter().filter(|(name, _, activations)| wanted(&format!("{name} {activations}")))
         {
@@ -63,7 +65,7 @@ fn main() -> Result<()> {
                 black_box(layer.forward(black_box(x.view()), Accuracy::Approximate).map(|o| o.y).ok());
             }));
             let memory = layer.memory_bytes() as f64 / f64::from(1 << 20);
-            println!("{name:<14} {activations:<12} {ours:>12.1} {:>16.2} {memory:>16.2}", dense / ours);
+            println!("{name:<15} {activations:<12} {ours:>12.1} {:>16.2} {memory:>16.2}", dense / ours);
         }
         if let Some(peers) = std::env::var_os("LAYERSTORE_PEERS") {
             let output = Command::new(peers).args([out, inputs, batch].map(|n| n.to_string())).output()?;
@@ -73,7 +75,7 @@ fn main() -> Result<()> {
             };
             for (name, time) in times.as_object().ok_or("the peers' answer is no object")? {
                 let time = time.as_f64().ok_or("a peer's time is no number")?;
-                println!("{:<14} {:<12} {time:>12.1} {:>16.2}", format!("candle {name}"), "", dense / time);
+                println!("{:<15} {:<12} {time:>12.1} {:>16.2}", format!("candle {name}"), "", dense / time);
             }
         }
     }
@@ -89,7 +91,7 @@ fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Re
     let mut parts = Parts::new(Method::LowRank, config.clone());
     parts.weights = Some(WeightRows {
         rows: out,
-        packed: packed.packed.clone(),
+        packed: packed.stored_codes(),
         scales: packed.scale_bytes().into(),
         zeros: packed.zeros.clone().into(),
     });

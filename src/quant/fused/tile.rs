@@ -1,4 +1,6 @@
 //! Some rows of packed codes with some inputs at a time: what each instruction set compiles for itself.
+//!
+//! Nothing of [`Lanes`] is called in a closure: one that is not inlined is compiled without the instructions.
 
 use std::ops::Range;
 
@@ -100,9 +102,11 @@ unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8>(
     unsafe {
         let coding = L::coding(&m.coding);
         if count < 4 {
-            for (i, v) in (0..count).flat_map(|i| (0..batch).map(move |v| (i, v))) {
-                let found = tile::<L, H, LEVELS, MODE, 1, 1>(m, x, coding, rows.start + i, v);
-                out[v * count + i] = found[0][0];
+            for i in 0..count {
+                for v in 0..batch {
+                    let found = tile::<L, H, LEVELS, MODE, 1, 1>(m, x, coding, rows.start + i, v);
+                    out[v * count + i] = found[0][0];
+                }
             }
             return;
         }
@@ -113,7 +117,9 @@ unsafe fn tiled<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8>(
             while v < batch {
                 if batch < 4 {
                     let found = tile::<L, H, LEVELS, MODE, 4, 1>(m, x, coding, rows.start + from, v);
-                    (0..4).for_each(|r| out[v * count + from + r] = found[r][0]);
+                    for (r, found) in found.iter().enumerate() {
+                        out[v * count + from + r] = found[0];
+                    }
                     v += 1;
                     continue;
                 }
@@ -180,20 +186,28 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
         let mut left = m.row_bytes;
         for block in m.blocks {
             if MODE != mode::WHOLE && block.moved {
-                windows = std::array::from_fn(|r| L::load_some(scales[r].add(block.first), block.count));
+                for (window, scales) in windows.iter_mut().zip(&scales) {
+                    *window = L::load_some(scales.add(block.first), block.count);
+                }
             }
-            let codes: [L::Int; R] = match left >= m.block_bytes {
-                true => std::array::from_fn(|r| L::block::<H, true>(packed.add(r * m.row_bytes), left, coding)),
-                false => std::array::from_fn(|r| L::block::<H, false>(packed.add(r * m.row_bytes), left, coding)),
-            };
-            // The next rows, which the machine does not guess in time; what is only prefetched need not be there.
-            (0..R).for_each(|r| L::prefetch(packed.wrapping_add((R + r) * m.row_bytes)));
+            let mut codes = [L::zeros(); R];
+            for (r, codes) in codes.iter_mut().enumerate() {
+                let from = packed.add(r * m.row_bytes);
+                *codes = match left >= m.block_bytes {
+                    true => L::block::<H, true>(from, left, coding),
+                    false => L::block::<H, false>(from, left, coding),
+                };
+                // The next rows, which the machine does not guess in time; what is only prefetched need not be there.
+                L::prefetch(packed.wrapping_add((R + r) * m.row_bytes));
+            }
             let places = block.places.as_ptr();
             if MODE == mode::FLOATS {
                 let parts = parts::<L, H, LEVELS, R, V>(&codes, floats, x.stride::<f32>(), coding);
-                for r in 0..R {
-                    let scale = L::pick(windows[r], places);
-                    (0..V).for_each(|c| totals[r][c] = L::fma(parts[r][c], scale, totals[r][c]));
+                for ((totals, parts), window) in totals.iter_mut().zip(&parts).zip(windows) {
+                    let scale = L::pick(window, places);
+                    for (total, part) in totals.iter_mut().zip(parts) {
+                        *total = L::fma(*part, scale, *total);
+                    }
                 }
             } else if MODE == mode::WHOLE && V == 1 {
                 for half in 0..H {
@@ -209,11 +223,15 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
                 }
             } else if MODE == mode::WHOLE {
                 for half in 0..H {
-                    let inputs: [L::Int; V] =
-                        std::array::from_fn(|c| L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES)));
-                    for r in 0..R {
-                        let codes = L::bytes::<H, LEVELS>(codes[r], half, coding, true);
-                        (0..V).for_each(|c| whole[r][c] = L::dot(codes, inputs[c], whole[r][c], coding));
+                    let mut inputs = [L::zeros(); V];
+                    for (c, input) in inputs.iter_mut().enumerate() {
+                        *input = L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES));
+                    }
+                    for (whole, codes) in whole.iter_mut().zip(&codes) {
+                        let codes = L::bytes::<H, LEVELS>(*codes, half, coding, true);
+                        for (whole, input) in whole.iter_mut().zip(inputs) {
+                            *whole = L::dot(codes, input, *whole, coding);
+                        }
                     }
                 }
             } else if V == 1 {
@@ -230,15 +248,16 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
                         );
                     }
                 }
-                let sums = sums.map(|sum| L::to_float(sum));
-                (0..R).for_each(|r| totals[r][0] = L::fma(sums[r], L::pick(windows[r], places), totals[r][0]));
+                for ((totals, sum), window) in totals.iter_mut().zip(sums).zip(windows) {
+                    totals[0] = L::fma(L::to_float(sum), L::pick(window, places), totals[0]);
+                }
             } else {
                 // Row after row: those of all rows would not fit into the registers.
                 for r in 0..R {
-                    let halves: [L::Int; 4] = std::array::from_fn(|half| match half < H {
-                        true => L::bytes::<H, LEVELS>(codes[r], half, coding, MODE == mode::PLAIN),
-                        false => codes[r],
-                    });
+                    let mut halves = [codes[r]; 4];
+                    for (half, codes) in halves[..H].iter_mut().enumerate() {
+                        *codes = L::bytes::<H, LEVELS>(*codes, half, coding, MODE == mode::PLAIN);
+                    }
                     let scale = L::pick(windows[r], places);
                     for (c, total) in totals[r].iter_mut().enumerate() {
                         let mut sum = L::zeros();
@@ -264,7 +283,13 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
                 }
             }
         }
-        std::array::from_fn(|r| std::array::from_fn(|c| L::sum(totals[r][c]) * x.scales[v + c] * m.factor))
+        let mut found = [[0f32; V]; R];
+        for (found, totals) in found.iter_mut().zip(totals) {
+            for ((found, total), scale) in found.iter_mut().zip(totals).zip(&x.scales[v..]) {
+                *found = L::sum(total) * scale * m.factor;
+            }
+        }
+        found
     }
 }
 
@@ -280,7 +305,10 @@ unsafe fn parts<L: Lanes, const H: usize, const LEVELS: bool, const R: usize, co
     unsafe {
         let (mut sums, mut codes) = ([[L::zero(); V]; R], *codes);
         for step in 0..4 * H {
-            let inputs: [L::Float; V] = std::array::from_fn(|c| L::load(x.add(c * stride + step * L::LANES)));
+            let mut inputs = [L::zero(); V];
+            for (c, input) in inputs.iter_mut().enumerate() {
+                *input = L::load(x.add(c * stride + step * L::LANES));
+            }
             for (sums, codes) in sums.iter_mut().zip(&mut codes) {
                 let values = L::values::<H, LEVELS>(*codes, coding);
                 *codes = L::following::<H>(*codes);
