@@ -61,18 +61,19 @@ impl TernaryTraining {
         }
         require_finite("the input", x.iter())?;
         require_finite("the kernel", self.kernel.iter())?;
-        let rounded = rounded_rows(self.norm.forward(x)?);
+        let (whole, steps_of) = whole_rows(self.norm.forward(x)?);
         let mean = self.kernel.iter().map(|w| f64::from(w.abs())).sum::<f64>() / self.kernel.len().max(1) as f64;
         let scale = (mean as f32).clamp(SIZES.0, SIZES.1);
         let steps = 1.0 / scale;
         let ternary = self.kernel.mapv(|w| (w * steps).round_ties_even().clamp(-1.0, 1.0));
-        let mut before = matmul_nt(rounded.view(), ternary.view()) * scale;
+        // Sums of whole numbers are exact, in whatever order: what is frozen gives the same, to the bit.
+        let mut before = matmul_nt(whole.view(), ternary.view()) * scale * &steps_of;
         if let Some(bias) = &self.bias {
             before += bias;
         }
         let mut y = before.clone();
         self.activation.apply(y.view_mut());
-        Ok((y, TernaryTape { x: x.to_owned(), rounded, ternary, scale, before }))
+        Ok((y, TernaryTape { x: x.to_owned(), rounded: whole * &steps_of, ternary, scale, before }))
     }
 
     /// The gradients for the one with respect to the output, `[batch, out]`.
@@ -121,14 +122,16 @@ impl TernaryTraining {
     }
 }
 
-/// Each row in 127ths of its largest number, rounded.
-fn rounded_rows(mut x: Array2<f32>) -> Array2<f32> {
-    for mut row in x.rows_mut() {
+/// Each row in 127ths of its largest number, rounded to whole ones, and what they are times of, `[rows, 1]`.
+fn whole_rows(mut x: Array2<f32>) -> (Array2<f32>, Array2<f32>) {
+    let mut sizes = Array2::zeros((x.nrows(), 1));
+    for (mut row, size) in x.rows_mut().into_iter().zip(&mut sizes) {
         let most = row.iter().fold(0f32, |most, v| most.max(v.abs()));
         let steps = 127.0 / most.clamp(SIZES.0, SIZES.1);
-        row.mapv_inplace(|v| (v * steps).round_ties_even().clamp(-128.0, 127.0) / steps);
+        row.mapv_inplace(|v| (v * steps).round_ties_even().clamp(-128.0, 127.0));
+        *size = 1.0 / steps;
     }
-    x
+    (x, sizes)
 }
 
 /// A gated linear unit in training.

@@ -253,4 +253,13 @@ impl Lanes for Avx2 {
     unsafe fn to_float(value: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(value) }
     }
+
+    #[inline(always)]
+    unsafe fn sum_whole(value: __m256i) -> i32 {
+        unsafe {
+            let mut lanes = [0i32; 8];
+            _mm256_storeu_si256(lanes.as_mut_ptr().cast(), value);
+            lanes.iter().sum()
+        }
+    }
 }

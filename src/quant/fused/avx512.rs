@@ -246,4 +246,9 @@ impl Lanes for Avx512 {
     unsafe fn to_float(value: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(value) }
     }
+
+    #[inline(always)]
+    unsafe fn sum_whole(value: __m512i) -> i32 {
+        unsafe { _mm512_reduce_add_epi32(value) }
+    }
 }

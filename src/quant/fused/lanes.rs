@@ -81,6 +81,8 @@ pub trait Lanes: Copy {
     /// Adds the four products in each lane of unsigned bytes with signed ones to `sum`.
     unsafe fn dot(codes: Self::Int, x: Self::Int, sum: Self::Int, coding: Self::Coding) -> Self::Int;
     unsafe fn to_float(value: Self::Int) -> Self::Float;
+    /// The sum of the lanes.
+    unsafe fn sum_whole(value: Self::Int) -> i32;
 }
 
 /// Plain code, for every machine.
@@ -248,5 +250,10 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn to_float(value: [u32; 8]) -> [f32; 8] {
         value.map(|v| v as i32 as f32)
+    }
+
+    #[inline(always)]
+    unsafe fn sum_whole(value: [u32; 8]) -> i32 {
+        value.iter().map(|&v| v as i32).sum()
     }
 }

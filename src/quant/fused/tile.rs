@@ -156,7 +156,7 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
     unsafe {
         let mut totals = [[L::zero(); V]; R];
         let scales: [*const f32; R] = std::array::from_fn(|r| m.scales.as_ptr().add((row + r) * m.groups));
-        if !m.zeros.is_empty() || m.zero != 0.0 {
+        if MODE != mode::WHOLE && (!m.zeros.is_empty() || m.zero != 0.0) {
             for group in (0..m.groups).step_by(L::LANES) {
                 let count = (m.groups - group).min(L::LANES);
                 for r in 0..R {
@@ -275,13 +275,7 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
             left = left.saturating_sub(m.block_bytes);
         }
         if MODE == mode::WHOLE {
-            for r in 0..R {
-                let scale = L::splat(*scales[r]);
-                for (c, total) in totals[r].iter_mut().enumerate() {
-                    let sum = if V == 1 && L::IN_PLACE { L::put_together::<H>(whole[r]) } else { whole[r][c] };
-                    *total = L::fma(L::to_float(sum), scale, *total);
-                }
-            }
+            return summed::<L, H, R, V>(m, x, &whole, row, v);
         }
         let mut found = [[0f32; V]; R];
         for (found, totals) in found.iter_mut().zip(totals) {
@@ -291,6 +285,28 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
         }
         found
     }
+}
+
+/// The products from sums of whole numbers: the same, to the bit, on every machine.
+#[inline(always)]
+unsafe fn summed<L: Lanes, const H: usize, const R: usize, const V: usize>(
+    m: &Rows,
+    x: &Inputs,
+    whole: &[[L::Int; 4]; R],
+    row: usize,
+    v: usize,
+) -> [[f32; V]; R] {
+    let mut found = [[0f32; V]; R];
+    for (r, (found, whole)) in found.iter_mut().zip(whole).enumerate() {
+        let (scale, zero) = (m.scales[row + r], m.zeros.get(row + r).map_or(m.zero, |&zero| f32::from(zero)));
+        for (c, found) in found.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            let sum =
+                unsafe { L::sum_whole(if V == 1 && L::IN_PLACE { L::put_together::<H>(*whole) } else { whole[c] }) };
+            *found = (sum as f32 - zero * x.sums(v + c)[0]) * scale * x.scales[v + c] * m.factor;
+        }
+    }
+    found
 }
 
 /// The products of a block's codes with inputs, before scales.
