@@ -33,6 +33,13 @@ fn options() -> Vec<(&'static str, Value)> {
         }
         all
     };
+    let ternary = |rank: usize| {
+        let mut all = gptq(json!({"type": "ternary", "scales": "f16"}), json!(rank));
+        for (name, value) in [("bias_correction", json!(true)), ("activations", json!("int8_absmax"))] {
+            all[name] = value;
+        }
+        all
+    };
     vec![
         ("LQER as published: int4 channel, rank 16", peer("int4", 16)),
         ("LQER as published: int4 channel, rank 32", peer("int4", 32)),
@@ -67,6 +74,13 @@ fn options() -> Vec<(&'static str, Value)> {
         ("int2 g32 nearest, exact 64", nearest(int(2, 32), 64)),
         ("int2 g32 gptq, exact 64", gptq(int(2, 32), json!(64))),
         ("int8 g64 nearest", json!({"weight": int(8, 64), "rank": 0})),
+        ("ternary, one scale by the mean", {
+            let weight = json!({"type": "ternary", "group": "tensor", "symmetric": true});
+            json!({"weight": weight, "clipping": "absmean", "rank": 0, "activations": "int8_absmax"})
+        }),
+        ("ternary g64 gptq", ternary(0)),
+        ("ternary g64 nearest, exact 64", nearest(json!({"type": "ternary", "scales": "f16"}), 64)),
+        ("ternary g64 gptq, exact 64", ternary(64)),
     ]
 }
 
