@@ -51,8 +51,15 @@ impl Archive {
         let missing = |name: &str| wrong(format!("there is no {name} in it"));
         let config = config.ok_or_else(|| missing("config.json"))?;
         let weights = weights.ok_or_else(|| missing("model.weights.h5"))?;
-        let config = serde_json::from_slice(&config).map_err(|e| wrong(format!("config.json: {e}")))?;
-        let layers = layers_of(weights).map_err(|e| wrong(format!("model.weights.h5: {e}")))?;
+        Self::of(&config, weights).map_err(|e| wrong(e.to_string()))
+    }
+
+    /// From the two parts that are used.
+    pub(super) fn of(config: &[u8], weights: Vec<u8>) -> Result<Self> {
+        let config = serde_json::from_slice(config);
+        let config = config.map_err(|e| Error::expected("config.json", e, "JSON"))?;
+        let layers =
+            layers_of(weights).map_err(|e| Error::expected("model.weights.h5", e, "HDF5 of layers' weights"))?;
         Ok(Archive { config, layers })
     }
 

@@ -1,4 +1,4 @@
-//! AVX-512 with VNNI and VBMI: Ice Lake and Zen 4, and what came after them.
+//! AVX-512 with VNNI, VBMI and GFNI: Ice Lake and Zen 4, and what came after them.
 
 use std::arch::x86_64::*;
 
@@ -9,6 +9,7 @@ pub fn available() -> bool {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vnni")
         && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("gfni")
 }
 
 /// See [`available`].
@@ -28,6 +29,17 @@ pub struct Registers {
     values: __m512,
     /// The same as bytes.
     bytes: __m512i,
+}
+
+/// The matrix that picks the code at a place of a byte: bit i of a product is that of the matrix's byte 7 − i with the byte.
+#[inline(always)]
+unsafe fn picked(bits: usize, place: usize) -> __m512i {
+    let mut matrix = 0u64;
+    for bit in 0..bits {
+        matrix |= 1 << (bits * place + bit + 8 * (7 - bit));
+    }
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_set1_epi64(matrix as i64) }
 }
 
 #[inline(always)]
@@ -153,22 +165,16 @@ impl Lanes for Avx512 {
         plain: bool,
     ) -> __m512i {
         unsafe {
-            let codes = match H {
-                1 => block,
-                2 if half == 0 => _mm512_and_si512(block, coding.mask),
-                2 => _mm512_and_si512(_mm512_srli_epi32::<4>(block), coding.mask),
-                _ => match half {
-                    0 => _mm512_and_si512(block, coding.mask),
-                    1 => _mm512_and_si512(_mm512_srli_epi32::<2>(block), coding.mask),
-                    2 => _mm512_and_si512(_mm512_srli_epi32::<4>(block), coding.mask),
-                    _ => _mm512_and_si512(_mm512_srli_epi32::<6>(block), coding.mask),
-                },
+            let codes = match (H, half) {
+                (1, _) => block,
+                (_, 0) if plain || LEVELS => _mm512_and_si512(block, coding.mask),
+                // Shift, mask and flip in one, as a product with a matrix of bits.
+                (2, _) if plain || LEVELS => _mm512_gf2p8affine_epi64_epi8::<0>(block, picked(4, half)),
+                (2, _) => _mm512_gf2p8affine_epi64_epi8::<8>(block, picked(4, half)),
+                (_, _) if plain || LEVELS => _mm512_gf2p8affine_epi64_epi8::<0>(block, picked(2, half)),
+                (_, _) => _mm512_gf2p8affine_epi64_epi8::<2>(block, picked(2, half)),
             };
-            match LEVELS {
-                true => _mm512_shuffle_epi8(coding.bytes, codes),
-                false if H == 1 || plain => codes,
-                false => _mm512_xor_si512(codes, coding.flip),
-            }
+            if LEVELS { _mm512_shuffle_epi8(coding.bytes, codes) } else { codes }
         }
     }
 

@@ -146,7 +146,7 @@ impl Machine {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,gfni")]
 unsafe fn products_avx512(m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe { tile::products::<avx512::Avx512>(m, x, kind, rows, out) }
@@ -160,7 +160,7 @@ unsafe fn products_avx2(m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, ou
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,gfni")]
 unsafe fn expand_avx512(m: &Rows, rows: Range<usize>, stride: usize, out: &mut [f32]) {
     // SAFETY: the caller's promise.
     unsafe { tile::expand::<avx512::Avx512>(m, rows, stride, out) }
