@@ -117,6 +117,22 @@ proptest! {
     }
 }
 
+/// Sums of whole numbers are the same on every machine, to the bit, and so is what a row's one scale makes of them.
+#[test]
+fn whole_numbers_are_exact() {
+    for (weight_type, columns) in [(WeightType::Ternary, 1000), (WeightType::Int(4), 333), (WeightType::Int(8), 130)] {
+        let format = WeightFormat { weight_type, group: Group::Channel, ..WeightFormat::default() };
+        let packed = PackedMatrix::quantize(sample(9, columns, 5).view(), format, Clipping::Mse, None).unwrap();
+        for batch in [1, 3, 6] {
+            let x = sample(batch, columns, 7) * 4.0;
+            let first = packed.products_on(Machine::Portable, x.view(), Activations::Int8Absmax);
+            for machine in machines() {
+                assert_eq!(packed.products_on(machine, x.view(), Activations::Int8Absmax), first, "{machine:?}");
+            }
+        }
+    }
+}
+
 /// Enough rows for several threads, each with its own part.
 #[test]
 fn threads_share_the_rows() {
