@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::layer::parts::{Tensor, canonical_json};
 use crate::layer::{DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
 use crate::store::{
-    ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, Stored, check_model_name, joined,
+    ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, Stored, Writer, check_model_name, joined,
 };
 
 /// Part of every recipe: raise it when a method comes to make other parts from the same settings.
@@ -108,10 +108,8 @@ pub async fn import(
     let calibration = Arc::new(calibration);
     let bytes = planned.iter().map(|p| p.source.byte_len() as u64).sum();
     progress.started(planned.len() + blocks.len(), bytes);
-    let _done = Finish::new(progress.clone());
+    let mut landing = Landing::new(model, &progress);
     let mut writer = store.writer().await?;
-    let mut records = Vec::with_capacity(planned.len());
-    let mut layers = Vec::with_capacity(planned.len());
     for planned in planned {
         let started = Instant::now();
         let name = planned.source.layer.clone();
@@ -141,9 +139,7 @@ pub async fn import(
             }
         };
         let done = Done { name, in_features, out_features, dense_bytes, stored, config, correction, reused, source };
-        layers.push(done.report(started));
-        records.push(done.record(model));
-        progress.layer_done(dense_bytes, reused);
+        landing.done(done, started);
     }
     for block in blocks {
         let started = Instant::now();
@@ -183,25 +179,62 @@ pub async fn import(
             reused,
             source: Source::default(),
         };
-        layers.push(done.report(started));
-        records.push(done.record(model));
-        progress.layer_done(0, reused);
+        landing.done(done, started);
     }
-    if cancel.is_cancelled() {
-        return Err(Error::Cancelled);
+    landing.commit(writer, message.as_deref(), &cancel, unused_rules, unmatched_calibration).await
+}
+
+/// A model's layers on their way into its catalogue. When it goes, whether they got there or not, the work is over.
+pub(super) struct Landing<'a> {
+    model: &'a str,
+    progress: &'a Arc<dyn Progress>,
+    layers: Vec<LayerReport>,
+    records: Vec<LayerRecord>,
+}
+
+impl<'a> Landing<'a> {
+    pub fn new(model: &'a str, progress: &'a Arc<dyn Progress>) -> Self {
+        Landing { model, progress, layers: vec![], records: vec![] }
     }
-    let written_bytes = writer.written_bytes();
-    let version = writer.commit(model, &records, message.as_deref()).await?;
-    Ok(ImportReport {
-        model: model.to_owned(),
-        version,
-        dense_bytes: layers.iter().map(|l| l.dense_bytes).sum(),
-        stored_bytes: layers.iter().map(|l| l.stored_bytes).sum(),
-        written_bytes,
-        layers,
-        unused_rules,
-        unmatched_calibration,
-    })
+
+    /// A layer begun then is in the store.
+    pub fn done(&mut self, layer: Done, started: Instant) {
+        self.progress.layer_done(layer.dense_bytes, layer.reused);
+        self.layers.push(layer.report(started));
+        self.records.push(layer.record(self.model));
+    }
+
+    /// Makes all of them the model's, unless somebody has asked to stop.
+    pub async fn commit(
+        mut self,
+        writer: Writer,
+        message: Option<&str>,
+        cancel: &Cancel,
+        unused_rules: Vec<String>,
+        unmatched_calibration: Vec<String>,
+    ) -> Result<ImportReport> {
+        if cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let written_bytes = writer.written_bytes();
+        let version = writer.commit(self.model, &self.records, message).await?;
+        Ok(ImportReport {
+            model: self.model.to_owned(),
+            version,
+            dense_bytes: self.layers.iter().map(|l| l.dense_bytes).sum(),
+            stored_bytes: self.layers.iter().map(|l| l.stored_bytes).sum(),
+            written_bytes,
+            layers: std::mem::take(&mut self.layers),
+            unused_rules,
+            unmatched_calibration,
+        })
+    }
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        self.progress.finished();
+    }
 }
 
 /// A layer that is in the store.
@@ -258,21 +291,6 @@ impl Done {
             created_at: Utc::now(),
             places: Places::default(),
         }
-    }
-}
-
-/// Says that the work is over when it goes.
-pub(super) struct Finish(Arc<dyn Progress>);
-
-impl Finish {
-    pub fn new(progress: Arc<dyn Progress>) -> Self {
-        Finish(progress)
-    }
-}
-
-impl Drop for Finish {
-    fn drop(&mut self) {
-        self.0.finished();
     }
 }
 

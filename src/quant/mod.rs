@@ -21,7 +21,6 @@ pub(crate) use nearest::nearest_rows;
 pub use dual::column_scales;
 pub use format::{Group, ScaleType, WeightFormat, WeightType};
 pub use fused::Activations;
-pub(crate) use fused::shared;
 pub use gptq::Calibrated;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};

@@ -17,8 +17,8 @@ pub use correction::{Correction, Transform};
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::{Accuracy, Method, read_config};
 use crate::error::{Error, Result};
-use crate::linalg::{Moments, Ridge, both, matmul};
-use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat, shared};
+use crate::linalg::{Moments, Ridge, matmul};
+use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
@@ -236,14 +236,7 @@ impl LowRankLayer {
     /// `x · (Ŵ + A B)ᵀ` and the shift, for a checked `x`, straight from the codes.
     pub(in crate::layer) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
         let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
-        let work = self.out_features() * self.in_features() * x.nrows();
-        shared(work, || self.linear_with(x, activations))
-    }
-
-    fn linear_with(&self, x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
-        let inner = &*self.inner;
-        // Whoever is done with the correction first helps with the weight.
-        let (mut y, correction) = both(|| inner.weight.products(x, activations), || self.correction(x));
+        let (mut y, correction) = self.inner.weight.products_beside(x, activations, || self.correction(x));
         y += &correction;
         y
     }

@@ -10,7 +10,7 @@ use crate::layer::parts::canonical_json;
 use crate::layer::{Layer, MethodConfig};
 use crate::matmul_free::Module;
 use crate::model::checkpoint::Activations;
-use crate::model::import::{Done, Finish, ImportOptions, ImportReport, RECIPE_VERSION, unless_cancelled};
+use crate::model::import::{Done, ImportOptions, ImportReport, Landing, RECIPE_VERSION, unless_cancelled};
 use crate::model::measure::{CorrectionReport, measure};
 use crate::model::plan::{Plan, PlannedLayer, bits_per_weight};
 use crate::model::rules::{Rule, Rules};
@@ -120,10 +120,9 @@ pub async fn import_keras(store: &Store, path: &Path, model: &str, options: Impo
         bytes.insert(one.name.clone(), dense_bytes(&one.name, &one.layer)?);
     }
     progress.started(all.len(), bytes.values().sum());
-    let _done = Finish::new(progress.clone());
+    let mut landing = Landing::new(model, &progress);
     let mut writer = store.writer().await?;
     let file = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let (mut layers, mut records) = (vec![], vec![]);
     for one in all {
         let started = Instant::now();
         progress.layer(&one.name);
@@ -174,25 +173,9 @@ pub async fn import_keras(store: &Store, path: &Path, model: &str, options: Impo
         };
         let dense_bytes = bytes.get(&name).copied().unwrap_or(0);
         let done = Done { name, in_features, out_features, dense_bytes, stored, config, correction, reused, source };
-        layers.push(done.report(started));
-        records.push(done.record(model));
-        progress.layer_done(dense_bytes, reused);
+        landing.done(done, started);
     }
-    if cancel.is_cancelled() {
-        return Err(Error::Cancelled);
-    }
-    let written_bytes = writer.written_bytes();
-    let version = writer.commit(model, &records, message.as_deref()).await?;
-    Ok(ImportReport {
-        model: model.to_owned(),
-        version,
-        dense_bytes: layers.iter().map(|l| l.dense_bytes).sum(),
-        stored_bytes: layers.iter().map(|l| l.stored_bytes).sum(),
-        written_bytes,
-        layers,
-        unused_rules,
-        unmatched_calibration,
-    })
+    landing.commit(writer, message.as_deref(), &cancel, unused_rules, unmatched_calibration).await
 }
 
 /// The layer that is stored, and its error where it is another than the one that was read.

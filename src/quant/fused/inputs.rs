@@ -18,15 +18,28 @@ pub struct Layout {
     pub halves: usize,
 }
 
-/// Where a block's scales are: lane i's is the `places[i]`th of a window of `count` groups from `first` on.
+/// Where a block's scales are: lane i's is the `i`th number's in its window.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
-pub struct Block {
-    pub places: [u32; 16],
+pub struct Places(pub [u32; 16]);
+
+/// Blocks that follow each other and have their scales among the same groups, no more than a register holds.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    /// The first group.
     pub first: usize,
+    /// Groups.
     pub count: usize,
-    /// Whether the window is another than the block before had.
-    pub moved: bool,
+    pub blocks: usize,
+    /// Bytes of a row's codes in each block: fewer than a block's in a row's last one, which is then by itself.
+    pub bytes: usize,
+}
+
+/// All blocks of a row.
+#[derive(Debug)]
+pub struct Blocks {
+    pub places: Vec<Places>,
+    pub windows: Vec<Window>,
 }
 
 /// A cache line, so that a register's loads never cross one.
@@ -84,21 +97,28 @@ impl Layout {
         self.columns.div_ceil(self.group)
     }
 
-    /// Windows are as wide as a register, so that one load of scales serves many blocks.
-    pub fn blocks(&self) -> Vec<Block> {
+    /// The blocks of rows of so many bytes.
+    pub fn blocks(&self, row_bytes: usize, block_bytes: usize) -> Blocks {
         let group_of = |code: usize| code.min(self.columns - 1) / self.group;
-        let mut first = 0;
-        let block = |number: usize| {
+        let mut all = Blocks { places: vec![], windows: vec![] };
+        for number in 0..self.block_count() {
             let lane =
                 |lane: usize| group_of(number * self.block_codes() + lane.min(self.lanes - 1) * self.lane_codes());
-            let moved = number == 0 || lane(self.lanes) >= first + self.lanes;
-            if moved {
-                first = lane(0);
-            }
-            let places = std::array::from_fn(|i| (lane(i) - first) as u32);
-            Block { first, count: (self.groups() - first).min(self.lanes), moved, places }
-        };
-        (0..self.block_count()).map(block).collect()
+            let bytes = (row_bytes - number * block_bytes).min(block_bytes);
+            let window = match all.windows.last_mut() {
+                Some(last) if lane(self.lanes) < last.first + self.lanes && bytes == last.bytes => last,
+                _ => {
+                    let first = lane(0);
+                    let count = (self.groups() - first).min(self.lanes);
+                    all.windows.push(Window { first, count, blocks: 0, bytes });
+                    all.windows.last_mut().expect("just put there")
+                }
+            };
+            window.blocks += 1;
+            let first = window.first;
+            all.places.push(Places(std::array::from_fn(|i| (lane(i) - first) as u32)));
+        }
+        all
     }
 }
 

@@ -15,6 +15,21 @@ pub fn level_byte(level: f32) -> u8 {
     (level * 127.0 + 128.0).round() as u8
 }
 
+/// The number itself, of which the compiler is told nothing: what it would work out from it before a loop, for each of
+/// several rows, does not fit into the registers.
+#[inline(always)]
+pub fn opaque(number: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut same = number;
+        // SAFETY: there is no instruction.
+        unsafe { std::arch::asm!("/* {0} */", inout(reg) same, options(nomem, nostack, preserves_flags)) };
+        same
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    number
+}
+
 /// Registers of one instruction set, and what is done with them.
 ///
 /// Codes of a row are looked at in blocks. A lane of 32 bits holds codes that lie side by side in the row: `4 · H` of

@@ -13,6 +13,7 @@ mod lanes;
 mod tile;
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
@@ -69,6 +70,9 @@ pub enum Machine {
 /// Multiply-adds below which one thread does everything: the others would not be awake in time.
 const PARALLEL_FROM: usize = 1 << 21;
 
+/// Inputs from which on all of the work is done in the pool.
+const IN_POOL_FROM: usize = 4;
+
 /// Parts of the work for each thread, so that one that is late holds nobody up.
 const SHARES: usize = 16;
 
@@ -83,11 +87,6 @@ const WIDEN_FROM: usize = 4;
 
 /// Adds some rows' products to their columns of the outputs.
 type Part<'a> = dyn Fn(Range<usize>, &mut ArrayViewMut2<f32>) + Sync + 'a;
-
-/// Runs `product`, of so many multiply-adds, where its threads are: in their pool, unless it is too little to share.
-pub fn shared<T: Send>(work: usize, product: impl FnOnce() -> T + Send) -> T {
-    if work < PARALLEL_FROM { product() } else { in_pool(product) }
-}
 
 impl Machine {
     /// The fastest that this machine has.
@@ -179,34 +178,57 @@ impl PackedMatrix {
     /// # Panics
     /// When the width of `x` is another.
     pub fn products(&self, x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
-        let work = self.rows * self.columns * x.nrows();
-        shared(work, || self.products_on(Machine::best(), x, activations))
+        self.products_beside(x, activations, || ()).0
     }
 
-    /// Threads share the rows.
-    fn products_on(&self, machine: Machine, x: ArrayView2<f32>, activations: Activations) -> Array2<f32> {
+    /// [`PackedMatrix::products`], and what one of the threads can do beside them.
+    pub fn products_beside<T: Send>(
+        &self,
+        x: ArrayView2<f32>,
+        activations: Activations,
+        beside: impl FnOnce() -> T + Send,
+    ) -> (Array2<f32>, T) {
+        let shared = self.rows * self.columns * x.nrows() >= PARALLEL_FROM;
+        let run = || self.products_on(Machine::best(), x, activations, shared, beside);
+        // For a few inputs, waking a thread to do this one's part takes longer than it saves.
+        if shared && x.nrows() >= IN_POOL_FROM { in_pool(run) } else { run() }
+    }
+
+    /// Threads share the rows, and what is to be done beside.
+    fn products_on<T: Send>(
+        &self,
+        machine: Machine,
+        x: ArrayView2<f32>,
+        activations: Activations,
+        shared: bool,
+        beside: impl FnOnce() -> T + Send,
+    ) -> (Array2<f32>, T) {
         assert_eq!(x.ncols(), self.columns, "width of the inputs");
         let mut y = Array2::zeros((x.nrows(), self.rows));
         if y.is_empty() {
-            return y;
+            return (y, beside());
         }
         let scaled = (!self.column_scales.is_empty()).then(|| &x * &ArrayView1::from(&self.column_scales));
         let part = self.part(machine, scaled.as_ref().map_or(x, |x| x.view()), activations);
-        let share = match self.rows * self.columns * x.nrows() < PARALLEL_FROM {
-            true => self.rows,
-            false => self.rows.div_ceil(SHARES * rayon::current_num_threads()).next_multiple_of(EXPANDED_ROWS),
-        };
-        let shares = y.axis_chunks_iter_mut(Axis(1), share).enumerate();
-        let one = |(number, mut y): (usize, ArrayViewMut2<f32>)| {
-            let start = number * share;
-            part(start..start + y.ncols(), &mut y);
-        };
-        if share < self.rows {
-            on_all_threads(shares.collect(), one)
-        } else {
-            shares.for_each(one)
+        if !shared {
+            part(0..self.rows, &mut y.view_mut());
+            return (y, beside());
         }
-        y
+        let share = self.rows.div_ceil(SHARES * rayon::current_num_threads()).next_multiple_of(EXPANDED_ROWS);
+        let rows = y.axis_chunks_iter_mut(Axis(1), share).enumerate();
+        let (beside, found) = (Mutex::new(Some(beside)), Mutex::new(None));
+        // What lies beside comes first: small parts make a better end.
+        let parts = std::iter::once(None).chain(rows.map(Some)).collect();
+        on_all_threads(parts, |rows: Option<(usize, ArrayViewMut2<f32>)>| match rows {
+            Some((number, mut y)) => part(number * share..number * share + y.ncols(), &mut y),
+            None => {
+                let beside = beside.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let done = beside.map(|beside| beside());
+                *found.lock().unwrap_or_else(PoisonError::into_inner) = done;
+            }
+        });
+        let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        (y, found.expect("one of the threads has done its part"))
     }
 
     /// The products with these inputs, for any of the rows.
@@ -230,7 +252,8 @@ impl PackedMatrix {
             Activations::F32 => (Kind::Floats, Inputs::floats(x, &layout)),
             rounding => (Kind::Bytes, Inputs::bytes(x, &layout, rounding)),
         };
-        let blocks = layout.blocks();
+        let row_bytes = self.format.weight_type.row_bytes(self.columns);
+        let blocks = layout.blocks(row_bytes, layout.block_codes() * bits as usize / 8);
         Box::new(move |rows, y| {
             let m = self.as_rows(&layout, &blocks, kind);
             if kind == Kind::Floats && inputs.rows() >= EXPAND_FROM {
@@ -246,7 +269,7 @@ impl PackedMatrix {
         })
     }
 
-    fn as_rows<'a>(&'a self, layout: &Layout, blocks: &'a [inputs::Block], kind: Kind) -> Rows<'a> {
+    fn as_rows<'a>(&'a self, layout: &Layout, blocks: &'a inputs::Blocks, kind: Kind) -> Rows<'a> {
         let bits = self.format.weight_type.bits();
         let half = 1u8 << (bits - 1);
         let (levels, flip, zero, factor) = match (self.format.weight_type, kind) {

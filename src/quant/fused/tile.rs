@@ -4,8 +4,8 @@
 
 use std::ops::Range;
 
-use super::inputs::{Block, Inputs};
-use super::lanes::{Coding, Lanes};
+use super::inputs::{Blocks, Inputs};
+use super::lanes::{Coding, Lanes, opaque};
 
 /// Packed rows as the kernels see them.
 pub struct Rows<'a> {
@@ -23,7 +23,7 @@ pub struct Rows<'a> {
     pub zeros: &'a [u8],
     pub zero: f32,
     pub groups: usize,
-    pub blocks: &'a [Block],
+    pub blocks: &'a Blocks,
 }
 
 /// What inputs are.
@@ -77,7 +77,7 @@ unsafe fn tiles<L: Lanes, const H: usize, const LEVELS: bool>(
 ) {
     let plain = !LEVELS && m.coding.flip == 0;
     // Where a block's codes are spread, flipping them is part of it.
-    let whole = !LEVELS && (plain || H == 1) && m.groups == 1 && m.blocks.len() <= WHOLE_BLOCKS;
+    let whole = !LEVELS && (plain || H == 1) && m.groups == 1 && m.blocks.places.len() <= WHOLE_BLOCKS;
     // SAFETY: the caller's promise.
     unsafe {
         match kind {
@@ -155,24 +155,26 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
     // SAFETY: the caller's promise: rows, their scales and the inputs are as long as the blocks say.
     unsafe {
         let mut totals = [[L::zero(); V]; R];
-        let scales: [*const f32; R] = std::array::from_fn(|r| m.scales.as_ptr().add((row + r) * m.groups));
+        let scales = m.scales.as_ptr().add(row * m.groups);
         if MODE != mode::WHOLE && (!m.zeros.is_empty() || m.zero != 0.0) {
+            let sums: [*const f32; V] = std::array::from_fn(|c| x.sums(v + c).as_ptr());
+            let zeros = (!m.zeros.is_empty()).then(|| m.zeros.as_ptr().add(row * m.groups));
+            let same = L::splat(m.zero);
             for group in (0..m.groups).step_by(L::LANES) {
                 let count = (m.groups - group).min(L::LANES);
-                for r in 0..R {
-                    let whole = count == L::LANES;
-                    let scale = scales[r].add(group);
-                    let scale = if whole { L::load(scale) } else { L::load_some(scale, count) };
-                    let zero = match m.zeros {
-                        [] => L::splat(m.zero),
-                        zeros => {
-                            let zeros = zeros.as_ptr().add((row + r) * m.groups + group);
-                            if whole { L::bytes_some(zeros, L::LANES) } else { L::bytes_some(zeros, count) }
-                        }
+                let groups = opaque(m.groups);
+                for (r, totals) in totals.iter_mut().enumerate() {
+                    let from = scales.add(r * groups + group);
+                    let scale = L::load_some(from, count);
+                    // Those of the next rows.
+                    L::prefetch(from.wrapping_add(R * groups).cast());
+                    let zero = match zeros {
+                        Some(zeros) => L::bytes_some(zeros.add(r * groups + group), count),
+                        None => same,
                     };
                     let both = L::mul(scale, zero);
-                    for (c, total) in totals[r].iter_mut().enumerate() {
-                        *total = L::fnma(both, L::load(x.sums(v + c).as_ptr().add(group)), *total);
+                    for (total, sums) in totals.iter_mut().zip(sums) {
+                        *total = L::fnma(both, L::load(sums.add(group)), *total);
                     }
                 }
             }
@@ -181,98 +183,105 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
         // For one input a sum for each place that codes have in their bytes, for several one for each of them.
         let mut whole = [[L::zeros(); 4]; R];
         let mut packed = m.packed.as_ptr().add(row * m.row_bytes);
+        // The next rows, which the machine does not guess in time; what is only prefetched need not be there.
+        let mut ahead = packed.wrapping_add(R * m.row_bytes);
         let mut floats = x.first::<f32>(v);
         let mut bytes = x.first::<i8>(v);
-        let mut left = m.row_bytes;
-        for block in m.blocks {
-            if MODE != mode::WHOLE && block.moved {
-                for (window, scales) in windows.iter_mut().zip(&scales) {
-                    *window = L::load_some(scales.add(block.first), block.count);
+        let mut places = m.blocks.places.as_ptr();
+        for window in &m.blocks.windows {
+            if MODE != mode::WHOLE {
+                let groups = opaque(m.groups);
+                for (r, some) in windows.iter_mut().enumerate() {
+                    *some = L::load_some(scales.add(r * groups + window.first), window.count);
                 }
             }
-            let mut codes = [L::zeros(); R];
-            for (r, codes) in codes.iter_mut().enumerate() {
-                let from = packed.add(r * m.row_bytes);
-                *codes = match left >= m.block_bytes {
-                    true => L::block::<H, true>(from, left, coding),
-                    false => L::block::<H, false>(from, left, coding),
-                };
-                // The next rows, which the machine does not guess in time; what is only prefetched need not be there.
-                L::prefetch(packed.wrapping_add((R + r) * m.row_bytes));
-            }
-            let places = block.places.as_ptr();
-            if MODE == mode::FLOATS {
-                let parts = parts::<L, H, LEVELS, R, V>(&codes, floats, x.stride::<f32>(), coding);
-                for ((totals, parts), window) in totals.iter_mut().zip(&parts).zip(windows) {
-                    let scale = L::pick(window, places);
-                    for (total, part) in totals.iter_mut().zip(parts) {
-                        *total = L::fma(*part, scale, *total);
+            let full = window.bytes == m.block_bytes;
+            for _ in 0..window.blocks {
+                let mut codes = [L::zeros(); R];
+                let row_bytes = opaque(m.row_bytes);
+                for (r, codes) in codes.iter_mut().enumerate() {
+                    let from = packed.add(r * row_bytes);
+                    *codes = match full {
+                        true => L::block::<H, true>(from, window.bytes, coding),
+                        false => L::block::<H, false>(from, window.bytes, coding),
+                    };
+                    L::prefetch(ahead.wrapping_add(r * row_bytes));
+                }
+                let lanes = places.cast::<u32>();
+                if MODE == mode::FLOATS {
+                    let parts = parts::<L, H, LEVELS, R, V>(&codes, floats, x.stride::<f32>(), coding);
+                    for ((totals, parts), window) in totals.iter_mut().zip(&parts).zip(windows) {
+                        let scale = L::pick(window, lanes);
+                        for (total, part) in totals.iter_mut().zip(parts) {
+                            *total = L::fma(*part, scale, *total);
+                        }
                     }
-                }
-            } else if MODE == mode::WHOLE && V == 1 {
-                for half in 0..H {
-                    let x = L::load_bytes(bytes.add(half * 4 * L::LANES));
+                } else if MODE == mode::WHOLE && V == 1 {
+                    for half in 0..H {
+                        let x = L::load_bytes(bytes.add(half * 4 * L::LANES));
+                        for r in 0..R {
+                            let place = if L::IN_PLACE { half } else { 0 };
+                            let codes = match L::IN_PLACE {
+                                true => L::bytes_in_place::<H>(codes[r], half),
+                                false => L::bytes::<H, LEVELS>(codes[r], half, coding, true),
+                            };
+                            whole[r][place] = L::dot(codes, x, whole[r][place], coding);
+                        }
+                    }
+                } else if MODE == mode::WHOLE {
+                    for half in 0..H {
+                        let mut inputs = [L::zeros(); V];
+                        for (c, input) in inputs.iter_mut().enumerate() {
+                            *input = L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES));
+                        }
+                        for (whole, codes) in whole.iter_mut().zip(&codes) {
+                            let codes = L::bytes::<H, LEVELS>(*codes, half, coding, true);
+                            for (whole, input) in whole.iter_mut().zip(inputs) {
+                                *whole = L::dot(codes, input, *whole, coding);
+                            }
+                        }
+                    }
+                } else if V == 1 {
+                    // All rows side by side: none waits for its own last product.
+                    let mut sums = [L::zeros(); R];
+                    for half in 0..H {
+                        let x = L::load_bytes(bytes.add(half * 4 * L::LANES));
+                        for r in 0..R {
+                            sums[r] = L::dot(
+                                L::bytes::<H, LEVELS>(codes[r], half, coding, MODE == mode::PLAIN),
+                                x,
+                                sums[r],
+                                coding,
+                            );
+                        }
+                    }
+                    for ((totals, sum), window) in totals.iter_mut().zip(sums).zip(windows) {
+                        totals[0] = L::fma(L::to_float(sum), L::pick(window, lanes), totals[0]);
+                    }
+                } else {
+                    // Row after row: those of all rows would not fit into the registers.
                     for r in 0..R {
-                        let place = if L::IN_PLACE { half } else { 0 };
-                        let codes = match L::IN_PLACE {
-                            true => L::bytes_in_place::<H>(codes[r], half),
-                            false => L::bytes::<H, LEVELS>(codes[r], half, coding, true),
-                        };
-                        whole[r][place] = L::dot(codes, x, whole[r][place], coding);
-                    }
-                }
-            } else if MODE == mode::WHOLE {
-                for half in 0..H {
-                    let mut inputs = [L::zeros(); V];
-                    for (c, input) in inputs.iter_mut().enumerate() {
-                        *input = L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES));
-                    }
-                    for (whole, codes) in whole.iter_mut().zip(&codes) {
-                        let codes = L::bytes::<H, LEVELS>(*codes, half, coding, true);
-                        for (whole, input) in whole.iter_mut().zip(inputs) {
-                            *whole = L::dot(codes, input, *whole, coding);
+                        let mut halves = [codes[r]; 4];
+                        for (half, codes) in halves[..H].iter_mut().enumerate() {
+                            *codes = L::bytes::<H, LEVELS>(*codes, half, coding, MODE == mode::PLAIN);
+                        }
+                        let scale = L::pick(windows[r], lanes);
+                        for (c, total) in totals[r].iter_mut().enumerate() {
+                            let mut sum = L::zeros();
+                            for (half, codes) in halves[..H].iter().enumerate() {
+                                let x = L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES));
+                                sum = L::dot(*codes, x, sum, coding);
+                            }
+                            *total = L::fma(L::to_float(sum), scale, *total);
                         }
                     }
                 }
-            } else if V == 1 {
-                // All rows side by side: none waits for its own last product.
-                let mut sums = [L::zeros(); R];
-                for half in 0..H {
-                    let x = L::load_bytes(bytes.add(half * 4 * L::LANES));
-                    for r in 0..R {
-                        sums[r] = L::dot(
-                            L::bytes::<H, LEVELS>(codes[r], half, coding, MODE == mode::PLAIN),
-                            x,
-                            sums[r],
-                            coding,
-                        );
-                    }
-                }
-                for ((totals, sum), window) in totals.iter_mut().zip(sums).zip(windows) {
-                    totals[0] = L::fma(L::to_float(sum), L::pick(window, places), totals[0]);
-                }
-            } else {
-                // Row after row: those of all rows would not fit into the registers.
-                for r in 0..R {
-                    let mut halves = [codes[r]; 4];
-                    for (half, codes) in halves[..H].iter_mut().enumerate() {
-                        *codes = L::bytes::<H, LEVELS>(*codes, half, coding, MODE == mode::PLAIN);
-                    }
-                    let scale = L::pick(windows[r], places);
-                    for (c, total) in totals[r].iter_mut().enumerate() {
-                        let mut sum = L::zeros();
-                        for (half, codes) in halves[..H].iter().enumerate() {
-                            let x = L::load_bytes(bytes.add(c * x.stride::<i8>() + half * 4 * L::LANES));
-                            sum = L::dot(*codes, x, sum, coding);
-                        }
-                        *total = L::fma(L::to_float(sum), scale, *total);
-                    }
-                }
+                packed = packed.wrapping_add(m.block_bytes);
+                floats = floats.wrapping_add(L::LANES * 4 * H);
+                bytes = bytes.wrapping_add(L::LANES * 4 * H);
+                ahead = ahead.wrapping_add(m.block_bytes);
+                places = places.wrapping_add(1);
             }
-            packed = packed.wrapping_add(m.block_bytes);
-            floats = floats.wrapping_add(L::LANES * 4 * H);
-            bytes = bytes.wrapping_add(L::LANES * 4 * H);
-            left = left.saturating_sub(m.block_bytes);
         }
         if MODE == mode::WHOLE {
             return summed::<L, H, R, V>(m, x, &whole, row, v);
@@ -362,36 +371,40 @@ unsafe fn expanded<L: Lanes, const H: usize, const LEVELS: bool>(
     stride: usize,
     out: &mut [f32],
 ) {
-    assert!(out.len() >= rows.len() * stride && stride >= m.blocks.len() * L::LANES * 4 * H, "room for the rows");
+    assert!(
+        out.len() >= rows.len() * stride && stride >= m.blocks.places.len() * L::LANES * 4 * H,
+        "room for the rows"
+    );
     // SAFETY: the caller's promise, and there is room.
     unsafe {
         let coding = L::coding(&m.coding);
         for (i, row) in rows.enumerate() {
             let packed = m.packed.as_ptr().add(row * m.row_bytes);
-            for (number, block) in m.blocks.iter().enumerate() {
-                let start = number * m.block_bytes;
-                let left = m.row_bytes - start;
-                let mut codes = match left >= m.block_bytes {
-                    true => L::block::<H, true>(packed.add(start), left, coding),
-                    false => L::block::<H, false>(packed.add(start), left, coding),
-                };
-                let first = row * m.groups + block.first;
-                let places = block.places.as_ptr();
-                let scale = L::mul(
-                    L::pick(L::load_some(m.scales.as_ptr().add(first), block.count), places),
-                    L::splat(m.factor),
-                );
-                let zero = match m.zeros {
+            let mut places = m.blocks.places.iter().enumerate();
+            for window in &m.blocks.windows {
+                let first = row * m.groups + window.first;
+                let scales = L::load_some(m.scales.as_ptr().add(first), window.count);
+                let zeros = match m.zeros {
                     [] => L::splat(m.zero),
-                    zeros => L::pick(L::bytes_some(zeros.as_ptr().add(first), block.count), places),
+                    zeros => L::bytes_some(zeros.as_ptr().add(first), window.count),
                 };
-                let offset = L::fnma(scale, zero, L::zero());
-                let out = out.as_mut_ptr().add(i * stride + number * L::LANES * 4 * H);
-                for step in 0..4 * H {
-                    let value = L::values::<H, LEVELS>(codes, coding);
-                    codes = L::following::<H>(codes);
-                    let value = L::fma(value, scale, offset);
-                    L::store(out.add(step * L::LANES), value);
+                for _ in 0..window.blocks {
+                    let (number, places) = places.next().expect("a window's blocks are there");
+                    let from = packed.add(number * m.block_bytes);
+                    let mut codes = match window.bytes == m.block_bytes {
+                        true => L::block::<H, true>(from, window.bytes, coding),
+                        false => L::block::<H, false>(from, window.bytes, coding),
+                    };
+                    let scale = L::mul(L::pick(scales, places.0.as_ptr()), L::splat(m.factor));
+                    let zero = L::pick(zeros, places.0.as_ptr());
+                    let offset = L::fnma(scale, zero, L::zero());
+                    let out = out.as_mut_ptr().add(i * stride + number * L::LANES * 4 * H);
+                    for step in 0..4 * H {
+                        let value = L::values::<H, LEVELS>(codes, coding);
+                        codes = L::following::<H>(codes);
+                        let value = L::fma(value, scale, offset);
+                        L::store(out.add(step * L::LANES), value);
+                    }
                 }
             }
         }
