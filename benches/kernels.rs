@@ -2,25 +2,36 @@
 //! `cargo bench --bench kernels`.
 //!
 //! Weights and factors are made up, since only shapes and formats decide the time. The dense product is the fastest of
-//! ndarray, faer and matrixmultiply, and of ndarray on all threads, in the same run. candle is run, in turn, by the program
-//! that `LAYERSTORE_PEERS` names (`make bench` builds it from `benches/peers`). Times are medians.
+//! ndarray, faer and matrixmultiply, and of ndarray on all threads, in the same run. candle is run by the program that
+//! `LAYERSTORE_PEERS` names (`make bench` builds it from `benches/peers`). Ours and candle's take turns, in rounds: what
+//! else a machine does then meets both. Times are medians, and so are ratios, of those of each round.
 
 mod dense;
 
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::hint::black_box;
-use std::process::Command;
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use layerstore::layer::parts::{Codes, Parts, WeightRows};
 use layerstore::layer::{Accuracy, Layer, Method, RowType};
 use layerstore::quant::{Clipping, PackedMatrix, RowMatrix, WeightFormat};
 use ndarray::{Array2, ArrayView2};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use dense::{dense_on_all_threads, matrix, median, micros};
+use dense::{dense_on_all_threads, matrix, median_within, micros};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
 const RANK: usize = 32;
+
+/// Turns that ours and the peers take.
+const ROUNDS: usize = 7;
+
+/// How long each is measured in a round.
+const TURN: Duration = Duration::from_millis(200);
 
 /// Name, format, and what inputs are rounded to.
 const FORMATS: [(&str, &str, &str); 15] = [
@@ -51,35 +62,87 @@ fn main() -> Result<()> {
     for (out, inputs, batch) in
         [(4096, 4096, 1), (4096, 14_336, 1), (1536, 384, 1), (4096, 4096, 4), (4096, 4096, 32), (1536, 384, 32)]
     {
-        let title = format!("{out} × {inputs}, batch {batch}");
         let weight = matrix(out, inputs, 1);
         let x = matrix(batch, inputs, 2);
         let dense = micros(dense_on_all_threads(weight.view(), x.view()));
-        println!("\n{title}, rank {RANK}: dense f32 {dense:.1} µs");
-        println!("{:<15} {:<12} {:>12} {:>16} {:>16}", "weights", "activations", "µs", "dense / ours", "MiB in memory");
-        for (name, format, activations) in
-            FORMATS.iter().filter(|(name, _, activations)| wanted(&format!("{name} {activations}")))
-        {
-            let layer = layer(weight.view(), serde_json::from_str(format)?, activations)?;
-            let ours = micros(median(|| {
-                black_box(layer.forward(black_box(x.view()), Accuracy::Approximate).map(|o| o.y).ok());
-            }));
-            let memory = layer.memory_bytes() as f64 / f64::from(1 << 20);
-            println!("{name:<15} {activations:<12} {ours:>12.1} {:>16.2} {memory:>16.2}", dense / ours);
-        }
-        if let Some(peers) = std::env::var_os("LAYERSTORE_PEERS") {
-            let output = Command::new(peers).args([out, inputs, batch].map(|n| n.to_string())).output()?;
-            let Ok(times) = serde_json::from_slice::<Value>(&output.stdout) else {
-                println!("candle: not for this shape");
-                continue;
-            };
-            for (name, time) in times.as_object().ok_or("the peers' answer is no object")? {
-                let time = time.as_f64().ok_or("a peer's time is no number")?;
-                println!("{:<15} {:<12} {time:>12.1} {:>16.2}", format!("candle {name}"), "", dense / time);
+        println!("\n{out} × {inputs}, batch {batch}, rank {RANK}: dense f32 {dense:.1} µs");
+        let formats = FORMATS.iter().filter(|(name, _, activations)| wanted(&format!("{name} {activations}")));
+        let layers = formats
+            .map(|(name, format, activations)| {
+                let layer = layer(weight.view(), serde_json::from_str(format)?, activations)?;
+                Ok((format!("{name:<15} {activations:<11}"), layer))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut peers = match std::env::var_os("LAYERSTORE_PEERS") {
+            Some(program) => Some(Peers::start(&program, [out, inputs, batch])?),
+            None => None,
+        };
+        let (mut ours, mut theirs) = (vec![vec![]; layers.len()], BTreeMap::<String, Vec<f64>>::new());
+        for _ in 0..ROUNDS {
+            for ((_, layer), times) in layers.iter().zip(&mut ours) {
+                times.push(micros(median_within(TURN, || {
+                    black_box(layer.forward(black_box(x.view()), Accuracy::Approximate).map(|o| o.y).ok());
+                })));
             }
+            match peers.as_mut().map(Peers::times) {
+                Some(Some(times)) => {
+                    times.into_iter().for_each(|(name, time)| theirs.entry(name).or_default().push(time))
+                }
+                Some(None) => peers = None,
+                None => {}
+            }
+        }
+        let titles: String = theirs.keys().map(|name| format!("{:>14}", format!("{name} / ours"))).collect();
+        println!("{:<27}{:>10}{:>14}{:>8}{titles}", "weights, activations", "µs", "dense / ours", "MiB");
+        for ((name, layer), times) in layers.iter().zip(&ours) {
+            let ratio =
+                |other: &Vec<f64>| middle(other.iter().zip(times).map(|(theirs, ours)| theirs / ours).collect());
+            let ratios: String = theirs.values().map(|other| format!("{:>14.2}", ratio(other))).collect();
+            let (time, memory) = (middle(times.clone()), layer.memory_bytes() as f64 / f64::from(1 << 20));
+            println!("{name}{time:>10.1}{:>14.2}{memory:>8.2}{ratios}", dense / time);
+        }
+        for (name, times) in theirs {
+            let time = middle(times);
+            println!("{:<27}{time:>10.1}{:>14.2}", format!("candle {name}"), dense / time);
         }
     }
     Ok(())
+}
+
+/// The median.
+fn middle(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
+}
+
+/// The program with the peers' products, of one shape.
+struct Peers {
+    program: Child,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Peers {
+    fn start(program: &OsStr, shape: [usize; 3]) -> Result<Self> {
+        let mut command = Command::new(program);
+        command.args(shape.map(|n| n.to_string())).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut program = command.spawn()?;
+        let answers = BufReader::new(program.stdout.take().ok_or("no answers")?).lines();
+        Ok(Peers { program, answers })
+    }
+
+    /// Microseconds of each product, taken now. None if they have none of this shape.
+    fn times(&mut self) -> Option<BTreeMap<String, f64>> {
+        self.program.stdin.as_mut()?.write_all(b"\n").ok()?;
+        serde_json::from_str(&self.answers.next()?.ok()?).ok()
+    }
+}
+
+impl Drop for Peers {
+    fn drop(&mut self) {
+        // It ends with its input.
+        drop(self.program.stdin.take());
+        let _ = self.program.wait();
+    }
 }
 
 fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Result<Layer> {

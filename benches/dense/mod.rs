@@ -14,11 +14,16 @@ pub fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-pub fn median(mut run: impl FnMut()) -> Duration {
+pub fn median(run: impl FnMut()) -> Duration {
+    median_within(Duration::from_millis(700), run)
+}
+
+/// The median time of what runs in so long, and at least 15 times.
+pub fn median_within(all: Duration, mut run: impl FnMut()) -> Duration {
     run();
     let started = Instant::now();
     let mut times = vec![];
-    while times.len() < 15 || (started.elapsed() < Duration::from_millis(700) && times.len() < 4001) {
+    while times.len() < 15 || (started.elapsed() < all && times.len() < 4001) {
         let started = Instant::now();
         run();
         times.push(started.elapsed());

@@ -1,5 +1,6 @@
-//! `peers OUT IN BATCH`: microseconds of candle's products with a weight `[OUT, IN]`, as JSON: in f32, and quantised as
-//! llama.cpp's Q4_0, Q4_K and Q8_0 (which round inputs to int8, too). Medians, on all threads.
+//! `peers OUT IN BATCH`: for each line of its input, microseconds of candle's products with a weight `[OUT, IN]`, as a line
+//! of JSON: in f32, and quantised as llama.cpp's Q4_0, Q4_K and Q8_0 (which round inputs to int8, too). Medians, on all
+//! threads.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -13,14 +14,21 @@ fn main() -> Result<()> {
     let device = Device::Cpu;
     let weight = Tensor::randn(0f32, 1.0, (out, inputs), &device)?;
     let x = Tensor::randn(0f32, 1.0, (batch, inputs), &device)?;
-    let mut times = serde_json::Map::new();
     let transposed = weight.t()?;
-    times.insert("f32".into(), median(|| x.matmul(&transposed))?.into());
-    for (name, kind) in [("q4_0", GgmlDType::Q4_0), ("q4_k", GgmlDType::Q4K), ("q8_0", GgmlDType::Q8_0)] {
-        let quantized = QMatMul::from_qtensor(QTensor::quantize(&weight, kind)?)?;
-        times.insert(name.into(), median(|| quantized.forward(&x))?.into());
+    let kinds = [("q4_0", GgmlDType::Q4_0), ("q4_k", GgmlDType::Q4K), ("q8_0", GgmlDType::Q8_0)];
+    let quantized: Vec<(&str, QMatMul)> = kinds
+        .into_iter()
+        .map(|(name, kind)| Ok((name, QMatMul::from_qtensor(QTensor::quantize(&weight, kind)?)?)))
+        .collect::<Result<_>>()?;
+    for line in std::io::stdin().lines() {
+        line?;
+        let mut times = serde_json::Map::new();
+        times.insert("f32".into(), median(|| x.matmul(&transposed))?.into());
+        for (name, quantized) in &quantized {
+            times.insert((*name).into(), median(|| quantized.forward(&x))?.into());
+        }
+        println!("{}", serde_json::Value::Object(times));
     }
-    println!("{}", serde_json::Value::Object(times));
     Ok(())
 }
 
@@ -28,7 +36,7 @@ fn median(mut run: impl FnMut() -> Result<Tensor>) -> Result<f64> {
     run()?;
     let started = Instant::now();
     let mut times = vec![];
-    while times.len() < 15 || (started.elapsed() < Duration::from_millis(700) && times.len() < 4001) {
+    while times.len() < 15 || (started.elapsed() < Duration::from_millis(200) && times.len() < 4001) {
         let started = Instant::now();
         black_box(run()?);
         times.push(started.elapsed());
