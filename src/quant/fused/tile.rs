@@ -284,7 +284,17 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
             }
         }
         if MODE == mode::WHOLE {
-            return summed::<L, H, R, V>(m, x, &whole, row, v);
+            // By themselves: with what is made of them, these loops would be left as they are, and the sums in memory.
+            let mut sums = [[0i32; V]; R];
+            for (sums, whole) in sums.iter_mut().zip(&whole) {
+                for (sum, whole) in sums.iter_mut().zip(whole) {
+                    *sum = L::sum_whole(*whole);
+                }
+                if V == 1 && L::IN_PLACE {
+                    sums[0] = L::sum_whole(L::put_together::<H>(*whole));
+                }
+            }
+            return summed(m, x, &sums, row, v);
         }
         let mut found = [[0f32; V]; R];
         for (found, totals) in found.iter_mut().zip(totals) {
@@ -298,20 +308,17 @@ unsafe fn tile<L: Lanes, const H: usize, const LEVELS: bool, const MODE: u8, con
 
 /// The products from sums of whole numbers: the same, to the bit, on every machine.
 #[inline(always)]
-unsafe fn summed<L: Lanes, const H: usize, const R: usize, const V: usize>(
+fn summed<const R: usize, const V: usize>(
     m: &Rows,
     x: &Inputs,
-    whole: &[[L::Int; 4]; R],
+    sums: &[[i32; V]; R],
     row: usize,
     v: usize,
 ) -> [[f32; V]; R] {
     let mut found = [[0f32; V]; R];
-    for (r, (found, whole)) in found.iter_mut().zip(whole).enumerate() {
+    for (r, (found, sums)) in found.iter_mut().zip(sums).enumerate() {
         let (scale, zero) = (m.scales[row + r], m.zeros.get(row + r).map_or(m.zero, |&zero| f32::from(zero)));
-        for (c, found) in found.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            let sum =
-                unsafe { L::sum_whole(if V == 1 && L::IN_PLACE { L::put_together::<H>(*whole) } else { whole[c] }) };
+        for (c, (found, &sum)) in found.iter_mut().zip(sums).enumerate() {
             *found = (sum as f32 - zero * x.sums(v + c)[0]) * scale * x.scales[v + c] * m.factor;
         }
     }
