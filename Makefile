@@ -11,11 +11,17 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo test lint bench doc clean
+.PHONY: demo compare test lint bench doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --bins --examples
 	scripts/demo.sh $(TARGET)/debug $(BIN)/python
+
+# The demo's model under other rules: make compare RULES="a.toml b.toml"
+RULES ?= examples/rules/minilm-int4.toml examples/rules/minilm-int2.toml $(wildcard examples/rules/minilm-ternary*.toml)
+compare: $(VENV)/.ready
+	$(CARGO) build --bins --examples
+	scripts/compare_rules.sh $(TARGET)/debug $(RULES)
 
 # Demo and tests build the same profile with the same features, so dependencies compile once.
 test: $(VENV)/.ready

@@ -27,8 +27,9 @@ use super::local::{Page, invalid};
 use super::pread::{At, append, read_exact_at, read_rows};
 use super::room::Room;
 
-/// Read at a time where lengths have to be taken out.
-const WINDOW: usize = 256 << 10;
+/// Read at a time where lengths have to be taken out: little, since memory that nobody has touched takes longer to get than
+/// to fill.
+const WINDOW: usize = 16 << 10;
 
 /// A run of rows of a column whose bytes lie plainly in the file.
 #[derive(Debug)]

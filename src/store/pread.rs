@@ -9,8 +9,9 @@ use std::sync::OnceLock;
 
 use bytemuck::Pod;
 
-/// Read at a time where something between the values has to be taken out.
-const WINDOW: usize = 256 << 10;
+/// Read at a time where something between the values has to be taken out: on the stack, since memory that nobody has touched
+/// takes longer to get than to fill.
+const WINDOW: usize = 16 << 10;
 
 /// Rows of so many bytes are read into place one by one, what is between them beside: for shorter ones a copy is cheaper.
 const SCATTERED_FROM: usize = 512;
@@ -51,7 +52,7 @@ pub fn read_rows(file: &File, at: u64, prefix: usize, length: usize, into: &mut 
     let step = if scattered { SCATTERED_ROWS } else { (WINDOW / stride).max(1) };
     write_with(into, length, |first, into| {
         let rows = into.len() / length;
-        let mut window: Vec<u8> = Vec::new();
+        let (mut near, mut window) = ([0; WINDOW], Vec::new());
         for start in (0..rows).step_by(step) {
             let end = (start + step).min(rows);
             let at = at + ((first / length + start) * stride) as u64;
@@ -65,9 +66,15 @@ pub fn read_rows(file: &File, at: u64, prefix: usize, length: usize, into: &mut 
                     continue;
                 }
             }
-            window.clear();
-            append(file, at, (end - start) * stride, &mut window)?;
-            for (place, row) in window.chunks_exact(stride).enumerate() {
+            let near = match near.get_mut(..(end - start) * stride) {
+                Some(near) => near,
+                None => {
+                    window.resize((end - start) * stride, 0);
+                    &mut window
+                }
+            };
+            read_exact_at(file, near, at)?;
+            for (place, row) in near.chunks_exact(stride).enumerate() {
                 if row[..prefix] != expected[..prefix] {
                     return Ok(false);
                 }
