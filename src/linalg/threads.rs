@@ -15,8 +15,8 @@ pub fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 
 /// Does each part of the work once, on this thread and all others of rayon's pool.
 ///
-/// This one begins at once, and whichever is free takes the next part: what begins late is not waited for. As long as a
-/// part takes about, this thread looks out for the end of the others' last ones: to be woken takes longer.
+/// This one begins at once, and whichever is free takes the next part: what begins late is not waited for. For about as
+/// long as a part takes, it looks out for the end of the others' last ones: being woken takes longer.
 pub fn on_all_threads<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
     let others = rayon::current_num_threads().min(parts.len()).saturating_sub(1);
     let parts = Mutex::new(parts.into_iter());
