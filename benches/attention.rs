@@ -14,8 +14,8 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use layerstore::attention::{Attended, Codebook, Hyper, Past, Quantized, Visible, exact};
-use layerstore::linalg::matmul;
+use layerstore_core::attention::{Attended, Codebook, Hyper, Past, Quantized, Visible, exact};
+use layerstore_core::linalg::matmul;
 use ndarray::{Array4, ArrayView4, s};
 
 use dense::matrix;
@@ -202,7 +202,7 @@ fn row(
             false => attention.all(q.view(), k.view(), v.view(), &visible),
         }
     };
-    let runs: [&dyn Fn() -> layerstore::Result<Attended>; 3] =
+    let runs: [&dyn Fn() -> layerstore_core::Result<Attended>; 3] =
         [&|| coded(Some(&of_queries)), &|| coded(None), &|| hyper.attend(q.view(), k.view(), v.view(), scale, causal)];
     for run in runs {
         let (found, most) = memory(run);

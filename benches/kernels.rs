@@ -15,9 +15,9 @@ use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use layerstore::layer::parts::{Codes, Parts, WeightRows};
-use layerstore::layer::{Accuracy, Layer, Method, RowType};
-use layerstore::quant::{Clipping, PackedMatrix, RowMatrix, WeightFormat};
+use layerstore_core::layer::parts::{Codes, Parts, WeightRows};
+use layerstore_core::layer::{Accuracy, Layer, Method, RowType};
+use layerstore_core::quant::{Clipping, PackedMatrix, RowMatrix, WeightFormat};
 use ndarray::{Array2, ArrayView2};
 use serde_json::json;
 
@@ -163,7 +163,7 @@ fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Re
     };
     parts.codes.push(Codes { role: "a".into(), codes: factor(out, 3)? });
     parts.codes.push(Codes { role: "b".into(), codes: factor(inputs, 4)? });
-    parts.tensors.push(layerstore::layer::parts::Tensor::vector("singular_values", &[1.0; RANK]));
+    parts.tensors.push(layerstore_core::layer::parts::Tensor::vector("singular_values", &[1.0; RANK]));
     let mut running = config;
     running["activations"] = json!(activations);
     Ok(Layer::from_parts(parts)?.configured(&running)?)

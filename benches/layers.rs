@@ -8,9 +8,9 @@ mod dense;
 
 use std::hint::black_box;
 
-use layerstore::layer::parts::{Codes, Keys, Parts, Tensor};
-use layerstore::layer::{Accuracy, Layer, Method, RowType};
-use layerstore::quant::RowMatrix;
+use layerstore_core::layer::parts::{Codes, Keys, Parts, Tensor};
+use layerstore_core::layer::{Accuracy, Layer, Method, RowType};
+use layerstore_core::quant::RowMatrix;
 use ndarray::Array1;
 use serde_json::json;
 

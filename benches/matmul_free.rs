@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::Instant;
 
-use layerstore::layer::{Accuracy, DenseLayer, Layer, RmsNorm, TernaryLayer};
-use layerstore::matmul_free::{Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, SequenceConfig};
+use layerstore_core::layer::{Accuracy, DenseLayer, Layer, RmsNorm, TernaryLayer};
+use layerstore_core::nn::{Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, SequenceConfig};
 use ndarray::{Array2, Array3, ArrayView2};
 
 use dense::{dense_on_all_threads, matrix, median, micros};

@@ -8,8 +8,8 @@
 //! weights and inputs, and gradients pass through the roundings; what is saved are the ternary weights, at 1.6 bits each.
 
 use layerstore::layer::{Accuracy, Activation, Layer, RmsNorm};
-use layerstore::matmul_free::Module;
-use layerstore::matmul_free::training::{GluTraining, TernaryTraining};
+use layerstore::nn::Module;
+use layerstore::nn::training::{GluTraining, TernaryTraining};
 use layerstore::store::Store;
 use ndarray::{Array1, Array2, Axis};
 

@@ -17,7 +17,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Result};
 use crate::layer::{AttentionBlock, Layer};
-use crate::matmul_free::Module;
+use crate::nn::Module;
 use crate::store::{LayerHandle, Snapshot, SnapshotInfo, StoreOptions, VersionInfo};
 
 /// A [`crate::store::Store`] for callers that are not async. Not for use inside a tokio runtime.

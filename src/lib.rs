@@ -37,23 +37,13 @@
 //! ```
 //!
 //! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`attention`], [`layer`] and
-//! [`matmul_free`] are in memory, only [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together.
+//! [`nn`] are in memory, only [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together.
 //! [`blocking`] is the store for callers that are not async.
 
-#[cfg(target_endian = "big")]
-compile_error!("stored numbers are little-endian and are used in place");
-
-pub mod attention;
 pub mod blocking;
 #[doc(hidden)]
 pub mod cli;
-pub mod error;
-pub mod index;
-pub mod layer;
-pub mod linalg;
-pub mod matmul_free;
 pub mod model;
-pub mod quant;
 pub mod store;
 
-pub use error::{Error, ErrorKind, Result};
+pub use layerstore_core::{Error, ErrorKind, Result, attention, error, index, layer, linalg, nn, quant};

@@ -9,7 +9,7 @@ use super::writer::Made;
 use super::{LayerHandle, Snapshot, Store};
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, Layer};
-use crate::matmul_free::Module;
+use crate::nn::Module;
 
 /// A module by name: the layers that it is made of. Making one reads rows of the catalogue; [`ModuleHandle::load`] reads the
 /// arrays.

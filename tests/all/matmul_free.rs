@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use layerstore::layer::{Accuracy, Activation, Layer, MethodConfig, RmsNorm, TernaryConfig};
-use layerstore::matmul_free::{Glu, GluConfig, Module};
+use layerstore::nn::{Glu, GluConfig, Module};
 use layerstore::model::{Checkpoint, KERAS_ROOT, open_keras, read_any_array, write_any_array};
 use layerstore::store::Store;
 use ndarray::{Array2, ArrayD, IxDyn};

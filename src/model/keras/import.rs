@@ -8,7 +8,7 @@ use super::open_keras;
 use crate::error::{Error, Result};
 use crate::layer::parts::canonical_json;
 use crate::layer::{Layer, MethodConfig};
-use crate::matmul_free::Module;
+use crate::nn::Module;
 use crate::model::checkpoint::Activations;
 use crate::model::import::{Done, ImportOptions, ImportReport, Landing, RECIPE_VERSION, unless_cancelled};
 use crate::model::measure::{CorrectionReport, measure};

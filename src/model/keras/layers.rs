@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::archive::{Archive, Part};
 use crate::error::{Error, Result};
 use crate::layer::{Activation, DenseLayer, Layer, RmsNorm, TernaryLayer};
-use crate::matmul_free::{
+use crate::nn::{
     BlockConfig, Glu, GluConfig, Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, PatchEmbedding,
     Patches, SequenceConfig, Table, TokenEmbedding, TransformerBlock, decode_ternary,
 };

@@ -13,7 +13,7 @@ pub use import::{ROOT as KERAS_ROOT, import_keras, preview_keras};
 
 use self::archive::Archive;
 use crate::error::{Error, Result};
-use crate::matmul_free::Module;
+use crate::nn::Module;
 
 /// Whether a path is that of a model that Keras has saved.
 pub fn is_keras(path: &Path) -> bool {

@@ -3,7 +3,7 @@
 use layerstore::layer::{
     Accuracy, Activation, Activations, DenseLayer, Layer, MethodConfig, RmsNorm, TernaryConfig, TernaryLayer,
 };
-use layerstore::matmul_free::{
+use layerstore::nn::{
     BlockConfig, Glu, GluConfig, Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, PatchEmbedding,
     Patches, SequenceConfig, Table, TokenEmbedding, TransformerBlock, decode_ternary, encode_ternary,
 };

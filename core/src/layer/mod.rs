@@ -24,8 +24,8 @@ use serde_json::Value;
 pub use activation::Activation;
 pub use backward::Gradients;
 pub use dense::{DType, DenseLayer};
-pub(crate) use dense::{dtype_name, dtype_named, from_f32, to_f32};
-pub(crate) use key_value::StoredSearch;
+pub use dense::{dtype_name, dtype_named, from_f32, to_f32};
+pub use key_value::StoredSearch;
 pub use key_value::{
     Backend, Decomposition, Hit, InputStatistics, KeyValueConfig, KeyValueLayer, Limit, QueryHits, Ranking, Refit,
     SearchSettings, Sides, ThresholdMethod, search_threshold,
@@ -42,7 +42,7 @@ pub use vq_attention::{AttentionBlock, Mechanism, Step, VqAttentionConfig, VqAtt
 pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
 
 use crate::error::{Error, Result};
-pub(crate) use crate::linalg::require_finite;
+pub use crate::linalg::require_finite;
 
 /// How a layer is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -493,7 +493,7 @@ impl Layer {
 }
 
 /// A stored config as the type a layer kind reads it into.
-pub(crate) fn read_config<T: serde::de::DeserializeOwned>(method: Method, config: &Value) -> Result<T> {
+pub fn read_config<T: serde::de::DeserializeOwned>(method: Method, config: &Value) -> Result<T> {
     T::deserialize(config).map_err(|e| {
         Error::expected(format!("stored config of a {method} layer"), e, "the settings that this version writes")
     })

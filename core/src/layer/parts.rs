@@ -282,7 +282,7 @@ impl Canonical {
 }
 
 /// JSON with object keys sorted, whatever map type serde_json was built with.
-pub(crate) fn canonical_json(value: &Value) -> String {
+pub fn canonical_json(value: &Value) -> String {
     match value {
         Value::Object(map) => {
             let mut keys: Vec<&String> = map.keys().collect();
@@ -297,12 +297,12 @@ pub(crate) fn canonical_json(value: &Value) -> String {
 }
 
 /// Little-endian bytes of `values`.
-pub(crate) fn f32_bytes(values: &[f32]) -> Bytes {
+pub fn f32_bytes(values: &[f32]) -> Bytes {
     Bytes::copy_from_slice(bytemuck::cast_slice(values))
 }
 
 /// The f32 values in `bytes`, whatever its alignment; trailing bytes short of a value are ignored.
-pub(crate) fn bytes_f32(bytes: &[u8]) -> Vec<f32> {
+pub fn bytes_f32(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 

@@ -126,20 +126,20 @@ impl Error {
         }
     }
 
-    pub(crate) fn expected(what: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {
+    pub fn expected(what: impl Into<String>, found: impl ToString, expected: impl ToString) -> Self {
         Error::Expected { what: what.into(), found: found.to_string(), expected: expected.to_string() }
     }
 
-    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io { path: path.into().display().to_string(), source }
     }
 
-    pub(crate) fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+    pub fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Error::File { path: path.into().display().to_string(), reason: reason.into() }
     }
 
     /// Says which layer the error is about.
-    pub(crate) fn in_layer(self, layer: &str) -> Self {
+    pub fn in_layer(self, layer: &str) -> Self {
         match self {
             named @ (Error::Layer { .. } | Error::Cancelled) => named,
             other => Error::Layer { layer: layer.to_owned(), source: Box::new(other) },
@@ -160,7 +160,7 @@ fn known_list(what: &str, names: &[String]) -> String {
 }
 
 /// The `count` names nearest to `wanted`, for messages about a name that does not exist.
-pub(crate) fn closest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>, count: usize) -> Vec<String> {
+pub fn closest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>, count: usize) -> Vec<String> {
     let mut scored: Vec<(f64, &str)> = names.map(|n| (strsim::jaro_winkler(wanted, n), n)).collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
     scored.into_iter().take(count).map(|(_, n)| n.to_owned()).collect()

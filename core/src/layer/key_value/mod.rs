@@ -32,7 +32,7 @@ pub use backend::Backend;
 pub use build::InputStatistics;
 pub use config::{Decomposition, KeyValueConfig, Limit, OnMisfit, Ranking, SearchSettings, Sides};
 pub use search::{Hit, QueryHits};
-pub(crate) use stored::StoredSearch;
+pub use stored::StoredSearch;
 pub use threshold::{ThresholdMethod, search_threshold};
 pub use train::Refit;
 

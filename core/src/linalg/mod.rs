@@ -18,11 +18,11 @@ pub use decompose::{
     KeysValues, Svd, cholesky, inverse_lower, kept_rank, leading_svd, regularized_inverse, solve_lower,
     solve_lower_transposed, spectral_norm_bound, svd, svd_keys_values,
 };
-pub(crate) use finite::require_finite;
+pub use finite::require_finite;
 pub use normal::{normal_cdf, normal_matrix, normal_pdf, normal_quantile, normal_survival};
-pub(crate) use pages::{LARGE_PAGE, ask_for_large_pages, large_zeros};
+pub use pages::{LARGE_PAGE, ask_for_large_pages, large_zeros};
 pub use product::{add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, product_into, relative_error};
 pub use randomized::{Operator, Sketch, randomized_svd};
 pub use statistics::{Moments, Ridge, covariance};
-pub(crate) use threads::{in_pool, on_all_threads};
+pub use threads::{in_pool, on_all_threads};
 pub use whitening::Whitening;

@@ -15,8 +15,8 @@ mod quantizer;
 mod rows;
 mod trits;
 
-pub(crate) use kmeans::{kmeans, nearest};
-pub(crate) use nearest::nearest_rows;
+pub use kmeans::{kmeans, nearest};
+pub use nearest::nearest_rows;
 
 pub use dual::column_scales;
 pub use format::{Group, ScaleType, WeightFormat, WeightType};

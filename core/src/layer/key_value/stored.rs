@@ -13,7 +13,7 @@ use crate::layer::{Method, read_config, require_finite};
 
 /// A layer less its keys and values.
 #[derive(Debug)]
-pub(crate) struct StoredSearch {
+pub struct StoredSearch {
     settings: SearchSettings,
     scales: Vec<f32>,
     mean: Array1<f32>,
@@ -22,7 +22,7 @@ pub(crate) struct StoredSearch {
 
 /// The scores that one pass over the keys is to find.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct ScoreRange {
+pub struct ScoreRange {
     /// The least score, of the query or of its negative.
     pub least: f32,
     pub two_sided: bool,

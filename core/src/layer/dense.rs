@@ -199,7 +199,7 @@ impl DenseLayer {
 ///
 /// # Errors
 /// When the dtype is not F32, F16, BF16 or F64.
-pub(crate) fn to_f32(dtype: DType, raw: &[u8]) -> Result<Vec<f32>> {
+pub fn to_f32(dtype: DType, raw: &[u8]) -> Result<Vec<f32>> {
     Ok(match dtype {
         DType::F32 => super::parts::bytes_f32(raw),
         DType::F16 => raw.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
@@ -213,7 +213,7 @@ pub(crate) fn to_f32(dtype: DType, raw: &[u8]) -> Result<Vec<f32>> {
 ///
 /// # Errors
 /// When the dtype is not F32, F16, BF16 or F64.
-pub(crate) fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
+pub fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
     Ok(match dtype {
         DType::F32 => f32_bytes(values),
         DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
@@ -224,7 +224,7 @@ pub(crate) fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
 }
 
 /// The safetensors name of a dtype.
-pub(crate) fn dtype_name(dtype: DType) -> String {
+pub fn dtype_name(dtype: DType) -> String {
     // serde is the crate's own table of names.
     match serde_json::to_value(dtype) {
         Ok(Value::String(name)) => name,
@@ -232,7 +232,7 @@ pub(crate) fn dtype_name(dtype: DType) -> String {
     }
 }
 
-pub(crate) fn dtype_named(name: &str) -> Result<DType> {
+pub fn dtype_named(name: &str) -> Result<DType> {
     serde_json::from_value(Value::String(name.to_owned()))
         .map_err(|_| Error::expected("dtype", name, "a safetensors dtype"))
 }

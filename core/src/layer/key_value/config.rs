@@ -261,7 +261,7 @@ impl KeyValueConfig {
         self.backend.check_limit(self.search().limit(usize::MAX))
     }
 
-    pub(crate) fn check(&self, out_features: usize, in_features: usize) -> Result<()> {
+    pub fn check(&self, out_features: usize, in_features: usize) -> Result<()> {
         let keys = out_features.min(in_features);
         if keys == 0 {
             return Err(Error::expected(

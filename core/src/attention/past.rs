@@ -34,7 +34,7 @@ impl Past {
     /// # Errors
     /// When the sizes are not `[batch, heads, codes, value dim]` or do not fit each other, or codes, counts or values are
     /// none.
-    pub(crate) fn check(&self, expected: (usize, usize, usize, usize)) -> Result<()> {
+    pub fn check(&self, expected: (usize, usize, usize, usize)) -> Result<()> {
         let (batch, heads, codes, value_dim) = expected;
         let recent = self.recent_codes.dim().2;
         let fits = self.means.dim() == expected
