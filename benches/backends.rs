@@ -102,8 +102,8 @@ fn main() -> Result<()> {
     for (name, settings) in backends() {
         let layers: Vec<KeyValueLayer> =
             cases.iter().map(|c| layer(&settings, c.weight.view(), c.calibration.view())).collect::<Result<_>>()?;
-        let stored = layers.iter().map(|l| Layer::KeyValue(l.clone()).to_parts().stored_bytes()).sum::<u64>() as f64;
-        let memory = layers.iter().map(|l| Layer::KeyValue(l.clone()).memory_bytes()).sum::<usize>() / layers.len();
+        let stored = layers.iter().map(|l| l.clone().shared().to_parts().stored_bytes()).sum::<u64>() as f64;
+        let memory = layers.iter().map(|l| l.clone().shared().memory_bytes()).sum::<usize>() / layers.len();
         for (place, &keys) in KEYS.iter().enumerate() {
             let (mut found, mut all, mut error, mut micros) = (0u32, 0u32, 0.0, 0.0);
             for (case, layer) in cases.iter().zip(&layers) {
@@ -118,7 +118,7 @@ fn main() -> Result<()> {
                 let mut settings = layer.settings().clone();
                 settings.expected_keys_per_query = None;
                 settings.threshold = exact.first().map(|e| e.threshold);
-                let running = Layer::KeyValue(layer.with_search(settings)?);
+                let running = layer.with_search(settings)?.shared();
                 let y = running.forward(case.queries.view(), Accuracy::Approximate)?.y;
                 error += relative_error(y.view(), matmul_nt(case.queries.view(), case.weight.view()).view());
                 micros += one_query(&running, case.queries.view());
@@ -143,7 +143,7 @@ fn main() -> Result<()> {
 
 fn layer(backend: &serde_json::Value, weight: ArrayView2<f32>, calibration: ArrayView2<f32>) -> Result<KeyValueLayer> {
     let config: KeyValueConfig = serde_json::from_value(json!({"backend": backend}))?;
-    match MethodConfig::KeyValue(config).compress(weight, None, Some(calibration))? {
+    match MethodConfig::from(config).compress(weight, None, Some(calibration))? {
         Layer::KeyValue(layer) => Ok(layer),
         _ => Err("a key_value config made another layer".into()),
     }

@@ -16,7 +16,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use layerstore_core::layer::parts::{Codes, Parts, WeightRows};
-use layerstore_core::layer::{Accuracy, Layer, Method, RowType};
+use layerstore_core::layer::{Accuracy, RowType, SharedLayer, configured, layer_from_parts};
 use layerstore_core::quant::{Clipping, PackedMatrix, RowMatrix, WeightFormat};
 use ndarray::{Array2, ArrayView2};
 use serde_json::json;
@@ -145,13 +145,13 @@ impl Drop for Peers {
     }
 }
 
-fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Result<Layer> {
+fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Result<SharedLayer> {
     let (out, inputs) = weight.dim();
     let packed = PackedMatrix::quantize(weight, format, Clipping::Absmax, None)?;
     let config = json!({
         "weight": format, "rank": RANK, "factors": "f16", "in_features": inputs, "out_features": out,
     });
-    let mut parts = Parts::new(Method::LowRank, config.clone());
+    let mut parts = Parts::new("low_rank", config.clone());
     parts.weights = Some(WeightRows {
         rows: out,
         packed: packed.stored_codes(),
@@ -166,5 +166,5 @@ fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Re
     parts.tensors.push(layerstore_core::layer::parts::Tensor::vector("singular_values", &[1.0; RANK]));
     let mut running = config;
     running["activations"] = json!(activations);
-    Ok(Layer::from_parts(parts)?.configured(&running)?)
+    Ok(configured(&layer_from_parts(parts)?, &running)?)
 }

@@ -9,7 +9,7 @@ mod dense;
 use std::hint::black_box;
 
 use layerstore_core::layer::parts::{Codes, Keys, Parts, Tensor};
-use layerstore_core::layer::{Accuracy, Layer, Method, RowType};
+use layerstore_core::layer::{Accuracy, Layer, RowType, SharedLayer, configured, layer_from_parts};
 use layerstore_core::quant::RowMatrix;
 use ndarray::Array1;
 use serde_json::json;
@@ -50,7 +50,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn layer(out: usize, inputs: usize, kind: RowType) -> Result<Layer> {
+fn layer(out: usize, inputs: usize, kind: RowType) -> Result<SharedLayer> {
     let rank = out.min(inputs);
     let config = json!({
         "decomposition": "whitened_svd", "energy_keep": 1.0, "min_singular_value": 0.0, "ridge_regularization": 0.0,
@@ -62,7 +62,7 @@ fn layer(out: usize, inputs: usize, kind: RowType) -> Result<Layer> {
     // Scores of unit variance.
     let keys = matrix(rank, inputs, 3) * (3.0 / inputs as f32).sqrt() * 3f32.sqrt();
     let values = matrix(rank, out, 4) * (3.0 / out as f32).sqrt();
-    let mut parts = Parts::new(Method::KeyValue, config.clone());
+    let mut parts = Parts::new("key_value", config.clone());
     let vector = |name: &str, values: &[f32]| Tensor::vector(name, values);
     if kind == RowType::F32 {
         parts.keys = Some(Keys { vectors: keys, scales });
@@ -81,5 +81,5 @@ fn layer(out: usize, inputs: usize, kind: RowType) -> Result<Layer> {
     parts.tensors.push(vector("mean_output", &Array1::zeros(out).to_vec()));
     let mut settings = config;
     settings["expected_keys_per_query"] = json!(KEYS_USED);
-    Ok(Layer::from_parts(parts)?.configured(&settings)?)
+    Ok(configured(&layer_from_parts(parts)?, &settings)?)
 }

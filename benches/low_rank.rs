@@ -124,7 +124,7 @@ fn main() -> Result<()> {
         let (mut bytes, mut weights, mut plain, mut corrected, mut seconds) = (0u64, 0usize, 0.0, 0.0, 0.0);
         for case in &cases {
             let started = Instant::now();
-            let method = MethodConfig::LowRank(config.clone());
+            let method = MethodConfig::from(config.clone());
             let layer = method.compress(case.weight.view(), None, Some(case.calibration.view()))?;
             seconds += started.elapsed().as_secs_f64();
             let Layer::LowRank(low_rank) = &layer else { return Err("a low_rank config made another layer".into()) };
@@ -167,7 +167,7 @@ fn decompositions() -> Result<()> {
         let full = leading_svd(error.mapv(f64::from).view(), 32)?;
         let slow = started.elapsed().as_secs_f64();
         let started = Instant::now();
-        MethodConfig::LowRank(LowRankConfig::default()).compress(weight.view(), None, None)?;
+        MethodConfig::from(LowRankConfig::default()).compress(weight.view(), None, None)?;
         println!(
             "{n} × {n}, rank 32: randomised SVD {fast:.2} s, full {slow:.2} s ({:.0}×); error left {:.5}× the full one's; int4 g64 with rank 32, all of it: {:.2} s",
             slow / fast,

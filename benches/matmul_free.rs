@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::Instant;
 
-use layerstore_core::layer::{Accuracy, DenseLayer, Layer, RmsNorm, TernaryLayer};
+use layerstore_core::layer::{Accuracy, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryLayer};
 use layerstore_core::nn::{Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, SequenceConfig};
 use ndarray::{Array2, Array3, ArrayView2};
 
@@ -62,12 +62,12 @@ fn main() -> Result<()> {
 }
 
 /// Ternary weights of random signs, a third of them 0.
-fn ternary(weight: ArrayView2<f32>) -> Result<Layer> {
+fn ternary(weight: ArrayView2<f32>) -> Result<TernaryLayer> {
     let signs = weight.mapv(|w| if w < -1.0 / 3.0 { -1 } else { i8::from(w > 1.0 / 3.0) });
-    Ok(Layer::Ternary(TernaryLayer::from_ternary(signs.view(), 0.02, None)?))
+    Ok(TernaryLayer::from_ternary(signs.view(), 0.02, None)?)
 }
 
-fn timed(layer: &Layer, x: ArrayView2<f32>) -> std::time::Duration {
+fn timed(layer: &dyn Layer, x: ArrayView2<f32>) -> std::time::Duration {
     median(|| {
         black_box(layer.forward(black_box(x), Accuracy::Approximate).map(|o| o.y).ok());
     })
@@ -109,17 +109,14 @@ fn run(module: &Module, x: &Array3<f32>) -> Result<Array3<f32>> {
 
 fn modules() -> Result<BTreeMap<&'static str, Module>> {
     let sequence = SequenceConfig { return_sequences: true, ..SequenceConfig::default() };
-    let mml = |out: usize, seed: u64| -> Result<Layer> {
-        match ternary(matrix(out, WIDTH, seed).view())? {
-            Layer::Ternary(layer) => Ok(Layer::Ternary(layer.with_norm(Some(RmsNorm::default()))?)),
-            other => Ok(other),
-        }
+    let mml = |out: usize, seed: u64| -> Result<SharedLayer> {
+        Ok(ternary(matrix(out, WIDTH, seed).view())?.with_norm(Some(RmsNorm::default()))?.shared())
     };
     let config = GruConfig { units: WIDTH, fully_mml: true, num_heads: 4, sequence, ..GruConfig::default() };
     let gru = Gru::new(config.clone(), mml(3 * WIDTH, 5)?, None, mml(WIDTH, 6)?)?;
-    let dense = |seed: u64| -> Layer {
+    let dense = |seed: u64| -> SharedLayer {
         let weight: Array2<f32> = matrix(WIDTH, WIDTH, seed) * 0.1;
-        Layer::Dense(DenseLayer::from_f32(weight.view(), None))
+        DenseLayer::from_f32(weight.view(), None).shared()
     };
     let mixed = GruConfig { fully_mml: false, ..config };
     let mixed = Gru::new(mixed, mml(2 * WIDTH, 5)?, Some(dense(7)), dense(8))?;

@@ -103,7 +103,7 @@ async fn store_as(store: &Store, model: &str, layers: &[Layer], recipe: u8, name
 async fn open_and_resolve(path: &Path) -> Result<()> {
     let uri = path.display().to_string();
     let store = Store::create(&uri).await?;
-    let layer = Layer::Dense(DenseLayer::from_f32(matrix(8, 8, 1).view(), None));
+    let layer = DenseLayer::from_f32(matrix(8, 8, 1).view(), None).shared();
     for model in 0..10u8 {
         store_as(&store, &format!("model-{model}"), std::slice::from_ref(&layer), model, CATALOGUE_LAYERS / 10).await?;
     }
@@ -132,15 +132,15 @@ async fn open_and_resolve(path: &Path) -> Result<()> {
 /// has given back is at hand for what it reads next, and a first load has nothing of the kind.
 async fn first_load(folder: &Path) -> Result<()> {
     const SAME: u64 = 6;
-    let key_value = MethodConfig::KeyValue(KeyValueConfig::default());
-    let low_rank = MethodConfig::LowRank(LowRankConfig::default());
+    let key_value = MethodConfig::from(KeyValueConfig::default());
+    let low_rank = MethodConfig::from(LowRankConfig::default());
     let compressed = |method: &MethodConfig, rows: usize, columns: usize| -> layerstore::Result<Vec<Layer>> {
         let bias = Array1::from_elem(rows, 0.5);
         let layer = |seed| method.compress(matrix(rows, columns, 77 + seed).view(), Some(bias.view()), None);
         (0..SAME).map(layer).collect()
     };
     let dense = |n: usize| -> Vec<Layer> {
-        (0..SAME).map(|seed| Layer::Dense(DenseLayer::from_f32(matrix(n, n, 99 + seed).view(), None))).collect()
+        (0..SAME).map(|seed| DenseLayer::from_f32(matrix(n, n, 99 + seed).view(), None).shared()).collect()
     };
     let kinds = [
         ("low_rank int4 1536 × 384", compressed(&low_rank, 1536, 384)?),
@@ -222,7 +222,7 @@ async fn snapshots(folder: &Path) -> Result<()> {
         for i in 0..layers {
             let raw: Vec<u8> =
                 (0..10_000_000u32).map(|b| (b.wrapping_mul(2_654_435_761) >> 13) as u8 ^ i as u8).collect();
-            let layer = Layer::Dense(DenseLayer::new(DType::U8, vec![1000, 10_000], raw.into(), None)?);
+            let layer = DenseLayer::new(DType::U8, vec![1000, 10_000], raw.into(), None)?.shared();
             store_as(&store, &format!("m{i}"), &[layer], i as u8, 1).await?;
         }
         let mut taken = vec![];

@@ -82,7 +82,7 @@ async fn main() -> Result<()> {
     let store = Store::create(&folder.path().join("layers").display().to_string()).await?;
     let model = Module::Sequential(vec![
         ("ffn".to_owned(), Module::Glu(ffn.freeze()?)),
-        ("head".to_owned(), Module::Linear(Layer::Ternary(head.freeze()?))),
+        ("head".to_owned(), Module::Linear(head.freeze()?.shared())),
     ]);
     store.save_module("digits", "model", &model, Some("trained")).await?;
     store.create_snapshot("trained").await?;

@@ -31,9 +31,9 @@ fn main() -> Result<()> {
     let target = x.dot(&truth.t()) + Array2::from_shape_fn((SAMPLES, OUTPUTS), |(i, j)| 0.3 * noise(i + 9000, j));
 
     let start = Array2::from_shape_fn((OUTPUTS, INPUTS), |(i, j)| 0.05 * noise(i + 5000, j));
-    let exact = MethodConfig::Dense.compress(start.view(), None, None)?;
+    let exact = MethodConfig::from(Dense {}).compress(start.view(), None, None)?;
     let config = KeyValueConfig { max_relative_error: Some(ERROR), ..KeyValueConfig::default() };
-    let few = MethodConfig::KeyValue(config).compress(start.view(), None, Some(x.view()))?;
+    let few = MethodConfig::from(config).compress(start.view(), None, Some(x.view()))?;
 
     let (exact, _) = train("every weight", exact, &start, x.view(), target.view())?;
     let (few, refits) = train("few keys", few, &start, x.view(), target.view())?;
@@ -75,9 +75,9 @@ fn train(
             Layer::KeyValue(layer) => {
                 let (layer, how): (KeyValueLayer, Refit) = layer.refit(weight.view(), None, Some(x))?;
                 incremental += usize::from(how == Refit::Keys);
-                Layer::KeyValue(layer)
+                layer.shared()
             }
-            _ => MethodConfig::Dense.compress(weight.view(), None, None)?,
+            _ => MethodConfig::from(Dense {}).compress(weight.view(), None, None)?,
         };
     }
     Ok((loss, incremental))

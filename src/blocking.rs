@@ -16,7 +16,7 @@ use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Result};
-use crate::layer::{AttentionBlock, Layer};
+use crate::layer::{AttentionBlock, Layer, SharedLayer};
 use crate::nn::Module;
 use crate::store::{LayerHandle, Snapshot, SnapshotInfo, StoreOptions, VersionInfo};
 
@@ -63,7 +63,7 @@ impl Store {
         &self.store
     }
 
-    /// Runs any of the async operations to its end: `store.run(model::import(store.inner(), …))`.
+    /// Runs any of the async operations to its end: `store.run(compress::import(store.inner(), …))`.
     pub fn run<T>(&self, work: impl Future<Output = T>) -> T {
         self.runtime.block_on(work)
     }
@@ -96,7 +96,7 @@ impl Store {
     ///
     /// # Errors
     /// As there.
-    pub fn load(&self, handle: &LayerHandle) -> Result<Layer> {
+    pub fn load(&self, handle: &LayerHandle) -> Result<SharedLayer> {
         self.run(handle.load())
     }
 
@@ -153,7 +153,7 @@ impl Store {
 ///
 /// # Errors
 /// As there.
-pub fn save_backend(layer: &Layer, uri: &str) -> Result<()> {
+pub fn save_backend(layer: &dyn Layer, uri: &str) -> Result<()> {
     runtime()?.block_on(crate::store::save_backend(layer, uri))
 }
 
@@ -161,7 +161,7 @@ pub fn save_backend(layer: &Layer, uri: &str) -> Result<()> {
 ///
 /// # Errors
 /// As there.
-pub fn load_backend(uri: &str) -> Result<Layer> {
+pub fn load_backend(uri: &str) -> Result<SharedLayer> {
     runtime()?.block_on(crate::store::load_backend(uri))
 }
 

@@ -5,10 +5,9 @@
 //! by model and layer name, at any version, and runs from the store.
 //!
 //! ```
-//! use std::sync::Arc;
-//!
 //! use layerstore::layer::Accuracy;
-//! use layerstore::model::{Checkpoint, ImportOptions, Rules, import, write_array};
+//! use layerstore::compress::{ImportOptions, Rules, import};
+//! use layerstore::formats;
 //! use layerstore::store::Store;
 //! use ndarray::Array2;
 //!
@@ -19,12 +18,12 @@
 //! // A checkpoint of one layer, [out_features, in_features]. Any safetensors checkpoint will do.
 //! let weight = Array2::from_shape_fn((8, 64), |(i, j)| (((i * 64 + j) as f32).powi(2) * 0.37).sin());
 //! let file = folder.join("model.safetensors");
-//! write_array(&format!("{}:encoder.dense.weight", file.display()), weight.view(), false)?;
+//! formats::write_array(&format!("{}:encoder.dense.weight", file.display()), weight.view(), false)?;
 //!
 //! let rules = Rules::parse("[[rule]]\nlayers = 'encoder\\..*'\nmethod = 'low_rank'\nrank = 4", "rules.toml")?;
 //! let store = Store::create(&folder.join("layers").display().to_string()).await?;
 //! let options = ImportOptions { rules, ..ImportOptions::default() };
-//! let report = import(&store, Arc::new(Checkpoint::open(&file)?), "demo", options).await?;
+//! let report = import(&store, formats::open(&file)?, "demo", options).await?;
 //! assert!(report.stored_bytes < report.dense_bytes);
 //! store.create_snapshot("first").await?;
 //!
@@ -37,13 +36,16 @@
 //! ```
 //!
 //! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`attention`], [`layer`] and
-//! [`nn`] are in memory, only [`store`] knows of Lance and files, [`model`] brings checkpoints and the store together.
+//! [`nn`] are in memory, only [`store`] knows of Lance and files, [`formats`] reads and writes model files, [`compress`] brings them and the store together.
 //! [`blocking`] is the store for callers that are not async.
 
 pub mod blocking;
 #[doc(hidden)]
 pub mod cli;
-pub mod model;
+pub mod compress;
+pub mod formats;
 pub mod store;
 
-pub use layerstore_core::{Error, ErrorKind, Result, attention, error, index, layer, linalg, nn, quant};
+pub use layerstore_core::{
+    Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment, attention, error, index, layer, linalg, nn, quant,
+};

@@ -61,6 +61,12 @@ pub enum Error {
     #[error("{file}, line {line}: {message}")]
     Rules { file: String, line: usize, message: String },
 
+    #[error("method: found '{name}', expected {known}")]
+    UnknownMethod { name: String, known: String },
+
+    #[error("{method}: {reason}")]
+    Settings { method: String, reason: String },
+
     #[error("layer '{layer}': {source}")]
     Layer {
         layer: String,
@@ -110,7 +116,7 @@ impl Error {
             | Error::UnknownSnapshot { .. }
             | Error::UnknownVersion { .. } => ErrorKind::NotFound,
             Error::SnapshotExists { .. } | Error::Busy { .. } => ErrorKind::Conflict,
-            Error::Format { .. } => ErrorKind::Incompatible,
+            Error::Format { .. } | Error::UnknownMethod { .. } => ErrorKind::Incompatible,
             Error::Corrupt { .. } => ErrorKind::Corrupt,
             Error::Io { .. } | Error::Storage { .. } => ErrorKind::Storage,
             Error::Cancelled => ErrorKind::Cancelled,
@@ -120,6 +126,7 @@ impl Error {
             | Error::NotAStore { .. }
             | Error::File { .. }
             | Error::Rules { .. }
+            | Error::Settings { .. }
             | Error::Expected { .. }
             | Error::NotFinite { .. }
             | Error::Numeric(_) => ErrorKind::InvalidInput,

@@ -4,13 +4,14 @@
 //! and is optimised in every profile; depend on `layerstore`, which re-exports what is meant for users. What is public here and
 //! not there may change in any version.
 //!
-//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, then [`index`] and [`attention`], then [`layer`], then
+//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, then [`calibration`], [`index`] and [`attention`], then [`layer`], then
 //! [`nn`].
 
 #[cfg(target_endian = "big")]
 compile_error!("stored numbers are little-endian and are used in place");
 
 pub mod attention;
+pub mod calibration;
 pub mod error;
 pub mod index;
 pub mod layer;
@@ -18,4 +19,5 @@ pub mod linalg;
 pub mod nn;
 pub mod quant;
 
+pub use calibration::{Calibration, CalibrationBuilder, SecondMoment};
 pub use error::{Error, ErrorKind, Result};

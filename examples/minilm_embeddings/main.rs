@@ -158,7 +158,7 @@ async fn run(args: &Args) -> Result<()> {
         let baseline = baseline.get_or_insert_with(|| embeddings.clone());
         let mut row = describe(name, &linears, cosines(embeddings.view(), baseline.view()), seconds);
         if bert.stored_attention() > 0 {
-            row.methods.insert(Method::VqAttention.to_string(), bert.stored_attention());
+            row.methods.insert("vq_attention".to_string(), bert.stored_attention());
         }
         row.cosine_to_reference = reference.as_ref().map(|r| cosines(embeddings.view(), r.view()));
         rows.push(row);
@@ -235,7 +235,7 @@ fn describe(model: &str, linears: &[LayerHandle], cosine_to_baseline: Cosine, se
         dense_bytes += record.dense_bytes;
         stored_bytes += record.stored_bytes;
     }
-    let compressed: Vec<_> = linears.iter().map(LayerHandle::record).filter(|r| r.method != Method::Dense).collect();
+    let compressed: Vec<_> = linears.iter().map(LayerHandle::record).filter(|r| r.method != "dense").collect();
     let errors: Vec<f64> = compressed.iter().filter_map(|r| r.relative_error).collect();
     let basis = compressed.first().map(|r| r.error_basis);
     Row {

@@ -11,7 +11,8 @@ use super::import::cancel_on_interrupt;
 use super::output::bytes;
 use crate::error::{Error, Result};
 use crate::layer::Accuracy;
-use crate::model::{self, Training};
+use crate::compress::{self, Training};
+use crate::formats;
 use crate::store::{Store, check_model_name, joined};
 
 #[derive(Debug, Args)]
@@ -79,9 +80,9 @@ struct Attended {
 
 pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
     let handle = context.snapshot().await?.attention(&args.model, &args.layer).await?;
-    let q = model::read_array(&args.q)?.0;
-    let k = args.k.as_deref().map(model::read_array).transpose()?.map_or_else(|| q.clone(), |k| k.0);
-    let v = args.v.as_deref().map(model::read_array).transpose()?.map_or_else(|| k.clone(), |v| v.0);
+    let q = formats::read_array(&args.q)?.0;
+    let k = args.k.as_deref().map(formats::read_array).transpose()?.map_or_else(|| q.clone(), |k| k.0);
+    let v = args.v.as_deref().map(formats::read_array).transpose()?.map_or_else(|| k.clone(), |v| v.0);
     let block = handle.load().await?;
     let (block, accuracy) = match args.exact {
         true => (block.exact()?, Accuracy::Full),
@@ -91,7 +92,7 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
     let stored = || block.attention().past().cloned();
     let mut before = match &args.state {
         None => stored(),
-        Some(path) if path.exists() => Some(model::read_past(path)?),
+        Some(path) if path.exists() => Some(formats::read_attention_state(path)?),
         Some(_) => Some(stored().or_else(|| block.attention().no_past(1)).ok_or_else(|| {
             Error::expected("--state", "a block without one", "a causal block with codebooks of keys")
         })?),
@@ -103,10 +104,10 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
     });
     let (y, past) = joined(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
-        model::write_array(path, y.view(), false)?;
+        formats::write_array(path, y.view(), false)?;
     }
     if let (Some(path), Some(past)) = (&args.state, &past) {
-        model::write_past(path, past)?;
+        formats::write_attention_state(path, past)?;
     }
     context.output.result(&Attended { shape: y.shape().to_vec() }, |r| {
         let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
@@ -120,9 +121,9 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
     let CodebooksCommand::Train(args) = command;
     context.refuse_at("codebooks train")?;
     check_model_name(&args.model)?;
-    let config = args.settings.as_deref().map(model::read_attention_settings).transpose()?;
-    let queries = model::read_array(&args.queries)?.0;
-    let keys = args.keys.as_deref().map(model::read_array).transpose()?.map_or_else(|| queries.clone(), |k| k.0);
+    let config = args.settings.as_deref().map(compress::read_attention_settings).transpose()?;
+    let queries = formats::read_array(&args.queries)?.0;
+    let keys = args.keys.as_deref().map(formats::read_array).transpose()?.map_or_else(|| queries.clone(), |k| k.0);
     let training = Training { config, epochs: args.epochs, batch: args.batch, anew: args.anew };
     let store = match training.config {
         Some(_) => Store::create(&context.store).await?,
@@ -130,7 +131,7 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
     };
     let (progress, cancel) = (context.output.progress(), cancel_on_interrupt());
     let (inputs, model, layer) = ((queries, keys), &args.model, &args.layer);
-    let report = model::train_codebooks(&store, model, layer, inputs, training, &progress, &cancel).await?;
+    let report = compress::train_codebooks(&store, model, layer, inputs, training, &progress, &cancel).await?;
     context.output.result(&report, |r| {
         let of = |what: &str, losses: Option<[f64; 2]>| {
             losses.map(|[first, last]| format!("loss of {what} {first:.4}, then {last:.4}"))

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, ImportArgs};
 use crate::error::Result;
-use crate::model::{self, Activations, Cancel, Checkpoint, ImportOptions, ImportReport, Plan, Rules};
+use crate::compress::{self, CalibrationFile, Cancel, ImportOptions, ImportReport, Plan, Rules};
+use crate::formats;
 use crate::store::{Store, check_model_name};
 
 /// A request to stop that Ctrl-C makes.
@@ -26,15 +27,9 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     // Everything that can be wrong with the arguments is found before a store is made.
     check_model_name(&args.model)?;
     let rules = args.rules.as_deref().map(Rules::open).transpose()?.unwrap_or_default();
-    let calibration = args.calibration.as_deref().map(Activations::open).transpose()?;
-    let checkpoint = match model::is_keras(&args.checkpoint) {
-        true => None,
-        false => Some(Checkpoint::open(&args.checkpoint)?),
-    };
-    let plan = match &checkpoint {
-        Some(checkpoint) => model::preview(checkpoint, &rules, calibration.as_ref())?,
-        None => model::preview_keras(&args.checkpoint, &rules, calibration.as_ref())?,
-    };
+    let calibration = args.calibration.as_deref().map(CalibrationFile::open).transpose()?;
+    let source = formats::open(&args.checkpoint)?;
+    let plan = compress::preview(&*source, &rules, calibration.as_ref())?;
     if args.dry_run {
         note_unused(context, &plan.unused_rules);
         context.output.result(&plan, planned)?;
@@ -48,10 +43,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
         cancel: cancel_on_interrupt(),
     };
     let store = Store::create(&context.store).await?;
-    let report = match checkpoint {
-        Some(checkpoint) => model::import(&store, Arc::new(checkpoint), &args.model, options).await?,
-        None => model::import_keras(&store, &args.checkpoint, &args.model, options).await?,
-    };
+    let report = compress::import(&store, source, &args.model, options).await?;
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
         let count = report.unmatched_calibration.len();
@@ -125,7 +117,7 @@ fn human(report: &ImportReport) -> String {
 pub async fn export(context: &Context, model: &str, output: &Path) -> Result<u8> {
     let snapshot = context.snapshot().await?;
     let progress = Arc::new(context.output.progress());
-    let report = model::export(&snapshot, model, output, progress, cancel_on_interrupt()).await?;
+    let report = compress::export(&snapshot, model, output, progress, cancel_on_interrupt()).await?;
     context.output.result(&report, |r| format!("{} layers, {} in {}", r.layers, bytes(r.bytes), output.display()))?;
     Ok(0)
 }

@@ -5,7 +5,8 @@ use serde::Serialize;
 use super::output::table;
 use super::{Context, NearestArgs, SharedArgs};
 use crate::error::{Error, Result};
-use crate::model::{self, SharedOptions};
+use crate::compress::{self, SharedOptions};
+use crate::formats;
 use crate::store::NearKey;
 
 #[derive(Serialize)]
@@ -22,7 +23,7 @@ pub async fn nearest(context: &Context, args: NearestArgs) -> Result<u8> {
             let key = snapshot.layer(model, layer).await?.key(key).await?;
             key.insert_axis(ndarray::Axis(0))
         }
-        ([], Some(input)) => model::read_array(input)?.0,
+        ([], Some(input)) => formats::read_array(input)?.0,
         (of, input) => {
             let found = format!("{} names{}", of.len(), if input.is_some() { " and --input" } else { "" });
             return Err(Error::expected("what to look for", found, "MODEL LAYER KEY, or --input FILE"));
@@ -58,7 +59,7 @@ pub async fn shared(context: &Context, args: SharedArgs) -> Result<u8> {
         return Err(Error::expected("--keys", 0, "at least 1"));
     }
     let options = SharedOptions { keys: args.keys, least: args.least };
-    let mut pairs = model::shared_directions(&snapshot, &args.model, &args.other, options).await?;
+    let mut pairs = compress::shared_directions(&snapshot, &args.model, &args.other, options).await?;
     pairs.truncate(args.count);
     context.output.result(&pairs, |pairs| {
         let rows = pairs.iter().map(|p| {

@@ -8,7 +8,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::model::Progress;
+use crate::compress::Progress;
 
 /// Where results and notes go.
 #[derive(Debug, Clone, Copy)]

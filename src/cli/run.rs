@@ -5,8 +5,9 @@ use serde::Serialize;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer, Limit, Method, QueryHits};
-use crate::model::{self, Activations, Checkpoint};
+use crate::layer::{Accuracy, KeyValueLayer, Limit, ModuleLayer, QueryHits};
+use crate::compress::{self, ActivationsFile};
+use crate::formats;
 use crate::store::{Snapshot, joined};
 
 /// Hits of a query that a table shows; JSON has them all.
@@ -22,19 +23,19 @@ struct Forwarded {
 pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
     let snapshot = context.snapshot().await?;
     let handle = snapshot.layer(&args.model, &args.layer).await?;
-    if handle.record().method == Method::Module {
+    if handle.record().method == ModuleLayer::METHOD {
         return forward_module(context, &snapshot, args).await;
     }
-    let (x, is_vector) = model::read_array(&args.input)?;
+    let (x, is_vector) = formats::read_array(&args.input)?;
     let (layer, accuracy) = if args.exact {
-        (model::exact_layer(&snapshot, &handle).await?, Accuracy::Full)
+        (compress::exact_layer(&snapshot, &handle).await?, Accuracy::Full)
     } else {
         (handle.load().await?, Accuracy::Approximate)
     };
     let done = tokio::task::spawn_blocking(move || layer.forward(x.view(), accuracy)).await;
     let answer = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
-        model::write_array(path, answer.y.view(), is_vector)?;
+        formats::write_array(path, answer.y.view(), is_vector)?;
     }
     let shape = if is_vector { vec![answer.y.ncols()] } else { answer.y.shape().to_vec() };
     let result = Forwarded { shape, relative_error_bound: answer.relative_error_bound };
@@ -50,12 +51,12 @@ pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
 /// Runs a module with all that it is made of.
 async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArgs) -> Result<u8> {
     let module = snapshot.module(&args.model, &args.layer).await?.load().await?;
-    let x = model::read_any_array(&args.input)?;
+    let x = formats::read_any_array(&args.input)?;
     let accuracy = if args.exact { Accuracy::Full } else { Accuracy::Approximate };
     let done = tokio::task::spawn_blocking(move || module.forward(x.view(), accuracy)).await;
     let y = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
-        model::write_any_array(path, y.view())?;
+        formats::write_any_array(path, y.view())?;
     }
     let result = Forwarded { shape: y.shape().to_vec(), relative_error_bound: None };
     context.output.result(&result, |r| match &args.output {
@@ -74,7 +75,7 @@ struct Searched {
 
 pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
     let handle = context.snapshot().await?.layer(&args.model, &args.layer).await?;
-    let (x, _) = model::read_array(&args.input)?;
+    let (x, _) = formats::read_array(&args.input)?;
     let limit = match args.limit {
         LimitArgs { keys: Some(k), .. } => Some(Limit::Keys(k)),
         LimitArgs { threshold: Some(t), .. } => Some(Limit::Threshold(t)),
@@ -84,7 +85,8 @@ pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
     let answers = if args.on_disk {
         handle.search_on_disk(x.view(), limit).await?
     } else {
-        let Layer::KeyValue(layer) = handle.load().await? else {
+        let layer = handle.load().await?;
+        let Some(layer) = layer.downcast_ref::<KeyValueLayer>().cloned() else {
             return Err(Error::expected(
                 "layer to search",
                 format!("'{}', a {} layer", args.layer, handle.record().method),
@@ -115,9 +117,9 @@ pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
 
 pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
     let snapshot = context.snapshot().await?;
-    let activations = Activations::open(&args.activations)?;
-    let checkpoint = args.checkpoint.map(Checkpoint::open).transpose()?;
-    let evaluation = model::evaluate(&snapshot, &args.model, activations, checkpoint).await?;
+    let activations = ActivationsFile::open(&args.activations)?;
+    let checkpoint = args.checkpoint.map(formats::open).transpose()?;
+    let evaluation = compress::evaluate(&snapshot, &args.model, activations, checkpoint).await?;
     if !evaluation.unmatched_activations.is_empty() {
         let names = &evaluation.unmatched_activations;
         context.output.note(format!(
@@ -134,8 +136,8 @@ pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
                 error(l.relative_error),
                 l.correction.uncorrected_error.map_or(String::new(), |e| format!("{e:.4}")),
                 l.correction.singular_values.as_ref().map_or(String::new(), |s| s.len().to_string()),
-                l.mean_keys.map_or(String::new(), |k| format!("{k:.1}")),
-                l.mean_certified_error.map_or(String::new(), |e| format!("{e:.4}")),
+                l.search.mean_keys.map_or(String::new(), |k| format!("{k:.1}")),
+                l.search.mean_certified_error.map_or(String::new(), |e| format!("{e:.4}")),
                 bytes(l.stored_bytes),
                 ratio(l.dense_bytes, l.stored_bytes),
                 format!("{:.2}", l.bits_per_weight),

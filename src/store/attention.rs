@@ -2,7 +2,7 @@
 
 use super::{LayerHandle, Snapshot};
 use crate::error::{Error, Result};
-use crate::layer::{AttentionBlock, Layer, VqAttentionConfig, VqAttentionLayer};
+use crate::layer::{AttentionBlock, Method, VqAttentionConfig, VqAttentionLayer};
 
 /// An attention block by name: its codebooks and settings, and the linear layers that it names. Making one reads rows of the
 /// catalogue; [`AttentionHandle::load`] reads the arrays.
@@ -21,7 +21,7 @@ impl Snapshot {
     pub async fn attention(&self, model: &str, layer: &str) -> Result<AttentionHandle> {
         let attention = self.layer(model, layer).await?;
         let config: VqAttentionConfig = match serde_json::from_value(attention.record().config.clone()) {
-            Ok(config) if attention.record().method == crate::layer::Method::VqAttention => config,
+            Ok(config) if attention.record().method == VqAttentionConfig::NAME => config,
             _ => {
                 let found = format!("'{layer}', a {} layer", attention.record().method);
                 return Err(Error::expected("layer to attend with", found, "a vq_attention layer"));
@@ -83,10 +83,9 @@ impl AttentionHandle {
     /// # Errors
     /// As [`LayerHandle::load`].
     pub async fn load_attention(&self) -> Result<VqAttentionLayer> {
-        match self.attention.load().await? {
-            Layer::VqAttention(layer) => Ok(layer),
-            other => Err(Error::expected("layer to attend with", other.method(), "vq_attention")),
-        }
+        let layer = self.attention.load().await?;
+        let attention = layer.downcast_ref::<VqAttentionLayer>().cloned();
+        attention.ok_or_else(|| Error::expected("layer to attend with", layer.method(), VqAttentionConfig::NAME))
     }
 
     /// The block in memory, ready to run.

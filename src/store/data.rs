@@ -14,7 +14,7 @@ use super::record::{ArtifactRecord, LayerRecord, Places, Rows, read_artifacts};
 use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
 use crate::error::{Error, Result};
-use crate::layer::Method;
+use crate::layer::MethodName;
 use crate::layer::parts::{ArtifactId, Parts};
 
 /// The data side of a store, for reading.
@@ -201,7 +201,7 @@ fn complete(id: ArtifactId, places: &Places, found: &[Vec<RecordBatch>]) -> bool
 /// The parts that rows make up.
 fn assembled(
     id: ArtifactId,
-    method: Method,
+    method: MethodName,
     config: &serde_json::Value,
     places: &Places,
     found: Vec<Vec<RecordBatch>>,

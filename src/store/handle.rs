@@ -7,7 +7,7 @@ use ndarray::ArrayView2;
 use super::Store;
 use super::record::LayerRecord;
 use crate::error::Result;
-use crate::layer::{Accuracy, Layer, Output};
+use crate::layer::{Accuracy, Output, SharedLayer, configured};
 
 /// A layer by name. Making one reads a row of the catalogue; the first use reads the layer's arrays.
 #[derive(Debug, Clone)]
@@ -38,15 +38,15 @@ impl LayerHandle {
     ///
     /// # Errors
     /// When the artifact cannot be read.
-    pub async fn load(&self) -> Result<Layer> {
+    pub async fn load(&self) -> Result<SharedLayer> {
         let shared = self.store.load(&self.record).await?;
-        shared.configured(&self.record.config).map_err(|e| e.in_layer(&self.record.layer))
+        configured(&shared, &self.record.config).map_err(|e| e.in_layer(&self.record.layer))
     }
 
-    /// [`Layer::forward`] on the loaded layer, on a thread for blocking work.
+    /// [`Layer::forward`](crate::layer::Layer::forward) on the loaded layer, on a thread for blocking work.
     ///
     /// # Errors
-    /// As [`LayerHandle::load`] and [`Layer::forward`].
+    /// As [`LayerHandle::load`] and [`Layer::forward`](crate::layer::Layer::forward).
     pub async fn forward(&self, x: ArrayView2<'_, f32>, accuracy: Accuracy) -> Result<Output> {
         let layer = self.load().await?;
         let x = x.to_owned();

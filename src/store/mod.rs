@@ -53,7 +53,7 @@ use self::catalog::Catalogue;
 use self::data::Data;
 use self::location::Location;
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, Layer};
+use crate::layer::{ArtifactId, Layer, SharedLayer, layer_from_parts, registry};
 
 /// Bytes of loaded layers that a store keeps when nothing else is asked for.
 pub const DEFAULT_CACHE_BYTES: u64 = 1 << 30;
@@ -84,7 +84,7 @@ pub struct Store {
 struct Inner {
     location: Location,
     data: Arc<Data>,
-    layers: Cache<ArtifactId, Layer>,
+    layers: Cache<ArtifactId, SharedLayer>,
     /// The latest version as it was last seen.
     catalogue: std::sync::Mutex<Catalogue>,
 }
@@ -130,7 +130,7 @@ impl Store {
         // moka weighs in 32 bits: count KiB.
         let layers = Cache::builder()
             .max_capacity(options.cache_bytes >> 10)
-            .weigher(|_, layer: &Layer| u32::try_from(1 + (layer.memory_bytes() >> 10)).unwrap_or(u32::MAX))
+            .weigher(|_, layer: &SharedLayer| u32::try_from(1 + (layer.memory_bytes() >> 10)).unwrap_or(u32::MAX))
             .build();
         let data = Arc::new(Data::new(location.clone()));
         Store { inner: Arc::new(Inner { location, data, layers, catalogue: std::sync::Mutex::new(catalogue.into()) }) }
@@ -254,10 +254,10 @@ impl Store {
     }
 
     /// An artifact's layer, from the cache or read now; concurrent callers wait for one read.
-    async fn load(&self, record: &Arc<LayerRecord>) -> Result<Layer> {
+    async fn load(&self, record: &Arc<LayerRecord>) -> Result<SharedLayer> {
         let id = record.artifact;
         let built = move |parts| {
-            Layer::from_parts(parts).map_err(|e| Error::Corrupt { artifact: id.to_string(), reason: e.to_string() })
+            layer_from_parts(parts).map_err(|e| Error::Corrupt { artifact: id.to_string(), reason: e.to_string() })
         };
         let read = async {
             let (data, wanted) = (self.inner.data.clone(), record.clone());

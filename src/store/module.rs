@@ -8,7 +8,7 @@ use super::record::{ErrorBasis, LayerRecord, Places, Source, SourceTensor};
 use super::writer::Made;
 use super::{LayerHandle, Snapshot, Store};
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, Layer};
+use crate::layer::{ArtifactId, Layer, SharedLayer, registry};
 use crate::nn::Module;
 
 /// A module by name: the layers that it is made of. Making one reads rows of the catalogue; [`ModuleHandle::load`] reads the
@@ -73,7 +73,7 @@ impl Store {
         &self,
         model: &str,
         prefix: &str,
-        layers: &[(String, Layer)],
+        layers: &[(String, SharedLayer)],
         message: Option<&str>,
     ) -> Result<u64> {
         super::writer::check_model_name(model)?;
@@ -91,7 +91,7 @@ impl Store {
             let id = parts.id();
             let made = Made { recipe: id.0, relative_error: None, error_basis: ErrorBasis::Weights };
             writer.add(&parts, made).await?;
-            let tensors = source_tensors(name, layer, id)?;
+            let tensors = source_tensors(name, &**layer, id)?;
             records.push(LayerRecord {
                 model: model.to_owned(),
                 layer: name.clone(),
@@ -118,7 +118,7 @@ fn is_part(layer: &str, name: &str) -> bool {
 }
 
 /// The tensors that an export makes of a layer that came from no checkpoint: as if it had come from one of f32.
-pub fn source_tensors(name: &str, layer: &Layer, id: ArtifactId) -> Result<Vec<SourceTensor>> {
+pub fn source_tensors(name: &str, layer: &dyn Layer, id: ArtifactId) -> Result<Vec<SourceTensor>> {
     let tensor = |part: &str, shape: Vec<usize>| {
         let tensor = format!("{name}.{part}");
         let mut hasher = blake3::Hasher::new();
@@ -127,7 +127,7 @@ pub fn source_tensors(name: &str, layer: &Layer, id: ArtifactId) -> Result<Vec<S
         SourceTensor { tensor, dtype: "F32".into(), shape, hash: hasher.finalize().to_hex().to_string() }
     };
     let mut tensors = vec![];
-    if layer.method().is_linear() {
+    if registry::is_linear(&layer.method()) {
         tensors.push(tensor("weight", vec![layer.out_features(), layer.in_features()]));
         tensors.extend(layer.stored_bias()?.map(|bias| tensor("bias", vec![bias.len()])));
     }

@@ -15,7 +15,7 @@ use super::schema::{TENSORS, Table};
 use super::tables::add_rows;
 use crate::error::{Error, Result};
 use crate::layer::parts::Parts;
-use crate::layer::{Limit, Method, QueryHits, StoredSearch};
+use crate::layer::{KeyValueConfig, Limit, Method, QueryHits, StoredSearch};
 
 /// Lance works out distances, 1 − score, in f32: hits are looked for this much further down, and then held to the
 /// threshold.
@@ -34,7 +34,7 @@ impl LayerHandle {
         let record = self.record();
         let location = &self.store().inner.location;
         let table = Table::Keys(record.in_features as usize).name();
-        if record.method != Method::KeyValue || !record.places.0.contains_key(&table) {
+        if record.method != KeyValueConfig::NAME || !record.places.0.contains_key(&table) {
             return Err(no_float_keys(record));
         }
         let opened = |name: String| async move {

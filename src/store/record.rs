@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::schema;
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, Method};
+use crate::layer::{ArtifactId, MethodName};
 
 /// What a relative error was measured over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,7 +65,7 @@ pub struct Source {
 pub struct LayerRecord {
     pub model: String,
     pub layer: String,
-    pub method: Method,
+    pub method: MethodName,
     pub in_features: u64,
     pub out_features: u64,
     #[serde(serialize_with = "hex")]
@@ -125,7 +125,7 @@ pub struct Rows {
 #[derive(Debug, Clone, PartialEq)]
 pub struct ArtifactRecord {
     pub artifact: ArtifactId,
-    pub method: Method,
+    pub method: MethodName,
     pub config: Value,
     pub places: Places,
     pub stored_bytes: u64,

@@ -6,7 +6,7 @@ use super::record::{ErrorBasis, LayerRecord, Places, Source};
 use super::writer::Made;
 use super::{LayerHandle, Store};
 use crate::error::{Error, Result};
-use crate::layer::{Layer, Parts};
+use crate::layer::{Layer, Parts, SharedLayer};
 
 /// What model and layer are called in a store that [`save_backend`] made.
 const NAME: &str = "layer";
@@ -15,7 +15,7 @@ const NAME: &str = "layer";
 ///
 /// # Errors
 /// When the place holds something else than a store of one layer, or the storage refuses.
-pub async fn save_backend(layer: &Layer, uri: &str) -> Result<()> {
+pub async fn save_backend(layer: &dyn Layer, uri: &str) -> Result<()> {
     let parts = layer.to_parts();
     let bytes = parts.stored_bytes();
     let record = LayerRecord {
@@ -41,7 +41,7 @@ pub async fn save_backend(layer: &Layer, uri: &str) -> Result<()> {
 ///
 /// # Errors
 /// When there is no store, it holds not exactly one layer, or the layer cannot be read.
-pub async fn load_backend(uri: &str) -> Result<Layer> {
+pub async fn load_backend(uri: &str) -> Result<SharedLayer> {
     let store = Store::open(uri).await?;
     let snapshot = store.latest().await?;
     let mut records = snapshot.records().await?;

@@ -12,7 +12,7 @@ use super::handle::LayerHandle;
 use super::record::LayerRecord;
 use super::stats::{self, Stats};
 use crate::error::{Error, Result, closest};
-use crate::layer::Method;
+use crate::layer::MethodName;
 
 /// A version of the store, open for reading.
 #[derive(Debug, Clone)]
@@ -64,7 +64,7 @@ pub struct LayerChange {
 /// What `diff` tells of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct State {
-    pub method: Method,
+    pub method: MethodName,
     pub artifact: String,
     pub relative_error: Option<f64>,
     pub stored_bytes: u64,

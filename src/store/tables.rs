@@ -369,7 +369,6 @@ fn gather_bytes(batches: &[RecordBatch], name: &str) -> std::result::Result<Byte
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::Method;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -379,7 +378,7 @@ mod tests {
 
     fn any_parts() -> impl Strategy<Value = Parts> {
         (0usize..5, 1usize..5, 1usize..4, 0u32..100, any::<bool>()).prop_map(|(rows, d, m, seed, square)| {
-            let mut parts = Parts::new(Method::KeyValue, json!({"seed": seed}));
+            let mut parts = Parts::new("key_value", json!({"seed": seed}));
             if rows > 0 {
                 parts.keys =
                     Some(Keys { vectors: matrix(rows, d, seed), scales: (0..rows).map(|i| i as f32).collect() });
@@ -444,12 +443,12 @@ mod tests {
 
     #[test]
     fn rows_of_another_artifact_or_order_are_refused() {
-        let mut parts = Parts::new(Method::KeyValue, json!({}));
+        let mut parts = Parts::new("key_value", json!({}));
         parts.keys = Some(Keys { vectors: matrix(3, 2, 0), scales: vec![1.0; 3] });
         let id = parts.id();
         let batches = to_batches(id, &parts).unwrap();
         let (table, rows) = batches.iter().next().unwrap();
-        let mut back = Parts::new(Method::KeyValue, json!({}));
+        let mut back = Parts::new("key_value", json!({}));
         let refuse = |back: &mut Parts, rows: &[RecordBatch], expected: &str| {
             let message = add_rows(back, *table, rows.to_vec()).unwrap_err();
             assert!(message.contains(expected), "{message}");

@@ -18,7 +18,7 @@ use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, Places, Rows, Run, 
 use super::schema::{self, ARTIFACTS, Table};
 use super::tables::to_batches;
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, Method, Parts};
+use crate::layer::{ArtifactId, MethodName, Parts};
 
 /// Parts gathered before they are written: the memory that an import takes beside the layer at work.
 const PENDING_BYTES: u64 = 256 << 20;
@@ -36,7 +36,7 @@ pub struct Made {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stored {
     pub artifact: ArtifactId,
-    pub method: Method,
+    pub method: MethodName,
     /// The parts' config.
     pub config: Value,
     pub stored_bytes: u64,

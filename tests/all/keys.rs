@@ -207,7 +207,7 @@ async fn a_layer_is_a_store_of_its_own() {
         let fewer = key_value(layer);
         let mut settings = fewer.settings().clone();
         settings.expected_keys_per_query = Some(2.0);
-        save_backend(&Layer::KeyValue(fewer.with_search(settings).unwrap()), &to).await.unwrap();
+        save_backend(&fewer.with_search(settings).unwrap().shared(), &to).await.unwrap();
         assert_eq!(load_backend(&to).await.unwrap().config()["expected_keys_per_query"], 2.0);
         // Another process opens it.
         let copied = Place::new();

@@ -4,17 +4,47 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use half::{bf16, f16};
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
-use super::{Method, Output, read_config};
+use super::method::{Method, read_config};
+use super::name::MethodName;
+use super::traits::{Accuracy, Gradients, Layer, Output, check_rows};
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::linalg::matmul_nt;
+use crate::linalg::{matmul, matmul_nt};
 
 /// An element type, by its safetensors name.
 pub use safetensors::Dtype as DType;
+
+/// The method that compresses nothing: weights stay the checkpoint's own numbers. It has no settings.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dense {}
+
+impl Method for Dense {
+    const NAME: &'static str = "dense";
+    type Layer = DenseLayer;
+
+    fn check(&self, _out_features: usize, _in_features: usize, _calibrated: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        _calibration: Option<&Calibration>,
+    ) -> Result<DenseLayer> {
+        Ok(DenseLayer::from_f32(weight, bias))
+    }
+
+    fn from_parts(parts: Parts) -> Result<DenseLayer> {
+        DenseLayer::from_parts(parts)
+    }
+}
 
 /// A dense layer `[out, in]`, or any other tensor that a checkpoint holds.
 #[derive(Debug, Clone)]
@@ -86,16 +116,6 @@ impl DenseLayer {
         DenseLayer { inner: Arc::new(Inner { config, raw, bias, floats: OnceLock::new() }) }
     }
 
-    /// First dimension; 1 for a scalar.
-    pub fn out_features(&self) -> usize {
-        self.shape().first().copied().unwrap_or(1)
-    }
-
-    /// Product of the other dimensions; 1 for a vector.
-    pub fn in_features(&self) -> usize {
-        self.shape().iter().skip(1).product()
-    }
-
     /// Element type of the tensor.
     pub fn dtype(&self) -> DType {
         self.inner.config.dtype
@@ -111,16 +131,7 @@ impl DenseLayer {
         &self.inner.raw
     }
 
-    /// The bias as the checkpoint had it.
-    pub fn raw_bias(&self) -> Option<&Tensor> {
-        self.inner.bias.as_ref()
-    }
-
-    pub(super) fn config(&self) -> Value {
-        json!(self.inner.config)
-    }
-
-    pub(super) fn require_matrix(&self) -> Result<()> {
+    fn require_matrix(&self) -> Result<()> {
         if self.shape().len() == 2 {
             return Ok(());
         }
@@ -135,7 +146,7 @@ impl DenseLayer {
     ///
     /// # Errors
     /// When the dtype is not F32, F16, BF16 or F64.
-    pub fn weight(&self) -> Result<&Array2<f32>> {
+    pub fn floats(&self) -> Result<&Array2<f32>> {
         if let Some(floats) = self.inner.floats.get() {
             return Ok(floats);
         }
@@ -145,17 +156,51 @@ impl DenseLayer {
         Ok(self.inner.floats.get_or_init(|| array))
     }
 
-    pub(super) fn bias(&self) -> Result<Option<Array1<f32>>> {
+    fn from_parts(parts: Parts) -> Result<Self> {
+        let config: DenseConfig = read_config(Dense::NAME, &parts.config)?;
+        let raw = match (&parts.weights, parts.tensor("weight")) {
+            (Some(rows), _) => rows.packed.clone(),
+            (None, Some(tensor)) => tensor.data.clone(),
+            (None, None) => {
+                return Err(Error::expected(
+                    "parts of a dense layer",
+                    "neither weight rows nor a weight tensor",
+                    "one of them",
+                ));
+            }
+        };
+        DenseLayer::new(config.dtype, config.shape, raw, parts.tensor("bias").cloned())
+    }
+}
+
+impl Layer for DenseLayer {
+    fn method(&self) -> MethodName {
+        MethodName::new(Dense::NAME)
+    }
+
+    fn out_features(&self) -> usize {
+        self.shape().first().copied().unwrap_or(1)
+    }
+
+    fn in_features(&self) -> usize {
+        self.shape().iter().skip(1).product()
+    }
+
+    fn config(&self) -> Value {
+        json!(self.inner.config)
+    }
+
+    fn bias(&self) -> Result<Option<Array1<f32>>> {
         let Some(bias) = &self.inner.bias else { return Ok(None) };
         Ok(Some(Array1::from(to_f32(dtype_named(&bias.dtype)?, &bias.data)?)))
     }
 
-    pub(super) fn linear(&self, x: ArrayView2<f32>) -> Result<Output> {
-        Ok(Output { y: matmul_nt(x, self.weight()?.view()), relative_error_bound: None })
+    fn product(&self, x: ArrayView2<f32>, _accuracy: Accuracy) -> Result<Output> {
+        Ok(Output { y: matmul_nt(x, self.floats()?.view()), relative_error_bound: None })
     }
 
-    pub(super) fn to_parts(&self) -> Parts {
-        let mut parts = Parts::new(Method::Dense, self.config());
+    fn to_parts(&self) -> Parts {
+        let mut parts = Parts::new(Dense::NAME, self.config());
         let config = &self.inner.config;
         if config.in_rows() {
             parts.weights =
@@ -172,23 +217,46 @@ impl DenseLayer {
         parts
     }
 
-    pub(super) fn from_parts(parts: Parts) -> Result<Self> {
-        let config: DenseConfig = read_config(parts.method, &parts.config)?;
-        let raw = match (&parts.weights, parts.tensor("weight")) {
-            (Some(rows), _) => rows.packed.clone(),
-            (None, Some(tensor)) => tensor.data.clone(),
-            (None, None) => {
-                return Err(Error::expected(
-                    "parts of a dense layer",
-                    "neither weight rows nor a weight tensor",
-                    "one of them",
-                ));
-            }
-        };
-        DenseLayer::new(config.dtype, config.shape, raw, parts.tensor("bias").cloned())
+    fn require_linear(&self) -> Result<()> {
+        self.require_matrix()
     }
 
-    pub(super) fn memory_bytes(&self) -> usize {
+    fn weight(&self) -> Result<Array2<f32>> {
+        Ok(self.floats()?.clone())
+    }
+
+    fn rows(&self, indices: &[u32]) -> Result<Array2<f32>> {
+        check_rows(indices, self.out_features())?;
+        let (columns, dtype) = (self.in_features(), self.dtype());
+        if dtype.bitsize() < 8 {
+            return Err(Error::expected("dtype to compute with", format!("{dtype:?}"), "F32, F16, BF16 or F64"));
+        }
+        let bytes = columns * dtype.bitsize() / 8;
+        let mut rows = Array2::zeros((indices.len(), columns));
+        for (mut row, &index) in rows.rows_mut().into_iter().zip(indices) {
+            let start = index as usize * bytes;
+            row.assign(&Array1::from(to_f32(dtype, &self.inner.raw[start..start + bytes])?));
+        }
+        Ok(rows)
+    }
+
+    fn gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients> {
+        Ok(Gradients {
+            input: matmul(grad_output, self.floats()?.view()),
+            weight: matmul(grad_output.t(), x),
+            bias: grad_output.sum_axis(Axis(0)),
+        })
+    }
+
+    fn raw_weight(&self) -> Option<Bytes> {
+        Some(self.inner.raw.clone())
+    }
+
+    fn raw_bias(&self) -> Option<Bytes> {
+        self.inner.bias.as_ref().map(|bias| bias.data.clone())
+    }
+
+    fn memory_bytes(&self) -> usize {
         // The floats are counted from the start: a cache has to know what a layer may grow to.
         let elements: usize = self.shape().iter().product();
         self.inner.raw.len() + 4 * elements
@@ -240,7 +308,6 @@ pub fn dtype_named(name: &str) -> Result<DType> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::{Accuracy, Layer};
     use ndarray::array;
 
     #[test]
@@ -269,13 +336,14 @@ mod tests {
 
     #[test]
     fn runs_and_refuses() {
-        let layer =
-            Layer::Dense(DenseLayer::from_f32(array![[1.0, 2.0], [0.0, -1.0]].view(), Some(array![10.0, 0.0].view())));
+        let layer = DenseLayer::from_f32(array![[1.0, 2.0], [0.0, -1.0]].view(), Some(array![10.0, 0.0].view()));
         let y = layer.forward(array![[1.0, 1.0]].view(), Accuracy::Approximate).unwrap().y;
         assert_eq!(y, array![[13.0, -1.0]]);
+        assert_eq!(layer.rows(&[1, 0, 1]).unwrap(), array![[0.0, -1.0], [1.0, 2.0], [0.0, -1.0]]);
+        assert!(layer.rows(&[2]).unwrap_err().to_string().contains("below 2"));
         assert!(layer.forward(array![[1.0]].view(), Accuracy::Full).is_err());
         assert!(layer.forward(array![[1.0, f32::INFINITY]].view(), Accuracy::Full).is_err());
-        let vector = Layer::Dense(DenseLayer::new(DType::F32, vec![1], f32_bytes(&[1.0]), None).unwrap());
+        let vector = DenseLayer::new(DType::F32, vec![1], f32_bytes(&[1.0]), None).unwrap();
         assert!(vector.forward(array![[1.0]].view(), Accuracy::Full).unwrap_err().to_string().contains("matrix"));
     }
 }

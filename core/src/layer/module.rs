@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ndarray::{ArrayD, IxDyn};
+use ndarray::{Array2, ArrayD, ArrayView2, IxDyn};
 use serde_json::{Map, Value};
 
-use super::Method;
+use super::name::MethodName;
 use super::parts::{Parts, Tensor, bytes_f32, f32_bytes};
+use super::traits::{Accuracy, Gradients, Layer, Output, no_weight};
 use crate::error::{Error, Result};
 
 /// A module without the layers that it is made of. Cloning shares the arrays.
@@ -25,6 +26,9 @@ struct Inner {
 }
 
 impl ModuleLayer {
+    /// The method's name in tables and JSON.
+    pub const METHOD: &'static str = "module";
+
     /// A module of this kind.
     pub fn new(kind: &str, settings: Map<String, Value>, tensors: BTreeMap<String, ArrayD<f32>>) -> Self {
         let whole = |array: ArrayD<f32>| array.as_standard_layout().into_owned();
@@ -56,32 +60,6 @@ impl ModuleLayer {
         self.inner.settings.get(name).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok()).unwrap_or(0)
     }
 
-    /// Width of its inputs; 0 where it takes any.
-    pub fn in_features(&self) -> usize {
-        self.length("in_features")
-    }
-
-    /// Width of its outputs; 0 where that follows from its inputs.
-    pub fn out_features(&self) -> usize {
-        self.length("out_features")
-    }
-
-    pub(super) fn config(&self) -> Value {
-        let mut config = self.inner.settings.clone();
-        config.insert("kind".into(), self.inner.kind.clone().into());
-        Value::Object(config)
-    }
-
-    pub(super) fn to_parts(&self) -> Parts {
-        let mut parts = Parts::new(Method::Module, self.config());
-        for (name, array) in &self.inner.tensors {
-            let data = f32_bytes(array.as_slice().unwrap_or_default());
-            let (name, shape) = (name.clone(), array.shape().to_vec());
-            parts.tensors.push(Tensor { name, dtype: "F32".into(), shape, data });
-        }
-        parts
-    }
-
     pub(super) fn from_parts(parts: Parts) -> Result<Self> {
         let Value::Object(mut settings) = parts.config else {
             return Err(Error::expected("config of a module", parts.config, "an object"));
@@ -96,8 +74,60 @@ impl ModuleLayer {
         }
         Ok(ModuleLayer::new(&kind, settings, tensors))
     }
+}
 
-    pub(super) fn memory_bytes(&self) -> usize {
+impl Layer for ModuleLayer {
+    fn method(&self) -> MethodName {
+        MethodName::new(Self::METHOD)
+    }
+
+    /// Width of its inputs; 0 where it takes any.
+    fn in_features(&self) -> usize {
+        self.length("in_features")
+    }
+
+    /// Width of its outputs; 0 where that follows from its inputs.
+    fn out_features(&self) -> usize {
+        self.length("out_features")
+    }
+
+    fn require_linear(&self) -> Result<()> {
+        Err(no_weight("a layer to run", &self.method()))
+    }
+
+    fn product(&self, _x: ArrayView2<f32>, _accuracy: Accuracy) -> Result<Output> {
+        Err(no_weight("a layer to run", &self.method()))
+    }
+
+    fn weight(&self) -> Result<Array2<f32>> {
+        Err(no_weight("a layer with a weight", &self.method()))
+    }
+
+    fn gradients(&self, _x: ArrayView2<f32>, _grad_output: ArrayView2<f32>) -> Result<Gradients> {
+        Err(no_weight("a layer with gradients of a weight", &self.method()))
+    }
+
+    fn own_tensors(&self) -> Vec<(String, ArrayD<f32>)> {
+        self.inner.tensors.iter().map(|(name, array)| (name.clone(), array.clone())).collect()
+    }
+
+    fn config(&self) -> Value {
+        let mut config = self.inner.settings.clone();
+        config.insert("kind".into(), self.inner.kind.clone().into());
+        Value::Object(config)
+    }
+
+    fn to_parts(&self) -> Parts {
+        let mut parts = Parts::new(Self::METHOD, self.config());
+        for (name, array) in &self.inner.tensors {
+            let data = f32_bytes(array.as_slice().unwrap_or_default());
+            let (name, shape) = (name.clone(), array.shape().to_vec());
+            parts.tensors.push(Tensor { name, dtype: "F32".into(), shape, data });
+        }
+        parts
+    }
+
+    fn memory_bytes(&self) -> usize {
         self.inner.tensors.values().map(|array| 4 * array.len()).sum()
     }
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use ndarray::{Array1, Array2};
 use serde_json::Value;
 
-use super::Method;
+use super::name::MethodName;
 use crate::error::{Error, Result};
 
 /// An artifact's name: the BLAKE3 hash of its canonical content. Written as 64 hex digits.
@@ -142,7 +142,8 @@ impl Tensor {
 /// One compressed layer as the store keeps it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Parts {
-    pub method: Method,
+    /// The method that made it.
+    pub method: MethodName,
     /// What is needed to read the arrays; settings that may change without touching them are the catalogue's.
     pub config: Value,
     pub keys: Option<Keys>,
@@ -157,9 +158,9 @@ pub struct Parts {
 
 impl Parts {
     /// Parts without any array.
-    pub fn new(method: Method, config: Value) -> Self {
+    pub fn new(method: impl Into<MethodName>, config: Value) -> Self {
         Parts {
-            method,
+            method: method.into(),
             config,
             keys: None,
             values: None,
@@ -313,8 +314,8 @@ mod tests {
 
     #[test]
     fn names_follow_content() {
-        let mut a = Parts::new(Method::Dense, json!({"b": 1, "a": [1, {"z": 0, "y": 1}]}));
-        let same = Parts::new(Method::Dense, json!({"a": [1, {"y": 1, "z": 0}], "b": 1}));
+        let mut a = Parts::new("dense", json!({"b": 1, "a": [1, {"z": 0, "y": 1}]}));
+        let same = Parts::new("dense", json!({"a": [1, {"y": 1, "z": 0}], "b": 1}));
         assert_eq!(a.id(), same.id());
         a.tensors.push(Tensor::vector("bias", &[1.0]));
         assert_ne!(a.id(), same.id());
@@ -327,7 +328,7 @@ mod tests {
     /// The name of a released artifact must never change.
     #[test]
     fn frozen_name() {
-        let mut parts = Parts::new(Method::KeyValue, json!({"x": 1}));
+        let mut parts = Parts::new("key_value", json!({"x": 1}));
         parts.keys = Some(Keys { vectors: Array2::from_elem((2, 3), 0.5), scales: vec![1.0, 2.0] });
         parts.values = Some(Array2::from_elem((2, 1), -1.0));
         parts.weights = Some(WeightRows { rows: 1, packed: Bytes::from_static(b"ab"), ..WeightRows::default() });

@@ -23,6 +23,6 @@ pub use normal::{normal_cdf, normal_matrix, normal_pdf, normal_quantile, normal_
 pub use pages::{LARGE_PAGE, ask_for_large_pages, large_zeros};
 pub use product::{add_outer, dot_f64, matmul, matmul_f64, matmul_nt, matmul_nt_f64, product_into, relative_error};
 pub use randomized::{Operator, Sketch, randomized_svd};
-pub use statistics::{Moments, Ridge, covariance};
+pub use statistics::{Ridge, covariance, covariance_of, second_moment_of};
 pub use threads::{in_pool, on_all_threads};
 pub use whitening::Whitening;

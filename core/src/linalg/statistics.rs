@@ -1,8 +1,9 @@
 //! Moments of a layer's inputs.
 
-use ndarray::{Array1, Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
+use super::finite::require_finite;
 use super::product::matmul_f64;
 use crate::error::{Error, Result};
 
@@ -28,42 +29,19 @@ impl Ridge {
     }
 }
 
-/// Mean, covariance and second moment of inputs `[tokens, features]`, in f64.
-#[derive(Debug, Clone)]
-pub struct Moments {
-    /// E\[x\]: `[features]`.
-    pub mean: Array1<f64>,
-    /// Centred and divided by `tokens − 1` (zeros for one token): `[features, features]`.
-    pub covariance: Array2<f64>,
-    /// E\[x xᵀ\], not centred: `[features, features]`.
-    pub second: Array2<f64>,
+/// E\[x xᵀ\] of inputs `[tokens, features]`, not centred, in f64: `[features, features]`. There is at least one token.
+pub fn second_moment_of(inputs: ArrayView2<f32>) -> Array2<f64> {
+    let wide = inputs.mapv(f64::from);
+    matmul_f64(wide.t(), wide.view()) / inputs.nrows() as f64
 }
 
-impl Moments {
-    /// The moments of `inputs` `[tokens, features]`.
-    ///
-    /// # Errors
-    /// When there are no tokens, or a value is not finite.
-    pub fn of(inputs: ArrayView2<f32>) -> Result<Self> {
-        let tokens = inputs.nrows();
-        if tokens == 0 {
-            return Err(Error::expected("calibration inputs", "0 tokens", "at least one"));
-        }
-        if let Some((index, value)) = inputs.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(Error::NotFinite { what: "the calibration inputs".into(), value: f64::from(*value), index });
-        }
-        let wide = inputs.mapv(f64::from);
-        let mean = wide.mean_axis(Axis(0)).expect("at least one token");
-        let second = matmul_f64(wide.t(), wide.view()) / tokens as f64;
-        let centred = wide - &mean;
-        let covariance = matmul_f64(centred.t(), centred.view()) / (tokens.max(2) - 1) as f64;
-        Ok(Moments { mean, covariance, second })
-    }
-
-    /// What is assumed of inputs that were never seen: mean 0, covariance I.
-    pub fn standard(features: usize) -> Self {
-        Moments { mean: Array1::zeros(features), covariance: Array2::eye(features), second: Array2::eye(features) }
-    }
+/// The covariance of inputs `[tokens, features]`, centred and divided by `tokens − 1`, in f64: `[features, features]`, zeros
+/// for one token. There is at least one.
+pub fn covariance_of(inputs: ArrayView2<f32>) -> Array2<f64> {
+    let wide = inputs.mapv(f64::from);
+    let mean = wide.mean_axis(Axis(0)).expect("at least one token");
+    let centred = wide - &mean;
+    matmul_f64(centred.t(), centred.view()) / (inputs.nrows().max(2) - 1) as f64
 }
 
 /// The covariance `[features, features]` of `inputs` `[samples, features]`, centred and divided by samples − 1, plus
@@ -80,7 +58,13 @@ pub fn covariance(inputs: Option<ArrayView2<f32>>, features: usize, ridge: f64) 
         Some(inputs) if inputs.ncols() != features => {
             return Err(Error::expected("width of the calibration inputs", inputs.ncols(), features));
         }
-        Some(inputs) => Moments::of(inputs)?.covariance,
+        Some(inputs) if inputs.nrows() == 0 => {
+            return Err(Error::expected("calibration inputs", "0 tokens", "at least one"));
+        }
+        Some(inputs) => {
+            require_finite("the calibration inputs", inputs.iter())?;
+            covariance_of(inputs)
+        }
         None => Array2::eye(features),
     };
     Ok(Ridge { absolute: ridge, relative: 0.0 }.added_to(covariance))
@@ -93,18 +77,16 @@ mod tests {
 
     #[test]
     fn moments_of_a_small_sample() {
-        let m = Moments::of(array![[1.0, 2.0], [3.0, 6.0]].view()).unwrap();
-        assert_eq!(m.mean, array![2.0, 4.0]);
-        assert_eq!(m.covariance, array![[2.0, 4.0], [4.0, 8.0]]);
-        assert_eq!(m.second, array![[5.0, 10.0], [10.0, 20.0]]);
-        let one = Moments::of(array![[1.0, 2.0]].view()).unwrap();
-        assert_eq!(one.covariance, Array2::<f64>::zeros((2, 2)));
+        let inputs = array![[1.0, 2.0], [3.0, 6.0]];
+        assert_eq!(covariance_of(inputs.view()), array![[2.0, 4.0], [4.0, 8.0]]);
+        assert_eq!(second_moment_of(inputs.view()), array![[5.0, 10.0], [10.0, 20.0]]);
+        assert_eq!(covariance_of(array![[1.0, 2.0]].view()), Array2::<f64>::zeros((2, 2)));
     }
 
     #[test]
     fn bad_samples_are_refused() {
-        assert!(Moments::of(Array2::zeros((0, 2)).view()).is_err());
-        assert!(Moments::of(array![[1.0, f32::NAN]].view()).is_err());
+        assert!(covariance(Some(Array2::zeros((0, 2)).view()), 2, 0.0).is_err());
+        assert!(covariance(Some(array![[1.0, f32::NAN]].view()), 2, 0.0).is_err());
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::lru::{Lru, LruLayers, LruSpectrum};
 use super::module::Module;
 use super::recurrence::Cell;
 use crate::error::{Error, Result};
-use crate::layer::{Activation, Layer, ModuleLayer, RmsNorm};
+use crate::layer::{Activation, Layer, ModuleLayer, SharedLayer, RmsNorm};
 
 /// Kinds of stored modules.
 const KINDS: &str = "activation, rms_norm, glu, gru, lru, attention, transformer_block, token_embedding, patches, \
@@ -28,15 +28,15 @@ type Tensors = BTreeMap<String, ArrayD<f32>>;
 
 impl Module {
     /// The layers that it is stored as, its own first where it has one.
-    pub fn to_layers(&self, name: &str) -> Vec<(String, Layer)> {
+    pub fn to_layers(&self, name: &str) -> Vec<(String, SharedLayer)> {
         let mut layers = vec![];
         self.write(name, &mut layers);
         layers
     }
 
-    fn write(&self, name: &str, to: &mut Vec<(String, Layer)>) {
+    fn write(&self, name: &str, to: &mut Vec<(String, SharedLayer)>) {
         let mut own = |settings: Map<String, Value>, tensors: Tensors| {
-            to.push((name.to_owned(), Layer::Module(ModuleLayer::new(self.kind(), settings, tensors))));
+            to.push((name.to_owned(), ModuleLayer::new(&self.kind(), settings, tensors).shared()));
         };
         let child = |part: &str| format!("{name}.{part}");
         match self {
@@ -118,11 +118,9 @@ impl Module {
     ///
     /// # Errors
     /// When a layer is missing, of an unknown kind, or does not fit the others.
-    pub fn from_layers(name: &str, layers: &BTreeMap<String, Layer>) -> Result<Module> {
-        let own = match at(name, layers)? {
-            Layer::Module(own) => own,
-            layer => return Ok(Module::Linear(layer.clone())),
-        };
+    pub fn from_layers(name: &str, layers: &BTreeMap<String, SharedLayer>) -> Result<Module> {
+        let layer = at(name, layers)?;
+        let Some(own) = layer.downcast_ref::<ModuleLayer>() else { return Ok(Module::Linear(layer.clone())) };
         read(name, own, layers).map_err(|e| match e {
             Error::Layer { .. } => e,
             e => e.in_layer(name),
@@ -130,7 +128,7 @@ impl Module {
     }
 }
 
-fn read(name: &str, own: &ModuleLayer, layers: &BTreeMap<String, Layer>) -> Result<Module> {
+fn read(name: &str, own: &ModuleLayer, layers: &BTreeMap<String, SharedLayer>) -> Result<Module> {
     let child = |part: &str| format!("{name}.{part}");
     let linear = |part: &str| at(&child(part), layers).cloned();
     let table = |part: &str| Table::new(linear(part)?);
@@ -205,7 +203,7 @@ fn read(name: &str, own: &ModuleLayer, layers: &BTreeMap<String, Layer>) -> Resu
     })
 }
 
-fn at<'a>(name: &str, layers: &'a BTreeMap<String, Layer>) -> Result<&'a Layer> {
+fn at<'a>(name: &str, layers: &'a BTreeMap<String, SharedLayer>) -> Result<&'a SharedLayer> {
     layers.get(name).ok_or_else(|| Error::expected(format!("layer '{name}'"), "none", "what a module is made of"))
 }
 

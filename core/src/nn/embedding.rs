@@ -4,12 +4,12 @@ use ndarray::{Array2, ArrayD, ArrayView4, ArrayViewD, Ix4, IxDyn, s};
 
 use super::rows::{linear, sequences};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer};
+use crate::layer::{Accuracy, SharedLayer};
 
 /// Rows of a table that are looked up, and the layer that the table is stored as.
 #[derive(Debug, Clone)]
 pub struct Table {
-    layer: Layer,
+    layer: SharedLayer,
     rows: Array2<f32>,
 }
 
@@ -18,13 +18,13 @@ impl Table {
     ///
     /// # Errors
     /// When the layer has no weight.
-    pub fn new(layer: Layer) -> Result<Self> {
+    pub fn new(layer: SharedLayer) -> Result<Self> {
         let rows = layer.weight()?;
         Ok(Table { layer, rows })
     }
 
     /// As it is stored.
-    pub fn layer(&self) -> &Layer {
+    pub fn layer(&self) -> &SharedLayer {
         &self.layer
     }
 
@@ -151,7 +151,7 @@ impl Patches {
 /// Patches through a linear layer, with their positions' vectors where there is a table of those.
 #[derive(Debug, Clone)]
 pub struct PatchEmbedding {
-    projection: Layer,
+    projection: SharedLayer,
     positions: Option<Table>,
 }
 
@@ -160,7 +160,7 @@ impl PatchEmbedding {
     ///
     /// # Errors
     /// When widths differ, or the layer is not linear.
-    pub fn new(projection: Layer, positions: Option<Table>) -> Result<Self> {
+    pub fn new(projection: SharedLayer, positions: Option<Table>) -> Result<Self> {
         super::rows::require_shape(
             "a patch embedding's projection",
             &projection,
@@ -172,7 +172,7 @@ impl PatchEmbedding {
     }
 
     /// The layer.
-    pub fn projection(&self) -> &Layer {
+    pub fn projection(&self) -> &SharedLayer {
         &self.projection
     }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rows::{at_position, linear, require_shape};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Activation, Layer};
+use crate::layer::{Accuracy, Activation, SharedLayer};
 
 /// A gated linear unit's settings, with Keras-MML's defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,8 +50,8 @@ impl GluConfig {
 #[derive(Debug, Clone)]
 pub struct Glu {
     config: GluConfig,
-    gate: Layer,
-    down: Layer,
+    gate: SharedLayer,
+    down: SharedLayer,
 }
 
 impl Glu {
@@ -59,7 +59,7 @@ impl Glu {
     ///
     /// # Errors
     /// When the layers do not fit each other or the settings.
-    pub fn new(config: GluConfig, gate: Layer, down: Layer) -> Result<Self> {
+    pub fn new(config: GluConfig, gate: SharedLayer, down: SharedLayer) -> Result<Self> {
         if !GluConfig::ACTIVATIONS.contains(&config.activation) {
             let found = format!("{:?}", config.activation).to_lowercase();
             return Err(Error::expected("activation of a GLU", found, "sigmoid, linear, relu, gelu, silu or selu"));
@@ -76,12 +76,12 @@ impl Glu {
     }
 
     /// The layer of gates and what they gate.
-    pub fn gate(&self) -> &Layer {
+    pub fn gate(&self) -> &SharedLayer {
         &self.gate
     }
 
     /// The layer behind the gates.
-    pub fn down(&self) -> &Layer {
+    pub fn down(&self) -> &SharedLayer {
         &self.down
     }
 

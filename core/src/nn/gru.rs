@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::recurrence::{self, Cell, Ran, SequenceConfig};
 use super::rows::require_shape;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Activation, Layer};
+use crate::layer::{Accuracy, Activation, SharedLayer};
 
 /// A GRU's settings, with Keras-MML's defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,9 +43,9 @@ impl Default for GruConfig {
 #[derive(Debug, Clone)]
 pub struct Gru {
     config: GruConfig,
-    kernel: Layer,
-    data_gate: Option<Layer>,
-    output_gate: Layer,
+    kernel: SharedLayer,
+    data_gate: Option<SharedLayer>,
+    output_gate: SharedLayer,
 }
 
 impl Gru {
@@ -53,7 +53,7 @@ impl Gru {
     ///
     /// # Errors
     /// When the layers do not fit each other or the settings, or heads do not divide the units.
-    pub fn new(config: GruConfig, kernel: Layer, data_gate: Option<Layer>, output_gate: Layer) -> Result<Self> {
+    pub fn new(config: GruConfig, kernel: SharedLayer, data_gate: Option<SharedLayer>, output_gate: SharedLayer) -> Result<Self> {
         let (units, heads) = (config.units, config.num_heads);
         if units == 0 || heads == 0 || !units.is_multiple_of(heads) {
             let found = format!("{units} and {heads}");
@@ -80,17 +80,17 @@ impl Gru {
     }
 
     /// The layer of forget gates and candidates, and of data gates where there is no layer of those.
-    pub fn kernel(&self) -> &Layer {
+    pub fn kernel(&self) -> &SharedLayer {
         &self.kernel
     }
 
     /// The layer of data gates.
-    pub fn data_gate(&self) -> Option<&Layer> {
+    pub fn data_gate(&self) -> Option<&SharedLayer> {
         self.data_gate.as_ref()
     }
 
     /// The layer behind the gates.
-    pub fn output_gate(&self) -> &Layer {
+    pub fn output_gate(&self) -> &SharedLayer {
         &self.output_gate
     }
 

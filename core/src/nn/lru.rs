@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::recurrence::{self, Cell, Ran, SequenceConfig};
 use super::rows::require_shape;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer, require_finite};
+use crate::layer::{Accuracy, SharedLayer};
+use crate::linalg::require_finite;
 
 /// An LRU's settings, with Keras-MML's defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -85,15 +86,15 @@ impl LruSpectrum {
 #[derive(Debug, Clone)]
 pub struct LruLayers {
     /// From input to state, the real part: `[state_dim, in]`.
-    pub b_re: Layer,
+    pub b_re: SharedLayer,
     /// The imaginary part.
-    pub b_im: Layer,
+    pub b_im: SharedLayer,
     /// From the state's real part to output: `[units, state_dim]`.
-    pub c_re: Layer,
+    pub c_re: SharedLayer,
     /// From its imaginary part.
-    pub c_im: Layer,
+    pub c_im: SharedLayer,
     /// From input to output: `[units, in]`.
-    pub d: Layer,
+    pub d: SharedLayer,
 }
 
 /// `h = λ h₋₁ + γ B x`, `y = Re(C h) + D x`, with B, C and D layers, B and C of a real and an imaginary part.

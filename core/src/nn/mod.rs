@@ -2,7 +2,7 @@
 //!
 //! | here | in Keras-MML |
 //! |---|---|
-//! | [`Layer::Ternary`](crate::layer::TernaryLayer) | `DenseMML` |
+//! | [`TernaryLayer`](crate::layer::TernaryLayer) | `DenseMML` |
 //! | [`RmsNorm`](crate::layer::RmsNorm) | `RMSNorm` |
 //! | [`Glu`] | `GLUMML`, `BilinearMML`, `GeGLUMML`, `ReGLUMML`, `SeGLUMML`, `SwiGLUMML` |
 //! | [`Gru`] | `GRUCellMML`, `GRUMML`, `AttentionMML` |

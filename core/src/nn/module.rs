@@ -1,5 +1,7 @@
 //! Any of the layers, and several of them one after another.
 
+use std::borrow::Cow;
+
 use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayViewD, Axis, IxDyn};
 
 use super::block::{TransformerBlock, normalized};
@@ -10,13 +12,14 @@ use super::lru::Lru;
 use super::recurrence::{Ran, start};
 use super::rows::{at_position, linear, rows, sequences, shaped};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Activation, Layer, RmsNorm, require_finite};
+use crate::layer::{Accuracy, Activation, SharedLayer, RmsNorm};
+use crate::linalg::require_finite;
 
 /// A layer, or layers one after another. Cloning shares the arrays of linear layers.
 #[derive(Debug, Clone)]
 pub enum Module {
     /// A linear layer of any method, on the last dimension.
-    Linear(Layer),
+    Linear(SharedLayer),
     /// A function of each number.
     Activation(Activation),
     RmsNorm(RmsNorm),
@@ -48,9 +51,9 @@ pub struct Decoding {
 
 impl Module {
     /// What it is called in a store; a linear layer goes by its method there.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Module::Linear(layer) => layer.method().as_str(),
+    pub fn kind(&self) -> Cow<'static, str> {
+        let kind = match self {
+            Module::Linear(layer) => return layer.method().into(),
             Module::Activation(_) => "activation",
             Module::RmsNorm(_) => "rms_norm",
             Module::Glu(_) => "glu",
@@ -64,7 +67,8 @@ impl Module {
             Module::Flatten => "flatten",
             Module::Mean => "mean",
             Module::Sequential(_) => "sequential",
-        }
+        };
+        kind.into()
     }
 
     /// Runs it.
@@ -190,7 +194,7 @@ impl Module {
                 activation.apply(y.view_mut());
                 Ok(y)
             }
-            Module::Patches(_) | Module::PatchEmbedding(_) | Module::Flatten | Module::Mean => whole(self.kind()),
+            Module::Patches(_) | Module::PatchEmbedding(_) | Module::Flatten | Module::Mean => whole(&self.kind()),
             Module::Sequential(all) => {
                 let mut y = x.to_owned();
                 for (name, module) in all {

@@ -4,7 +4,8 @@ use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, Axis, s};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, require_finite};
+use crate::layer::{Accuracy};
+use crate::linalg::require_finite;
 use crate::linalg::large_zeros;
 
 /// Rows that go through a cell's layers at once: what a long sequence takes in memory besides its inputs and outputs.

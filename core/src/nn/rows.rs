@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, ArrayD, ArrayViewD, Ix3, IxDyn};
 
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer};
+use crate::layer::{Accuracy, SharedLayer};
 
 fn shape_error(e: ndarray::ShapeError) -> Error {
     Error::Numeric(e.to_string())
@@ -50,31 +50,20 @@ pub fn check_positions(shape: &[usize], positions: usize) -> Result<()> {
 }
 
 /// Runs a linear layer on the last dimension.
-pub fn linear(layer: &Layer, x: ArrayViewD<f32>, accuracy: Accuracy) -> Result<ArrayD<f32>> {
-    if let Layer::Ternary(ternary) = layer {
-        check_positions(x.shape(), ternary.norm().map_or(1, |norm| norm.positions()))?;
-    }
+pub fn linear(layer: &SharedLayer, x: ArrayViewD<f32>, accuracy: Accuracy) -> Result<ArrayD<f32>> {
+    check_positions(x.shape(), layer.positions())?;
     let y = layer.forward(rows(x.view())?.view(), accuracy)?.y;
     shaped(y, x.shape())
 }
 
 /// The layer as it is at one position of a sequence.
-pub fn at_position(layer: &Layer, position: usize) -> Result<Layer> {
-    match layer {
-        Layer::Ternary(ternary) => match ternary.norm() {
-            Some(norm) if norm.positions() > 1 => {
-                let norm = norm.at(position)?;
-                Ok(Layer::Ternary(ternary.clone().with_norm(Some(norm))?))
-            }
-            _ => Ok(layer.clone()),
-        },
-        _ => Ok(layer.clone()),
-    }
+pub fn at_position(layer: &SharedLayer, position: usize) -> Result<SharedLayer> {
+    Ok(layer.at_position(position)?.unwrap_or_else(|| layer.clone()))
 }
 
 /// Checks a layer's shape.
-pub fn require_shape(what: &str, layer: &Layer, outputs: usize, inputs: usize) -> Result<()> {
-    if !layer.method().is_linear() {
+pub fn require_shape(what: &str, layer: &SharedLayer, outputs: usize, inputs: usize) -> Result<()> {
+    if layer.require_linear().is_err() {
         return Err(Error::expected(what, format!("a {} layer", layer.method()), "a linear layer"));
     }
     let found = (layer.out_features(), layer.in_features());

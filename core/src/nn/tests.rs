@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 use super::training::{GluTraining, TernaryTraining};
 use super::*;
-use crate::layer::{Accuracy, Activation, DenseLayer, Layer, RmsNorm, TernaryLayer};
+use crate::layer::{Accuracy, Activation, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryLayer};
 
 fn sample(shape: &[usize], seed: u64) -> ArrayD<f32> {
     let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -26,13 +26,13 @@ fn ternary(out: usize, inputs: usize, positions: usize, seed: u64) -> TernaryLay
     training.freeze().unwrap()
 }
 
-fn mml(out: usize, inputs: usize, positions: usize, seed: u64) -> Layer {
-    Layer::Ternary(ternary(out, inputs, positions, seed))
+fn mml(out: usize, inputs: usize, positions: usize, seed: u64) -> SharedLayer {
+    ternary(out, inputs, positions, seed).shared()
 }
 
-fn dense(out: usize, inputs: usize, seed: u64) -> Layer {
+fn dense(out: usize, inputs: usize, seed: u64) -> SharedLayer {
     let bias = Array1::from_elem(out, 0.1);
-    Layer::Dense(DenseLayer::from_f32(matrix(out, inputs, seed).view(), Some(bias.view())))
+    DenseLayer::from_f32(matrix(out, inputs, seed).view(), Some(bias.view())).shared()
 }
 
 fn gru(inputs: usize, units: usize, heads: usize, fully: bool, sequence: SequenceConfig) -> Gru {
@@ -79,7 +79,7 @@ fn block(width: usize, positions: usize, fully: bool) -> TransformerBlock {
 /// One of everything that goes step by step.
 fn model(positions: usize) -> Module {
     let table =
-        |rows, seed| Table::new(Layer::Dense(DenseLayer::from_f32(matrix(rows, 8, seed).view(), None))).unwrap();
+        |rows, seed| Table::new(DenseLayer::from_f32(matrix(rows, 8, seed).view(), None).shared()).unwrap();
     let parts = vec![
         ("tokens", Module::TokenEmbedding(TokenEmbedding::new(table(30, 51), Some(table(positions, 52))).unwrap())),
         ("block", Module::TransformerBlock(Box::new(block(8, positions, true)))),
@@ -219,7 +219,7 @@ fn modules_become_layers_and_come_back() {
         let back = Module::from_layers("net", &by_name).unwrap();
         let run = |module: &Module| module.forward(x.view(), Accuracy::Approximate).unwrap();
         assert_eq!(run(&back), run(&module));
-        let parts = |layers: &[(String, Layer)]| {
+        let parts = |layers: &[(String, SharedLayer)]| {
             layers.iter().map(|(name, layer)| (name.clone(), layer.to_parts().id())).collect::<Vec<_>>()
         };
         assert_eq!(parts(&back.to_layers("net")), parts(&layers));
@@ -233,7 +233,7 @@ fn modules_become_layers_and_come_back() {
             }
         }
     }
-    let unknown = Layer::Module(crate::layer::ModuleLayer::new("moe", Default::default(), Default::default()));
+    let unknown = crate::layer::ModuleLayer::new("moe", Default::default(), Default::default()).shared();
     let message = Module::from_layers("a", &[("a".to_owned(), unknown)].into()).unwrap_err().to_string();
     assert!(message.contains("moe") && message.contains("transformer_block"), "{message}");
 }
@@ -298,7 +298,7 @@ proptest! {
         let training = in_training(out, inputs, Activation::Gelu, seed);
         let x = matrix(6, inputs, seed ^ 77) * 3.0;
         let (y, _) = training.forward(x.view()).unwrap();
-        let frozen = Layer::Ternary(training.freeze().unwrap()).forward(x.view(), Accuracy::Approximate).unwrap().y;
+        let frozen = training.freeze().unwrap().shared().forward(x.view(), Accuracy::Approximate).unwrap().y;
         prop_assert_eq!(frozen, y);
         let glu = GluTraining {
             gate: in_training(10, inputs, Activation::Linear, seed ^ 5),

@@ -7,7 +7,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, Zip};
 
 use super::glu::{Glu, GluConfig};
 use crate::error::{Error, Result};
-use crate::layer::{Activation, Layer, MethodConfig, NormGradients, RmsNorm, TernaryConfig, TernaryLayer};
+use crate::layer::{Activation, Layer, NormGradients, RmsNorm, TernaryConfig, TernaryLayer, compress};
 use crate::linalg::{matmul, matmul_nt, require_finite};
 
 /// Bounds of the scale of weights, and of the largest input of a row.
@@ -113,12 +113,9 @@ impl TernaryTraining {
     /// # Errors
     /// When a number is not finite, or a shape does not fit.
     pub fn freeze(&self) -> Result<TernaryLayer> {
-        let config = MethodConfig::Ternary(TernaryConfig::default());
         let bias = self.bias.as_ref().map(|bias| bias.view());
-        match config.compress(self.kernel.view(), bias, None)? {
-            Layer::Ternary(layer) => Ok(layer.with_norm(Some(self.norm.clone()))?.with_activation(self.activation)),
-            other => Err(Error::expected("frozen layer", other.method(), "a ternary one")),
-        }
+        let layer = compress(&TernaryConfig::default(), self.kernel.view(), bias, None)?;
+        Ok(layer.with_norm(Some(self.norm.clone()))?.with_activation(self.activation))
     }
 }
 
@@ -209,6 +206,6 @@ impl GluTraining {
             activation: self.activation,
             ..GluConfig::default()
         };
-        Glu::new(config, Layer::Ternary(self.gate.freeze()?), Layer::Ternary(self.down.freeze()?))
+        Glu::new(config, self.gate.freeze()?.shared(), self.down.freeze()?.shared())
     }
 }

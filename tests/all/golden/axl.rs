@@ -176,7 +176,7 @@ fn layer(case: &Case, decomposition: Decomposition, ranking: Ranking) {
 }
 
 fn forward(layer: &KeyValueLayer, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f64> {
-    Layer::KeyValue(layer.clone()).forward(x, accuracy).unwrap().y.mapv(f64::from)
+    layer.clone().shared().forward(x, accuracy).unwrap().y.mapv(f64::from)
 }
 
 fn bias_or_zero(bias: Option<ArrayView1<f32>>, outputs: usize) -> Array1<f64> {

@@ -39,12 +39,12 @@ fn linear(case: &Case, prefix: &str, activation: Activation) -> Layer {
     let bias = vector(case, &format!("{prefix}bias"));
     let bias = bias.as_ref().map(|b| b.view());
     match by_position(case, &format!("{prefix}norm_gain")) {
-        None => Layer::Dense(DenseLayer::from_f32(kernel.view(), bias)),
+        None => DenseLayer::from_f32(kernel.view(), bias).shared(),
         Some(gain) => {
-            let made = MethodConfig::Ternary(TernaryConfig::default()).compress(kernel.view(), bias, None).unwrap();
+            let made = MethodConfig::from(TernaryConfig::default()).compress(kernel.view(), bias, None).unwrap();
             let Layer::Ternary(layer) = made else { panic!("another kind of layer") };
             let norm = RmsNorm::new(Some(gain), None).unwrap();
-            Layer::Ternary(layer.with_norm(Some(norm)).unwrap().with_activation(activation))
+            layer.with_norm(Some(norm)).unwrap().with_activation(activation).shared()
         }
     }
 }
@@ -78,7 +78,7 @@ fn attention(case: &Case, prefix: &str, units: &Value) -> Gru {
 
 fn table(case: &Case, name: &str) -> Option<Table> {
     let rows = case.has(name).then(|| narrow(&case.matrix(name)))?;
-    Some(Table::new(Layer::Dense(DenseLayer::from_f32(rows.view(), None))).unwrap())
+    Some(Table::new(DenseLayer::from_f32(rows.view(), None).shared()).unwrap())
 }
 
 fn module(case: &Case) -> Module {
@@ -97,7 +97,7 @@ fn module(case: &Case) -> Module {
             let steps = *case.any("out.kernel_scale").first().unwrap() as f32;
             let layer = TernaryLayer::from_ternary(kernel.t(), 1.0 / steps, vector(case, "out.bias")).unwrap();
             let norm = RmsNorm::new(by_position(case, "out.norm_gain"), None).unwrap();
-            Module::Linear(Layer::Ternary(layer.with_norm(Some(norm)).unwrap().with_activation(activation)))
+            Module::Linear(layer.with_norm(Some(norm)).unwrap().with_activation(activation).shared())
         }
         "RMSNorm" => Module::RmsNorm(RmsNorm::new(by_position(case, "w.gain"), by_position(case, "w.bias")).unwrap()),
         name if name.ends_with("GLUMML") || name == "BilinearMML" => Module::Glu(glu(case, "w.", config(case))),
@@ -189,7 +189,7 @@ fn run(case: &Case, module: &Module) {
             let last = ran.outputs.clone().index_axis_move(Axis(1), 0).into_dyn();
             holds("out.y", if all { ran.outputs.into_dyn() } else { last });
         }
-        Module::Linear(Layer::Ternary(layer)) if case.has("out.x_int8") => integers(case, layer, &x),
+        Module::Linear(layer.shared()) if case.has("out.x_int8") => integers(case, layer, &x),
         _ => {}
     }
     holds("out.y", module.forward(x.view(), Accuracy::Approximate).unwrap());

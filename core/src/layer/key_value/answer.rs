@@ -3,8 +3,8 @@
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use rayon::prelude::*;
 
-use super::Core;
 use super::config::{Ranking, SearchSettings, Sides};
+use super::layer::Core;
 use super::search::{Certificate, Hit, Scored, SelectLimit, rank_value};
 use crate::index::Range;
 use crate::linalg::{dot_f64, matmul_nt};

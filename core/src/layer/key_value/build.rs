@@ -7,83 +7,24 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use super::backend::{Backend, fitted_format};
 use super::config::{Decomposition, KeyValueConfig};
 use super::threshold::Curves;
-use super::{Core, KeyValueLayer, StoredConfig};
+use super::layer::{Core, KeyValueLayer, StoredConfig};
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex, SearchIndex};
-use crate::layer::{check_inputs, require_finite};
 use crate::linalg::{
-    Moments, cholesky, kept_rank, matmul_f64, matmul_nt, solve_lower_transposed, spectral_norm_bound, svd,
+    cholesky, kept_rank, matmul_f64, matmul_nt, require_finite, solve_lower_transposed, spectral_norm_bound, svd,
 };
 use crate::quant::{RowFormat, RowMatrix, RowType};
 
-/// What is known of a layer's inputs without the inputs themselves.
-#[derive(Debug, Clone, PartialEq)]
-pub struct InputStatistics {
-    /// μ `[in_features]`.
-    pub mean: Array1<f64>,
-    /// C `[in_features, in_features]`, symmetric positive definite once the config's ridge is added.
-    pub covariance: Array2<f64>,
-}
-
 impl KeyValueLayer {
-    /// Factors `weight` `[out_features, in_features]` for inputs with these statistics. Thresholds for K assume normal
-    /// scores, since no inputs are at hand to measure them on.
-    ///
-    /// # Errors
-    /// When a setting is out of its range, a shape does not fit, a number is not finite, or the covariance is not
-    /// positive definite.
-    pub fn from_statistics(
-        config: &KeyValueConfig,
-        weight: ArrayView2<f32>,
-        bias: Option<ArrayView1<f32>>,
-        statistics: &InputStatistics,
-    ) -> Result<Self> {
-        let (out_features, in_features) = weight.dim();
-        config.validate()?;
-        config.check(out_features, in_features)?;
-        check_inputs(weight, bias, None)?;
-        let found = (statistics.mean.len(), statistics.covariance.dim());
-        if found != (in_features, (in_features, in_features)) {
-            return Err(Error::expected(
-                "shapes of mean and covariance",
-                format!("{found:?}"),
-                format!("({in_features}, ({in_features}, {in_features}))"),
-            ));
-        }
-        if let Some((index, value)) = statistics.mean.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(Error::NotFinite { what: "the inputs' mean".into(), value: *value, index });
-        }
-        let covariance = config.ridge().added_to(statistics.covariance.clone());
-        Self::factor(config, weight, bias, statistics.mean.clone(), Some(covariance), None)
-    }
-
     /// Factors `weight` `[out, in]` for inputs like `calibration`. Settings and shapes have been checked.
-    pub(in crate::layer) fn build(
+    pub(super) fn build(
         config: &KeyValueConfig,
         weight: ArrayView2<f32>,
         bias: Option<ArrayView1<f32>>,
-        calibration: Option<ArrayView2<f32>>,
+        calibration: Option<&Calibration>,
     ) -> Result<Self> {
-        let (mean, covariance) = match calibration {
-            Some(inputs) => {
-                let moments = Moments::of(inputs)?;
-                (moments.mean, Some(config.ridge().added_to(moments.covariance)))
-            }
-            None => (Array1::zeros(weight.ncols()), None),
-        };
-        Self::factor(config, weight, bias, mean, covariance, calibration)
-    }
-
-    /// `covariance` has its ridge.
-    fn factor(
-        config: &KeyValueConfig,
-        weight: ArrayView2<f32>,
-        bias: Option<ArrayView1<f32>>,
-        mean: Array1<f64>,
-        covariance: Option<Array2<f64>>,
-        calibration: Option<ArrayView2<f32>>,
-    ) -> Result<Self> {
-        let inputs = Inputs::new(mean, covariance)?;
+        let inputs = Inputs::new(config, weight.ncols(), calibration)?;
         let components = Components::factor(config, weight, &inputs)?;
         Self::assemble(config, weight, bias, &inputs, components, calibration)
     }
@@ -95,7 +36,7 @@ impl KeyValueLayer {
         bias: Option<ArrayView1<f32>>,
         inputs: &Inputs,
         components: Components,
-        calibration: Option<ArrayView2<f32>>,
+        calibration: Option<&Calibration>,
     ) -> Result<Self> {
         let Components { keys: folded, scales, values: exact_values, truncation } = components;
         let (out_features, in_features) = weight.dim();
@@ -140,7 +81,8 @@ impl KeyValueLayer {
         let rounding =
             in_units_of(scaled(&used), rows).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
         let mean = inputs.mean.mapv(|v| v as f32);
-        let curves = calibration.map(|x| {
+        let sample = calibration.map(Calibration::sample).filter(|sample| sample.nrows() > 0);
+        let curves = sample.map(|x| {
             let centred = &x - &mean;
             let scores = match &float_keys {
                 Some(keys) => matmul_nt(centred.view(), keys.view()),
@@ -187,8 +129,15 @@ pub(super) struct Inputs {
 }
 
 impl Inputs {
-    /// `covariance` has its ridge.
-    pub fn new(mean: Array1<f64>, covariance: Option<Array2<f64>>) -> Result<Self> {
+    /// The statistics of calibration inputs, the config's ridge added; mean 0 and covariance I without.
+    pub fn new(config: &KeyValueConfig, in_features: usize, calibration: Option<&Calibration>) -> Result<Self> {
+        let (mean, covariance) = match calibration {
+            Some(calibration) => {
+                let covariance = config.ridge().added_to(calibration.covariance()?.into_owned());
+                (calibration.mean().clone(), Some(covariance))
+            }
+            None => (Array1::zeros(in_features), None),
+        };
         let spread = covariance.as_ref().map(|c| c.diag().mapv(|v| v.sqrt() as f32));
         let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
         Ok(Inputs { mean, factor, spread })

@@ -17,13 +17,13 @@ use ndarray::{Array1, Array2};
 use serde_json::json;
 
 use super::backend::Backend;
-use super::config::SearchSettings;
+use super::config::{KeyValueConfig, SearchSettings};
 use super::threshold::Curves;
-use super::{Core, KeyValueLayer, StoredConfig};
+use super::layer::{Core, KeyValueLayer, StoredConfig};
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex};
 use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
-use crate::layer::{Method, read_config};
+use crate::layer::method::{Method, read_config};
 use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
 
 /// The role and the tensor that cells are kept under.
@@ -33,9 +33,9 @@ const CELLS: &str = "cells";
 const RADII: &str = "cell_radii";
 
 impl KeyValueLayer {
-    pub(in crate::layer) fn to_parts(&self) -> Parts {
+    pub(super) fn written_parts(&self) -> Parts {
         let core = &*self.core;
-        let mut parts = Parts::new(Method::KeyValue, json!(core.config));
+        let mut parts = Parts::new(KeyValueConfig::NAME, json!(core.config));
         let keys = core.index.rows().rows();
         let floats = core.float_keys.as_ref().map(|k| k.view()).or(keys.floats());
         match floats.filter(|_| core.config.backend.stores_float_keys()) {
@@ -94,8 +94,8 @@ impl KeyValueLayer {
         parts
     }
 
-    pub(in crate::layer) fn from_parts(mut parts: Parts) -> Result<Self> {
-        let config: StoredConfig = read_config(parts.method, &parts.config)?;
+    pub(super) fn read_parts(mut parts: Parts) -> Result<Self> {
+        let config: StoredConfig = read_config(KeyValueConfig::NAME, &parts.config)?;
         let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
         let exact = RowFormat::Plain(RowType::F32);
         let backend = config.backend;

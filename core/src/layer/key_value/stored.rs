@@ -3,13 +3,14 @@
 use ndarray::{Array1, Array2, ArrayView2};
 use serde_json::Value;
 
-use super::config::{Limit, Ranking, SearchSettings, Sides};
+use super::config::{KeyValueConfig, Limit, Ranking, SearchSettings, Sides};
 use super::parts::curves;
 use super::search::{Hit, QueryHits, rank_hits, rank_value};
 use super::threshold::{Curves, expecting};
 use crate::error::{Error, Result};
 use crate::layer::parts::Tensor;
-use crate::layer::{Method, read_config, require_finite};
+use crate::layer::method::{Method, read_config};
+use crate::linalg::require_finite;
 
 /// A layer less its keys and values.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ impl StoredSearch {
     /// From the catalogue's config, the scales of all keys, and the tensors `mean` and, where the layer was calibrated,
     /// `calibration_thresholds`.
     pub fn new(config: &Value, scales: Vec<f32>, tensors: &[Tensor], limit: Option<Limit>) -> Result<Self> {
-        let settings: SearchSettings = read_config(Method::KeyValue, config)?;
+        let settings: SearchSettings = read_config(KeyValueConfig::NAME, config)?;
         let tensor = |name: &str| tensors.iter().find(|t| t.name == name);
         let mean = tensor("mean").ok_or_else(|| Error::expected("parts of a key–value layer", "no mean", "mean"))?;
         let measured: Option<Curves> = tensor("calibration_thresholds").map(|t| curves(t, scales.len())).transpose()?;

@@ -1,10 +1,13 @@
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, Axis, s};
 use proptest::prelude::*;
 
+use super::forward::PRODUCT_FROM;
 use super::*;
 use crate::index::GraphType;
-use crate::layer::{Layer, MethodConfig};
+use crate::calibration::Calibration;
+use crate::layer::{Accuracy, Layer, MethodConfig, SharedLayer, compress, configured, layer_from_parts};
 use crate::linalg::relative_error;
+use crate::quant::RowFormat;
 
 fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
     let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -47,10 +50,8 @@ fn backends() -> impl Strategy<Value = Backend> {
 }
 
 fn build(config: &KeyValueConfig, w: &Array2<f32>, b: Option<&Array1<f32>>, x: Option<&Array2<f32>>) -> KeyValueLayer {
-    match MethodConfig::KeyValue(config.clone()).compress(w.view(), b.map(|b| b.view()), x.map(|x| x.view())).unwrap() {
-        Layer::KeyValue(layer) => layer,
-        other => panic!("built {other:?}"),
-    }
+    let calibration = x.map(|x| Calibration::of(x.clone()).unwrap());
+    compress(config, w.view(), b.map(|b| b.view()), calibration.as_ref()).unwrap()
 }
 
 proptest! {
@@ -64,12 +65,12 @@ proptest! {
         let layer = build(&config, &w, Some(&b), calibrated.then_some(&calibration));
         let x = sample(10, inputs, seed + 2);
         let exact = x.dot(&w.t()) + &b;
-        let all = Layer::KeyValue(layer.clone());
+        let all = layer.clone().shared();
         let full = all.forward(x.view(), Accuracy::Full).unwrap();
         prop_assert!(relative_error(full.y.view(), exact.view()) < 1e-5);
         prop_assert!(full.relative_error_bound.unwrap() < 1e-3);
         prop_assert!(relative_error(all.weight().unwrap().view(), w.view()) < 1e-5);
-        let back = Layer::from_parts(all.to_parts()).unwrap().configured(&all.config()).unwrap();
+        let back = configured(&layer_from_parts(all.to_parts()).unwrap(), &all.config()).unwrap();
         prop_assert_eq!(back.to_parts(), all.to_parts());
         prop_assert_eq!(back.config(), all.config());
         let (a, b) = (back.forward(x.view(), Accuracy::Approximate).unwrap(), all.forward(x.view(), Accuracy::Approximate).unwrap());
@@ -97,7 +98,7 @@ proptest! {
         let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t());
         for accuracy in [Accuracy::Approximate, Accuracy::Full] {
             for batch in [1, PRODUCT_FROM] {
-                let out = layer.linear(x.slice(s![..batch, ..]), accuracy);
+                let out = layer.linear(x.slice(s![..batch, ..]), accuracy).unwrap();
                 for (i, y) in out.y.rows().into_iter().enumerate() {
                     let difference = (&y.mapv(f64::from) - &exact.row(i)).mapv(|v| v * v).sum().sqrt();
                     let relative = difference / exact.row(i).mapv(|v| v * v).sum().sqrt();
@@ -111,10 +112,10 @@ proptest! {
                 }
             }
         }
-        let layer = Layer::KeyValue(layer);
-        let back = Layer::from_parts(layer.to_parts()).unwrap().configured(&layer.config()).unwrap();
+        let layer = layer.shared();
+        let back = configured(&layer_from_parts(layer.to_parts()).unwrap(), &layer.config()).unwrap();
         prop_assert_eq!(back.to_parts(), layer.to_parts());
-        let run = |l: &Layer| l.forward(x.view(), Accuracy::Approximate).unwrap().y;
+        let run = |l: &SharedLayer| l.forward(x.view(), Accuracy::Approximate).unwrap().y;
         prop_assert_eq!(run(&back), run(&layer));
     }
 
@@ -126,7 +127,7 @@ proptest! {
         let layer = build(&config, &w, None, Some(&calibration));
         for batch in [1, PRODUCT_FROM] {
             let x = sample(batch, inputs, seed + 2);
-            let out = layer.linear(x.view(), Accuracy::Approximate);
+            let out = layer.linear(x.view(), Accuracy::Approximate).unwrap();
             let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t());
             let hits = layer.search(x.view(), None).unwrap();
             for (i, answer) in hits.iter().enumerate() {
@@ -166,9 +167,9 @@ proptest! {
         let w = sample(7, 9, seed);
         let layer = build(&config, &w, None, Some(&sample(30, 9, seed + 1)));
         let x = sample(PRODUCT_FROM, 9, seed + 2);
-        let together = layer.linear(x.view(), Accuracy::Approximate).y;
+        let together = layer.linear(x.view(), Accuracy::Approximate).unwrap().y;
         for i in 0..x.nrows() {
-            let alone = layer.linear(x.slice(s![i..=i, ..]), Accuracy::Approximate).y;
+            let alone = layer.linear(x.slice(s![i..=i, ..]), Accuracy::Approximate).unwrap().y;
             prop_assert!(relative_error(alone.view(), together.slice(s![i..=i, ..])) < 1e-5);
         }
     }
@@ -206,13 +207,13 @@ fn capacity_keeps_the_highest_ranked() {
 #[test]
 fn zero_weights_and_bad_queries() {
     let layer = build(&KeyValueConfig::default(), &Array2::zeros((3, 4)), None, None);
-    let y = layer.linear(sample(2, 4, 1).view(), Accuracy::Approximate);
+    let y = layer.linear(sample(2, 4, 1).view(), Accuracy::Approximate).unwrap();
     assert_eq!(y.y, Array2::<f32>::zeros((2, 3)));
     assert_eq!(y.relative_error_bound, None);
     assert!(layer.search(sample(1, 5, 1).view(), None).unwrap_err().to_string().contains("found 5"));
     assert!(layer.search(sample(1, 4, 1).view(), Some(Limit::Keys(99.0))).is_err());
     assert!(
-        MethodConfig::KeyValue(KeyValueConfig { min_singular_value: 9.0, ..KeyValueConfig::default() })
+        MethodConfig::from(KeyValueConfig { min_singular_value: 9.0, ..KeyValueConfig::default() })
             .compress(Array2::<f32>::eye(3).view(), None, None)
             .is_err()
     );
@@ -226,15 +227,15 @@ fn what_does_not_fit_is_adapted_or_refused() {
     let config = KeyValueConfig { backend: pq, expected_keys_per_query: Some(4.0), ..KeyValueConfig::default() };
     let layer = build(&config, &w, None, None);
     assert_eq!(
-        Layer::KeyValue(layer.clone()).config()["adapted"],
+        layer.clone().shared().config()["adapted"],
         serde_json::json!(["backend subvectors: 8 to 11", "backend codewords: 256 to 20"])
     );
-    assert_eq!(Layer::KeyValue(layer).config()["backend"]["subvectors"], 11);
-    let strict = MethodConfig::KeyValue(KeyValueConfig { on_misfit: OnMisfit::Error, ..config.clone() });
+    assert_eq!(layer.shared().config()["backend"]["subvectors"], 11);
+    let strict = MethodConfig::from(KeyValueConfig { on_misfit: OnMisfit::Error, ..config.clone() });
     let message = strict.compress(w.view(), None, None).unwrap_err().to_string();
     assert!(message.contains("subvectors: found 8") && message.contains("1, 3, 11, 33"), "{message}");
     let fits: Backend = serde_json::from_str(r#"{"type":"pq","subvectors":3,"codewords":20}"#).unwrap();
-    let strict = MethodConfig::KeyValue(KeyValueConfig { on_misfit: OnMisfit::Error, backend: fits, ..config });
+    let strict = MethodConfig::from(KeyValueConfig { on_misfit: OnMisfit::Error, backend: fits, ..config });
     assert!(strict.compress(w.view(), None, None).is_ok());
 }
 
@@ -310,11 +311,11 @@ proptest! {
                 }
             }
         }
-        let all = Layer::KeyValue(layer.clone());
-        let back = Layer::from_parts(all.to_parts()).unwrap().configured(&all.config()).unwrap();
+        let all = layer.clone().shared();
+        let back = configured(&layer_from_parts(all.to_parts()).unwrap(), &all.config()).unwrap();
         prop_assert_eq!(back.to_parts(), all.to_parts());
         prop_assert_eq!(back.config(), all.config());
-        let y = |layer: &Layer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
+        let y = |layer: &SharedLayer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
         prop_assert_eq!(y(&back), y(&all));
         // With every key: exact from float keys, and within its bound from others.
         let full = all.forward(x.view(), Accuracy::Full).unwrap();
@@ -362,7 +363,7 @@ fn changed_graphs_are_refused() {
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     graph.data = bytes.into();
-    assert!(Layer::from_parts(parts).unwrap_err().to_string().contains("hash"));
+    assert!(layer_from_parts(parts).unwrap_err().to_string().contains("hash"));
     let limit = Some(Limit::MaxError(0.1));
     assert!(layer.search(x.view(), limit).unwrap_err().to_string().contains("flat"));
 }

@@ -1,12 +1,14 @@
 //! Training through a key–value layer: its gradients, and its keys after the weight has changed.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 
-use super::KeyValueLayer;
 use super::build::{Components, Inputs, standardized};
+use super::layer::KeyValueLayer;
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::layer::check_inputs;
-use crate::linalg::{Moments, matmul, matmul_f64, matmul_nt, spectral_norm_bound};
+use crate::layer::check::check_inputs;
+use crate::layer::traits::Layer;
+use crate::linalg::{matmul, matmul_f64, matmul_nt, spectral_norm_bound};
 
 /// How a layer was brought up to date with its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +25,7 @@ const LOST: f64 = 1e-3;
 
 impl KeyValueLayer {
     /// Gradients with respect to the input and the weight, for checked `x` and `grad_output`.
-    pub(in crate::layer) fn gradients(
+    pub(super) fn input_and_weight_gradients(
         &self,
         x: ArrayView2<f32>,
         grad_output: ArrayView2<f32>,
@@ -54,8 +56,8 @@ impl KeyValueLayer {
         (matmul(on_values.view(), self.keys().view()), weight)
     }
 
-    /// This layer for another weight `[out_features, in_features]` and bias, as after a step of training. `inputs`
-    /// `[tokens, in_features]` are calibration inputs as they were for this one; without, mean 0 and covariance I are
+    /// This layer for another weight `[out_features, in_features]` and bias, as after a step of training. `calibration`
+    /// is of inputs as they were for this one; without, mean 0 and covariance I are
     /// assumed, and thresholds for K are those of normal scores.
     ///
     /// The values stay as they are while they span the new weight to a thousandth of its norm, as the inputs see it:
@@ -67,7 +69,7 @@ impl KeyValueLayer {
         &self,
         weight: ArrayView2<f32>,
         bias: Option<ArrayView1<f32>>,
-        inputs: Option<ArrayView2<f32>>,
+        calibration: Option<&Calibration>,
     ) -> Result<(Self, Refit)> {
         let shape = (self.out_features(), self.in_features());
         if weight.dim() != shape {
@@ -77,19 +79,12 @@ impl KeyValueLayer {
                 format!("{shape:?}, the layer's"),
             ));
         }
-        check_inputs(weight, bias, inputs)?;
+        check_inputs(weight, bias, calibration)?;
         let config = self.key_value_config();
         let Some(values) = self.core.values.floats() else {
-            return Ok((Self::build(&config, weight, bias, inputs)?, Refit::Factored));
+            return Ok((Self::build(&config, weight, bias, calibration)?, Refit::Factored));
         };
-        let (statistics, covariance) = match inputs {
-            Some(inputs) => {
-                let moments = Moments::of(inputs)?;
-                (moments.mean, Some(config.ridge().added_to(moments.covariance)))
-            }
-            None => (Array1::zeros(shape.1), None),
-        };
-        let statistics = Inputs::new(statistics, covariance)?;
+        let statistics = Inputs::new(&config, shape.1, calibration)?;
         let (w, values) = (weight.mapv(f64::from), values.mapv(f64::from));
         let keys = matmul_f64(values.view(), w.view());
         let lost = &w - &matmul_f64(values.t(), keys.view());
@@ -98,19 +93,19 @@ impl KeyValueLayer {
             None => m.iter().map(|v| v * v).sum::<f64>().sqrt(),
         };
         if size(&lost) > LOST * size(&w) {
-            return Ok((Self::build(&config, weight, bias, inputs)?, Refit::Factored));
+            return Ok((Self::build(&config, weight, bias, calibration)?, Refit::Factored));
         }
         let (keys, scales) = standardized(keys, &statistics);
         let truncation = spectral_norm_bound(lost.view());
         let components = Components { keys, scales, values, truncation };
-        Ok((Self::assemble(&config, weight, bias, &statistics, components, inputs)?, Refit::Keys))
+        Ok((Self::assemble(&config, weight, bias, &statistics, components, calibration)?, Refit::Keys))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::{Accuracy, KeyValueConfig, Layer, MethodConfig};
+    use crate::layer::{Accuracy, KeyValueConfig, compress};
     use crate::linalg::relative_error;
 
     fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
@@ -122,15 +117,10 @@ mod tests {
     fn refits_keep_the_values_while_they_span_the_weight() {
         let (w, x) = (sample(6, 9, 1), sample(50, 9, 2));
         let config = KeyValueConfig { expected_keys_per_query: Some(3.0), ..KeyValueConfig::default() };
-        let built = |w: &Array2<f32>, x: Option<&Array2<f32>>| match MethodConfig::KeyValue(config.clone())
-            .compress(w.view(), None, x.map(|x| x.view()))
-            .unwrap()
-        {
-            Layer::KeyValue(layer) => layer,
-            other => panic!("{other:?}"),
-        };
+        let calibration = Calibration::of(x.clone()).unwrap();
+        let built = |w: &Array2<f32>, x: Option<&Calibration>| compress(&config, w.view(), None, x).unwrap();
         let close = |layer: &KeyValueLayer, w: &Array2<f32>| {
-            let layer = Layer::KeyValue(layer.clone());
+            let layer = layer.clone().shared();
             let exact = x.dot(&w.t());
             let full = layer.forward(x.view(), Accuracy::Full).unwrap();
             assert!(relative_error(full.y.view(), exact.view()) < 2e-3);
@@ -142,26 +132,26 @@ mod tests {
                 assert!(f64::from(error) <= bound.unwrap());
             }
         };
-        for inputs in [Some(&x), None] {
+        for inputs in [Some(&calibration), None] {
             let layer = built(&w, inputs);
             // Fewer outputs than inputs: six orthonormal values span any weight.
             let changed = &w + &(sample(6, 9, 5) * 0.05);
-            let (refitted, how) = layer.refit(changed.view(), None, inputs.map(|x| x.view())).unwrap();
+            let (refitted, how) = layer.refit(changed.view(), None, inputs).unwrap();
             assert_eq!(how, Refit::Keys);
             close(&refitted, &changed);
             assert_eq!(refitted.values(), layer.values());
             assert_eq!(refitted.settings(), layer.settings());
         }
         // More outputs than inputs: a change that leaves the span is factored.
-        let (w, x) = (sample(9, 4, 1), sample(50, 4, 2));
-        let layer = built(&w, Some(&x));
-        let (same, how) = layer.refit((&w * 1.5).view(), None, Some(x.view())).unwrap();
+        let (w, calibration) = (sample(9, 4, 1), Calibration::of(sample(50, 4, 2)).unwrap());
+        let layer = built(&w, Some(&calibration));
+        let (same, how) = layer.refit((&w * 1.5).view(), None, Some(&calibration)).unwrap();
         assert_eq!(how, Refit::Keys);
         assert!((same.scales()[0] / layer.scales()[0] - 1.5).abs() < 1e-4);
         let other = sample(9, 4, 7);
-        let (anew, how) = layer.refit(other.view(), None, Some(x.view())).unwrap();
+        let (anew, how) = layer.refit(other.view(), None, Some(&calibration)).unwrap();
         assert_eq!(how, Refit::Factored);
-        assert!(relative_error(Layer::KeyValue(anew).weight().unwrap().view(), other.view()) < 1e-5);
+        assert!(relative_error(anew.shared().weight().unwrap().view(), other.view()) < 1e-5);
         assert!(layer.refit(sample(9, 5, 7).view(), None, None).is_err());
     }
 }

@@ -5,10 +5,10 @@
 
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
-use super::config::{LowRankConfig, MaxError, Rank, Scaling, SvdMethod};
+use super::config::{LowRankConfig, MaxError, Rank, SvdMethod};
 use crate::error::Result;
 use crate::linalg::{
-    Moments, Operator, Sketch, Svd, cholesky, leading_svd, matmul_f64, randomized_svd, solve_lower_transposed,
+    Operator, Sketch, Svd, cholesky, leading_svd, matmul_f64, randomized_svd, solve_lower_transposed,
 };
 
 /// A sketch takes a share of the work of a full decomposition where the rank is below this share of the smaller side.
@@ -27,25 +27,6 @@ pub enum Transform {
 }
 
 impl Transform {
-    /// The transform of a scaling, for inputs `[tokens, in]` with these moments.
-    ///
-    /// # Errors
-    /// When the second moment, with its ridge, is not positive definite.
-    pub fn of(config: &LowRankConfig, inputs: Option<(ArrayView2<f32>, &Moments)>) -> Result<Self> {
-        let Some((inputs, moments)) = inputs else { return Ok(Transform::Identity) };
-        Ok(match config.scaling {
-            Scaling::Identity => Transform::Identity,
-            Scaling::MeanAbs => {
-                let count = inputs.nrows() as f64;
-                let sizes =
-                    inputs.columns().into_iter().map(|c| c.iter().map(|v| f64::from(v.abs())).sum::<f64>() / count);
-                Transform::mean_abs(sizes.collect())
-            }
-            Scaling::Rms => Transform::rms(moments.second.diag().to_owned()),
-            Scaling::Exact => Transform::exact(config.ridge().added_to(moments.second.clone()).view())?,
-        })
-    }
-
     /// L²QER's, from E|x_i|.
     pub fn mean_abs(sizes: Array1<f64>) -> Self {
         let most = sizes.iter().fold(0f64, |m, &v| m.max(v));

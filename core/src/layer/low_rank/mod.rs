@@ -6,7 +6,7 @@ mod correction;
 use std::sync::Arc;
 
 use half::f16;
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2, s};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -15,9 +15,14 @@ pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdM
 pub use correction::{Correction, Transform};
 
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
-use super::{Accuracy, Method, read_config};
+use super::method::{Method, read_config};
+use super::name::MethodName;
+use super::traits::{
+    Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows,
+};
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::linalg::{Moments, Ridge, matmul};
+use crate::linalg::{Ridge, matmul, matmul_nt, relative_error};
 use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
@@ -58,6 +63,38 @@ struct StoredConfig {
     made: Map<String, Value>,
 }
 
+/// The statistics that a layer is made for: of the inputs as they are, or less their mean where a bias makes up for it.
+struct Inputs<'a> {
+    calibration: &'a Calibration,
+    centred: bool,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(calibration: &'a Calibration, config: &LowRankConfig) -> Self {
+        // With the mean error made up for, what varies is what is left to get right.
+        Inputs { calibration, centred: config.bias_correction }
+    }
+
+    /// `[in, in]`.
+    fn second(&self) -> Result<CowArray<'a, f64, Ix2>> {
+        if self.centred { self.calibration.covariance() } else { self.calibration.second_moment() }
+    }
+
+    /// Its diagonal, `[in]`.
+    fn squares(&self) -> Array1<f64> {
+        if self.centred { self.calibration.variance() } else { self.calibration.second_diagonal() }
+    }
+
+    fn transform(&self, config: &LowRankConfig) -> Result<Transform> {
+        Ok(match config.scaling {
+            Scaling::Identity => Transform::Identity,
+            Scaling::MeanAbs => Transform::mean_abs(self.calibration.mean_abs().clone()),
+            Scaling::Rms => Transform::rms(self.squares()),
+            Scaling::Exact => Transform::exact(config.ridge().added_to(self.second()?.into_owned()).view())?,
+        })
+    }
+}
+
 fn f32_factors() -> RowType {
     RowType::F32
 }
@@ -79,23 +116,13 @@ impl LowRankLayer {
         config: &LowRankConfig,
         weight: ArrayView2<f32>,
         bias: Option<ArrayView1<f32>>,
-        calibration: Option<ArrayView2<f32>>,
+        calibration: Option<&Calibration>,
     ) -> Result<Self> {
         let (out_features, in_features) = weight.dim();
-        let moments = match (config.calibrates(), calibration) {
-            (Some(_), Some(inputs)) => Some((inputs, Moments::of(inputs)?)),
-            _ => None,
-        };
-        // With the mean error made up for, what varies is what is left to get right.
-        let moments = moments.map(|(inputs, mut moments)| {
-            if config.bias_correction {
-                moments.second = moments.covariance.clone();
-            }
-            (inputs, moments)
-        });
-        let packed = match (&moments, config.rounding) {
-            (Some((_, moments)), Rounding::Gptq) => {
-                let damped = Ridge { absolute: 0.0, relative: config.damping }.added_to(moments.second.clone());
+        let inputs = calibration.filter(|_| config.calibrates().is_some()).map(|c| Inputs::new(c, config));
+        let packed = match (&inputs, config.rounding) {
+            (Some(inputs), Rounding::Gptq) => {
+                let damped = Ridge { absolute: 0.0, relative: config.damping }.added_to(inputs.second()?.into_owned());
                 let how = Calibrated {
                     activation_order: config.activation_order,
                     sweeps: config.sweeps,
@@ -104,13 +131,13 @@ impl LowRankLayer {
                 PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped.view(), how)?
             }
             _ => {
-                let importance: Option<Vec<f32>> =
-                    moments.as_ref().map(|(_, m)| m.second.diag().iter().map(|&v| v as f32).collect());
+                let importance = inputs.as_ref().map(Inputs::squares);
+                let importance: Option<Vec<f32>> = importance.map(|squares| squares.iter().map(|&v| v as f32).collect());
                 let quantize = if config.dual_scaling { PackedMatrix::quantize_dual } else { PackedMatrix::quantize };
                 quantize(weight, config.weight, config.clipping, importance.as_deref())?
             }
         };
-        let transform = Transform::of(config, moments.as_ref().map(|(inputs, moments)| (*inputs, moments)))?;
+        let transform = inputs.as_ref().map_or(Ok(Transform::Identity), |inputs| inputs.transform(config))?;
         let error = &weight - &packed.dequantize();
         let (shifted, activations) = (config.bias_correction, config.activations);
         let correction = Correction::of(error.view(), weight, config, &transform)?;
@@ -130,10 +157,10 @@ impl LowRankLayer {
             made,
         };
         let (a, b) = (RowMatrix::new(correction.a, config.factors)?, RowMatrix::new(correction.b, config.factors)?);
-        let shift = match &moments {
-            Some((_, moments)) if shifted => {
+        let shift = match calibration {
+            Some(calibration) if shifted => {
                 let kept = packed.dequantize() + matmul(a.to_f32().t(), b.to_f32().view());
-                let mean = moments.mean.mapv(|v| v as f32).insert_axis(Axis(1));
+                let mean = calibration.mean().mapv(|v| v as f32).insert_axis(Axis(1));
                 let shift = matmul((&weight - &kept).view(), mean.view());
                 Some(RowMatrix::new(shift.reversed_axes(), RowType::F16)?)
             }
@@ -182,16 +209,6 @@ impl LowRankLayer {
         Ok(LowRankLayer { inner: Arc::new(inner), activations: Activations::default() })
     }
 
-    /// Length of an output row.
-    pub fn out_features(&self) -> usize {
-        self.inner.config.out_features
-    }
-
-    /// Length of an input row.
-    pub fn in_features(&self) -> usize {
-        self.inner.config.in_features
-    }
-
     /// The quantised weight, without its correction.
     pub fn quantized(&self) -> &PackedMatrix {
         &self.inner.weight
@@ -221,20 +238,8 @@ impl LowRankLayer {
         Ok(LowRankLayer { inner: self.inner.clone(), activations })
     }
 
-    pub(in crate::layer) fn configured(&self, config: &Value) -> Result<Self> {
-        self.with_activations(read_config::<Running>(Method::LowRank, config)?.activations)
-    }
-
-    pub(in crate::layer) fn config(&self) -> Value {
-        with_activations(json!(self.inner.config), self.activations)
-    }
-
-    pub(in crate::layer) fn bias(&self) -> Option<&Array1<f32>> {
-        self.inner.bias.as_ref()
-    }
-
-    /// `x · (Ŵ + A B)ᵀ` and the shift, for a checked `x`, straight from the codes.
-    pub(in crate::layer) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
+    /// `x · (Ŵ + A B)ᵀ` and the output bias correction, for a checked `x`, straight from the codes.
+    pub(in crate::layer) fn packed_product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
         let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
         let (mut y, correction) = self.inner.weight.products_beside(x, activations, || self.correction(x));
         y += &correction;
@@ -256,8 +261,15 @@ impl LowRankLayer {
         y
     }
 
+    /// `grad_output · (Ŵ + A B)`.
+    pub(in crate::layer) fn input_gradient(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
+        let (a, b) = self.factors();
+        let corrected = matmul(matmul_nt(grad_output, a.view()).view(), b.view());
+        self.quantized_backward(grad_output) + corrected
+    }
+
     /// `grad_output · Ŵ`, a block of rows dequantised at a time.
-    pub(in crate::layer) fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
+    fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
         let weight = &self.inner.weight;
         let mut input = Array2::zeros((grad_output.nrows(), weight.columns));
         let mut block = Array2::zeros((BLOCK_ROWS, weight.columns));
@@ -272,60 +284,8 @@ impl LowRankLayer {
         input
     }
 
-    /// Ŵ + A B, `[out, in]`.
-    pub(in crate::layer) fn weight(&self) -> Array2<f32> {
-        let (a, b) = self.factors();
-        self.inner.weight.dequantize() + matmul(a.t(), b.view())
-    }
-
-    pub(in crate::layer) fn to_parts(&self) -> Parts {
-        let inner = &*self.inner;
-        let mut parts = Parts::new(Method::LowRank, json!(inner.config));
-        parts.weights = Some(WeightRows {
-            rows: inner.weight.rows,
-            packed: inner.weight.stored_codes(),
-            scales: inner.weight.scale_bytes().into(),
-            zeros: inner.weight.zeros.clone().into(),
-        });
-        for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
-            if inner.config.rank == 0 {
-                continue;
-            }
-            match rows.floats() {
-                Some(vectors) => parts.factors.push(Factor {
-                    side,
-                    singular_values: inner.singular_values.clone(),
-                    vectors: vectors.to_owned(),
-                }),
-                None => {
-                    parts.codes.push(Codes { role: side.as_str().into(), codes: rows.bytes() });
-                    if !rows.scales().is_empty() {
-                        parts.tensors.push(Tensor::vector(&format!("{}_scales", side.as_str()), rows.scales()));
-                    }
-                }
-            }
-        }
-        if !parts.codes.is_empty() {
-            parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
-        }
-        if !inner.weight.column_scales.is_empty() {
-            let halves = inner.weight.column_scales.iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
-            let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![self.in_features()]);
-            parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
-        }
-        if let Some(shift) = &inner.shift {
-            let data = shift.bytes().into_raw_vec_and_offset().0.into();
-            let shape = vec![self.out_features()];
-            parts.tensors.push(Tensor { name: "shift".into(), dtype: "F16".into(), shape, data });
-        }
-        if let Some(bias) = &inner.bias {
-            parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
-        }
-        parts
-    }
-
     pub(in crate::layer) fn from_parts(mut parts: Parts) -> Result<Self> {
-        let mut config: StoredConfig = read_config(parts.method, &parts.config)?;
+        let mut config: StoredConfig = read_config(LowRankConfig::NAME, &parts.config)?;
         // A way to run it, which the catalogue's config has beside: no part of what is stored.
         config.made.remove("activations");
         let (outputs, inputs) = (config.out_features, config.in_features);
@@ -380,8 +340,165 @@ impl LowRankLayer {
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
         Self::new(Inner { config, weight, a, b, singular_values, shift: shift.transpose()?, bias })
     }
+}
 
-    pub(in crate::layer) fn memory_bytes(&self) -> usize {
+impl Method for LowRankConfig {
+    const NAME: &'static str = "low_rank";
+    type Layer = LowRankLayer;
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+
+    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+        self.check(out_features, in_features, calibrated)
+    }
+
+    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+        self.expected_bytes(out_features, in_features)
+    }
+
+    fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<&Calibration>,
+    ) -> Result<LowRankLayer> {
+        LowRankLayer::build(self, weight, bias, calibration)
+    }
+
+    fn from_parts(parts: Parts) -> Result<LowRankLayer> {
+        LowRankLayer::from_parts(parts)
+    }
+
+    fn with_stored(&self, stored: &Value) -> Value {
+        with_activations(stored.clone(), self.activations)
+    }
+}
+
+impl Layer for LowRankLayer {
+    fn method(&self) -> MethodName {
+        MethodName::new(LowRankConfig::NAME)
+    }
+
+    fn out_features(&self) -> usize {
+        self.inner.config.out_features
+    }
+
+    fn in_features(&self) -> usize {
+        self.inner.config.in_features
+    }
+
+    fn config(&self) -> Value {
+        with_activations(json!(self.inner.config), self.activations)
+    }
+
+    fn configured(&self, config: &Value) -> Result<Option<SharedLayer>> {
+        let running: Running = read_config(LowRankConfig::NAME, config)?;
+        Ok(Some(self.with_activations(running.activations)?.shared()))
+    }
+
+    fn product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
+        Ok(Output { y: self.packed_product(x, accuracy), relative_error_bound: None })
+    }
+
+    fn bias(&self) -> Result<Option<Array1<f32>>> {
+        Ok(self.inner.bias.clone())
+    }
+
+    fn weight(&self) -> Result<Array2<f32>> {
+        let (a, b) = self.factors();
+        Ok(self.inner.weight.dequantize() + matmul(a.t(), b.view()))
+    }
+
+    fn rows(&self, indices: &[u32]) -> Result<Array2<f32>> {
+        check_rows(indices, self.out_features())?;
+        let inner = &*self.inner;
+        let mut rows = Array2::zeros((indices.len(), self.in_features()));
+        for (mut row, &index) in rows.rows_mut().into_iter().zip(indices) {
+            inner.weight.dequantize_row(index as usize, row.as_slice_mut().expect("rows of an owned array"));
+        }
+        if inner.config.rank > 0 {
+            let (a, b) = self.factors();
+            let indices: Vec<usize> = indices.iter().map(|&i| i as usize).collect();
+            rows += &matmul(a.select(Axis(1), &indices).t(), b.view());
+        }
+        Ok(rows)
+    }
+
+    fn gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients> {
+        Ok(Gradients {
+            input: self.input_gradient(grad_output),
+            weight: matmul(grad_output.t(), x),
+            bias: grad_output.sum_axis(Axis(0)),
+        })
+    }
+
+    fn exact_source(&self) -> ExactSource {
+        ExactSource::Dense
+    }
+
+    fn correction_report(&self, weight: ArrayView2<f32>, inputs: Option<ArrayView2<f32>>) -> CorrectionReport {
+        let error = match inputs {
+            Some(x) => {
+                let plain = self.inner.weight.products(x, self.activations);
+                relative_error(plain.view(), matmul_nt(x, weight).view())
+            }
+            None => relative_error(self.inner.weight.dequantize().view(), weight),
+        };
+        CorrectionReport {
+            uncorrected_error: Some(error).filter(|e| e.is_finite()),
+            singular_values: Some(self.inner.singular_values.clone()),
+        }
+    }
+
+    fn to_parts(&self) -> Parts {
+        let inner = &*self.inner;
+        let mut parts = Parts::new(LowRankConfig::NAME, json!(inner.config));
+        parts.weights = Some(WeightRows {
+            rows: inner.weight.rows,
+            packed: inner.weight.stored_codes(),
+            scales: inner.weight.scale_bytes().into(),
+            zeros: inner.weight.zeros.clone().into(),
+        });
+        for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
+            if inner.config.rank == 0 {
+                continue;
+            }
+            match rows.floats() {
+                Some(vectors) => parts.factors.push(Factor {
+                    side,
+                    singular_values: inner.singular_values.clone(),
+                    vectors: vectors.to_owned(),
+                }),
+                None => {
+                    parts.codes.push(Codes { role: side.as_str().into(), codes: rows.bytes() });
+                    if !rows.scales().is_empty() {
+                        parts.tensors.push(Tensor::vector(&format!("{}_scales", side.as_str()), rows.scales()));
+                    }
+                }
+            }
+        }
+        if !parts.codes.is_empty() {
+            parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
+        }
+        if !inner.weight.column_scales.is_empty() {
+            let halves = inner.weight.column_scales.iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
+            let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![self.in_features()]);
+            parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
+        }
+        if let Some(shift) = &inner.shift {
+            let data = shift.bytes().into_raw_vec_and_offset().0.into();
+            let shape = vec![self.out_features()];
+            parts.tensors.push(Tensor { name: "shift".into(), dtype: "F16".into(), shape, data });
+        }
+        if let Some(bias) = &inner.bias {
+            parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
+        }
+        parts
+    }
+
+    fn memory_bytes(&self) -> usize {
         let inner = &*self.inner;
         let shift = inner.shift.as_ref().map_or(0, RowMatrix::memory_bytes);
         let factors = inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len() + shift;
@@ -392,7 +509,7 @@ impl LowRankLayer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::{Accuracy, Layer, MethodConfig};
+    use crate::layer::{MethodConfig, compress, configured, layer_from_parts};
     use crate::linalg::relative_error;
     use crate::quant::{Clipping, Group, ScaleType, WeightType};
     use proptest::prelude::*;
@@ -405,10 +522,9 @@ mod tests {
         })
     }
 
-    fn built(config: &LowRankConfig, w: &Array2<f32>, x: &Array2<f32>) -> Layer {
-        MethodConfig::LowRank(config.clone())
-            .compress(w.view(), Some(Array1::ones(w.nrows()).view()), Some(x.view()))
-            .unwrap()
+    fn built(config: &LowRankConfig, w: &Array2<f32>, x: &Array2<f32>) -> LowRankLayer {
+        let calibration = Calibration::of(x.clone()).unwrap();
+        compress(config, w.view(), Some(Array1::ones(w.nrows()).view()), Some(&calibration)).unwrap()
     }
 
     fn configs() -> impl Strategy<Value = LowRankConfig> {
@@ -452,7 +568,7 @@ mod tests {
             let allowed = if config.bias_correction { 1e-3 } else { 1e-5 };
             prop_assert!(relative_error(y.view(), reference.view()) < allowed);
             let parts = layer.to_parts();
-            let back = Layer::from_parts(parts.clone()).unwrap();
+            let back = layer_from_parts(parts.clone()).unwrap();
             prop_assert_eq!(back.to_parts(), parts.clone());
             prop_assert_eq!(back.forward(x.view(), Accuracy::Full).unwrap().y, y);
             let Rank::Components(rank) = config.rank else { unreachable!() };
@@ -495,7 +611,7 @@ mod tests {
         fn ranks_follow_from_targets(seed in 0u64..40, max_error in 0.01f64..0.1, more in 0f64..20.0) {
             let (w, x) = (sample(24, 16, seed), sample(100, 16, seed + 1));
             let base = LowRankConfig { weight: WeightFormat { group: Group::Channel, ..WeightFormat::default() }, factors: RowType::F32, ridge_relative: 0.0, ridge_regularization: 1e-9, scaling: Scaling::Exact, ..LowRankConfig::default() };
-            let rank_of = |layer: &Layer| match layer { Layer::LowRank(layer) => layer.singular_values().len(), _ => unreachable!() };
+            let rank_of = |layer: &LowRankLayer| layer.singular_values().len();
             let error = |rank| {
                 let layer = built(&LowRankConfig { rank, ..base.clone() }, &w, &x);
                 let y = layer.linear(x.view(), Accuracy::Approximate).unwrap().y;
@@ -521,25 +637,25 @@ mod tests {
             (built(&config, &w, &x), built(&LowRankConfig { activations: Activations::F32, ..config }, &w, &x));
         assert_eq!(rounded.to_parts(), plain.to_parts());
         assert_eq!(rounded.config()["activations"], "int8");
-        let back = Layer::from_parts(plain.to_parts()).unwrap().configured(&rounded.config()).unwrap();
-        let run = |layer: &Layer, accuracy| layer.forward(x.view(), accuracy).unwrap().y;
-        assert_eq!(run(&back, Accuracy::Approximate), run(&rounded, Accuracy::Approximate));
-        assert_eq!(run(&back, Accuracy::Full), run(&plain, Accuracy::Approximate));
-        let off = relative_error(run(&back, Accuracy::Approximate).view(), run(&plain, Accuracy::Full).view());
+        let back = configured(&layer_from_parts(plain.to_parts()).unwrap(), &rounded.config()).unwrap();
+        let run = |layer: &dyn Layer, accuracy| layer.forward(x.view(), accuracy).unwrap().y;
+        assert_eq!(run(&*back, Accuracy::Approximate), run(&rounded, Accuracy::Approximate));
+        assert_eq!(run(&*back, Accuracy::Full), run(&plain, Accuracy::Approximate));
+        let off = relative_error(run(&*back, Accuracy::Approximate).view(), run(&plain, Accuracy::Full).view());
         assert!(off > 0.0 && off < 0.01, "{off}");
         let floats = LowRankConfig {
             weight: WeightFormat { weight_type: WeightType::Bf16, ..Default::default() },
             activations: Activations::Int8,
             ..Default::default()
         };
-        assert!(MethodConfig::LowRank(floats).validate().unwrap_err().to_string().contains("stay floats"));
+        assert!(MethodConfig::from(floats).validate().unwrap_err().to_string().contains("stay floats"));
     }
 
     #[test]
     fn what_does_not_fit_is_refused() {
         let w = sample(6, 8, 1);
         let refuse = |config: LowRankConfig, expected: &str| {
-            let message = MethodConfig::LowRank(config).compress(w.view(), None, None).unwrap_err().to_string();
+            let message = MethodConfig::from(config).compress(w.view(), None, None).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");
         };
         let fits = LowRankConfig {

@@ -3,7 +3,7 @@
 
 mod config;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -13,8 +13,12 @@ use super::activation::Activation;
 use super::low_rank::LowRankLayer;
 use super::parts::{Parts, Tensor, f32_bytes};
 use super::rms_norm::RmsNorm;
-use super::{Accuracy, Method, read_config};
+use super::method::{Method, read_config};
+use super::name::MethodName;
+use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer};
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
+use crate::linalg::matmul;
 use crate::quant::{Activations, PackedMatrix};
 
 /// A ternary layer. Cloning shares the arrays.
@@ -45,16 +49,14 @@ impl TernaryLayer {
         config: &TernaryConfig,
         weight: ArrayView2<f32>,
         bias: Option<ArrayView1<f32>>,
-        calibration: Option<ArrayView2<f32>>,
+        calibration: Option<&Calibration>,
     ) -> Result<Self> {
         let norm = config.norm.then(RmsNorm::default);
-        let inputs = match (&norm, calibration) {
-            (Some(norm), Some(inputs)) => Some(norm.forward(inputs)?),
-            (None, Some(inputs)) => Some(inputs.to_owned()),
-            (_, None) => None,
+        let normalized = match (&norm, calibration) {
+            (Some(norm), Some(inputs)) => Some(inputs.mapped(|x| norm.forward(x))?),
+            _ => None,
         };
-        let inputs = inputs.as_ref().map(|inputs| inputs.view());
-        let core = LowRankLayer::build(&config.weights, weight, bias, inputs)?;
+        let core = LowRankLayer::build(&config.weights, weight, bias, normalized.as_ref().or(calibration))?;
         TernaryLayer { core, norm: None, activation: config.activation }.with_norm(norm)
     }
 
@@ -93,16 +95,6 @@ impl TernaryLayer {
         Ok(TernaryLayer { core: self.core.with_activations(activations)?, ..self })
     }
 
-    /// Length of an output row.
-    pub fn out_features(&self) -> usize {
-        self.core.out_features()
-    }
-
-    /// Length of an input row.
-    pub fn in_features(&self) -> usize {
-        self.core.in_features()
-    }
-
     /// Weights and correction.
     pub fn core(&self) -> &LowRankLayer {
         &self.core
@@ -129,32 +121,173 @@ impl TernaryLayer {
         }
     }
 
-    /// Without bias and activation, for a checked `x`.
-    pub(super) fn linear(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
-        Ok(match &self.norm {
-            Some(norm) => self.core.linear(norm.forward(x)?.view(), accuracy),
-            None => self.core.linear(x, accuracy),
-        })
+    fn from_parts(parts: Parts) -> Result<Self> {
+        let around: Around = read_config(TernaryConfig::NAME, &parts.config)?;
+        let matrix = |name: &str| -> Result<Option<Array2<f32>>> {
+            let Some(tensor) = parts.tensor(name) else { return Ok(None) };
+            let array = tensor.to_array()?.into_dimensionality();
+            array.map(Some).map_err(|_| {
+                Error::expected(format!("shape of {name}"), format!("{:?}", tensor.shape), "[positions, features]")
+            })
+        };
+        let norm = match around.norm {
+            true => Some(RmsNorm::new(matrix("norm_gain")?, matrix("norm_bias")?)?),
+            false => None,
+        };
+        let core = LowRankLayer::from_parts(parts)?.with_activations(around.activations)?;
+        TernaryLayer { core, norm: None, activation: around.activation }.with_norm(norm)
+    }
+}
+
+impl Method for TernaryConfig {
+    const NAME: &'static str = "ternary";
+    type Layer = TernaryLayer;
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
     }
 
-    pub(super) fn activate(&self, y: ArrayViewMut2<f32>) {
-        self.activation.apply(y);
+    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+        Method::check(&self.weights, out_features, in_features, calibrated)
     }
 
-    pub(super) fn config(&self) -> Value {
+    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+        Method::expected_bytes(&self.weights, out_features, in_features)
+    }
+
+    fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<&Calibration>,
+    ) -> Result<TernaryLayer> {
+        TernaryLayer::build(self, weight, bias, calibration)
+    }
+
+    fn from_parts(parts: Parts) -> Result<TernaryLayer> {
+        TernaryLayer::from_parts(parts)
+    }
+
+    fn with_stored(&self, stored: &Value) -> Value {
+        with_entries(stored.clone(), json!({"activations": self.weights.activations}))
+    }
+}
+
+impl Layer for TernaryLayer {
+    fn method(&self) -> MethodName {
+        MethodName::new(TernaryConfig::NAME)
+    }
+
+    fn out_features(&self) -> usize {
+        self.core.out_features()
+    }
+
+    fn in_features(&self) -> usize {
+        self.core.in_features()
+    }
+
+    fn config(&self) -> Value {
         let around =
             Around { norm: self.norm.is_some(), activation: self.activation, activations: self.core.activations() };
         with_entries(self.core.config(), json!(around))
     }
 
-    pub(super) fn configured(&self, config: &Value) -> Result<Self> {
-        let around: Around = read_config(Method::Ternary, config)?;
-        self.clone().with_activations(around.activations)
+    fn configured(&self, config: &Value) -> Result<Option<SharedLayer>> {
+        let around: Around = read_config(TernaryConfig::NAME, config)?;
+        Ok(Some(self.clone().with_activations(around.activations)?.shared()))
     }
 
-    pub(super) fn to_parts(&self) -> Parts {
+    fn product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
+        let y = match &self.norm {
+            Some(norm) => self.core.packed_product(norm.forward(x)?.view(), accuracy),
+            None => self.core.packed_product(x, accuracy),
+        };
+        Ok(Output { y, relative_error_bound: None })
+    }
+
+    fn bias(&self) -> Result<Option<Array1<f32>>> {
+        self.core.bias()
+    }
+
+    fn activate(&self, y: ArrayViewMut2<f32>) {
+        self.activation.apply(y);
+    }
+
+    fn weight(&self) -> Result<Array2<f32>> {
+        self.core.weight()
+    }
+
+    fn rows(&self, indices: &[u32]) -> Result<Array2<f32>> {
+        self.core.rows(indices)
+    }
+
+    /// Inputs that are rounded are taken as they are.
+    fn gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients> {
+        let normalized = self.normalized(x)?;
+        let mut grad_output = grad_output.to_owned();
+        if self.activation != Activation::Linear {
+            let mut before = self.core.packed_product(normalized.view(), Accuracy::Full);
+            if let Some(bias) = self.core.bias()? {
+                before += &bias;
+            }
+            for (g, &y) in grad_output.iter_mut().zip(&before) {
+                *g *= self.activation.slope(y).ok_or_else(|| {
+                    Error::expected("activation of a layer with gradients", "softmax", "a function of one number")
+                })?;
+            }
+        }
+        let inner = self.core.input_gradient(grad_output.view());
+        let input = match &self.norm {
+            Some(norm) => norm.backward(x, inner.view())?.input,
+            None => inner,
+        };
+        let weight = matmul(grad_output.t(), normalized.view());
+        Ok(Gradients { input, weight, bias: grad_output.sum_axis(Axis(0)) })
+    }
+
+    fn own_tensors(&self) -> Vec<(String, ArrayD<f32>)> {
+        let norm = self.norm.as_deref();
+        let arrays = [("norm.gain", norm.and_then(RmsNorm::gain)), ("norm.bias", norm.and_then(RmsNorm::bias))];
+        arrays.into_iter().filter_map(|(name, array)| Some((name.into(), array?.clone().into_dyn()))).collect()
+    }
+
+    fn weight_inputs<'a>(&self, x: ArrayView2<'a, f32>) -> Result<CowArray<'a, f32, Ix2>> {
+        match &self.norm {
+            Some(norm) => Ok(norm.forward(x)?.into()),
+            None => Ok(x.into()),
+        }
+    }
+
+    fn positions(&self) -> usize {
+        self.norm.as_deref().map_or(1, RmsNorm::positions)
+    }
+
+    fn at_position(&self, position: usize) -> Result<Option<SharedLayer>> {
+        match self.norm.as_deref() {
+            Some(norm) if norm.positions() > 1 => {
+                Ok(Some(self.clone().with_norm(Some(norm.at(position)?))?.shared()))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn exact_source(&self) -> ExactSource {
+        // What is normalised, or passed through a function, is no dense layer's output.
+        match self.norm.is_none() && self.activation == Activation::Linear {
+            true => ExactSource::Dense,
+            false => ExactSource::Layer,
+        }
+    }
+
+    fn correction_report(&self, weight: ArrayView2<f32>, inputs: Option<ArrayView2<f32>>) -> CorrectionReport {
+        // Inputs that the norm is not for have been refused before.
+        let inputs = inputs.and_then(|x| self.weight_inputs(x).ok());
+        self.core.correction_report(weight, inputs.as_ref().map(|x| x.view()))
+    }
+
+    fn to_parts(&self) -> Parts {
         let mut parts = self.core.to_parts();
-        parts.method = Method::Ternary;
+        parts.method = self.method();
         // How inputs are rounded is a way to run it: it is the catalogue's.
         let mut around =
             json!(Around { norm: self.norm.is_some(), activation: self.activation, activations: as_trained() });
@@ -170,24 +303,7 @@ impl TernaryLayer {
         parts
     }
 
-    pub(super) fn from_parts(parts: Parts) -> Result<Self> {
-        let around: Around = read_config(Method::Ternary, &parts.config)?;
-        let matrix = |name: &str| -> Result<Option<Array2<f32>>> {
-            let Some(tensor) = parts.tensor(name) else { return Ok(None) };
-            let array = tensor.to_array()?.into_dimensionality();
-            array.map(Some).map_err(|_| {
-                Error::expected(format!("shape of {name}"), format!("{:?}", tensor.shape), "[positions, features]")
-            })
-        };
-        let norm = match around.norm {
-            true => Some(RmsNorm::new(matrix("norm_gain")?, matrix("norm_bias")?)?),
-            false => None,
-        };
-        let core = LowRankLayer::from_parts(parts)?.with_activations(around.activations)?;
-        TernaryLayer { core, norm: None, activation: around.activation }.with_norm(norm)
-    }
-
-    pub(super) fn memory_bytes(&self) -> usize {
+    fn memory_bytes(&self) -> usize {
         let norm = self.norm.as_deref();
         let numbers = |array: Option<&Array2<f32>>| array.map_or(0, Array2::len);
         self.core.memory_bytes() + 4 * (numbers(norm.and_then(RmsNorm::gain)) + numbers(norm.and_then(RmsNorm::bias)))

@@ -2,7 +2,8 @@ use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 
 use super::*;
-use crate::layer::{Layer, MethodConfig, Rank, Scaling};
+use crate::calibration::Calibration;
+use crate::layer::{MethodConfig, Rank, Scaling, SharedLayer, compress, configured, layer_from_parts};
 use crate::linalg::relative_error;
 
 fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
@@ -46,9 +47,9 @@ proptest! {
         let bias = Array1::from_shape_fn(out, |j| j as f32 * 0.1);
         let x = sample(3 * positions, inputs, seed ^ 2);
         let norm = RmsNorm::new(Some(gain.clone()), None).unwrap();
-        let config = MethodConfig::Ternary(TernaryConfig { norm: true, ..TernaryConfig::default() });
-        let Layer::Ternary(made) = config.compress(kernel.view(), Some(bias.view()), None).unwrap() else { panic!("another") };
-        let layer = Layer::Ternary(made.with_norm(Some(norm)).unwrap());
+        let config = TernaryConfig { norm: true, ..TernaryConfig::default() };
+        let made = compress(&config, kernel.view(), Some(bias.view()), None).unwrap();
+        let layer = made.with_norm(Some(norm)).unwrap();
         let expected = slow(&x, &kernel, &gain, &bias);
         let y = layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
         // A number that is all but halfway between two whole ones may go either way: a step of one product.
@@ -58,7 +59,7 @@ proptest! {
         }
         let mut parts = layer.to_parts();
         for _ in 0..3 {
-            let back = Layer::from_parts(parts.clone()).unwrap();
+            let back = layer_from_parts(parts.clone()).unwrap();
             prop_assert_eq!(back.forward(x.view(), Accuracy::Approximate).unwrap().y, y.clone());
             let again = back.to_parts();
             prop_assert_eq!(again.id(), parts.id());
@@ -71,12 +72,12 @@ proptest! {
 #[test]
 fn stored_at_eight_fifths_of_a_bit() {
     let weight = sample(64, 640, 3);
-    let layer = MethodConfig::Ternary(TernaryConfig::default()).compress(weight.view(), None, None).unwrap();
+    let layer = MethodConfig::from(TernaryConfig::default()).compress(weight.view(), None, None).unwrap();
     let parts = layer.to_parts();
     assert_eq!(parts.weights.as_ref().unwrap().packed.len(), 64 * 640 / 5);
     assert_eq!(parts.stored_bytes(), 64 * 640 / 5 + 64 * 4);
     assert!(layer.memory_bytes() as u64 <= 64 * 640 / 4 + 64 * 4 + 64);
-    let expected = MethodConfig::Ternary(TernaryConfig::default()).expected_bytes(64, 640).unwrap();
+    let expected = MethodConfig::from(TernaryConfig::default()).expected_bytes(64, 640).unwrap();
     assert_eq!(expected, Some(parts.stored_bytes() as usize));
 }
 
@@ -85,9 +86,10 @@ fn a_correction_and_a_better_scale_take_off_error() {
     let weight = sample(48, 64, 5).dot(&sample(64, 64, 6)) * 0.1;
     let x = sample(300, 64, 7).dot(&sample(64, 64, 8));
     let exact = x.dot(&weight.t());
+    let calibration = Calibration::of(x.clone()).unwrap();
     let error = |text: &str| {
         let config: TernaryConfig = serde_json::from_str(text).unwrap();
-        let layer = MethodConfig::Ternary(config).compress(weight.view(), None, Some(x.view())).unwrap();
+        let layer = compress(&config, weight.view(), None, Some(&calibration)).unwrap();
         relative_error(layer.linear(x.view(), Accuracy::Approximate).unwrap().y.view(), exact.view())
     };
     let plain = error(r#"{}"#);
@@ -124,14 +126,14 @@ fn settings_are_read_and_written() {
 fn what_is_stored_runs_as_it_did() {
     let weight = sample(5, 12, 1);
     let config: TernaryConfig = serde_json::from_str(r#"{"activations": "f32", "activation": "tanh"}"#).unwrap();
-    let method = MethodConfig::Ternary(config);
+    let method = MethodConfig::from(config);
     let layer = method.compress(weight.view(), None, None).unwrap();
     let x = sample(2, 12, 2);
-    let run = |layer: &Layer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
-    let stored = Layer::from_parts(layer.to_parts()).unwrap();
+    let run = |layer: &SharedLayer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
+    let stored = layer_from_parts(layer.to_parts()).unwrap();
     assert_ne!(run(&stored), run(&layer));
-    assert_eq!(run(&stored.configured(&layer.config()).unwrap()), run(&layer));
-    assert_eq!(run(&stored.configured(&method.with_stored(&stored.to_parts().config)).unwrap()), run(&layer));
+    assert_eq!(run(&configured(&stored, &layer.config()).unwrap()), run(&layer));
+    assert_eq!(run(&configured(&stored, &method.with_stored(&stored.to_parts().config)).unwrap()), run(&layer));
     assert!(run(&layer).iter().all(|v| v.abs() < 1.0));
     let message = TernaryLayer::from_ternary(ndarray::array![[0, 3]].view(), 1.0, None).unwrap_err().to_string();
     assert!(message.contains("-1, 0 or 1"), "{message}");

@@ -5,26 +5,26 @@ use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 use super::{VqAttentionLayer, batch_in_heads};
 use crate::attention::Past;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer};
+use crate::layer::traits::{Accuracy, Layer, SharedLayer};
 
 /// A multi-head attention block.
 #[derive(Debug, Clone)]
 pub struct AttentionBlock {
     attention: VqAttentionLayer,
     /// Wq, Wk and Wv; without, inputs are queries, keys and values already.
-    projections: Option<[Layer; 3]>,
-    output: Option<Layer>,
+    projections: Option<[SharedLayer; 3]>,
+    output: Option<SharedLayer>,
 }
 
 impl AttentionBlock {
     /// # Errors
     /// When a projection is of another shape than the attention asks for.
-    pub fn new(attention: VqAttentionLayer, projections: Option<[Layer; 3]>, output: Option<Layer>) -> Result<Self> {
+    pub fn new(attention: VqAttentionLayer, projections: Option<[SharedLayer; 3]>, output: Option<SharedLayer>) -> Result<Self> {
         let config = attention.settings();
         let (d_model, d_k, d_v) =
             (attention.in_features(), config.d_k.unwrap_or_default(), config.d_v.unwrap_or_default());
         let (heads, shared) = (config.n_head, config.kv_heads());
-        let fits = |what: &str, layer: &Layer, outputs: usize, inputs: usize| {
+        let fits = |what: &str, layer: &SharedLayer, outputs: usize, inputs: usize| {
             let found = (layer.out_features(), layer.in_features());
             match found == (outputs, inputs) {
                 true => Ok(()),

@@ -6,14 +6,19 @@ mod stored;
 
 use std::sync::Arc;
 
-use ndarray::{ArrayView2, ArrayView4, Axis, s};
-use serde_json::{Value, json};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayView4, Axis, s};
+use serde_json::{Map, Value, json};
 
 pub use block::AttentionBlock;
 pub use config::{Mechanism, VqAttentionConfig};
 
 use crate::attention::{Attended, Codebook, Learned, Past, Quantized, Visible, exact};
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
+use crate::layer::method::{Method, MethodKind};
+use crate::layer::name::MethodName;
+use crate::layer::parts::Parts;
+use crate::layer::traits::{Accuracy, Gradients, Layer, Output, no_weight};
 
 /// Codewords that hardly any vector has are given to others below this share of an even count.
 const DEAD_BELOW: f32 = 0.01;
@@ -145,16 +150,6 @@ impl VqAttentionLayer {
         Self::new(config, None, None, None)
     }
 
-    /// Width of the block's inputs.
-    pub fn in_features(&self) -> usize {
-        self.inner.config.d_model.unwrap_or_default()
-    }
-
-    /// Width of the block's outputs.
-    pub fn out_features(&self) -> usize {
-        self.in_features()
-    }
-
     /// A past of nothing, for so many sequences; none where the layer needs none.
     pub fn no_past(&self, batch: usize) -> Option<Past> {
         let config = &self.inner.config;
@@ -241,12 +236,83 @@ impl VqAttentionLayer {
         let layer = Self::new(config.clone(), q, k, None)?;
         Ok((layer, Step { queries: of_queries, keys: of_keys, revived }))
     }
+}
 
-    pub(super) fn config(&self) -> Value {
+impl Method for VqAttentionConfig {
+    const NAME: &'static str = "vq_attention";
+    const KIND: MethodKind = MethodKind::Attention;
+    type Layer = VqAttentionLayer;
+
+    fn validate(&self) -> Result<()> {
+        self.validate()
+    }
+
+    fn check_rule(&self, given: &Map<String, Value>) -> Result<()> {
+        if self.query.is_some() && given.contains_key("n_head") {
+            return Ok(());
+        }
+        let reason = "the rule names n_head, and the layers query, key and value of a block".to_owned();
+        Err(Error::Settings { method: Self::NAME.to_owned(), reason })
+    }
+
+    fn check(&self, _out_features: usize, _in_features: usize, _calibrated: bool) -> Result<()> {
+        Err(no_weight("a method for a weight", &MethodName::new(Self::NAME)))
+    }
+
+    fn compress(
+        &self,
+        _weight: ArrayView2<f32>,
+        _bias: Option<ArrayView1<f32>>,
+        _calibration: Option<&Calibration>,
+    ) -> Result<VqAttentionLayer> {
+        Err(no_weight("a method for a weight", &MethodName::new(Self::NAME)))
+    }
+
+    fn from_parts(parts: Parts) -> Result<VqAttentionLayer> {
+        VqAttentionLayer::read_parts(parts)
+    }
+}
+
+impl Layer for VqAttentionLayer {
+    fn method(&self) -> MethodName {
+        MethodName::new(VqAttentionConfig::NAME)
+    }
+
+    /// Width of the block's inputs.
+    fn in_features(&self) -> usize {
+        self.inner.config.d_model.unwrap_or_default()
+    }
+
+    /// Width of the block's outputs.
+    fn out_features(&self) -> usize {
+        self.inner.config.d_model.unwrap_or_default()
+    }
+
+    fn config(&self) -> Value {
         json!(self.inner.config)
     }
 
-    pub(super) fn memory_bytes(&self) -> usize {
+    fn to_parts(&self) -> Parts {
+        self.written_parts()
+    }
+
+    fn require_linear(&self) -> Result<()> {
+        Err(no_weight("a layer to run", &self.method()))
+    }
+
+    fn product(&self, _x: ArrayView2<f32>, _accuracy: Accuracy) -> Result<Output> {
+        Err(no_weight("a layer to run", &self.method()))
+    }
+
+    fn weight(&self) -> Result<Array2<f32>> {
+        Err(no_weight("a layer with a weight", &self.method()))
+    }
+
+    fn gradients(&self, _x: ArrayView2<f32>, _grad_output: ArrayView2<f32>) -> Result<Gradients> {
+        Err(no_weight("a layer with gradients of a weight", &self.method()))
+    }
+
+    fn memory_bytes(&self) -> usize {
         let book = |book: &Option<Codebook>| book.as_ref().map_or(0, |b| b.codewords().len() + b.counts().len());
         let past = self.inner.past.as_ref();
         let past = past.map_or(0, |p| p.counts.len() + p.means.len() + p.recent_codes.len() + p.recent_values.len());

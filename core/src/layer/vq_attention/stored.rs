@@ -6,14 +6,15 @@ use super::{VqAttentionConfig, VqAttentionLayer};
 use crate::attention::{Codebook, Past};
 use crate::error::{Error, Result};
 use crate::layer::parts::{self, Parts, Tensor, bytes_f32, f32_bytes};
-use crate::layer::{Method, read_config};
+use crate::layer::method::{Method, read_config};
+use crate::layer::traits::Layer;
 
 const QUERIES: &str = "queries";
 const KEYS: &str = "keys";
 
 impl VqAttentionLayer {
-    pub(in crate::layer) fn to_parts(&self) -> Parts {
-        let mut parts = Parts::new(Method::VqAttention, self.config());
+    pub(super) fn written_parts(&self) -> Parts {
+        let mut parts = Parts::new(VqAttentionConfig::NAME, self.config());
         for (role, book) in [(QUERIES, self.queries()), (KEYS, self.keys())] {
             let Some(book) = book else { continue };
             for (head, vectors) in book.codewords().axis_iter(Axis(0)).enumerate() {
@@ -36,8 +37,8 @@ impl VqAttentionLayer {
         parts
     }
 
-    pub(in crate::layer) fn from_parts(parts: Parts) -> Result<Self> {
-        let config: VqAttentionConfig = read_config(parts.method, &parts.config)?;
+    pub(super) fn read_parts(parts: Parts) -> Result<Self> {
+        let config: VqAttentionConfig = read_config(VqAttentionConfig::NAME, &parts.config)?;
         let book = |role: &str| -> Result<Option<Codebook>> {
             let mut heads: Vec<&parts::Codebook> = parts.codebooks.iter().filter(|book| book.role == role).collect();
             let Some(tensor) = parts.tensor(&format!("{role}_counts")) else { return Ok(None) };

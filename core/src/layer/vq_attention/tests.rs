@@ -2,7 +2,7 @@ use ndarray::{Array2, Array3, Axis, s};
 use proptest::prelude::*;
 
 use super::*;
-use crate::layer::{Accuracy, DenseLayer, Layer, LowRankConfig, MethodConfig, Rank};
+use crate::layer::{Accuracy, DenseLayer, LowRankConfig, MethodConfig, Rank, SharedLayer, layer_from_parts};
 use crate::linalg::relative_error;
 
 fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
@@ -30,9 +30,9 @@ fn layer(config: VqAttentionConfig) -> VqAttentionLayer {
     VqAttentionLayer::by_kmeans(config, sample(50, 24, 1).view(), sample(50, 12, 2).view()).unwrap()
 }
 
-fn dense(rows: usize, columns: usize, seed: usize) -> Layer {
+fn dense(rows: usize, columns: usize, seed: usize) -> SharedLayer {
     let bias = sample(1, rows, seed + 1).row(0).to_owned();
-    Layer::Dense(DenseLayer::from_f32(sample(rows, columns, seed).view(), Some(bias.view())))
+    DenseLayer::from_f32(sample(rows, columns, seed).view(), Some(bias.view())).shared()
 }
 
 const ALL: [Mechanism; 4] = [Mechanism::VqQk, Mechanism::VqK, Mechanism::Hyper, Mechanism::Exact];
@@ -59,12 +59,13 @@ proptest! {
             layer.attend(q.view(), k.view(), v.view(), None, Some(&mut past)).unwrap();
             layer = layer.with_past(Some(past)).unwrap();
         }
-        let parts = Layer::VqAttention(layer.clone()).to_parts();
-        let Layer::VqAttention(back) = Layer::from_parts(parts.clone()).unwrap() else { panic!("another kind of layer") };
+        let parts = layer.to_parts();
+        let back = layer_from_parts(parts.clone()).unwrap();
+        let back = back.downcast_ref::<VqAttentionLayer>().unwrap();
         prop_assert_eq!(back.settings(), layer.settings());
         prop_assert_eq!((back.keys(), back.queries(), back.past()), (layer.keys(), layer.queries(), layer.past()));
-        prop_assert_eq!(Layer::VqAttention(back.clone()).to_parts().id(), parts.id());
-        let found = [&layer, &back].map(|layer| layer.attend(q.view(), k.view(), v.view(), None, None).unwrap());
+        prop_assert_eq!(back.to_parts().id(), parts.id());
+        let found = [&layer, back].map(|layer| layer.attend(q.view(), k.view(), v.view(), None, None).unwrap());
         prop_assert_eq!(&found[0].output, &found[1].output);
     }
 }
@@ -101,7 +102,7 @@ fn long_sequences_come_in_pieces_and_compressed_projections_serve() {
             rank: Rank::Components(2),
             ..LowRankConfig::default()
         };
-        MethodConfig::LowRank(config).compress(sample(rows, columns, seed).view(), None, None).unwrap()
+        MethodConfig::from(config).compress(sample(rows, columns, seed).view(), None, None).unwrap()
     };
     let projections = [low_rank(24, 12, 10), low_rank(12, 12, 20), low_rank(10, 12, 30)];
     let block = AttentionBlock::new(layer(config(Mechanism::VqK, true)), Some(projections), None).unwrap();
@@ -176,6 +177,6 @@ fn what_does_not_fit_is_refused() {
     let other = Some([dense(24, 12, 1), dense(11, 12, 2), dense(10, 12, 3)]);
     let message = AttentionBlock::new(all, other, None).unwrap_err().to_string();
     assert!(message.contains("key projection"), "{message}");
-    let linear = Layer::VqAttention(causal);
+    let linear = causal.shared();
     assert!(linear.forward(sample(1, 12, 1).view(), Accuracy::Full).unwrap_err().to_string().contains("attend"));
 }

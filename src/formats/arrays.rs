@@ -9,7 +9,8 @@ use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
 use npyz::{DType as NpyType, NpyFile, Order, TypeChar, WriterBuilder};
 use safetensors::tensor::TensorView;
 
-use super::checkpoint::Checkpoint;
+use super::safetensors::SafetensorsSource;
+use super::source::TensorSource;
 use crate::error::{Error, Result};
 use crate::layer::{DType, to_f32};
 
@@ -83,7 +84,7 @@ pub fn write_any_array(location: &str, array: ArrayViewD<f32>) -> Result<()> {
 }
 
 /// Has a file written beside its place, and moved there when it is whole.
-pub(super) fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let staged = parent.join(format!(".{name}.{}.partial", std::process::id()));
@@ -146,11 +147,12 @@ fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
 }
 
 fn read_tensor(path: &Path, name: Option<&str>) -> Result<(Vec<usize>, Vec<f32>)> {
-    let file = Checkpoint::open(path)?;
-    let names: Vec<&str> = file.tensors().map(|t| t.name.as_str()).collect();
+    let file = SafetensorsSource::open(path)?;
+    let tensors = file.tensors();
+    let names: Vec<&str> = tensors.keys().map(String::as_str).collect();
     let entry = match name {
-        Some(name) => file.tensor(name),
-        None if names.len() == 1 => file.tensor(names[0]),
+        Some(name) => tensors.get(name),
+        None if names.len() == 1 => tensors.get(names[0]),
         None => None,
     };
     let Some(entry) = entry else {
@@ -168,7 +170,7 @@ fn read_tensor(path: &Path, name: Option<&str>) -> Result<(Vec<usize>, Vec<f32>)
             "F32 or F16",
         ));
     }
-    Ok((entry.shape.clone(), to_f32(entry.dtype, file.bytes(entry))?))
+    Ok((entry.shape.clone(), to_f32(entry.dtype, &file.bytes(entry)?)?))
 }
 
 fn write_npy(path: &Path, shape: &[usize], values: &[f32]) -> Result<()> {

@@ -4,7 +4,7 @@ use ndarray::{Array2, Axis};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::layer::{KeyValueLayer, Layer, Method};
+use crate::layer::{KeyValueConfig, KeyValueLayer, Method};
 use crate::linalg::matmul_nt;
 use crate::store::{Snapshot, joined};
 
@@ -86,11 +86,11 @@ pub async fn shared_directions(
 async fn directions(snapshot: &Snapshot, model: &str, most: Option<usize>) -> Result<Vec<(String, Array2<f32>)>> {
     let mut all = vec![];
     for handle in snapshot.handles(model).await? {
-        if handle.record().method != Method::KeyValue {
+        if handle.record().method != KeyValueConfig::NAME {
             continue;
         }
-        if let Layer::KeyValue(layer) = handle.load().await? {
-            all.push((handle.record().layer.clone(), unit_keys(&layer, most)));
+        if let Some(layer) = handle.load().await?.downcast_ref::<KeyValueLayer>() {
+            all.push((handle.record().layer.clone(), unit_keys(layer, most)));
         }
     }
     match all.is_empty() {

@@ -6,17 +6,18 @@ use ndarray::{Array, ArrayD, Dimension};
 use safetensors::tensor::TensorView;
 
 use super::arrays::whole;
-use super::checkpoint::Checkpoint;
+use super::safetensors::SafetensorsSource;
+use super::source::TensorSource;
 use crate::attention::Past;
 use crate::error::{Error, Result};
 use crate::layer::{DType, to_f32};
 
-/// Reads what [`write_past`] wrote. Whether it fits a layer is found when it is used.
+/// Reads what [`write_attention_state`] wrote. Whether it fits a layer is found when it is used.
 ///
 /// # Errors
 /// When the file cannot be read, or holds other tensors.
-pub fn read_past(path: &Path) -> Result<Past> {
-    let file = Checkpoint::open(path)?;
+pub fn read_attention_state(path: &Path) -> Result<Past> {
+    let file = SafetensorsSource::open(path)?;
     Ok(Past {
         counts: floats(&file, "counts")?,
         means: floats(&file, "means")?,
@@ -27,23 +28,23 @@ pub fn read_past(path: &Path) -> Result<Past> {
     })
 }
 
-fn floats<D: Dimension>(file: &Checkpoint, name: &str) -> Result<Array<f32, D>> {
+fn floats<D: Dimension>(file: &SafetensorsSource, name: &str) -> Result<Array<f32, D>> {
     array(file, name, DType::F32, |bytes| to_f32(DType::F32, bytes))
 }
 
 fn array<T, D: Dimension>(
-    file: &Checkpoint,
+    file: &SafetensorsSource,
     name: &str,
     dtype: DType,
     numbers: impl Fn(&[u8]) -> Result<Vec<T>>,
 ) -> Result<Array<T, D>> {
     let path = file.path().display();
     let wrong = |found: String| Error::expected(format!("tensor '{name}' of {path}"), found, "as `attend` writes it");
-    let entry = file.tensor(name).ok_or_else(|| wrong("none".into()))?;
+    let entry = file.tensors().get(name).ok_or_else(|| wrong("none".into()))?;
     if entry.dtype != dtype {
         return Err(wrong(format!("{:?}", entry.dtype)));
     }
-    let array = ArrayD::from_shape_vec(entry.shape.clone(), numbers(file.bytes(entry))?);
+    let array = ArrayD::from_shape_vec(entry.shape.clone(), numbers(&file.bytes(entry)?)?);
     array.and_then(|array| array.into_dimensionality()).map_err(|_| wrong(format!("shape {:?}", entry.shape)))
 }
 
@@ -51,7 +52,7 @@ fn array<T, D: Dimension>(
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write_past(path: &Path, past: &Past) -> Result<()> {
+pub fn write_attention_state(path: &Path, past: &Past) -> Result<()> {
     // Sizes may be 0, and numbers in any order.
     let floats = [
         ("counts", past.counts.shape(), past.counts.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()),

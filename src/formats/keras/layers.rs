@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::archive::{Archive, Part};
 use crate::error::{Error, Result};
-use crate::layer::{Activation, DenseLayer, Layer, RmsNorm, TernaryLayer};
+use crate::layer::{Activation, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryLayer};
 use crate::nn::{
     BlockConfig, Glu, GluConfig, Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, PatchEmbedding,
     Patches, SequenceConfig, Table, TokenEmbedding, TransformerBlock, decode_ternary,
@@ -22,7 +22,7 @@ pub fn read(layer: &Value, name: &str, archive: &Archive) -> Result<Vec<(String,
     let class = layer["class_name"].as_str().unwrap_or_default();
     let module = match class {
         "InputLayer" | "Dropout" | "SpatialDropout1D" | "GaussianDropout" | "GaussianNoise" => return Ok(vec![]),
-        "DenseMML" => Module::Linear(Layer::Ternary(ternary(&weights()?)?.with_activation(activation(config)?))),
+        "DenseMML" => Module::Linear(ternary(&weights()?)?.with_activation(activation(config)?).shared()),
         "RMSNorm" => {
             let weights = weights()?;
             let (gain, bias) = match config["has_learnable_weights"].as_bool() {
@@ -138,19 +138,19 @@ fn ternary(weights: &Part) -> Result<TernaryLayer> {
     layer.with_norm(Some(RmsNorm::new(Some(gain), None)?))
 }
 
-fn dense(weights: &Part) -> Result<Layer> {
+fn dense(weights: &Part) -> Result<SharedLayer> {
     let kernel = weights.matrix("0")?;
     let bias: Option<Array1<f32>> = weights.optional_vector("1")?;
     if let Some(found) = bias.as_ref().map(Array1::len).filter(|&found| found != kernel.ncols()) {
         return Err(Error::expected("length of a bias", found, format!("{}, the kernel's outputs", kernel.ncols())));
     }
     let kernel = kernel.reversed_axes().as_standard_layout().into_owned();
-    Ok(Layer::Dense(DenseLayer::from_f32(kernel.view(), bias.as_ref().map(|b| b.view()))))
+    Ok(DenseLayer::from_f32(kernel.view(), bias.as_ref().map(|b| b.view())).shared())
 }
 
 /// `DenseMML` or `Dense`.
-fn linear(weights: &Part) -> Result<Layer> {
-    if weights.has("_activation_norm") { Ok(Layer::Ternary(ternary(weights)?)) } else { dense(weights) }
+fn linear(weights: &Part) -> Result<SharedLayer> {
+    if weights.has("_activation_norm") { Ok(ternary(weights)?.shared()) } else { dense(weights) }
 }
 
 fn glu(weights: &Part, config: GluConfig) -> Result<Glu> {
@@ -194,7 +194,7 @@ fn attention(weights: &Part, config: &Value, units: &str) -> Result<Gru> {
 }
 
 fn table(weights: &Part) -> Result<Table> {
-    Table::new(Layer::Dense(DenseLayer::from_f32(weights.matrix("0")?.view(), None)))
+    Table::new(DenseLayer::from_f32(weights.matrix("0")?.view(), None).shared())
 }
 
 fn positions(weights: &Part) -> Result<Option<Table>> {

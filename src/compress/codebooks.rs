@@ -70,7 +70,7 @@ pub async fn train_codebooks(
     let known = snapshot.models().await?.iter().any(|m| m.model == model);
     let records = if known { snapshot.layers(model).await? } else { vec![] };
     let there = match records.iter().find(|r| r.layer == layer) {
-        Some(record) if record.method != Method::VqAttention => {
+        Some(record) if record.method != VqAttentionConfig::NAME => {
             let found = format!("'{layer}', a {} layer", record.method);
             return Err(Error::expected("layer with codebooks", found, "a vq_attention layer, or a new name"));
         }
@@ -114,14 +114,13 @@ pub async fn train_codebooks(
     let trained = learn(begin, config, (q, k), &training, progress, cancel).await;
     progress.finished();
     let Trained { attention, queries, keys, revived, steps } = trained?;
-    let attention = Layer::VqAttention(attention);
     let parts = attention.to_parts();
     let made = Made { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
     writer.add(&parts, made).await?;
     let record = LayerRecord {
         model: model.to_owned(),
         layer: layer.to_owned(),
-        method: Method::VqAttention,
+        method: attention.method(),
         in_features: attention.in_features() as u64,
         out_features: attention.out_features() as u64,
         artifact: parts.id(),

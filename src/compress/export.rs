@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
-use crate::layer::{DType, Layer, Method, dtype_named, from_f32};
+use crate::layer::{DType, dtype_named, from_f32};
 use crate::store::{LayerHandle, Snapshot, joined};
 
 /// What was written.
@@ -52,20 +52,12 @@ pub async fn export(
             let dtype = dtype_named(&source.dtype)?;
             let length = source.shape.iter().product::<usize>() * dtype.bitsize() / 8;
             bytes += length as u64;
-            // Behind a layer's name, what is not its weight or bias.
+            // Behind a layer's name: it may be a tensor of the layer's own.
             let part = source.tensor.strip_prefix(&handle.record().layer).and_then(|rest| rest.strip_prefix('.'));
-            let part = part.filter(|part| match handle.record().method {
-                Method::Module => true,
-                Method::Ternary => part.starts_with("norm."),
-                _ => false,
-            });
             let tensor = LazyTensor {
                 handle: handle.clone(),
-                which: match part {
-                    Some(part) => Which::Own(part.to_owned()),
-                    None if place > 0 => Which::Bias,
-                    None => Which::Weight,
-                },
+                part: part.map(str::to_owned),
+                which: if place > 0 { Which::Bias } else { Which::Weight },
                 dtype,
                 shape: source.shape.clone(),
                 length,
@@ -108,7 +100,7 @@ fn write(
         file.sync_all()?;
         let bytes = file.metadata()?.len();
         std::fs::rename(&staged, output)?;
-        Ok(bytes)
+        Ok(bytes.to_vec())
     };
     written
         .map_err(|e| Error::file(output, e.to_string()))
@@ -116,17 +108,17 @@ fn write(
         .inspect_err(|_| remove())
 }
 
-/// What a tensor is of its layer.
+/// What a tensor is of its layer, where it is none of [`Layer::own_tensors`](crate::layer::Layer::own_tensors).
 enum Which {
     Weight,
     Bias,
-    /// One of [`Layer::own_tensors`].
-    Own(String),
 }
 
 /// A tensor that is read from the store when its turn comes to be written.
 struct LazyTensor {
     handle: LayerHandle,
+    /// The tensor's name less the layer's.
+    part: Option<String>,
     which: Which,
     dtype: DType,
     shape: Vec<usize>,
@@ -144,26 +136,26 @@ impl LazyTensor {
         }
         self.progress.layer(&self.handle.record().layer);
         let layer = self.runtime.block_on(self.handle.load())?;
-        let bytes = match (&layer, &self.which) {
-            (Layer::Dense(dense), Which::Weight) => dense.raw().to_vec(),
-            (Layer::Dense(dense), Which::Bias) => dense.raw_bias().map(|b| b.data.to_vec()).unwrap_or_default(),
-            (layer, Which::Weight) => {
-                from_f32(self.dtype, layer.weight()?.as_standard_layout().as_slice().unwrap_or_default())?.to_vec()
+        let own = layer.own_tensors().into_iter().find(|(name, _)| Some(name) == self.part.as_ref());
+        let raw = match self.which {
+            Which::Weight => layer.raw_weight(),
+            Which::Bias => layer.raw_bias(),
+        };
+        let bytes = match (own, raw, &self.which) {
+            (Some((_, array)), ..) => from_f32(self.dtype, &array.iter().copied().collect::<Vec<f32>>())?,
+            (None, Some(raw), _) => raw,
+            (None, None, Which::Weight) => {
+                from_f32(self.dtype, layer.weight()?.as_standard_layout().as_slice().unwrap_or_default())?
             }
-            (layer, Which::Own(name)) => {
-                let own = layer.own_tensors().into_iter().find(|(found, _)| found == name);
-                let own = own.map(|(_, array)| array.iter().copied().collect::<Vec<f32>>());
-                from_f32(self.dtype, &own.unwrap_or_default())?.to_vec()
-            }
-            (layer, Which::Bias) => {
-                from_f32(self.dtype, &layer.stored_bias()?.map(|b| b.to_vec()).unwrap_or_default())?.to_vec()
+            (None, None, Which::Bias) => {
+                from_f32(self.dtype, &layer.stored_bias()?.map(|b| b.to_vec()).unwrap_or_default())?
             }
         };
         if bytes.len() != self.length {
             return Err(Error::expected("bytes of a stored tensor", bytes.len(), self.length));
         }
         self.progress.layer_done(self.length as u64, false);
-        Ok(bytes)
+        Ok(bytes.to_vec())
     }
 }
 

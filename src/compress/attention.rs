@@ -2,18 +2,27 @@
 
 use ndarray::{Array2, ArrayView1, s};
 
-use super::checkpoint::{Activations, Checkpoint, LayerSource};
-use super::import::{RECIPE_VERSION, source_tensor};
+use super::calibration::CalibrationFile;
+use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
 use crate::error::{Error, Result};
-use crate::layer::parts::canonical_json;
-use crate::layer::{AttentionBlock, MethodConfig, VqAttentionConfig, VqAttentionLayer};
+use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
+use crate::layer::{Accuracy, AttentionBlock, Method, MethodName, VqAttentionConfig, VqAttentionLayer};
 use crate::linalg::{add_outer, matmul_nt, relative_error};
 
 /// Calibration tokens that attend to each other when a block is measured: inputs do not say where sequences end.
 const WINDOW: usize = 128;
 
+/// A projection of a block: a matrix of the source and its bias.
+#[derive(Debug, Clone)]
+pub(super) struct Projection {
+    pub layer: String,
+    pub weight: TensorInfo,
+    pub bias: Option<TensorInfo>,
+}
+
 /// A block and how it is to be made.
+#[derive(Debug, Clone)]
 pub(super) struct PlannedBlock {
     pub name: String,
     /// With all lengths said.
@@ -21,7 +30,7 @@ pub(super) struct PlannedBlock {
     /// The rule that takes it.
     pub rule: String,
     /// Wq, Wk and Wv.
-    pub projections: [LayerSource; 3],
+    pub projections: [Projection; 3],
 }
 
 impl PlannedBlock {
@@ -29,6 +38,10 @@ impl PlannedBlock {
     pub fn expected_bytes(&self) -> u64 {
         let of = |codes: Option<usize>, heads: usize| codes.map_or(0, |codes| heads * codes * (self.d_k() + 1) * 4);
         (of(self.config.query_codes(), self.config.n_head) + of(self.config.key_codes(), self.config.kv_heads())) as u64
+    }
+
+    pub fn method(&self) -> MethodName {
+        MethodName::new(VqAttentionConfig::NAME)
     }
 
     fn d_k(&self) -> usize {
@@ -47,23 +60,22 @@ impl PlannedBlock {
 /// # Errors
 /// When a projection is not there or of another shape, or calibration inputs are missing.
 pub(super) fn blocks(
-    checkpoint: &Checkpoint,
+    layers: &[SourceLayer],
     rules: &Rules,
-    calibration: Option<&Activations>,
+    calibration: Option<&CalibrationFile>,
 ) -> Result<(Vec<PlannedBlock>, Vec<bool>)> {
-    let layers = checkpoint.layers();
     let (mut found, mut used) = (Vec::<PlannedBlock>::new(), vec![]);
     for rule in rules.iter() {
         let before = found.len();
-        if let MethodConfig::VqAttention(config) = &rule.method {
+        if let Some(config) = rule.method.downcast_ref::<VqAttentionConfig>() {
             let suffix = format!(".{}", config.query.as_deref().unwrap_or_default());
-            for layer in &layers {
-                let Some(block) = layer.layer.strip_suffix(&suffix).filter(|block| rule.pattern().is_match(block))
+            for layer in layers {
+                let Some(block) = layer.name.strip_suffix(&suffix).filter(|block| rule.pattern().is_match(block))
                 else {
                     continue;
                 };
                 if found.iter().all(|known| known.name != block) {
-                    found.push(planned(block, config, rule, &layers, calibration).map_err(|e| e.in_layer(block))?);
+                    found.push(planned(block, config, rule, layers, calibration).map_err(|e| e.in_layer(block))?);
                 }
             }
         }
@@ -76,34 +88,42 @@ fn planned(
     block: &str,
     config: &VqAttentionConfig,
     rule: &Rule,
-    layers: &[LayerSource],
-    calibration: Option<&Activations>,
+    layers: &[SourceLayer],
+    calibration: Option<&CalibrationFile>,
 ) -> Result<PlannedBlock> {
-    if layers.iter().any(|layer| layer.layer == block) {
+    if layers.iter().any(|layer| layer.name == block) {
         return Err(Error::expected("name of an attention block", format!("'{block}', a layer"), "a name of its own"));
     }
     let named = |name: &Option<String>| {
         let name = format!("{block}.{}", name.as_deref().unwrap_or_default());
-        layers.iter().find(|layer| layer.layer == name && layer.weight.is_float_matrix()).ok_or_else(|| {
-            Error::expected("projection of an attention block", format!("no matrix '{name}'"), "a layer of that name")
-        })
+        let found = layers.iter().find(|layer| layer.name == name).map(|layer| &layer.content);
+        match found {
+            Some(SourceContent::Tensors { weight, bias }) if weight.is_float_matrix() => {
+                Ok(Projection { layer: name, weight: weight.clone(), bias: bias.clone() })
+            }
+            _ => Err(Error::expected(
+                "projection of an attention block",
+                format!("no matrix '{name}'"),
+                "a layer of that name",
+            )),
+        }
     };
     let projections = [named(&config.query)?, named(&config.key)?, named(&config.value)?];
     if config.output.is_some() {
         named(&config.output)?;
     }
-    let shapes = projections.map(|p| (p.weight.shape[0], p.weight.shape[1]));
+    let shapes = projections.each_ref().map(|p| (p.weight.shape[0], p.weight.shape[1]));
     let planned = PlannedBlock {
         name: block.to_owned(),
         config: config.of_projections(shapes)?,
-        rule: format!("line {}: {}", rule.line, rule.layers),
-        projections: projections.map(Clone::clone),
+        rule: rule.described(),
+        projections,
     };
     if planned.calibrates() {
         for (projection, codes) in
-            projections.into_iter().zip([planned.config.query_codes(), planned.config.key_codes()])
+            planned.projections.iter().zip([planned.config.query_codes(), planned.config.key_codes()])
         {
-            let there = calibration.filter(|c| c.layers().any(|name| name == projection.layer));
+            let there = calibration.filter(|c| c.layers().contains(&projection.layer.as_str()));
             let calibration = there.ok_or_else(|| {
                 Error::expected(
                     "calibration inputs for codebooks",
@@ -112,8 +132,8 @@ fn planned(
                 )
             })?;
             calibration.check(&projection.layer, projection.weight.shape[1])?;
-            let tokens = calibration.raw(&projection.layer).and_then(|(_, shape, _)| shape.first().copied());
-            if let (Some(codes), Some(tokens)) = (codes, tokens)
+            let tokens = calibration.sample_rows(&projection.layer);
+            if let Some(codes) = codes
                 && codes > tokens
             {
                 return Err(Error::expected(
@@ -129,43 +149,37 @@ fn planned(
 
 /// Names what a block is made from and how.
 pub(super) fn block_recipe(
-    checkpoint: &Checkpoint,
+    source: &dyn TensorSource,
     block: &PlannedBlock,
-    calibration: Option<&Activations>,
-) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    let mut add = |bytes: &[u8]| {
-        hasher.update(&(bytes.len() as u64).to_le_bytes());
-        hasher.update_rayon(bytes);
-    };
+    calibration: Option<&CalibrationFile>,
+) -> Result<[u8; 32]> {
+    let mut recipe = Recipe::new();
     for projection in &block.projections {
-        for entry in std::iter::once(&projection.weight).chain(&projection.bias) {
-            add(source_tensor(checkpoint, entry).hash.as_bytes());
+        for tensor in std::iter::once(&projection.weight).chain(&projection.bias) {
+            recipe.tensor(source, tensor)?;
         }
-        if let Some((dtype, shape, bytes)) = calibration.and_then(|c| c.raw(&projection.layer)) {
-            add(format!("{dtype:?} {shape:?}").as_bytes());
-            add(bytes);
-        }
+        recipe.calibration(calibration, &projection.layer)?;
     }
-    let settings = serde_json::to_value(&block.config).unwrap_or_default();
-    add(canonical_json(&settings).as_bytes());
-    add(&RECIPE_VERSION.to_le_bytes());
-    hasher.finalize().into()
+    recipe.settings(&block.config);
+    Ok(recipe.finish())
 }
 
 /// Makes a block, and measures it against exact attention over the calibration inputs, where there are any.
 pub(super) fn make_block(
-    checkpoint: &Checkpoint,
+    source: &dyn TensorSource,
     planned: &PlannedBlock,
-    calibration: Option<&Activations>,
+    calibration: Option<&CalibrationFile>,
 ) -> Result<(VqAttentionLayer, Option<f64>)> {
     let [q, k, v] = &planned.projections;
-    let inputs = |source: &LayerSource| -> Result<Option<Array2<f32>>> {
+    let inputs = |projection: &Projection| -> Result<Option<Array2<f32>>> {
         let Some(calibration) = calibration else { return Ok(None) };
-        let Some(x) = calibration.get(&source.layer, source.weight.shape[1])? else { return Ok(None) };
-        let mut y = matmul_nt(x.view(), checkpoint.matrix(&source.weight)?.view());
-        if let Some(bias) = &source.bias {
-            let bias = checkpoint.vector(bias)?;
+        let Some(x) = calibration.get(&projection.layer, projection.weight.shape[1])? else { return Ok(None) };
+        if x.sample().nrows() == 0 {
+            return Ok(None);
+        }
+        let mut y = matmul_nt(x.sample(), source.matrix(&projection.weight)?.view());
+        if let Some(bias) = &projection.bias {
+            let bias = source.vector(bias)?;
             add_outer(&mut y, bias.view());
         }
         Ok(Some(y))
@@ -196,7 +210,7 @@ fn windowed_error(block: &AttentionBlock, exact: &AttentionBlock, [q, k, v]: [&A
         let part = |x: &Array2<f32>| x.slice(s![tokens.clone(), ..]).insert_axis(ndarray::Axis(0)).to_owned();
         let (q, k, v) = (part(q), part(k), part(v));
         for (block, all) in [(block, &mut found), (exact, &mut expected)] {
-            let y = block.attend(q.view(), k.view(), v.view(), None, None, crate::layer::Accuracy::Full)?;
+            let y = block.attend(q.view(), k.view(), v.view(), None, None, Accuracy::Full)?;
             all.extend(y);
         }
     }

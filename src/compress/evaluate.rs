@@ -1,22 +1,25 @@
 //! A model's layers against the dense weights they stand for.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2};
 use serde::Serialize;
 
-use super::checkpoint::{Activations, Checkpoint};
-use super::measure::{CorrectionReport, measure};
+use super::calibration::ActivationsFile;
+use super::measure::measure;
 use super::plan::bits_per_weight;
 use crate::error::{Error, Result};
-use crate::layer::{Activation, Layer, Method};
+use crate::formats::TensorSource;
+use crate::layer::{CorrectionReport, ExactSource, MethodName, SearchReport, SharedLayer};
 use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot, joined};
 
 /// One layer's error.
 #[derive(Debug, Clone, Serialize)]
 pub struct LayerEvaluation {
     pub layer: String,
-    pub method: Method,
+    /// The method.
+    pub method: MethodName,
     /// ‖ŷ − y‖ / ‖y‖ over the inputs; `null` where y is zero.
     pub relative_error: Option<f64>,
     pub error_basis: ErrorBasis,
@@ -27,12 +30,9 @@ pub struct LayerEvaluation {
     pub bits_per_weight: f64,
     #[serde(flatten)]
     pub correction: CorrectionReport,
-    /// Keys used by a query, on average; key–value layers only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mean_keys: Option<f64>,
-    /// The bound that the layer gives for a query's relative error, on average; key–value layers only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mean_certified_error: Option<f64>,
+    /// Of layers that search keys.
+    #[serde(flatten)]
+    pub search: SearchReport,
 }
 
 /// A model's errors.
@@ -54,8 +54,8 @@ pub struct Evaluation {
 pub async fn evaluate(
     snapshot: &Snapshot,
     model: &str,
-    activations: Activations,
-    checkpoint: Option<Checkpoint>,
+    activations: ActivationsFile,
+    checkpoint: Option<Arc<dyn TensorSource>>,
 ) -> Result<Evaluation> {
     let records = snapshot.layers(model).await?;
     let (present, unmatched): (Vec<&str>, Vec<&str>) =
@@ -82,12 +82,12 @@ pub async fn evaluate(
         }
         let Some(inputs) = activations.get(&record.layer, record.in_features as usize)? else { continue };
         let weight = match &checkpoint {
-            Some(checkpoint) => reference(checkpoint, &record)?,
+            Some(checkpoint) => reference(&**checkpoint, &record)?,
             None => stored_reference(snapshot, &dense, &record).await?,
         };
         let handle = snapshot.handle(record.clone());
         let layer = handle.load().await?;
-        let measured = tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, &weight, &inputs)).await;
+        let measured = tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, weight.view(), inputs.view())).await;
         layers.push(joined(measured)?.map_err(|e| e.in_layer(&handle.record().layer))?);
     }
     let errors: Vec<f64> = layers.iter().filter_map(|l| l.relative_error).collect();
@@ -97,37 +97,27 @@ pub async fn evaluate(
 
 fn evaluate_layer(
     record: &LayerRecord,
-    layer: &Layer,
-    weight: &Array2<f32>,
-    inputs: &Array2<f32>,
+    layer: &SharedLayer,
+    weight: ArrayView2<f32>,
+    inputs: ArrayView2<f32>,
 ) -> Result<LayerEvaluation> {
-    let (error, error_basis) = measure(layer, weight, Some(inputs))?;
-    let (mean_keys, mean_certified_error) = match layer {
-        Layer::KeyValue(layer) if layer.settings().use_approximate_inference => {
-            let answers = layer.search(inputs.view(), None)?;
-            let keys = answers.iter().map(|a| a.hits.len()).sum::<usize>() as f64 / answers.len() as f64;
-            let bounds: Option<Vec<f64>> = answers.iter().map(|a| a.certified_error).collect();
-            (Some(keys), bounds.map(|b| b.iter().sum::<f64>() / b.len() as f64))
-        }
-        _ => (None, None),
-    };
+    let (error, error_basis) = measure(&**layer, weight, Some(inputs))?;
     Ok(LayerEvaluation {
         bits_per_weight: bits_per_weight(record.stored_bytes, record.out_features, record.in_features),
-        correction: CorrectionReport::of(layer, weight, Some(inputs)),
+        correction: layer.correction_report(weight, Some(inputs)),
+        search: layer.search_report(inputs)?,
         layer: record.layer.clone(),
-        method: record.method,
+        method: record.method.clone(),
         relative_error: Some(error).filter(|e| e.is_finite()),
         error_basis,
         tokens: inputs.nrows(),
         dense_bytes: record.dense_bytes,
         stored_bytes: record.stored_bytes,
-        mean_keys,
-        mean_certified_error,
     })
 }
 
 /// A layer's weight in a checkpoint: by the tensor it came from, else by its name.
-fn reference(checkpoint: &Checkpoint, record: &LayerRecord) -> Result<Array2<f32>> {
+fn reference(checkpoint: &dyn TensorSource, record: &LayerRecord) -> Result<Array2<f32>> {
     let source = record.source.tensors.first().map(|t| t.tensor.as_str());
     let named = format!("{}.weight", record.layer);
     let entry = source.and_then(|name| checkpoint.tensor(name)).or_else(|| checkpoint.tensor(&named));
@@ -159,7 +149,7 @@ async fn dense_by_source(snapshot: &Snapshot) -> Result<HashMap<String, LayerRec
 }
 
 async fn dense_layers(snapshot: &Snapshot) -> Result<Vec<LayerRecord>> {
-    Ok(snapshot.records().await?.into_iter().filter(|r| r.method == Method::Dense).collect())
+    Ok(snapshot.records().await?.into_iter().filter(|r| r.method == "dense").collect())
 }
 
 async fn stored_reference(
@@ -178,34 +168,25 @@ async fn stored_reference(
     snapshot.handle(found.clone()).load().await?.weight()
 }
 
-/// The layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer of the
-/// same tensor; a ternary layer with a norm or an activation is run with its inputs as they are; a key–value layer with rounded keys or values of which the store has no dense weights is run with every
-/// key.
+/// The layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer of the same
+/// tensors; see [`ExactSource`].
 ///
 /// # Errors
 /// When the store holds no dense weights for a quantised layer.
-pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<Layer> {
-    let every_key = match handle.record().method {
-        Method::Dense | Method::VqAttention | Method::Module => return handle.load().await,
-        Method::LowRank => None,
-        Method::Ternary => match handle.load().await? {
-            // What is normalised or passed through a function is no dense layer's output.
-            Layer::Ternary(layer) if layer.norm().is_none() && layer.activation() == Activation::Linear => None,
-            layer => return Ok(layer),
-        },
-        Method::KeyValue => match handle.load().await? {
-            Layer::KeyValue(layer) if !layer.holds_its_weight() => Some(Layer::KeyValue(layer)),
-            layer => return Ok(layer),
-        },
-    };
+pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<SharedLayer> {
+    let layer = handle.load().await?;
+    let source = layer.exact_source();
+    if source == ExactSource::Layer {
+        return Ok(layer);
+    }
     // The bias has to be the same too: a tied weight may be another layer's, without one.
     let hashes = |r: &LayerRecord| r.source.tensors.iter().map(|t| t.hash.clone()).collect::<Vec<_>>();
     let wanted = hashes(handle.record());
     let found = dense_layers(snapshot).await?.into_iter().find(|r| !wanted.is_empty() && hashes(r) == wanted);
-    match (found, every_key) {
-        (Some(record), _) => snapshot.handle(record).load().await,
-        (None, Some(layer)) => Ok(layer),
-        (None, None) => Err(Error::expected(
+    match found {
+        Some(record) => snapshot.handle(record).load().await,
+        None if source == ExactSource::DenseOrLayer => Ok(layer),
+        None => Err(Error::expected(
             format!("dense weights of layer '{}'", handle.record().layer),
             "none in the store",
             "a model of the same checkpoint with that layer dense; a quantised layer alone cannot answer exactly",

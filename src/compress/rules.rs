@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use regex::Regex;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
-use crate::layer::{Method, MethodConfig, VqAttentionConfig};
+use crate::layer::{MethodConfig, MethodKind, VqAttentionConfig, registry};
 
 /// One rule: layers whose whole path matches are compressed by a method.
 #[derive(Debug, Clone)]
@@ -17,6 +17,7 @@ pub struct Rule {
     pattern: Regex,
     /// The pattern as it was written.
     pub layers: String,
+    /// What layers become.
     pub method: MethodConfig,
     /// Where the rule starts in its file.
     pub line: usize,
@@ -25,7 +26,12 @@ pub struct Rule {
 impl Rule {
     /// Whether the rule takes a linear layer; those for attention take none.
     pub fn matches(&self, layer: &str) -> bool {
-        self.method.method() != Method::VqAttention && self.pattern.is_match(layer)
+        self.method.kind() == MethodKind::Linear && self.pattern.is_match(layer)
+    }
+
+    /// The rule's line and pattern, for reports.
+    pub(super) fn described(&self) -> String {
+        format!("line {}: {}", self.line, self.layers)
     }
 
     pub(super) fn pattern(&self) -> &Regex {
@@ -85,7 +91,7 @@ impl Rules {
         for table in parsed.rule {
             let start = table.span().start;
             let mut layers = None;
-            let mut settings = serde_json::Map::new();
+            let mut settings = Map::new();
             let mut places = BTreeMap::new();
             for (key, value) in table.into_inner() {
                 places.insert(key.get_ref().clone(), key.span().start);
@@ -164,54 +170,30 @@ pub fn read_attention_settings(path: &Path) -> Result<VqAttentionConfig> {
 }
 
 /// The method of a rule's table; on failure, the key to blame where there is one, and the message.
-fn read_method(
-    settings: &serde_json::Map<String, Value>,
-) -> std::result::Result<MethodConfig, (Option<String>, String)> {
-    let names = || Method::of_rules().map(Method::as_str).collect::<Vec<_>>().join(", ");
-    let method = match settings.get("method") {
-        Some(Value::String(name)) => name.parse::<Method>().map_err(|e| (Some("method".into()), e.to_string()))?,
+fn read_method(settings: &Map<String, Value>) -> std::result::Result<MethodConfig, (Option<String>, String)> {
+    let names = || registry::names_for_rules().join(", ");
+    let name = match settings.get("method") {
+        Some(Value::String(name)) => name,
         Some(_) => return Err((Some("method".into()), format!("method must be one of {}, in quotes", names()))),
         None => return Err((None, format!("the rule has no 'method': give one of {}", names()))),
     };
-    if method == Method::Module {
-        return Err((Some("method".into()), format!("method: no rule makes a module; give one of {}", names())));
+    let method = registry::method(name).map_err(|e| (Some("method".into()), e.to_string()))?;
+    if !method.has_rules() {
+        return Err((Some("method".into()), format!("method: no rule makes a {name}; give one of {}", names())));
     }
     let mut fields = settings.clone();
     fields.remove("method");
-    let config = read_fields(method, &fields).map_err(|message| {
+    let read = |fields: &Map<String, Value>| method.read_settings(fields.clone()).map_err(|e| e.to_string());
+    read(&fields).map_err(|message| {
         // The key to blame is the one without which the complaint goes away.
         let blamed = fields.keys().find(|key| {
             let mut without = fields.clone();
             without.remove(*key);
-            read_fields(method, &without).err().as_ref() != Some(&message)
+            read(&without).err().as_ref() != Some(&message)
         });
         let shown = blamed.map_or(message.clone(), |key| format!("{key}: {message}"));
         (blamed.cloned(), shown)
-    })?;
-    Ok(config)
-}
-
-fn read_fields(method: Method, fields: &serde_json::Map<String, Value>) -> std::result::Result<MethodConfig, String> {
-    #[derive(Deserialize, Serialize)]
-    #[serde(deny_unknown_fields)]
-    struct Nothing {}
-    let value = Value::Object(fields.clone());
-    let config = match method {
-        Method::Dense => Nothing::deserialize(value).map(|_| MethodConfig::Dense),
-        Method::KeyValue => serde_json::from_value(value).map(MethodConfig::KeyValue),
-        Method::LowRank => serde_json::from_value(value).map(MethodConfig::LowRank),
-        Method::Ternary => serde_json::from_value(value).map(MethodConfig::Ternary),
-        Method::VqAttention => serde_json::from_value(value).map(MethodConfig::VqAttention),
-        Method::Module => return Err("no rule makes a module".into()),
-    };
-    let config = config.map_err(|e| format!("{method}: {e}"))?;
-    config.validate().map_err(|e| e.to_string())?;
-    if let MethodConfig::VqAttention(attention) = &config
-        && (attention.query.is_none() || !fields.contains_key("n_head"))
-    {
-        return Err("vq_attention: the rule names n_head, and the layers query, key and value of a block".into());
-    }
-    Ok(config)
+    })
 }
 
 #[cfg(test)]
@@ -246,7 +228,7 @@ method = "dense"
     fn first_match_wins_and_paths_match_whole() {
         let rules = Rules::parse(GOOD, "r.toml").unwrap();
         let (place, rule) = rules.find("encoder.layer.0.attention.self.query").unwrap();
-        assert_eq!((place, rule.method.method(), rule.line), (0, Method::LowRank, 3));
+        assert_eq!((place, rule.method.name().as_str(), rule.line), (0, "low_rank", 3));
         assert_eq!(rules.find("encoder.layer.11.intermediate.dense").unwrap().0, 1);
         assert_eq!(rules.find("x.encoder.layer.0.attention.self.query").unwrap().0, 2);
         assert!(Rules::default().find("a").is_none());

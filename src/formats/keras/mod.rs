@@ -2,31 +2,72 @@
 //! without a latent weight.
 
 mod archive;
-mod import;
 mod layers;
 
-use std::path::Path;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-pub use import::{ROOT as KERAS_ROOT, import_keras, preview_keras};
-
 use self::archive::Archive;
+use super::source::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 use crate::error::{Error, Result};
+use crate::layer::DenseLayer;
 use crate::nn::Module;
 
-/// Whether a path is that of a model that Keras has saved.
-pub fn is_keras(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "keras")
+/// The module that a whole model is: its layers are behind this name.
+pub const KERAS_ROOT: &str = "model";
+
+/// A `.keras` file, read as one module: its layers one after another, by their names.
+#[derive(Debug)]
+pub struct KerasSource {
+    path: PathBuf,
+    module: Module,
+    tensors: BTreeMap<String, TensorInfo>,
 }
 
-/// Reads a `.keras` file as one module: its layers one after another, by their names.
-///
-/// # Errors
-/// When the file cannot be read, is no `.keras` file, its layers are no chain, or one is of a class that is not known here:
-/// nothing is left out.
-pub fn open_keras(path: &Path) -> Result<Module> {
-    read(&Archive::open(path)?).map_err(|e| Error::file(path, e.to_string()))
+impl KerasSource {
+    /// Reads a `.keras` file.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is no `.keras` file, its layers are no chain, or one is of a class that is not known here:
+    /// nothing is left out.
+    pub fn open(path: &Path) -> Result<Self> {
+        let module = read(&Archive::open(path)?).map_err(|e| Error::file(path, e.to_string()))?;
+        Ok(KerasSource { path: path.to_owned(), module, tensors: BTreeMap::new() })
+    }
+
+    /// The model.
+    pub fn module(&self) -> &Module {
+        &self.module
+    }
+}
+
+impl TensorSource for KerasSource {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// None: Keras's arrays are laid out and named otherwise, so that they come as [`SourceContent::Ready`] layers.
+    fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    fn bytes(&self, tensor: &TensorInfo) -> Result<Cow<'_, [u8]>> {
+        let found = format!("'{}'", tensor.name);
+        Err(Error::expected("tensor of a .keras file", found, "none: its layers are read whole"))
+    }
+
+    /// The model's layers; rules may take those of floats, ternary weights stay what they are.
+    fn layers(&self) -> Vec<SourceLayer> {
+        let all = self.module.to_layers(KERAS_ROOT).into_iter();
+        let ready = |(name, layer): (String, crate::layer::SharedLayer)| {
+            let takes_rules = layer.downcast_ref::<DenseLayer>().is_some();
+            SourceLayer { name, content: SourceContent::Ready { layer, takes_rules } }
+        };
+        all.map(ready).collect()
+    }
 }
 
 fn read(archive: &Archive) -> Result<Module> {
@@ -156,6 +197,5 @@ mod tests {
         assert!(read("GRUMML", json!({"units": 8, "fully_mml": true})).contains("_kernel"));
         assert!(read("Activation", json!({"activation": "mish"})).contains("gelu"));
         assert!(read("Patches", json!({})).contains("patch_size"));
-        assert!(is_keras(path) && !is_keras(Path::new("model.safetensors")));
     }
 }

@@ -1,0 +1,127 @@
+//! Searches and forward passes.
+
+use ndarray::{Array2, ArrayView2};
+
+use super::answer::Answer;
+use super::config::Limit;
+use super::layer::KeyValueLayer;
+use super::search::{QueryHits, SelectLimit, rank_hits};
+use crate::error::{Error, Result};
+use crate::layer::traits::{Accuracy, Layer, Output, SearchReport};
+use crate::linalg::require_finite;
+
+/// From this batch on, kept contributions may go through one matrix product instead of a gather for each row.
+pub(super) const PRODUCT_FROM: usize = 8;
+
+/// And where they are more than one key in so many: a gather touches only the hits, at a fraction of a product's speed.
+const PRODUCT_SHARE: usize = 2;
+
+/// Below this many multiply-adds one thread is enough.
+const PARALLEL_FROM: usize = 1 << 17;
+
+impl KeyValueLayer {
+    /// What the settings let through.
+    pub(super) fn limit(&self) -> SelectLimit {
+        self.core.resolve(self.settings.limit(self.rank()), &self.settings)
+    }
+
+    /// The hits of each row of `x` `[batch, in_features]`, under `limit` or the layer's own settings.
+    ///
+    /// # Errors
+    /// When the width of `x` is another, a value is not finite, or the limit is out of range.
+    pub fn search(&self, x: ArrayView2<f32>, limit: Option<Limit>) -> Result<Vec<QueryHits>> {
+        if x.ncols() != self.in_features() {
+            return Err(Error::expected(
+                "width of the query",
+                x.ncols(),
+                format!("{}, the layer's in_features", self.in_features()),
+            ));
+        }
+        require_finite("the query", x.iter())?;
+        let limit = match limit {
+            Some(limit) => {
+                self.core.check(limit, &self.settings)?;
+                self.core.resolve(limit, &self.settings)
+            }
+            None => self.limit(),
+        };
+        let centred = &x - &self.core.mean;
+        let answers = self.core.answers(centred.view(), &self.settings, limit).into_iter().map(|mut answer| {
+            rank_hits(&mut answer.hits, &self.settings);
+            QueryHits { threshold: answer.threshold, certified_error: answer.bound, hits: answer.hits }
+        });
+        Ok(answers.collect())
+    }
+
+    /// `x · Wᵀ` for a checked `x`.
+    pub(super) fn retrieved_product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Output {
+        let core = &*self.core;
+        let (batch, keys, outputs) = (x.nrows(), core.scales.len(), core.config.out_features);
+        let centred = &x - &core.mean;
+        let mut y = Array2::zeros((batch, outputs));
+        y += &core.mean_output;
+        if accuracy == Accuracy::Full || !self.settings.use_approximate_inference {
+            let (contributions, bounds) = core.every_contribution(centred.view());
+            y += &core.values.weighted(contributions.view());
+            return Output { y, relative_error_bound: worst(bounds.into_iter()) };
+        }
+        // A batch enters the pool of threads once, and its parts are shared out in there.
+        let answers = match batch {
+            0 | 1 => self.gathered(centred.view(), &mut y),
+            _ => rayon::scope(|_| self.gathered(centred.view(), &mut y)),
+        };
+        if many(&answers, keys) {
+            let mut contributions = Array2::zeros((batch, keys));
+            for (mut row, answer) in contributions.rows_mut().into_iter().zip(&answers) {
+                answer.hits.iter().for_each(|hit| row[hit.key as usize] = hit.contribution);
+            }
+            y += &core.values.weighted(contributions.view());
+        }
+        Output { y, relative_error_bound: worst(answers.iter().map(|answer| answer.bound)) }
+    }
+
+    /// The answers to centred queries, their values added to `y` where there are not too [`many`].
+    fn gathered(&self, centred: ArrayView2<f32>, y: &mut Array2<f32>) -> Vec<Answer> {
+        let core = &*self.core;
+        let answers = core.answers(centred, &self.settings, self.limit());
+        let outputs = y.ncols();
+        if outputs == 0 || many(&answers, core.scales.len()) {
+            return answers;
+        }
+        let picks = |answer: &Answer| answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect::<Vec<_>>();
+        let picks: Vec<Vec<(u32, f32)>> = answers.iter().map(picks).collect();
+        let used: usize = picks.iter().map(Vec::len).sum();
+        if answers.len() > 1 && used * outputs >= PARALLEL_FROM {
+            core.values.accumulate_batch(&picks, y.view_mut());
+        } else {
+            let rows = y.as_slice_mut().expect("a fresh array is contiguous");
+            rows.chunks_mut(outputs).zip(&picks).for_each(|(y, picks)| core.values.accumulate(picks, y));
+        }
+        answers
+    }
+
+    /// Keys and certified errors of `inputs`, on average; nothing where the layer uses every key.
+    pub(super) fn searched(&self, inputs: ArrayView2<f32>) -> Result<SearchReport> {
+        if !self.settings.use_approximate_inference || inputs.nrows() == 0 {
+            return Ok(SearchReport::default());
+        }
+        let answers = self.search(inputs, None)?;
+        let keys = answers.iter().map(|a| a.hits.len()).sum::<usize>() as f64 / answers.len() as f64;
+        let bounds: Option<Vec<f64>> = answers.iter().map(|a| a.certified_error).collect();
+        Ok(SearchReport {
+            mean_keys: Some(keys),
+            mean_certified_error: bounds.map(|b| b.iter().sum::<f64>() / b.len() as f64),
+        })
+    }
+}
+
+/// Whether one product of matrices takes less time than gathering all hits.
+fn many(answers: &[Answer], keys: usize) -> bool {
+    let used: usize = answers.iter().map(|answer| answer.hits.len()).sum();
+    used * PRODUCT_SHARE >= answers.len() * keys && answers.len() >= PRODUCT_FROM
+}
+
+/// The largest bound, where there is one for every row.
+fn worst(mut bounds: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    bounds.try_fold(0f64, |worst, bound| Some(worst.max(bound?)))
+}

@@ -1,0 +1,274 @@
+//! What a compression method is: settings that a rule gives, and what they make of a weight.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use ndarray::{ArrayView1, ArrayView2};
+use serde::de::DeserializeOwned;
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
+
+use super::check::check_inputs;
+use super::name::MethodName;
+use super::parts::Parts;
+use super::traits::{Layer, SharedLayer};
+use crate::calibration::Calibration;
+use crate::error::{Error, Result};
+
+/// What a method's layers stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MethodKind {
+    /// A weight matrix: `y = x · Wᵀ + b`.
+    Linear,
+    /// An attention block, whose projections are layers of their own.
+    Attention,
+    /// A module that is made of other layers; no rule asks for one.
+    Module,
+}
+
+/// A method of compression. It is implemented by the type of the method's settings.
+///
+/// Settings are read from a rule's keys by serde: unknown keys should be refused (`deny_unknown_fields`), and all should have
+/// defaults. Stored parts are named by their content, so what they hold must depend on the settings and the arguments alone.
+pub trait Method: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// The name in rules, tables and JSON.
+    const NAME: &'static str;
+
+    /// What the layers stand for.
+    const KIND: MethodKind = MethodKind::Linear;
+
+    /// The layers that the method makes.
+    type Layer: Layer;
+
+    /// Checks the settings by themselves.
+    ///
+    /// # Errors
+    /// When a setting is out of its range, or two exclude each other.
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Checks that a rule whose keys are `given` says what a rule has to, beyond valid settings.
+    ///
+    /// # Errors
+    /// When a key is missing that a rule cannot leave at its default.
+    fn check_rule(&self, given: &Map<String, Value>) -> Result<()> {
+        let _ = given;
+        Ok(())
+    }
+
+    /// Checks the settings against a weight's shape and whether calibration statistics are at hand, before any work is done.
+    ///
+    /// # Errors
+    /// When a setting does not fit, or calibration is needed and missing.
+    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()>;
+
+    /// Returns the bytes that a layer's parts will take, the bias aside; `None` where that follows from its numbers.
+    ///
+    /// # Errors
+    /// When the settings do not fit the shape.
+    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+        let _ = (out_features, in_features);
+        Ok(None)
+    }
+
+    /// Compresses `weight` `[out_features, in_features]` with its bias `[out_features]`. Settings, shapes and numbers have been
+    /// checked.
+    ///
+    /// # Errors
+    /// When a factorisation fails, or a result is not finite.
+    fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<&Calibration>,
+    ) -> Result<Self::Layer>;
+
+    /// Returns a layer from its stored form, run as its defaults say until [`Layer::configured`].
+    ///
+    /// # Errors
+    /// When an array is missing, or its shape does not follow from the config.
+    fn from_parts(parts: Parts) -> Result<Self::Layer>;
+
+    /// Returns a layer's full configuration: what its parts say (`stored`), and how these settings run it.
+    fn with_stored(&self, stored: &Value) -> Value {
+        stored.clone()
+    }
+}
+
+/// Compresses `weight` `[out_features, in_features]` with its bias `[out_features]`, for inputs with the statistics of
+/// `calibration`.
+///
+/// # Errors
+/// When a setting is out of its range or does not fit, calibration is needed and missing, a number is not finite, or a
+/// factorisation fails.
+pub fn compress<M: Method>(
+    settings: &M,
+    weight: ArrayView2<f32>,
+    bias: Option<ArrayView1<f32>>,
+    calibration: Option<&Calibration>,
+) -> Result<M::Layer> {
+    let (out_features, in_features) = weight.dim();
+    Method::validate(settings)?;
+    Method::check(settings, out_features, in_features, calibration.is_some())?;
+    check_inputs(weight, bias, calibration)?;
+    Method::compress(settings, weight, bias, calibration)
+}
+
+/// [`Method`] as a trait object.
+trait AnyMethod: fmt::Debug + Send + Sync {
+    fn as_any(&self) -> &dyn Any;
+    fn name(&self) -> MethodName;
+    fn kind(&self) -> MethodKind;
+    fn settings(&self) -> Value;
+    fn validate(&self) -> Result<()>;
+    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()>;
+    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>>;
+    fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<&Calibration>,
+    ) -> Result<SharedLayer>;
+    fn with_stored(&self, stored: &Value) -> Value;
+}
+
+impl<M: Method> AnyMethod for M {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+    fn name(&self) -> MethodName {
+        MethodName::new(M::NAME)
+    }
+    fn kind(&self) -> MethodKind {
+        M::KIND
+    }
+    fn settings(&self) -> Value {
+        serde_json::to_value(self).unwrap_or_default()
+    }
+    fn validate(&self) -> Result<()> {
+        Method::validate(self)
+    }
+    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+        Method::check(self, out_features, in_features, calibrated)
+    }
+    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+        Method::expected_bytes(self, out_features, in_features)
+    }
+    fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<&Calibration>,
+    ) -> Result<SharedLayer> {
+        Ok(compress(self, weight, bias, calibration)?.shared())
+    }
+    fn with_stored(&self, stored: &Value) -> Value {
+        Method::with_stored(self, stored)
+    }
+}
+
+/// A method and its settings: what a rule asks for. Cloning shares them.
+#[derive(Clone)]
+pub struct MethodConfig(Arc<dyn AnyMethod>);
+
+impl<M: Method> From<M> for MethodConfig {
+    fn from(settings: M) -> Self {
+        MethodConfig(Arc::new(settings))
+    }
+}
+
+impl fmt::Debug for MethodConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl PartialEq for MethodConfig {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name() && self.0.settings() == other.0.settings()
+    }
+}
+
+/// Serialised as the settings with the method's name under `method`.
+impl Serialize for MethodConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut all = Map::new();
+        all.insert("method".into(), self.name().as_str().into());
+        if let Value::Object(settings) = self.0.settings() {
+            all.extend(settings);
+        }
+        all.serialize(serializer)
+    }
+}
+
+impl MethodConfig {
+    /// The method's name.
+    pub fn name(&self) -> MethodName {
+        self.0.name()
+    }
+
+    /// What the method's layers stand for.
+    pub fn kind(&self) -> MethodKind {
+        self.0.kind()
+    }
+
+    /// The settings as those of method `M`, where they are.
+    pub fn downcast_ref<M: Method>(&self) -> Option<&M> {
+        self.0.as_any().downcast_ref()
+    }
+
+    /// See [`Method::with_stored`].
+    pub fn with_stored(&self, stored: &Value) -> Value {
+        self.0.with_stored(stored)
+    }
+
+    /// See [`Method::validate`].
+    ///
+    /// # Errors
+    /// When a setting is out of its range, or two exclude each other.
+    pub fn validate(&self) -> Result<()> {
+        self.0.validate()
+    }
+
+    /// Checks the settings by themselves and against a weight's shape.
+    ///
+    /// # Errors
+    /// When a setting does not fit, or calibration is needed and missing.
+    pub fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+        self.0.validate()?;
+        self.0.check(out_features, in_features, calibrated)
+    }
+
+    /// See [`Method::expected_bytes`].
+    ///
+    /// # Errors
+    /// When the settings do not fit the shape.
+    pub fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+        self.0.expected_bytes(out_features, in_features)
+    }
+
+    /// See [`compress`].
+    ///
+    /// # Errors
+    /// As [`compress`].
+    pub fn compress(
+        &self,
+        weight: ArrayView2<f32>,
+        bias: Option<ArrayView1<f32>>,
+        calibration: Option<&Calibration>,
+    ) -> Result<SharedLayer> {
+        self.0.compress(weight, bias, calibration)
+    }
+}
+
+/// Reads a stored config into the type that a method keeps it as.
+///
+/// # Errors
+/// When it is not what this version writes.
+pub fn read_config<T: DeserializeOwned>(method: &str, config: &Value) -> Result<T> {
+    T::deserialize(config).map_err(|e| {
+        Error::expected(format!("stored config of a {method} layer"), e, "the settings that this version writes")
+    })
+}

@@ -1,0 +1,83 @@
+//! What holds for layers of every method.
+
+use ndarray::Array2;
+use proptest::prelude::*;
+
+use crate::calibration::Calibration;
+use crate::layer::{
+    Accuracy, Dense, KeyValueConfig, KeyValueLayer, Layer, LowRankConfig, MethodConfig, Rank, SearchSettings,
+};
+use crate::linalg::relative_error;
+
+fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
+    Array2::from_shape_fn((rows, columns), |(i, j)| {
+        ((i * 7919 + j * 104_729 + seed * 31) % 1009) as f32 / 500.0 - 1.0
+    })
+}
+
+fn methods() -> [MethodConfig; 3] {
+    let low_rank = LowRankConfig { rank: Rank::Components(1), ..LowRankConfig::default() };
+    [
+        MethodConfig::from(Dense {}),
+        MethodConfig::from(KeyValueConfig { expected_keys_per_query: Some(2.0), ..KeyValueConfig::default() }),
+        MethodConfig::from(LowRankConfig {
+            weight: serde_json::from_str(r#"{"type":"int8","group":"channel"}"#).unwrap(),
+            ..low_rank
+        }),
+    ]
+}
+
+proptest! {
+    /// Whatever a forward pass leaves out, the gradients are those of the layer that is stored.
+    #[test]
+    fn gradients_are_those_of_the_exact_layer(out in 2usize..9, inputs in 2usize..9, batch in 1usize..6, seed in 0usize..500) {
+        let (w, x, g) = (sample(out, inputs, seed), sample(batch, inputs, seed + 1), sample(batch, out, seed + 2));
+        for method in methods() {
+            let calibration = Calibration::of(sample(20, inputs, seed + 3)).unwrap();
+            let layer = method.compress(w.view(), None, Some(&calibration)).unwrap();
+            let found = layer.backward(x.view(), g.view()).unwrap();
+            let stored = layer.weight().unwrap();
+            prop_assert!(relative_error(found.input.view(), g.dot(&stored).view()) < 1e-4, "{:?}", method);
+            prop_assert!(relative_error(found.weight.view(), g.t().dot(&x).view()) < 1e-4, "{:?}", method);
+            prop_assert!((found.bias - g.sum_axis(ndarray::Axis(0))).iter().all(|d| d.abs() < 1e-5));
+        }
+    }
+
+    /// Without the estimator: what a small change of the input changes in the approximate output.
+    #[test]
+    fn without_it_they_are_those_of_the_approximate_pass(out in 3usize..9, inputs in 3usize..9, seed in 0usize..500) {
+        let (w, x, g) = (sample(out, inputs, seed), sample(2, inputs, seed + 1), sample(2, out, seed + 2));
+        let calibration = Calibration::of(sample(30, inputs, seed + 3)).unwrap();
+        let layer = methods()[1].compress(w.view(), None, Some(&calibration)).unwrap();
+        let layer = layer.downcast_ref::<KeyValueLayer>().unwrap();
+        let settings = SearchSettings { use_straight_through_estimator: false, ..layer.settings().clone() };
+        let layer = layer.with_search(settings).unwrap();
+        let gradient = layer.backward(x.view(), g.view()).unwrap().input;
+        let step = sample(2, inputs, seed + 4) * 1e-4;
+        let run = |x: &Array2<f32>| layer.forward(x.view(), Accuracy::Approximate).unwrap().y.mapv(f64::from);
+        let (before, after) = (run(&x), run(&(&x + &step)));
+        let changed = ((after - before) * g.mapv(f64::from)).sum();
+        let foretold = (gradient.mapv(f64::from) * step.mapv(f64::from)).sum();
+        // A key may pass the threshold on the way; else the output is linear.
+        let hits = |x: &Array2<f32>| {
+            let of = |q: crate::layer::QueryHits| {
+                let mut keys: Vec<u32> = q.hits.iter().map(|h| h.key).collect();
+                keys.sort_unstable();
+                keys
+            };
+            layer.search(x.view(), None).unwrap().into_iter().map(of).collect::<Vec<_>>()
+        };
+        if hits(&x) == hits(&(&x + &step)) {
+            prop_assert!((changed - foretold).abs() < 2e-5, "{} {}", changed, foretold);
+        }
+    }
+}
+
+#[test]
+fn other_shapes_are_refused() {
+    let layer = MethodConfig::from(Dense {}).compress(sample(3, 2, 1).view(), None, None).unwrap();
+    assert!(layer.backward(sample(4, 2, 1).view(), sample(4, 2, 1).view()).is_err());
+    assert!(layer.backward(sample(4, 2, 1).view(), sample(3, 3, 1).view()).is_err());
+    let nan = Array2::from_elem((1, 3), f32::NAN);
+    assert!(layer.backward(sample(1, 2, 1).view(), nan.view()).is_err());
+}

@@ -1,0 +1,443 @@
+//! Files that layers are calibrated and measured with: activations, and statistics of activations.
+//!
+//! An activations file is safetensors with a tensor `[tokens, in_features]` (F32, F16 or BF16) named after each layer. A
+//! statistics file has `layerstore:statistics = 1` in its metadata, and for each layer `NAME` the tensors
+//!
+//! | tensor | shape | dtype |
+//! |---|---|---|
+//! | `NAME.count` | `[]` or `[1]` | I64 or U64: the tokens that the others are over |
+//! | `NAME.mean` | `[in_features]` | F32 or F64 |
+//! | `NAME.mean_abs` | `[in_features]` | F32 or F64: E\|x\| |
+//! | `NAME.second_moment` | `[in_features, in_features]`, or `[in_features]`, its diagonal | F32 or F64: E\[x xᵀ\] |
+//! | `NAME.sample`, if wanted | `[rows, in_features]` | F32, F16 or BF16: some of the inputs |
+//!
+//! Layers that share their inputs may share statistics: the metadata's `layerstore:shared` is a JSON object from a layer's name
+//! to the name whose tensors it uses.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+
+use ndarray::{Array1, Array2};
+use safetensors::tensor::TensorView;
+
+use crate::error::{Error, Result};
+use crate::formats::{SafetensorsSource, TensorInfo, TensorSource, whole};
+use crate::layer::{DType, f32_bytes, to_f32};
+use crate::{Calibration, SecondMoment};
+
+const MARK: &str = "layerstore:statistics";
+const SHARED: &str = "layerstore:shared";
+const VERSION: &str = "1";
+const MEAN: &str = "mean";
+
+/// Inputs of layers, a tensor `[tokens, in_features]` named after each layer.
+#[derive(Debug)]
+pub struct ActivationsFile {
+    file: SafetensorsSource,
+}
+
+impl ActivationsFile {
+    /// Opens an activations file (safetensors; F32, F16 or BF16).
+    ///
+    /// # Errors
+    /// As [`SafetensorsSource::open`], and when it is a statistics file, which holds no activations to measure with.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let file = SafetensorsSource::open(path)?;
+        if file.metadata().contains_key(MARK) {
+            return Err(Error::file(
+                file.path(),
+                "the file holds statistics of activations; a tensor [tokens, in_features] for each layer is needed",
+            ));
+        }
+        Ok(ActivationsFile { file })
+    }
+
+    /// The names of the layers whose inputs it holds.
+    pub fn layers(&self) -> impl Iterator<Item = &str> {
+        self.file.tensors().keys().map(String::as_str)
+    }
+
+    /// Refuses inputs for `layer` that could not be used, without reading them. `false` where there are none.
+    ///
+    /// # Errors
+    /// When they are not `[tokens, in_features]` of a float type, or there are no tokens.
+    pub fn check(&self, layer: &str, in_features: usize) -> Result<bool> {
+        let Some(tensor) = self.file.tensors().get(layer) else { return Ok(false) };
+        let what = || format!("activations of '{layer}' in {}", self.file.path().display());
+        if !is_float(tensor.dtype) {
+            return Err(Error::expected(what(), format!("{:?}", tensor.dtype), "F32, F16 or BF16"));
+        }
+        match tensor.shape[..] {
+            [tokens, features] if tokens > 0 && features == in_features => Ok(true),
+            _ => Err(Error::expected(
+                what(),
+                format!("shape {:?}", tensor.shape),
+                format!("[tokens, {in_features}] with at least one token"),
+            )),
+        }
+    }
+
+    /// Reads the inputs of `layer`, `[tokens, in_features]`; `None` where there are none.
+    ///
+    /// # Errors
+    /// As [`ActivationsFile::check`], and when a value is not finite.
+    pub fn get(&self, layer: &str, in_features: usize) -> Result<Option<Array2<f32>>> {
+        if !self.check(layer, in_features)? {
+            return Ok(None);
+        }
+        let file: &dyn TensorSource = &self.file;
+        file.tensor(layer).map(|tensor| file.matrix(tensor)).transpose()
+    }
+}
+
+fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// What layers are calibrated with: the statistics of an activations file's inputs, or those of a statistics file.
+#[derive(Debug)]
+pub struct CalibrationFile {
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Activations(ActivationsFile),
+    Statistics(StatisticsFile),
+}
+
+impl CalibrationFile {
+    /// Opens a file of either kind.
+    ///
+    /// # Errors
+    /// As [`SafetensorsSource::open`], and when a statistics file is of an unknown version, or lacks a tensor.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let file = SafetensorsSource::open(path)?;
+        let kind = match file.metadata().get(MARK) {
+            None => Kind::Activations(ActivationsFile { file }),
+            Some(version) => Kind::Statistics(StatisticsFile::of(file, &version.clone())?),
+        };
+        Ok(CalibrationFile { kind })
+    }
+
+    /// The names of the layers that it has statistics for.
+    pub fn layers(&self) -> Vec<&str> {
+        match &self.kind {
+            Kind::Activations(file) => file.layers().collect(),
+            Kind::Statistics(file) => file.layers.keys().map(String::as_str).collect(),
+        }
+    }
+
+    /// Refuses statistics for `layer` that could not be used, without reading them whole. `false` where there are none.
+    ///
+    /// # Errors
+    /// When a tensor is of another shape or dtype.
+    pub fn check(&self, layer: &str, in_features: usize) -> Result<bool> {
+        match &self.kind {
+            Kind::Activations(file) => file.check(layer, in_features),
+            Kind::Statistics(file) => file.check(layer, in_features),
+        }
+    }
+
+    /// Rows that [`Calibration::sample`] will have for `layer`.
+    pub fn sample_rows(&self, layer: &str) -> usize {
+        let tensor = match &self.kind {
+            Kind::Activations(file) => file.file.tensors().get(layer),
+            Kind::Statistics(file) => file.tensor(layer, "sample"),
+        };
+        let rows = tensor.and_then(|tensor| tensor.shape.first().copied()).unwrap_or(0);
+        rows.min(layerstore_core::calibration::SAMPLE_ROWS)
+    }
+
+    /// Reads the statistics of the inputs of `layer`; `None` where there are none.
+    ///
+    /// # Errors
+    /// As [`CalibrationFile::check`], and when a value is not finite or no statistic.
+    pub fn get(&self, layer: &str, in_features: usize) -> Result<Option<Calibration>> {
+        match &self.kind {
+            Kind::Activations(file) => file.get(layer, in_features)?.map(Calibration::of).transpose(),
+            Kind::Statistics(file) => file.get(layer, in_features),
+        }
+    }
+
+    /// Adds dtype, shape and bytes of all that [`CalibrationFile::get`] reads to a hash that names what a layer was made of.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn hash(&self, layer: &str, hasher: &mut blake3::Hasher) -> Result<()> {
+        let (file, tensors): (_, Vec<&TensorInfo>) = match &self.kind {
+            Kind::Activations(file) => (&file.file, file.file.tensors().get(layer).into_iter().collect()),
+            Kind::Statistics(file) => (&file.file, PARTS.iter().filter_map(|part| file.tensor(layer, part)).collect()),
+        };
+        for tensor in tensors {
+            let bytes = file.bytes(tensor)?;
+            for piece in [format!("{:?} {:?}", tensor.dtype, tensor.shape).as_bytes(), &bytes] {
+                hasher.update(&(piece.len() as u64).to_le_bytes());
+                hasher.update_rayon(piece);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The tensors of a layer in a statistics file.
+const PARTS: [&str; 5] = ["count", MEAN, "mean_abs", "second_moment", "sample"];
+
+#[derive(Debug)]
+struct StatisticsFile {
+    file: SafetensorsSource,
+    /// From a layer to the name that its tensors begin with.
+    layers: BTreeMap<String, String>,
+}
+
+impl StatisticsFile {
+    fn of(file: SafetensorsSource, version: &str) -> Result<Self> {
+        if version != VERSION {
+            let found = format!("version {version} of a statistics file");
+            return Err(Error::file(file.path(), format!("found {found}, expected version {VERSION}")));
+        }
+        let mut layers = BTreeMap::new();
+        for tensor in file.tensors().keys() {
+            let Some((name, part)) = tensor.rsplit_once('.') else {
+                return Err(Error::file(file.path(), format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER."))));
+            };
+            if !PARTS.contains(&part) {
+                return Err(Error::file(file.path(), format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER."))));
+            }
+            layers.insert(name.to_owned(), name.to_owned());
+        }
+        if let Some(shared) = file.metadata().get(SHARED) {
+            let shared: HashMap<String, String> = serde_json::from_str(shared)
+                .map_err(|e| Error::file(file.path(), format!("{SHARED} is no JSON object of names: {e}")))?;
+            for (layer, of) in shared {
+                if !layers.contains_key(&of) {
+                    let reason = format!("{SHARED} says that '{layer}' shares the statistics of '{of}', which has none");
+                    return Err(Error::file(file.path(), reason));
+                }
+                layers.insert(layer, of);
+            }
+        }
+        let statistics = StatisticsFile { file, layers };
+        let owners: BTreeSet<&String> = statistics.layers.values().collect();
+        for owner in owners {
+            for part in &PARTS[..4] {
+                statistics.required(owner, part)?;
+            }
+        }
+        Ok(statistics)
+    }
+
+    fn tensor(&self, layer: &str, part: &str) -> Option<&TensorInfo> {
+        let owner = self.layers.get(layer)?;
+        self.file.tensors().get(&format!("{owner}.{part}"))
+    }
+
+    fn required(&self, layer: &str, part: &str) -> Result<&TensorInfo> {
+        self.tensor(layer, part)
+            .ok_or_else(|| Error::file(self.file.path(), format!("statistics of '{layer}' without '{layer}.{part}'")))
+    }
+
+    fn check(&self, layer: &str, in_features: usize) -> Result<bool> {
+        if !self.layers.contains_key(layer) {
+            return Ok(false);
+        }
+        let n = in_features;
+        let fits = |part: &str, shapes: &[&[usize]], dtypes: &[DType]| {
+            let tensor = self.required(layer, part)?;
+            if shapes.contains(&&tensor.shape[..]) && dtypes.contains(&tensor.dtype) {
+                return Ok(());
+            }
+            Err(Error::expected(
+                format!("tensor '{}' of {}", tensor.name, self.file.path().display()),
+                format!("{:?} {:?}", tensor.dtype, tensor.shape),
+                format!("one of {dtypes:?} of a shape among {shapes:?}"),
+            ))
+        };
+        let floats = [DType::F32, DType::F64];
+        fits("count", &[&[], &[1]], &[DType::I64, DType::U64])?;
+        fits(MEAN, &[&[n]], &floats)?;
+        fits("mean_abs", &[&[n]], &floats)?;
+        fits("second_moment", &[&[n, n], &[n]], &floats)?;
+        if let Some(sample) = self.tensor(layer, "sample") {
+            let rows = sample.shape.first().copied().unwrap_or(0);
+            fits("sample", &[&[rows, n]], &[DType::F32, DType::F16, DType::BF16])?;
+        }
+        Ok(true)
+    }
+
+    fn get(&self, layer: &str, in_features: usize) -> Result<Option<Calibration>> {
+        if !self.check(layer, in_features)? {
+            return Ok(None);
+        }
+        let wide = |part: &str| -> Result<Vec<f64>> {
+            let tensor = self.required(layer, part)?;
+            let bytes = self.file.bytes(tensor)?;
+            Ok(match tensor.dtype {
+                DType::F64 => bytes.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
+                dtype => to_f32(dtype, &bytes)?.into_iter().map(f64::from).collect(),
+            })
+        };
+        let count = self.file.bytes(self.required(layer, "count")?)?;
+        let count = count.first_chunk::<8>().map(|b| i64::from_le_bytes(*b)).unwrap_or_default();
+        let count = u64::try_from(count).map_err(|_| Error::expected(format!("'{layer}.count'"), count, "at least 1"))?;
+        let n = in_features;
+        let shaped = |e: ndarray::ShapeError| Error::Numeric(e.to_string());
+        let second = wide("second_moment")?;
+        let second = match self.required(layer, "second_moment")?.shape.len() == 1 {
+            true => SecondMoment::Diagonal(Array1::from(second)),
+            false => SecondMoment::Full(Array2::from_shape_vec((n, n), second).map_err(shaped)?),
+        };
+        let file: &dyn TensorSource = &self.file;
+        let sample = match self.tensor(layer, "sample") {
+            Some(sample) if sample.shape[0] > 0 => file.matrix(sample)?,
+            _ => Array2::zeros((0, n)),
+        };
+        let calibration = Calibration::from_moments(
+            count,
+            Array1::from(wide(MEAN)?),
+            Array1::from(wide("mean_abs")?),
+            second,
+            sample,
+        );
+        calibration.map(Some).map_err(|e| e.in_layer(layer))
+    }
+}
+
+/// Writes statistics by layer as a statistics file; the file appears whole or not at all.
+///
+/// # Errors
+/// When two have one name, or the file cannot be written.
+pub fn write_statistics(path: &Path, layers: &[(String, Calibration)]) -> Result<()> {
+    let wide = |values: &mut dyn Iterator<Item = f64>| values.flat_map(f64::to_le_bytes).collect::<Vec<u8>>();
+    let mut tensors: BTreeMap<String, (DType, Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    for (layer, calibration) in layers {
+        let n = calibration.features();
+        let count = i64::try_from(calibration.tokens()).unwrap_or(i64::MAX);
+        let second = match calibration.has_full_moment() {
+            true => (DType::F64, vec![n, n], wide(&mut calibration.second_moment()?.iter().copied())),
+            false => (DType::F64, vec![n], wide(&mut calibration.second_diagonal().into_iter())),
+        };
+        let sample = calibration.sample();
+        let rows = sample.nrows();
+        let sample = f32_bytes(sample.as_standard_layout().as_slice().unwrap_or_default()).to_vec();
+        for (part, tensor) in [
+            ("count", (DType::I64, vec![], count.to_le_bytes().to_vec())),
+            (MEAN, (DType::F64, vec![n], wide(&mut calibration.mean().iter().copied()))),
+            ("mean_abs", (DType::F64, vec![n], wide(&mut calibration.mean_abs().iter().copied()))),
+            ("second_moment", second),
+            ("sample", (DType::F32, vec![rows, n], sample)),
+        ] {
+            if tensors.insert(format!("{layer}.{part}"), tensor).is_some() {
+                return Err(Error::expected("layers of a statistics file", format!("two named '{layer}'"), "one"));
+            }
+        }
+    }
+    let views: Vec<(&String, TensorView)> = tensors
+        .iter()
+        .map(|(name, (dtype, shape, bytes))| {
+            let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|e| Error::file(path, e.to_string()))?;
+            Ok((name, view))
+        })
+        .collect::<Result<_>>()?;
+    let metadata = HashMap::from([(MARK.to_owned(), VERSION.to_owned())]);
+    whole(path, |staged| {
+        safetensors::serialize_to_file(views, Some(metadata), staged).map_err(|e| Error::file(path, e.to_string()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(path: &Path, tensors: &[(&str, DType, Vec<usize>, Vec<u8>)], metadata: &[(&str, &str)]) {
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, shape, bytes)| (*name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        let metadata = metadata.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        safetensors::serialize_to_file(views, Some(metadata), path).unwrap();
+    }
+
+    fn f32s(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn activations_are_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let tensors =
+            [("a", DType::F32, vec![2, 3], f32s(&[0.0; 6])), ("b", DType::F32, vec![3], f32s(&[0.0; 3]))];
+        write(&path, &tensors, &[]);
+        let activations = ActivationsFile::open(&path).unwrap();
+        assert_eq!(activations.get("a", 3).unwrap().unwrap().dim(), (2, 3));
+        assert!(activations.get("c", 3).unwrap().is_none());
+        assert!(activations.get("a", 4).unwrap_err().to_string().contains("[2, 3]"));
+        assert!(activations.check("b", 3).is_err());
+        let calibration = CalibrationFile::open(&path).unwrap();
+        assert_eq!(calibration.get("a", 3).unwrap().unwrap().tokens(), 2);
+        assert_eq!(calibration.sample_rows("a"), 2);
+    }
+
+    #[test]
+    fn statistics_come_back_and_are_shared() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s.safetensors");
+        let inputs = Array2::from_shape_fn((9, 3), |(i, j)| ((i * 7 + j * 5) % 11) as f32 - 4.0);
+        let calibration = Calibration::of(inputs.clone()).unwrap();
+        write_statistics(&path, &[("a.q".to_owned(), calibration.clone())]).unwrap();
+        let read = CalibrationFile::open(&path).unwrap();
+        assert_eq!(read.layers(), ["a.q"]);
+        let back = read.get("a.q", 3).unwrap().unwrap();
+        assert_eq!((back.tokens(), back.sample()), (9, inputs.view()));
+        let apart = &back.second_moment().unwrap().to_owned() - &calibration.second_moment().unwrap();
+        assert!(apart.iter().all(|d: &f64| d.abs() < 1e-12));
+        assert!(read.get("a.q", 4).unwrap_err().to_string().contains("[3]"));
+        assert!(read.get("b", 3).unwrap().is_none());
+        assert!(ActivationsFile::open(&path).unwrap_err().to_string().contains("statistics"));
+        let twice = [("a".to_owned(), calibration.clone()), ("a".to_owned(), calibration)];
+        assert!(write_statistics(&path, &twice).unwrap_err().to_string().contains("two named"));
+
+        let parts = |second: (Vec<usize>, Vec<f32>)| {
+            vec![
+                ("q.count", DType::I64, vec![1], 4i64.to_le_bytes().to_vec()),
+                ("q.mean", DType::F32, vec![2], f32s(&[0.0, 1.0])),
+                ("q.mean_abs", DType::F32, vec![2], f32s(&[0.5, 1.0])),
+                ("q.second_moment", DType::F32, second.0, f32s(&second.1)),
+            ]
+        };
+        let full = || parts((vec![2, 2], vec![1.0, 0.0, 0.0, 2.0]));
+        let mark = (MARK, VERSION);
+        write(&path, &full(), &[mark, (SHARED, r#"{"k": "q"}"#)]);
+        let read = CalibrationFile::open(&path).unwrap();
+        assert_eq!(read.layers(), ["k", "q"]);
+        assert_eq!(read.get("k", 2).unwrap().unwrap().tokens(), 4);
+        assert_eq!(read.sample_rows("k"), 0);
+        let hash = |layer: &str| {
+            let mut hasher = blake3::Hasher::new();
+            read.hash(layer, &mut hasher).unwrap();
+            hasher.finalize()
+        };
+        assert_eq!(hash("k"), hash("q"));
+        assert_ne!(hash("k"), hash("another"));
+
+        write(&path, &parts((vec![2], vec![1.0, 2.0])), &[mark]);
+        let diagonal = CalibrationFile::open(&path).unwrap().get("q", 2).unwrap().unwrap();
+        assert!(!diagonal.has_full_moment());
+
+        for (tensors, metadata, expected) in [
+            (full(), vec![(MARK, "2")], "version 2"),
+            (full()[..3].to_vec(), vec![mark], "without 'q.second_moment'"),
+            (full(), vec![mark, (SHARED, r#"{"k": "v"}"#)], "'v', which has none"),
+            (full(), vec![mark, (SHARED, "[]")], "no JSON object"),
+            (vec![("q.men", DType::F32, vec![1], f32s(&[1.0]))], vec![mark], "q.men"),
+        ] {
+            write(&path, &tensors, &metadata);
+            let message = CalibrationFile::open(&path).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+        let mut negative = full();
+        negative[0].3 = (-4i64).to_le_bytes().to_vec();
+        write(&path, &negative, &[mark]);
+        assert!(CalibrationFile::open(&path).unwrap().get("q", 2).unwrap_err().to_string().contains("-4"));
+    }
+}

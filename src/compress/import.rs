@@ -1,0 +1,446 @@
+//! A source's model into the store: every layer, each by the first rule that takes it.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use chrono::Utc;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::attention::{PlannedBlock, block_recipe, make_block};
+use super::calibration::CalibrationFile;
+use super::measure::measure;
+use super::plan::{Planned, Work, bits_per_weight, plan};
+use super::recipe::Recipe;
+use super::rules::Rules;
+use super::work::{Cancel, Progress, Silent};
+use crate::error::{Error, Result};
+use crate::formats::{SourceContent, TensorSource};
+use crate::layer::parts::Tensor;
+use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodConfig, MethodName, Parts, dtype_name, registry};
+use crate::store::{
+    ErrorBasis, LayerRecord, Made, Places, Source, Store, Stored, Writer, check_model_name, joined, source_tensors,
+};
+
+/// How a model is imported.
+pub struct ImportOptions {
+    /// Which layers are compressed how.
+    pub rules: Rules,
+    /// Statistics of layers' inputs.
+    pub calibration: Option<CalibrationFile>,
+    /// For the log.
+    pub message: Option<String>,
+    pub progress: Arc<dyn Progress>,
+    pub cancel: Cancel,
+}
+
+impl Default for ImportOptions {
+    fn default() -> Self {
+        ImportOptions {
+            rules: Rules::default(),
+            calibration: None,
+            message: None,
+            progress: Arc::new(Silent),
+            cancel: Cancel::new(),
+        }
+    }
+}
+
+/// What became of one layer.
+#[derive(Debug, Clone, Serialize)]
+pub struct LayerReport {
+    pub layer: String,
+    pub method: MethodName,
+    pub in_features: u64,
+    pub out_features: u64,
+    pub artifact: String,
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
+    pub dense_bytes: u64,
+    pub stored_bytes: u64,
+    /// Stored bits for each weight, the bias and everything else counted.
+    pub bits_per_weight: f64,
+    /// Of layers that were made anew.
+    #[serde(flatten)]
+    pub correction: CorrectionReport,
+    /// Whether the store had it already.
+    pub reused: bool,
+    pub seconds: f64,
+}
+
+/// What became of a model.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImportReport {
+    pub model: String,
+    pub version: u64,
+    pub layers: Vec<LayerReport>,
+    pub dense_bytes: u64,
+    pub stored_bytes: u64,
+    /// Bytes of parts that were new to the store.
+    pub written_bytes: u64,
+    /// Patterns of rules that took no layer, with their lines: likely mistakes.
+    pub unused_rules: Vec<String>,
+    /// Calibration tensors that are named after no layer of the source: likely mistakes too.
+    pub unmatched_calibration: Vec<String>,
+}
+
+/// Imports `source` as `model`, in place of what the store held under that name, as one new version.
+///
+/// Everything that rules and calibration can get wrong is refused before any layer is worked on. Layers that were made
+/// from the same tensors, settings and calibration before are not made again.
+///
+/// # Errors
+/// When a rule or calibration does not fit a layer, a tensor holds NaN, the storage refuses, or the work is cancelled:
+/// then the store is as it was.
+pub async fn import(
+    store: &Store,
+    source: Arc<dyn TensorSource>,
+    model: &str,
+    options: ImportOptions,
+) -> Result<ImportReport> {
+    check_model_name(model)?;
+    let ImportOptions { rules, calibration, message, progress, cancel } = options;
+    let Work { layers, blocks, unused_rules } = plan(&*source, &rules, calibration.as_ref())?;
+    let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
+    let given = calibration.iter().flat_map(CalibrationFile::layers);
+    let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
+    let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
+    progress.started(layers.len() + blocks.len(), bytes);
+    let inputs = Arc::new(Inputs { source, calibration });
+    let mut session = ImportSession::begin(store, model, &progress, &cancel).await?;
+    for layer in layers {
+        session.add(&inputs, layer).await?;
+    }
+    for block in blocks {
+        session.add(&inputs, block).await?;
+    }
+    session.commit(message.as_deref(), unused_rules, unmatched_calibration).await
+}
+
+/// What layers are made from.
+struct Inputs {
+    source: Arc<dyn TensorSource>,
+    calibration: Option<CalibrationFile>,
+}
+
+/// A layer that an import makes, or finds made. Its methods do blocking work.
+trait Item: Clone + Send + Sync + 'static {
+    fn name(&self) -> &str;
+
+    /// `(out_features, in_features)`.
+    fn shape(&self) -> (u64, u64);
+
+    /// Bytes in the source.
+    fn dense_bytes(&self) -> Result<u64>;
+
+    /// Names what the layer is made from and how, and where it comes from.
+    fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)>;
+
+    /// Makes the layer, and measures it.
+    fn make(&self, inputs: &Inputs) -> Result<Compressed>;
+
+    /// The full configuration of the layer, whose parts the store has with this config.
+    fn configuration(&self, stored: &Value) -> Value;
+}
+
+/// A layer that was made.
+struct Compressed {
+    parts: Parts,
+    correction: CorrectionReport,
+    relative_error: Option<f64>,
+    error_basis: ErrorBasis,
+}
+
+impl Item for Planned {
+    fn name(&self) -> &str {
+        &self.source.name
+    }
+
+    fn shape(&self) -> (u64, u64) {
+        Planned::shape(self)
+    }
+
+    fn dense_bytes(&self) -> Result<u64> {
+        Planned::dense_bytes(self)
+    }
+
+    fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)> {
+        let mut recipe = Recipe::new();
+        let from = &*inputs.source;
+        let source = match &self.source.content {
+            SourceContent::Tensors { weight, bias } => {
+                let tensors = std::iter::once(weight).chain(bias).map(|tensor| recipe.tensor(from, tensor));
+                let tensors = tensors.collect::<Result<_>>()?;
+                Source { file: from.file_name(&weight.name), tensors, metadata: from.metadata() }
+            }
+            SourceContent::Ready { layer, .. } => {
+                let id = layer.to_parts().id();
+                recipe.artifact(id);
+                let tensors = source_tensors(&self.source.name, &**layer, id)?;
+                Source { file: from.file_name(&self.source.name), tensors, metadata: from.metadata() }
+            }
+        };
+        if let Some(method) = &self.method {
+            recipe.settings(method);
+            if self.calibrated {
+                recipe.calibration(inputs.calibration.as_ref(), &self.source.name)?;
+            }
+        }
+        Ok((recipe.finish(), source))
+    }
+
+    fn make(&self, inputs: &Inputs) -> Result<Compressed> {
+        let Some(method) = &self.method else { return self.as_it_is(&*inputs.source) };
+        let (weight, bias) = match &self.source.content {
+            SourceContent::Tensors { weight, bias } => {
+                let bias = bias.as_ref().map(|b| inputs.source.vector(b)).transpose()?;
+                (inputs.source.matrix(weight)?, bias)
+            }
+            SourceContent::Ready { layer, .. } => (layer.weight()?, layer.stored_bias()?),
+        };
+        let calibration = match inputs.calibration.as_ref().filter(|_| self.calibrated) {
+            Some(calibration) => calibration.get(&self.source.name, weight.ncols())?,
+            None => None,
+        };
+        let layer = method.compress(weight.view(), bias.as_ref().map(|b| b.view()), calibration.as_ref())?;
+        let inputs = calibration.as_ref().map(|c| c.sample()).filter(|sample| sample.nrows() > 0);
+        let (error, error_basis) = measure(&*layer, weight.view(), inputs)?;
+        Ok(Compressed {
+            correction: layer.correction_report(weight.view(), inputs),
+            parts: layer.to_parts(),
+            relative_error: Some(error).filter(|e| e.is_finite()),
+            error_basis,
+        })
+    }
+
+    fn configuration(&self, stored: &Value) -> Value {
+        match (&self.method, &self.source.content) {
+            (Some(method), _) => method.with_stored(stored),
+            (None, SourceContent::Ready { layer, .. }) => layer.config(),
+            (None, SourceContent::Tensors { .. }) => stored.clone(),
+        }
+    }
+}
+
+impl Planned {
+    /// The layer as the source has it, bit for bit.
+    fn as_it_is(&self, source: &dyn TensorSource) -> Result<Compressed> {
+        let (parts, relative_error) = match &self.source.content {
+            SourceContent::Ready { layer, .. } => (layer.to_parts(), None),
+            SourceContent::Tensors { weight, bias } => {
+                let bias = bias.as_ref().map(|b| {
+                    source.refuse_nan(b)?;
+                    let data = source.bytes(b)?.into_owned().into();
+                    Ok::<_, Error>(Tensor { name: "bias".into(), dtype: dtype_name(b.dtype), shape: b.shape.clone(), data })
+                });
+                source.refuse_nan(weight)?;
+                let data = source.bytes(weight)?.into_owned().into();
+                let layer = DenseLayer::new(weight.dtype, weight.shape.clone(), data, bias.transpose()?)?;
+                (layer.to_parts(), Some(0.0))
+            }
+        };
+        let correction = CorrectionReport::default();
+        Ok(Compressed { parts, correction, relative_error, error_basis: ErrorBasis::Weights })
+    }
+}
+
+impl Item for PlannedBlock {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn shape(&self) -> (u64, u64) {
+        let width = self.config.d_model.unwrap_or_default() as u64;
+        (width, width)
+    }
+
+    /// None of its own: its projections are layers by themselves.
+    fn dense_bytes(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)> {
+        Ok((block_recipe(&*inputs.source, self, inputs.calibration.as_ref())?, Source::default()))
+    }
+
+    fn make(&self, inputs: &Inputs) -> Result<Compressed> {
+        let (layer, error) = make_block(&*inputs.source, self, inputs.calibration.as_ref())?;
+        Ok(Compressed {
+            parts: layer.to_parts(),
+            correction: CorrectionReport::default(),
+            relative_error: error.filter(|e| e.is_finite()),
+            error_basis: ErrorBasis::Activations,
+        })
+    }
+
+    fn configuration(&self, stored: &Value) -> Value {
+        stored.clone()
+    }
+}
+
+/// A model's layers on their way into its catalogue. When it goes, whether they got there or not, the work is over.
+struct ImportSession<'a> {
+    model: &'a str,
+    progress: &'a Arc<dyn Progress>,
+    cancel: &'a Cancel,
+    /// Taken by the commit.
+    writer: Option<Writer>,
+    layers: Vec<LayerReport>,
+    records: Vec<LayerRecord>,
+}
+
+impl<'a> ImportSession<'a> {
+    async fn begin(
+        store: &Store,
+        model: &'a str,
+        progress: &'a Arc<dyn Progress>,
+        cancel: &'a Cancel,
+    ) -> Result<ImportSession<'a>> {
+        let mut session =
+            ImportSession { model, progress, cancel, writer: None, layers: vec![], records: vec![] };
+        session.writer = Some(store.writer().await?);
+        Ok(session)
+    }
+
+    /// Makes a layer, or finds that the store has what it would be.
+    async fn add<I: Item>(&mut self, inputs: &Arc<Inputs>, item: I) -> Result<()> {
+        let started = Instant::now();
+        self.progress.layer(item.name());
+        let (recipe, source) = {
+            let (inputs, item) = (inputs.clone(), item.clone());
+            unless_cancelled(self.cancel, move || item.recipe(&inputs)).await?
+        };
+        let writer = self.writer.as_mut().ok_or(Error::Cancelled)?;
+        let (stored, correction, reused) = match writer.made_by(&recipe).cloned() {
+            Some(stored) => (stored, CorrectionReport::default(), true),
+            None => {
+                let work = {
+                    let (inputs, item) = (inputs.clone(), item.clone());
+                    unless_cancelled(self.cancel, move || item.make(&inputs)).await
+                };
+                let made = work.map_err(|e| e.in_layer(item.name()))?;
+                let Compressed { parts, correction, relative_error, error_basis } = made;
+                let (_, new) = writer.add(&parts, Made { recipe, relative_error, error_basis }).await?;
+                let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
+                (stored, correction, !new)
+            }
+        };
+        let (out_features, in_features) = item.shape();
+        let config = item.configuration(&stored.config);
+        let done = Done {
+            dense_bytes: item.dense_bytes()?,
+            name: item.name().to_owned(),
+            in_features,
+            out_features,
+            stored,
+            config,
+            correction,
+            reused,
+            source,
+        };
+        self.progress.layer_done(done.dense_bytes, done.reused);
+        self.layers.push(done.report(started));
+        self.records.push(done.record(self.model));
+        Ok(())
+    }
+
+    /// Makes all layers the model's, unless somebody has asked to stop.
+    async fn commit(
+        mut self,
+        message: Option<&str>,
+        unused_rules: Vec<String>,
+        unmatched_calibration: Vec<String>,
+    ) -> Result<ImportReport> {
+        let writer = self.writer.take().filter(|_| !self.cancel.is_cancelled()).ok_or(Error::Cancelled)?;
+        let written_bytes = writer.written_bytes();
+        let version = writer.commit(self.model, &self.records, message).await?;
+        Ok(ImportReport {
+            model: self.model.to_owned(),
+            version,
+            dense_bytes: self.layers.iter().map(|l| l.dense_bytes).sum(),
+            stored_bytes: self.layers.iter().map(|l| l.stored_bytes).sum(),
+            written_bytes,
+            layers: std::mem::take(&mut self.layers),
+            unused_rules,
+            unmatched_calibration,
+        })
+    }
+}
+
+impl Drop for ImportSession<'_> {
+    fn drop(&mut self) {
+        self.progress.finished();
+    }
+}
+
+/// A layer that is in the store.
+struct Done {
+    name: String,
+    in_features: u64,
+    out_features: u64,
+    dense_bytes: u64,
+    stored: Stored,
+    config: Value,
+    correction: CorrectionReport,
+    reused: bool,
+    source: Source,
+}
+
+impl Done {
+    fn report(&self, started: Instant) -> LayerReport {
+        let stored = &self.stored;
+        LayerReport {
+            layer: self.name.clone(),
+            method: stored.method.clone(),
+            in_features: self.in_features,
+            out_features: self.out_features,
+            artifact: stored.artifact.to_string(),
+            relative_error: stored.relative_error,
+            error_basis: stored.error_basis,
+            dense_bytes: self.dense_bytes,
+            stored_bytes: stored.stored_bytes,
+            bits_per_weight: match registry::is_linear(&stored.method) {
+                true => bits_per_weight(stored.stored_bytes, self.out_features, self.in_features),
+                // They have none.
+                false => 0.0,
+            },
+            correction: self.correction.clone(),
+            reused: self.reused,
+            seconds: started.elapsed().as_secs_f64(),
+        }
+    }
+
+    fn record(self, model: &str) -> LayerRecord {
+        LayerRecord {
+            model: model.to_owned(),
+            layer: self.name,
+            method: self.stored.method,
+            in_features: self.in_features,
+            out_features: self.out_features,
+            artifact: self.stored.artifact,
+            relative_error: self.stored.relative_error,
+            error_basis: self.stored.error_basis,
+            dense_bytes: self.dense_bytes,
+            stored_bytes: self.stored.stored_bytes,
+            config: self.config,
+            source: self.source,
+            created_at: Utc::now(),
+            places: Places::default(),
+        }
+    }
+}
+
+/// Runs blocking work, and stops waiting for it when somebody asks.
+async fn unless_cancelled<T: Send + 'static>(
+    cancel: &Cancel,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    if cancel.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
+    tokio::select! {
+        done = tokio::task::spawn_blocking(work) => joined(done)?,
+        () = cancel.cancelled() => Err(Error::Cancelled),
+    }
+}

@@ -1,0 +1,24 @@
+//! Models into the store and out of it: rules that choose methods, calibration, import, evaluation, export.
+
+mod attention;
+mod calibration;
+mod codebooks;
+mod evaluate;
+mod export;
+mod import;
+mod measure;
+mod plan;
+mod recipe;
+mod rules;
+mod shared;
+mod work;
+
+pub use calibration::{ActivationsFile, CalibrationFile, write_statistics};
+pub use codebooks::{Training, TrainingReport, train_codebooks};
+pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
+pub use export::{ExportReport, export};
+pub use import::{ImportOptions, ImportReport, LayerReport, import};
+pub use plan::{Plan, PlannedLayer, preview};
+pub use rules::{Rule, Rules, read_attention_settings};
+pub use shared::{SharedDirections, SharedOptions, shared_directions};
+pub use work::{Cancel, Progress, Silent};

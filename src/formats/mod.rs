@@ -1,0 +1,50 @@
+//! Files that models and arrays come from and go to.
+//!
+//! [`open`] opens a model as a [`TensorSource`], whatever its format; [`FORMATS`] lists the formats.
+
+mod arrays;
+mod attention_state;
+mod keras;
+mod safetensors;
+mod source;
+
+use std::path::Path;
+use std::sync::Arc;
+
+pub use arrays::{read_any_array, read_array, write_any_array, write_array};
+pub use attention_state::{read_attention_state, write_attention_state};
+pub use keras::{KERAS_ROOT, KerasSource};
+pub use safetensors::SafetensorsSource;
+pub use source::{SourceContent, SourceLayer, TensorInfo, TensorSource};
+
+pub(crate) use arrays::whole;
+
+use crate::error::Result;
+
+/// A format of model files.
+struct Format {
+    /// Whether the file or folder at a path is of this format, by its name.
+    is: fn(&Path) -> bool,
+    open: fn(&Path) -> Result<Arc<dyn TensorSource>>,
+}
+
+/// The formats, in the order in which they are asked; the last takes whatever no other does.
+const FORMATS: [Format; 2] = [
+    Format {
+        is: |path| path.extension().is_some_and(|extension| extension == "keras"),
+        open: |path| Ok(Arc::new(KerasSource::open(path)?)),
+    },
+    Format { is: |_| true, open: |path| Ok(Arc::new(SafetensorsSource::open(path)?)) },
+];
+
+/// Opens a model: a `.safetensors` file, an index of shards, a folder that holds either, or a `.keras` archive.
+///
+/// The files must not be changed while the source is open, since they may be memory-mapped.
+///
+/// # Errors
+/// When a file is missing, truncated, or not what its format allows: the message names the file and what was found.
+pub fn open(path: impl AsRef<Path>) -> Result<Arc<dyn TensorSource>> {
+    let path = path.as_ref();
+    let format = FORMATS.iter().find(|format| (format.is)(path)).expect("the last format takes every path");
+    (format.open)(path)
+}
