@@ -10,9 +10,11 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use layerstore::layer::{Accuracy, KeyValueConfig, KeyValueLayer, Layer, Limit, MethodConfig};
+use layerstore::layer::{Accuracy, KeyValueConfig, KeyValueLayer, Layer, Limit, compress};
 use layerstore::linalg::{matmul_nt, relative_error};
-use layerstore::model::{Activations, Checkpoint};
+use layerstore::Calibration;
+use layerstore::compress::ActivationsFile;
+use layerstore::formats;
 use ndarray::{Array2, ArrayView2, Axis, s};
 use serde_json::json;
 
@@ -74,12 +76,12 @@ fn main() -> Result<()> {
         println!("backends: left out, since {} is not there; run `make demo` first", checkpoint.display());
         return Ok(());
     }
-    let (checkpoint, calibration) = (Checkpoint::open(checkpoint)?, Activations::open(calibration)?);
-    let evaluation = std::env::var_os("LAYERSTORE_EVALUATION").map(PathBuf::from).map(Activations::open).transpose()?;
+    let (checkpoint, calibration) = (formats::open(checkpoint)?, ActivationsFile::open(calibration)?);
+    let evaluation = std::env::var_os("LAYERSTORE_EVALUATION").map(PathBuf::from).map(ActivationsFile::open).transpose()?;
     let cases = LAYERS.iter().map(|name| {
         let tensor = checkpoint.tensor(&format!("{name}.weight")).ok_or("a layer is not in the checkpoint")?;
         let weight = checkpoint.matrix(tensor)?;
-        let inputs = |a: &Activations| -> Result<Array2<f32>> {
+        let inputs = |a: &ActivationsFile| -> Result<Array2<f32>> {
             Ok(a.get(name, weight.ncols())?.ok_or("a layer has no calibration tokens")?)
         };
         let all = inputs(&calibration)?;
@@ -102,8 +104,8 @@ fn main() -> Result<()> {
     for (name, settings) in backends() {
         let layers: Vec<KeyValueLayer> =
             cases.iter().map(|c| layer(&settings, c.weight.view(), c.calibration.view())).collect::<Result<_>>()?;
-        let stored = layers.iter().map(|l| l.clone().shared().to_parts().stored_bytes()).sum::<u64>() as f64;
-        let memory = layers.iter().map(|l| l.clone().shared().memory_bytes()).sum::<usize>() / layers.len();
+        let stored = layers.iter().map(|l| l.to_parts().stored_bytes()).sum::<u64>() as f64;
+        let memory = layers.iter().map(|l| l.memory_bytes()).sum::<usize>() / layers.len();
         for (place, &keys) in KEYS.iter().enumerate() {
             let (mut found, mut all, mut error, mut micros) = (0u32, 0u32, 0.0, 0.0);
             for (case, layer) in cases.iter().zip(&layers) {
@@ -118,7 +120,7 @@ fn main() -> Result<()> {
                 let mut settings = layer.settings().clone();
                 settings.expected_keys_per_query = None;
                 settings.threshold = exact.first().map(|e| e.threshold);
-                let running = layer.with_search(settings)?.shared();
+                let running = layer.with_search(settings)?;
                 let y = running.forward(case.queries.view(), Accuracy::Approximate)?.y;
                 error += relative_error(y.view(), matmul_nt(case.queries.view(), case.weight.view()).view());
                 micros += one_query(&running, case.queries.view());
@@ -143,14 +145,11 @@ fn main() -> Result<()> {
 
 fn layer(backend: &serde_json::Value, weight: ArrayView2<f32>, calibration: ArrayView2<f32>) -> Result<KeyValueLayer> {
     let config: KeyValueConfig = serde_json::from_value(json!({"backend": backend}))?;
-    match MethodConfig::from(config).compress(weight, None, Some(calibration))? {
-        Layer::KeyValue(layer) => Ok(layer),
-        _ => Err("a key_value config made another layer".into()),
-    }
+    Ok(compress(&config, weight, None, Some(&Calibration::of(calibration.to_owned())?))?)
 }
 
 /// The median time of a forward pass on one row, in µs.
-fn one_query(layer: &Layer, queries: ArrayView2<f32>) -> f64 {
+fn one_query(layer: &dyn Layer, queries: ArrayView2<f32>) -> f64 {
     let mut times = vec![];
     for _ in 0..3 {
         for row in queries.axis_chunks_iter(Axis(0), 1) {

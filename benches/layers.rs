@@ -9,7 +9,7 @@ mod dense;
 use std::hint::black_box;
 
 use layerstore_core::layer::parts::{Codes, Keys, Parts, Tensor};
-use layerstore_core::layer::{Accuracy, Layer, RowType, SharedLayer, configured, layer_from_parts};
+use layerstore_core::layer::{Accuracy, RowType, SharedLayer, configured, layer_from_parts};
 use layerstore_core::quant::RowMatrix;
 use ndarray::Array1;
 use serde_json::json;

@@ -10,9 +10,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use layerstore::layer::{Accuracy, Layer, LowRankConfig, MethodConfig};
+use layerstore::layer::{Accuracy, Layer, LowRankConfig, compress};
 use layerstore::linalg::{Sketch, Svd, leading_svd, matmul_nt, randomized_svd, relative_error};
-use layerstore::model::{Activations, Checkpoint};
+use layerstore::Calibration;
+use layerstore::compress::ActivationsFile;
+use layerstore::formats;
 use layerstore::quant::{Clipping, PackedMatrix, WeightFormat};
 use ndarray::{Array2, Axis};
 use serde_json::{Value, json};
@@ -124,13 +126,12 @@ fn main() -> Result<()> {
         let (mut bytes, mut weights, mut plain, mut corrected, mut seconds) = (0u64, 0usize, 0.0, 0.0, 0.0);
         for case in &cases {
             let started = Instant::now();
-            let method = MethodConfig::from(config.clone());
-            let layer = method.compress(case.weight.view(), None, Some(case.calibration.view()))?;
+            let calibration = Calibration::of(case.calibration.clone())?;
+            let layer = compress(&config, case.weight.view(), None, Some(&calibration))?;
             seconds += started.elapsed().as_secs_f64();
-            let Layer::LowRank(low_rank) = &layer else { return Err("a low_rank config made another layer".into()) };
             bytes += layer.to_parts().stored_bytes();
             weights += case.weight.len();
-            let without = matmul_nt(case.inputs.view(), low_rank.quantized().dequantize().view());
+            let without = matmul_nt(case.inputs.view(), layer.quantized().dequantize().view());
             plain += relative_error(without.view(), case.outputs.view());
             let y = layer.forward(case.inputs.view(), Accuracy::Approximate)?.y;
             corrected += relative_error(y.view(), case.outputs.view());
@@ -167,7 +168,7 @@ fn decompositions() -> Result<()> {
         let full = leading_svd(error.mapv(f64::from).view(), 32)?;
         let slow = started.elapsed().as_secs_f64();
         let started = Instant::now();
-        MethodConfig::from(LowRankConfig::default()).compress(weight.view(), None, None)?;
+        compress(&LowRankConfig::default(), weight.view(), None, None)?;
         println!(
             "{n} × {n}, rank 32: randomised SVD {fast:.2} s, full {slow:.2} s ({:.0}×); error left {:.5}× the full one's; int4 g64 with rank 32, all of it: {:.2} s",
             slow / fast,
@@ -179,8 +180,8 @@ fn decompositions() -> Result<()> {
 }
 
 fn cases(checkpoint: &Path, calibration: &Path, evaluation: Option<&Path>) -> Result<Vec<Case>> {
-    let (checkpoint, calibration) = (Checkpoint::open(checkpoint)?, Activations::open(calibration)?);
-    let evaluation = evaluation.map(Activations::open).transpose()?;
+    let (checkpoint, calibration) = (formats::open(checkpoint)?, ActivationsFile::open(calibration)?);
+    let evaluation = evaluation.map(ActivationsFile::open).transpose()?;
     let parts = [
         "attention.self.query",
         "attention.self.key",
@@ -193,7 +194,7 @@ fn cases(checkpoint: &Path, calibration: &Path, evaluation: Option<&Path>) -> Re
     let case = |name: String| {
         let tensor = checkpoint.tensor(&format!("{name}.weight")).ok_or("a layer is not in the checkpoint")?;
         let weight = checkpoint.matrix(tensor)?;
-        let inputs = |a: &Activations| -> Result<Array2<f32>> {
+        let inputs = |a: &ActivationsFile| -> Result<Array2<f32>> {
             Ok(a.get(&name, weight.ncols())?.ok_or("a layer has no calibration tokens")?)
         };
         let all = inputs(&calibration)?;

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig};
-use layerstore::model::{Checkpoint, ImportOptions, Rules, import, open_inputs};
+use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SharedLayer};
+use layerstore::compress::{ImportOptions, Rules, import};
+use layerstore::formats;
 use layerstore::store::{ErrorBasis, LayerRecord, Made, Places, Source, Store};
 use ndarray::{Array1, Array2};
 
@@ -70,7 +71,7 @@ fn name(i: usize) -> String {
 }
 
 /// Stores `names` layers in one commit, made of these artifacts in turn.
-async fn store_as(store: &Store, model: &str, layers: &[Layer], recipe: u8, names: usize) -> Result<()> {
+async fn store_as(store: &Store, model: &str, layers: &[SharedLayer], recipe: u8, names: usize) -> Result<()> {
     let mut writer = store.writer().await?;
     let mut added = vec![];
     for (i, layer) in layers.iter().enumerate() {
@@ -134,12 +135,12 @@ async fn first_load(folder: &Path) -> Result<()> {
     const SAME: u64 = 6;
     let key_value = MethodConfig::from(KeyValueConfig::default());
     let low_rank = MethodConfig::from(LowRankConfig::default());
-    let compressed = |method: &MethodConfig, rows: usize, columns: usize| -> layerstore::Result<Vec<Layer>> {
+    let compressed = |method: &MethodConfig, rows: usize, columns: usize| -> layerstore::Result<Vec<SharedLayer>> {
         let bias = Array1::from_elem(rows, 0.5);
         let layer = |seed| method.compress(matrix(rows, columns, 77 + seed).view(), Some(bias.view()), None);
         (0..SAME).map(layer).collect()
     };
-    let dense = |n: usize| -> Vec<Layer> {
+    let dense = |n: usize| -> Vec<SharedLayer> {
         (0..SAME).map(|seed| DenseLayer::from_f32(matrix(n, n, 99 + seed).view(), None).shared()).collect()
     };
     let kinds = [
@@ -247,9 +248,9 @@ async fn import_minilm(folder: &Path) -> Result<()> {
     let store = Store::create(&folder.join("minilm").display().to_string()).await?;
     let rules = Path::new("examples/rules/minilm-int4.toml");
     let started = Instant::now();
-    let (source, rules, inputs) = open_inputs(checkpoint, Some(rules), Some(calibration))?;
-    let options = ImportOptions { rules, calibration: inputs, ..ImportOptions::default() };
-    let report = import(&store, Arc::new(source), "int4", options).await?;
+    let source = formats::open(checkpoint)?;
+    let options = ImportOptions::from_files(Some(rules), Some(calibration))?;
+    let report = import(&store, source, "int4", options).await?;
     let all = started.elapsed().as_secs_f64();
     let of =
         |method: &str| -> f64 { report.layers.iter().filter(|l| l.method.as_str() == method).map(|l| l.seconds).sum() };
@@ -261,7 +262,7 @@ async fn import_minilm(folder: &Path) -> Result<()> {
     let started = Instant::now();
     let again = import(
         &store,
-        Arc::new(Checkpoint::open(checkpoint)?),
+        formats::open(checkpoint)?,
         "f32",
         ImportOptions { rules: Rules::default(), ..ImportOptions::default() },
     )
@@ -272,7 +273,7 @@ async fn import_minilm(folder: &Path) -> Result<()> {
         again.written_bytes
     );
     let started = Instant::now();
-    let third = import(&store, Arc::new(Checkpoint::open(checkpoint)?), "f32", ImportOptions::default()).await?;
+    let third = import(&store, formats::open(checkpoint)?, "f32", ImportOptions::default()).await?;
     println!("the same again: {:.2} s, {} bytes written", started.elapsed().as_secs_f64(), third.written_bytes);
     Ok(())
 }

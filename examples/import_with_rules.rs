@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use comfy_table::{CellAlignment, Table, presets};
-use layerstore::model::{ImportOptions, ImportReport, Progress, import, open_inputs};
+use layerstore::compress::{ImportOptions, ImportReport, Progress, import};
+use layerstore::formats;
 use layerstore::store::Store;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -80,17 +81,14 @@ async fn demonstration() -> Result<()> {
 }
 
 async fn run(checkpoint: &str, rules: &str, calibration: Option<&str>, store: &str, model: &str) -> Result<()> {
-    let (checkpoint, rules, calibration) =
-        open_inputs(Path::new(checkpoint), Some(Path::new(rules)), calibration.map(Path::new))?;
+    let checkpoint = formats::open(Path::new(checkpoint))?;
     let store = Store::create(store).await?;
     let options = ImportOptions {
-        rules,
-        calibration,
         message: Some("from the example import_with_rules".into()),
         progress: Arc::new(Printer::default()),
-        ..ImportOptions::default()
+        ..ImportOptions::from_files(Some(Path::new(rules)), calibration.map(Path::new))?
     };
-    let report = import(&store, Arc::new(checkpoint), model, options).await?;
+    let report = import(&store, checkpoint, model, options).await?;
     print(&report);
     Ok(())
 }

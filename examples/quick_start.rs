@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use layerstore::layer::Accuracy;
 use layerstore::linalg::relative_error;
-use layerstore::model::{Checkpoint, ImportOptions, Rules, import};
+use layerstore::compress::{ImportOptions, Rules, import};
+use layerstore::formats;
 use layerstore::store::Store;
 use ndarray::Array2;
 use safetensors::Dtype;
@@ -36,7 +37,7 @@ async fn main() -> Result<()> {
     // A store is a directory; `create` opens it where it exists already. An import is one commit: all of it or nothing.
     let store = Store::create(&folder.path().join("layers").display().to_string()).await?;
     let options = ImportOptions { rules: Rules::parse(RULES, "quick_start.rs")?, ..ImportOptions::default() };
-    let report = import(&store, Arc::new(Checkpoint::open(&file)?), "tiny", options).await?;
+    let report = import(&store, formats::open(&file)?, "tiny", options).await?;
     println!("imported '{}' as version {} of the store", report.model, report.version);
     for layer in &report.layers {
         let method = layer.method.as_str();

@@ -9,7 +9,8 @@ mod synthetic;
 use std::path::Path;
 use std::sync::Arc;
 
-use layerstore::model::{Activations, Checkpoint, ImportOptions, Rules, SharedOptions, import, shared_directions};
+use layerstore::compress::{CalibrationFile, ImportOptions, Rules, SharedOptions, import, shared_directions};
+use layerstore::formats;
 use layerstore::store::Store;
 use ndarray::{Array2, Axis};
 
@@ -36,9 +37,9 @@ async fn main() -> Result<()> {
     write_child(&parent, &child)?;
     let store = Store::create(&folder.path().join("layers").display().to_string()).await?;
     for (model, checkpoint) in [("parent", &parent), ("child", &child)] {
-        let calibration = Some(Activations::open(&inputs)?);
+        let calibration = Some(CalibrationFile::open(&inputs)?);
         let options = ImportOptions { rules: Rules::parse(RULES, "rules")?, calibration, ..ImportOptions::default() };
-        import(&store, Arc::new(Checkpoint::open(checkpoint)?), model, options).await?;
+        import(&store, formats::open(checkpoint)?, model, options).await?;
     }
     let latest = store.latest().await?;
 
@@ -71,7 +72,7 @@ async fn main() -> Result<()> {
 
 /// The same tensors, a little further on; one of them made anew.
 fn write_child(parent: &Path, child: &Path) -> Result<()> {
-    let parent = Checkpoint::open(parent)?;
+    let parent = formats::open(parent)?;
     let mut tensors = vec![];
     for entry in parent.tensors() {
         if entry.shape.len() != 2 {

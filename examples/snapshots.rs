@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use layerstore::layer::Accuracy;
 use layerstore::linalg::relative_error;
-use layerstore::model::{Activations, Checkpoint, ImportOptions, ImportReport, Rules, import};
+use layerstore::compress::{CalibrationFile, ImportOptions, ImportReport, Rules, import};
+use layerstore::formats;
 use layerstore::store::{Diff, State, Store};
 use ndarray::Array2;
 
@@ -98,12 +99,12 @@ async fn main() -> Result<()> {
 async fn import_with(store: &Store, folder: &Path, rules: &str, message: &str) -> Result<ImportReport> {
     let options = ImportOptions {
         rules: Rules::parse(rules, "snapshots.rs")?,
-        calibration: Some(Activations::open(folder.join("calibration.safetensors"))?),
+        calibration: Some(CalibrationFile::open(folder.join("calibration.safetensors"))?),
         message: Some(message.to_owned()),
         ..ImportOptions::default()
     };
-    let checkpoint = Checkpoint::open(folder.join("model.safetensors"))?;
-    Ok(import(store, Arc::new(checkpoint), MODEL, options).await?)
+    let checkpoint = formats::open(folder.join("model.safetensors"))?;
+    Ok(import(store, checkpoint, MODEL, options).await?)
 }
 
 fn print(diff: &Diff) {

@@ -7,7 +7,10 @@
 //! The forward pass uses the keys that matter to each input; gradients are those of the exact layer, and after each step
 //! the keys follow the weight. The same is done with a dense layer, for comparison.
 
-use layerstore::layer::{Accuracy, KeyValueConfig, KeyValueLayer, Layer, MethodConfig, Refit};
+use layerstore::Calibration;
+use layerstore::layer::{
+    Accuracy, Dense, KeyValueConfig, KeyValueLayer, Layer, Refit, SharedLayer, compress,
+};
 use ndarray::{Array2, ArrayView2};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -31,12 +34,13 @@ fn main() -> Result<()> {
     let target = x.dot(&truth.t()) + Array2::from_shape_fn((SAMPLES, OUTPUTS), |(i, j)| 0.3 * noise(i + 9000, j));
 
     let start = Array2::from_shape_fn((OUTPUTS, INPUTS), |(i, j)| 0.05 * noise(i + 5000, j));
-    let exact = MethodConfig::from(Dense {}).compress(start.view(), None, None)?;
+    let exact = compress(&Dense {}, start.view(), None, None)?.shared();
+    let calibration = Calibration::of(x.clone())?;
     let config = KeyValueConfig { max_relative_error: Some(ERROR), ..KeyValueConfig::default() };
-    let few = MethodConfig::from(config).compress(start.view(), None, Some(x.view()))?;
+    let few = compress(&config, start.view(), None, Some(&calibration))?.shared();
 
-    let (exact, _) = train("every weight", exact, &start, x.view(), target.view())?;
-    let (few, refits) = train("few keys", few, &start, x.view(), target.view())?;
+    let (exact, _) = train("every weight", exact, &start, &calibration, target.view())?;
+    let (few, refits) = train("few keys", few, &start, &calibration, target.view())?;
     println!("{refits} of {STEPS} refits kept the values, and only computed keys");
     println!("loss {few:.5} against {exact:.5}: {:+.1} %", 100.0 * (few / exact - 1.0));
     if few > exact * (1.0 + WITHIN) {
@@ -48,12 +52,12 @@ fn main() -> Result<()> {
 /// Gradient descent on the mean squared error; gives the last loss, and how many refits were incremental.
 fn train(
     name: &str,
-    mut layer: Layer,
+    mut layer: SharedLayer,
     start: &Array2<f32>,
-    x: ArrayView2<f32>,
+    inputs: &Calibration,
     target: ArrayView2<f32>,
 ) -> Result<(f64, usize)> {
-    let (mut weight, mut incremental) = (start.clone(), 0);
+    let (mut weight, mut incremental, x) = (start.clone(), 0, inputs.sample());
     let mut loss = f64::INFINITY;
     for step in 0..=STEPS {
         let y = layer.forward(x, Accuracy::Approximate)?.y;
@@ -63,7 +67,7 @@ fn train(
             println!("{name:<12} step {step:>3}: loss {loss:.5}");
         }
         if step == STEPS {
-            if let Layer::KeyValue(layer) = &layer {
+            if let Some(layer) = layer.downcast_ref::<KeyValueLayer>() {
                 let used: usize = layer.search(x, None)?.iter().map(|q| q.hits.len()).sum();
                 println!("{:.1} of {} keys used on average", used as f64 / SAMPLES as f64, layer.rank());
             }
@@ -71,13 +75,13 @@ fn train(
         }
         let gradients = layer.backward(x, (residual * (2.0 / SAMPLES as f32)).view())?;
         weight.scaled_add(-0.15, &gradients.weight);
-        layer = match layer {
-            Layer::KeyValue(layer) => {
-                let (layer, how): (KeyValueLayer, Refit) = layer.refit(weight.view(), None, Some(x))?;
+        layer = match layer.downcast_ref::<KeyValueLayer>() {
+            Some(layer) => {
+                let (layer, how): (KeyValueLayer, Refit) = layer.refit(weight.view(), None, Some(inputs))?;
                 incremental += usize::from(how == Refit::Keys);
                 layer.shared()
             }
-            _ => MethodConfig::from(Dense {}).compress(weight.view(), None, None)?,
+            None => compress(&Dense {}, weight.view(), None, None)?.shared(),
         };
     }
     Ok((loss, incremental))

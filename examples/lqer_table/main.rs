@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use layerstore::model::{Activations, Checkpoint, ImportOptions, Rules, import};
+use layerstore::compress::{CalibrationFile, ImportOptions, Rules, import};
+use layerstore::formats;
 use layerstore::store::Store;
 use ndarray::{Array2, Array3, Axis};
 use safetensors::tensor::TensorView;
@@ -85,10 +86,10 @@ async fn model(
 ) -> Result<(Peer, f64)> {
     let options = ImportOptions {
         rules: Rules::parse(rules, "rules.toml")?,
-        calibration: calibration.map(Activations::open).transpose()?,
+        calibration: calibration.map(CalibrationFile::open).transpose()?,
         ..ImportOptions::default()
     };
-    let report = import(store, Arc::new(Checkpoint::open(checkpoint)?), name, options).await?;
+    let report = import(store, formats::open(checkpoint)?, name, options).await?;
     let taken = report.layers.iter().filter(|l| l.method.as_str() == "low_rank");
     let bits = taken.map(|l| l.bits_per_weight).fold(f64::INFINITY, f64::min);
     Ok((Peer::open(&store.latest().await?, name).await?, bits))

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use layerstore::layer::{Accuracy, Layer};
+use layerstore::layer::{Accuracy, Layer, SharedLayer};
 use layerstore::store::Snapshot;
 use ndarray::{Array1, Array2, Array3, Axis, s};
 
@@ -11,7 +11,7 @@ type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Resu
 /// A model of the peer's: its layers by name.
 pub struct Peer {
     name: String,
-    layers: BTreeMap<String, Layer>,
+    layers: BTreeMap<String, SharedLayer>,
 }
 
 #[allow(dead_code, reason = "the example and the tests each use some of it")]
@@ -28,11 +28,11 @@ impl Peer {
         &self.name
     }
 
-    pub fn layers(&self) -> &BTreeMap<String, Layer> {
+    pub fn layers(&self) -> &BTreeMap<String, SharedLayer> {
         &self.layers
     }
 
-    fn layer(&self, name: &str) -> Result<&Layer> {
+    fn layer(&self, name: &str) -> Result<&SharedLayer> {
         Ok(self.layers.get(name).ok_or_else(|| format!("model '{}' has no layer '{name}'", self.name))?)
     }
 
@@ -42,10 +42,9 @@ impl Peer {
 
     /// A tensor that no rule took.
     fn plain(&self, name: &str) -> Result<Vec<f32>> {
-        match self.layer(name)? {
-            Layer::Dense(layer) => Ok(layer.raw().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
-            other => Err(format!("layer '{name}' is {}, not dense", other.method()).into()),
-        }
+        let layer = self.layer(name)?;
+        let raw = layer.raw_weight().ok_or_else(|| format!("layer '{name}' is {}, not dense", layer.method()))?;
+        Ok(raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
     }
 
     fn norm(&self, name: &str, x: &Array2<f32>) -> Result<Array2<f32>> {

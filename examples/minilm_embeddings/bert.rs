@@ -4,7 +4,9 @@
 use std::f32::consts::FRAC_1_SQRT_2;
 
 use layerstore::ErrorKind;
-use layerstore::layer::{Accuracy, AttentionBlock, DenseLayer, Layer, Mechanism, VqAttentionConfig, VqAttentionLayer};
+use layerstore::layer::{
+    Accuracy, AttentionBlock, Layer, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer,
+};
 use layerstore::store::{LayerHandle, Snapshot};
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
@@ -181,31 +183,21 @@ fn gelu(x: f32) -> f32 {
 /// A table of embeddings, one a row.
 struct Table {
     name: &'static str,
-    layer: DenseLayer,
+    layer: SharedLayer,
 }
 
 impl Table {
     async fn open(snapshot: &Snapshot, model: &str, name: &'static str) -> Result<Self> {
-        let layer = match snapshot.layer(model, name).await?.load().await? {
-            Layer::Dense(layer) => layer,
-            // A rule as wide as '.*' takes the embeddings too; rows are looked up in the weight that it stands for.
-            other => DenseLayer::from_f32(other.weight()?.view(), None),
-        };
+        let layer = snapshot.layer(model, name).await?.load().await?;
         check_shape(name, (layer.out_features(), layer.in_features()), (layer.out_features(), HIDDEN))?;
         Ok(Table { name, layer })
     }
 
     fn rows(&self, places: &[usize]) -> Result<Array2<f32>> {
-        let weight = self.layer.weight()?;
-        match places.iter().find(|place| **place >= weight.nrows()) {
-            Some(place) => Err(format!(
-                "the tokenizer asks for row {place} of '{}', which has {}: use the model's own tokenizer.json",
-                self.name,
-                weight.nrows()
-            )
-            .into()),
-            None => Ok(weight.select(Axis(0), places)),
-        }
+        let rows: Vec<u32> = places.iter().map(|&place| u32::try_from(place).unwrap_or(u32::MAX)).collect();
+        self.layer.rows(&rows).map_err(|e| {
+            format!("embedding '{}': {e}: use the model's own tokenizer.json", self.name).into()
+        })
     }
 }
 

@@ -31,7 +31,7 @@ use std::time::Instant;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
 use layerstore::layer::Method;
-use layerstore::model::read_array;
+use layerstore::formats::read_array;
 use layerstore::store::{ErrorBasis, LayerHandle, Snapshot, Store};
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use serde::Serialize;

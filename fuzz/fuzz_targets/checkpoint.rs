@@ -1,7 +1,7 @@
 //! Whatever bytes a checkpoint has: an answer, and no panic. `cargo fuzz run checkpoint`.
 #![no_main]
 
-use layerstore::model::Checkpoint;
+use layerstore::formats;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -9,11 +9,12 @@ fuzz_target!(|bytes: &[u8]| {
     if std::fs::write(file.path(), bytes).is_err() {
         return;
     }
-    if let Ok(checkpoint) = Checkpoint::open(file.path()) {
-        for layer in checkpoint.layers() {
-            let _ = checkpoint.bytes(&layer.weight);
-            let _ = checkpoint.matrix(&layer.weight);
-            let _ = checkpoint.refuse_nan(&layer.weight);
+    if let Ok(checkpoint) = formats::open(file.path()) {
+        let _ = checkpoint.layers();
+        for tensor in checkpoint.tensors().values() {
+            let _ = checkpoint.bytes(tensor);
+            let _ = checkpoint.matrix(tensor);
+            let _ = checkpoint.refuse_nan(tensor);
         }
     }
 });

@@ -1,6 +1,7 @@
 //! A source's model into the store: every layer, each by the first rule that takes it.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -44,6 +45,20 @@ impl Default for ImportOptions {
             progress: Arc::new(Silent),
             cancel: Cancel::new(),
         }
+    }
+}
+
+impl ImportOptions {
+    /// Returns options with the rules and the calibration of these files.
+    ///
+    /// # Errors
+    /// When one of them cannot be used.
+    pub fn from_files(rules: Option<&Path>, calibration: Option<&Path>) -> Result<Self> {
+        Ok(ImportOptions {
+            rules: rules.map(Rules::open).transpose()?.unwrap_or_default(),
+            calibration: calibration.map(CalibrationFile::open).transpose()?,
+            ..ImportOptions::default()
+        })
     }
 }
 

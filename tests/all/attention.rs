@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use layerstore::layer::{Accuracy, DType, Layer};
+use layerstore::layer::{Accuracy, DType, VqAttentionLayer};
 use layerstore::linalg::relative_error;
-use layerstore::model::{read_array, write_array};
+use layerstore::formats;
+use layerstore::formats::{read_array, write_array};
 use layerstore::store::Store;
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use safetensors::tensor::TensorView;
@@ -142,7 +143,7 @@ fn blocks_are_imported_attended_with_and_trained() {
     assert_eq!(evaluation["layers"].as_array().unwrap().len(), 8);
     let exported = place.path("exported.safetensors").display().to_string();
     place.json(&["export", "m", "--output", &exported]);
-    assert_eq!(layerstore::model::Checkpoint::open(&exported).unwrap().layers().len(), 8);
+    assert_eq!(formats::open(&exported).unwrap().layers().len(), 8);
     assert_eq!(place.json(&["verify"])["corrupt"].as_array().unwrap().len(), 0);
 
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -156,7 +157,8 @@ fn blocks_are_imported_attended_with_and_trained() {
         assert_eq!(y.index_axis(Axis(0), 0), whole);
         // The layer by itself, as any other.
         let layer = store.latest().await.unwrap().layer("m", "blocks.0.attention").await.unwrap();
-        let Layer::VqAttention(layer) = layer.load().await.unwrap() else { panic!("another kind of layer") };
+        let layer = layer.load().await.unwrap();
+        let layer = layer.downcast_ref::<VqAttentionLayer>().unwrap();
         assert_eq!(layer.keys().unwrap().codewords().dim(), (2, 24, 4));
     });
 }

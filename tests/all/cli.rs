@@ -1,7 +1,9 @@
 //! The command line, by its contract.
 
 use layerstore::linalg::{matmul_nt, relative_error};
-use layerstore::model::{Activations, Checkpoint, read_array, write_array};
+use layerstore::compress::ActivationsFile;
+use layerstore::formats;
+use layerstore::formats::{read_array, write_array};
 use ndarray::s;
 
 use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
@@ -123,12 +125,12 @@ fn export_gives_the_checkpoint_back() {
     place.import("f32", None);
     place.import("int4", Some(INT4));
     place.import("keys", Some(KEYS));
-    let original = Checkpoint::open(CHECKPOINT).unwrap();
+    let original = formats::open(CHECKPOINT).unwrap();
     for (model, tolerance) in [("f32", 0.0), ("keys", 1e-2), ("int4", 0.2)] {
         let path = place.path(&format!("{model}.safetensors"));
         let report = place.json(&["export", model, "--output", path.to_str().unwrap()]);
         assert_eq!(report["bytes"].as_u64().unwrap(), path.metadata().unwrap().len());
-        let back = Checkpoint::open(&path).unwrap();
+        let back = formats::open(&path).unwrap();
         assert_eq!(back.metadata(), original.metadata());
         assert_eq!(back.tensors().count(), original.tensors().count());
         for tensor in original.tensors() {
@@ -152,10 +154,10 @@ fn forward_search_and_evaluate() {
     place.import("int4", Some(INT4));
     place.import("keys", Some(KEYS));
     let layer = "blocks.1.up";
-    let checkpoint = Checkpoint::open(CHECKPOINT).unwrap();
+    let checkpoint = formats::open(CHECKPOINT).unwrap();
     let w = checkpoint.matrix(checkpoint.tensor("blocks.1.up.weight").unwrap()).unwrap();
     let b = checkpoint.vector(checkpoint.tensor("blocks.1.up.bias").unwrap()).unwrap();
-    let x = Activations::open(INPUTS).unwrap().get(layer, 48).unwrap().unwrap();
+    let x = ActivationsFile::open(INPUTS).unwrap().get(layer, 48).unwrap().unwrap();
     let few = x.slice(s![..12, ..]);
     let exact = matmul_nt(few, w.view()) + &b;
     let at = |name: &str| place.path(name).display().to_string();
@@ -329,7 +331,7 @@ fn wrong_use_and_unknown_names() {
 #[test]
 fn shards_are_one_checkpoint() {
     let place = Place::new();
-    let original = Checkpoint::open(CHECKPOINT).unwrap();
+    let original = formats::open(CHECKPOINT).unwrap();
     let folder = place.path("sharded");
     std::fs::create_dir(&folder).unwrap();
     let mut map = serde_json::Map::new();
@@ -356,7 +358,7 @@ fn shards_are_one_checkpoint() {
     }
     let output = place.path("back.safetensors");
     place.json(&["export", "index", "--output", output.to_str().unwrap()]);
-    let back = Checkpoint::open(&output).unwrap();
+    let back = formats::open(&output).unwrap();
     for tensor in original.tensors() {
         assert_eq!(back.bytes(back.tensor(&tensor.name).unwrap()), original.bytes(tensor), "{}", tensor.name);
     }

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use layerstore::ErrorKind;
-use layerstore::model::{ImportOptions, import, open_inputs};
+use layerstore::compress::{ImportOptions, import};
+use layerstore::formats;
 use layerstore::store::{Store, StoreOptions, WrappingObjectStore};
 use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
@@ -57,7 +58,7 @@ fn bad_inputs_leave_no_store_behind() {
     // Calibration for another shape, and of numbers that are none.
     let wide = place.path("wide.safetensors").display().to_string();
     let x = ndarray::Array2::from_elem((3, 5), 1.0);
-    layerstore::model::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
+    layerstore::formats::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
     place.fails(
         1,
         &["blocks.0.up", "[3, 5]", "48"],
@@ -66,14 +67,14 @@ fn bad_inputs_leave_no_store_behind() {
     assert!(!place.path("layers").exists());
 
     let x = ndarray::Array2::from_elem((3, 48), f32::NAN);
-    layerstore::model::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
+    layerstore::formats::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
     place.fails(
         1,
         &["blocks.0.up", "NaN"],
         &["import", CHECKPOINT, "--model", "m", "--rules", KEYS, "--calibration", &wide],
     );
     let nan = place.path("nan.safetensors").display().to_string();
-    layerstore::model::write_array(&format!("{nan}:a.weight"), x.view(), false).unwrap();
+    layerstore::formats::write_array(&format!("{nan}:a.weight"), x.view(), false).unwrap();
     place.fails(1, &["a.weight", "NaN", "index 0"], &["import", &nan, "--model", "m"]);
     assert_eq!(place.json(&["models"]), serde_json::json!([]));
 }
@@ -239,11 +240,11 @@ async fn a_full_disk_loses_nothing() {
     for allowed in 0..200 {
         left.store(allowed, Ordering::SeqCst);
         let options = StoreOptions { storage: Some(Arc::new(storage.clone())), ..StoreOptions::default() };
-        let (checkpoint, rules, calibration) =
-            open_inputs(CHECKPOINT.as_ref(), Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
+        let checkpoint = formats::open(CHECKPOINT).unwrap();
+        let options = ImportOptions::from_files(Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
         let store = Store::open_with(&place.store(), options).await.unwrap();
         let done =
-            import(&store, Arc::new(checkpoint), "m", ImportOptions { rules, calibration, ..ImportOptions::default() })
+            import(&store, checkpoint, "m", options)
                 .await;
         let models: Vec<String> = Store::open(&place.store())
             .await

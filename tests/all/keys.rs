@@ -1,7 +1,8 @@
 //! Keys: their backends in a store, searched on disk, across layers, and by themselves.
 
-use layerstore::layer::{Accuracy, KeyValueLayer, Layer, Limit};
-use layerstore::model::{Activations, write_array};
+use layerstore::layer::{Accuracy, KeyValueLayer, Layer, Limit, SharedLayer};
+use layerstore::compress::ActivationsFile;
+use layerstore::formats::write_array;
 use layerstore::store::{Store, load_backend, save_backend};
 use ndarray::{Array2, s};
 use serde_json::json;
@@ -13,14 +14,11 @@ const SVD: &str = "[[rule]]\nlayers = 'blocks\\..*'\nmethod = \"key_value\"\ndec
                    ranking = \"score\"\nexpected_keys_per_query = 6\n";
 
 fn inputs(layer: &str, width: usize) -> Array2<f32> {
-    Activations::open(INPUTS).unwrap().get(layer, width).unwrap().unwrap().slice(s![..16, ..]).to_owned()
+    ActivationsFile::open(INPUTS).unwrap().get(layer, width).unwrap().unwrap().slice(s![..16, ..]).to_owned()
 }
 
-fn key_value(layer: Layer) -> KeyValueLayer {
-    match layer {
-        Layer::KeyValue(layer) => layer,
-        other => panic!("{other:?}"),
-    }
+fn key_value(layer: SharedLayer) -> KeyValueLayer {
+    layer.downcast_ref::<KeyValueLayer>().unwrap().clone()
 }
 
 #[test]
@@ -50,12 +48,12 @@ fn backends_are_stored_and_run() {
     let y = place.path("y.npy").display().to_string();
     let exact = |layer: &str| {
         let done = place.json(&["forward", "backends", layer, "--input", &x, "--output", &y, "--exact"]);
-        (done["relative_error_bound"].as_f64(), layerstore::model::read_array(&y).unwrap().0)
+        (done["relative_error_bound"].as_f64(), layerstore::formats::read_array(&y).unwrap().0)
     };
     let (bound, found) = exact("blocks.1.up");
     let dense = place.json(&["forward", "f32", "blocks.1.up", "--input", &x, "--output", &y]);
     assert_eq!((dense["shape"].clone(), bound), (json!([16, 96]), None));
-    assert_eq!(found, layerstore::model::read_array(&y).unwrap().0);
+    assert_eq!(found, layerstore::formats::read_array(&y).unwrap().0);
     assert!(exact("blocks.0.up").0.unwrap() < 1e-3);
     // What does not fit the layers is adapted and said, or refused.
     let rules = std::fs::read_to_string(BACKENDS).unwrap().replace("clusters = 4", "clusters = 64");
@@ -201,7 +199,7 @@ async fn a_layer_is_a_store_of_its_own() {
         let back = load_backend(&to).await.unwrap();
         assert_eq!((back.to_parts(), back.config()), (layer.to_parts(), layer.config()));
         let x = inputs(name, layer.in_features());
-        let y = |layer: &Layer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
+        let y = |layer: &SharedLayer| layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
         assert_eq!(y(&back), y(&layer));
         // Again at the same place, with other settings: a new version of the same layer.
         let fewer = key_value(layer);

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use layerstore::layer::{Accuracy, Activation, Layer, MethodConfig, RmsNorm, TernaryConfig};
 use layerstore::nn::{Glu, GluConfig, Module};
-use layerstore::model::{Checkpoint, KERAS_ROOT, open_keras, read_any_array, write_any_array};
+use layerstore::formats;
+use layerstore::formats::{KERAS_ROOT, KerasSource, read_any_array, write_any_array};
 use layerstore::store::Store;
 use ndarray::{Array2, ArrayD, IxDyn};
 use serde_json::json;
@@ -50,7 +51,7 @@ fn models_that_keras_saved() {
         assert!(near(&found, &expected), "{name}: {found} for {expected}");
         // And straight from the file.
         let x = read_any_array(&input).unwrap();
-        let y = open_keras(Path::new(&keras(name))).unwrap().forward(x.view(), Accuracy::Approximate).unwrap();
+        let y = KerasSource::open(Path::new(&keras(name))).unwrap().module().forward(x.view(), Accuracy::Approximate).unwrap();
         assert!(near(&y, &expected), "{name}");
     }
     // A part of it runs by itself, and a sequence may be of any length where no gain is a position's own.
@@ -64,7 +65,7 @@ fn models_that_keras_saved() {
     // All tensors come back: ternary weights times their scale, norms, eigenvalues.
     let file = place.path("functional.safetensors").display().to_string();
     place.json(&["export", "functional", "--output", &file]);
-    let checkpoint = Checkpoint::open(&file).unwrap();
+    let checkpoint = formats::open(&file).unwrap();
     for (name, shape) in [
         ("model.proj.weight", vec![8, 8]),
         ("model.proj.bias", vec![8]),
@@ -115,7 +116,7 @@ fn files_that_keras_did_not_save() {
     let whole = std::fs::read(keras("tokens")).unwrap();
     let refused = |bytes: &[u8]| {
         std::fs::write(&file, bytes).unwrap();
-        open_keras(&file).map(|_| ()).err().map(|e| e.to_string())
+        KerasSource::open(&file).map(|_| ()).err().map(|e| e.to_string())
     };
     for length in (0..whole.len()).step_by(whole.len() / 60) {
         let message = refused(&whole[..length]).unwrap_or_else(|| panic!("{length} bytes of it are enough"));

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use layerstore::layer::Accuracy;
-use layerstore::model::{ImportOptions, import, open_inputs};
+use layerstore::compress::{ImportOptions, import};
+use layerstore::formats;
 use layerstore::store::Store;
 use ndarray::Array2;
 use safetensors::tensor::{Dtype, TensorView};
@@ -161,10 +162,9 @@ fn an_interrupted_import_leaves_the_store_as_it_was() {
 async fn gc_beside_readers() {
     let place = Place::new();
     let bring = async |store: &Store, model: &str, rules: &str| {
-        let (checkpoint, rules, calibration) =
-            open_inputs(CHECKPOINT.as_ref(), Some(rules.as_ref()), Some(INPUTS.as_ref())).unwrap();
-        let options = ImportOptions { rules, calibration, ..ImportOptions::default() };
-        import(store, Arc::new(checkpoint), model, options).await.unwrap();
+        let checkpoint = formats::open(CHECKPOINT).unwrap();
+        let options = ImportOptions::from_files(Some(rules.as_ref()), Some(INPUTS.as_ref())).unwrap();
+        import(store, checkpoint, model, options).await.unwrap();
     };
     let store = Store::create(&place.store()).await.unwrap();
     bring(&store, "kept", KEYS).await;

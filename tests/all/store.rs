@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use layerstore::layer::{Accuracy, Limit};
-use layerstore::layer::{Layer, SearchSettings};
-use layerstore::model::{Cancel, ImportOptions, ImportReport, Progress, import, open_inputs};
+use layerstore::layer::{KeyValueLayer, SearchSettings, SharedLayer};
+use layerstore::compress::{Cancel, ImportOptions, ImportReport, Progress, import};
+use layerstore::formats;
 use layerstore::store::{Snapshot, Store, StoreOptions};
 use layerstore::{Error, blocking};
 use ndarray::Array2;
@@ -13,8 +14,9 @@ use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
 
 async fn bring(store: &Store, model: &str, rules: Option<&str>, cancel: Cancel) -> layerstore::Result<ImportReport> {
     let calibration = rules.map(|_| INPUTS.as_ref());
-    let (checkpoint, rules, calibration) = open_inputs(CHECKPOINT.as_ref(), rules.map(|r| r.as_ref()), calibration)?;
-    import(store, Arc::new(checkpoint), model, ImportOptions { rules, calibration, cancel, ..ImportOptions::default() })
+    let checkpoint = formats::open(CHECKPOINT)?;
+        let options = ImportOptions::from_files(rules.map(|r| r.as_ref()), calibration)?;
+    import(store, checkpoint, model, ImportOptions { cancel, ..options })
         .await
 }
 
@@ -32,10 +34,8 @@ async fn handles_are_lazy_and_share_a_bounded_cache() {
     let one = store.cached_bytes().await;
     assert!(one > 0);
     // The same artifact under two names is one set of arrays.
-    match (&a, &b) {
-        (a.shared(), b.shared()) => assert_eq!(a.keys().as_ptr(), b.keys().as_ptr()),
-        other => panic!("{other:?}"),
-    }
+    let keys = |layer: &SharedLayer| layer.downcast_ref::<KeyValueLayer>().unwrap().keys().as_ptr();
+    assert_eq!(keys(&a), keys(&b));
     let handles: Vec<_> = latest.layers("a").await.unwrap().into_iter().map(|r| latest.handle(r)).collect();
     store.prefetch(&handles).await.unwrap();
     assert!(store.cached_bytes().await <= 100 << 10);
@@ -52,9 +52,8 @@ async fn search_settings_share_the_artifact() {
     assert_eq!(second.written_bytes, 0);
     let latest = store.latest().await.unwrap();
     let hits = async |model: &str| {
-        let Layer::KeyValue(layer) = latest.layer(model, "blocks.0.up").await.unwrap().load().await.unwrap() else {
-            panic!()
-        };
+        let layer = latest.layer(model, "blocks.0.up").await.unwrap().load().await.unwrap();
+        let layer = layer.downcast_ref::<KeyValueLayer>().unwrap();
         let x = Array2::from_shape_fn((40, 48), |(i, j)| ((i * 31 + j * 17) % 13) as f32 - 6.0);
         let few =
             layer.with_search(SearchSettings { max_relative_error: Some(0.5), ..SearchSettings::default() }).unwrap();
@@ -105,11 +104,11 @@ async fn a_cancelled_import_changes_nothing() {
     let store = Store::create(&place.store()).await.unwrap();
     for at in [1, 4, 10] {
         let cancel = Cancel::new();
-        let (checkpoint, rules, calibration) =
-            open_inputs(CHECKPOINT.as_ref(), Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
+        let checkpoint = formats::open(CHECKPOINT).unwrap();
+        let options = ImportOptions::from_files(Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
         let progress = Arc::new(CancelAt(cancel.clone(), at.into()));
-        let options = ImportOptions { rules, calibration, cancel, progress, ..ImportOptions::default() };
-        let error = import(&store, Arc::new(checkpoint), "m", options).await.unwrap_err();
+        let options = ImportOptions { cancel, progress, ..options };
+        let error = import(&store, checkpoint, "m", options).await.unwrap_err();
         assert!(matches!(error, Error::Cancelled), "{error}");
         assert_eq!(store.latest().await.unwrap().version(), 1);
     }

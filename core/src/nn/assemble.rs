@@ -82,7 +82,7 @@ impl Module {
                     sized(
                         &json!({ "positions": embedding.positions().is_some() }),
                         1,
-                        embedding.tokens().rows().ncols(),
+                        embedding.tokens().width(),
                     ),
                     Tensors::new(),
                 );

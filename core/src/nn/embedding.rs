@@ -6,31 +6,48 @@ use super::rows::{linear, sequences};
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, SharedLayer};
 
-/// Rows of a table that are looked up, and the layer that the table is stored as.
+/// A table `[rows, width]` that rows are looked up in: the weight of a layer of any method, which stays in its stored form.
 #[derive(Debug, Clone)]
 pub struct Table {
     layer: SharedLayer,
-    rows: Array2<f32>,
 }
 
 impl Table {
-    /// A table `[rows, width]` from a layer of any method, decompressed.
+    /// Returns the table that a layer's weight is.
     ///
     /// # Errors
-    /// When the layer has no weight.
+    /// When the layer stands for no weight matrix.
     pub fn new(layer: SharedLayer) -> Result<Self> {
-        let rows = layer.weight()?;
-        Ok(Table { layer, rows })
+        layer.require_linear()?;
+        Ok(Table { layer })
     }
 
-    /// As it is stored.
+    /// The layer.
     pub fn layer(&self) -> &SharedLayer {
         &self.layer
     }
 
-    /// `[rows, width]`.
-    pub fn rows(&self) -> &Array2<f32> {
-        &self.rows
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.layer.out_features()
+    }
+
+    /// Length of a row.
+    pub fn width(&self) -> usize {
+        self.layer.in_features()
+    }
+
+    /// Returns rows `[indices, width]`, for indices that are whole numbers below [`Table::rows`].
+    fn look_up(&self, indices: impl Iterator<Item = f64>, what: &str) -> Result<Array2<f32>> {
+        let count = self.rows();
+        let index = |index: f64| {
+            // A number that is not finite is in no range.
+            if index.fract() == 0.0 && (0.0..count as f64).contains(&index) {
+                return Ok(index as u32);
+            }
+            Err(Error::expected(what, index, format!("a whole number from 0 to {}", count.saturating_sub(1))))
+        };
+        self.layer.rows(&indices.map(index).collect::<Result<Vec<u32>>>()?)
     }
 }
 
@@ -47,7 +64,7 @@ impl TokenEmbedding {
     /// # Errors
     /// When their widths differ.
     pub fn new(tokens: Table, positions: Option<Table>) -> Result<Self> {
-        check_width(positions.as_ref(), tokens.rows.ncols())?;
+        check_width(positions.as_ref(), tokens.width())?;
         Ok(TokenEmbedding { tokens, positions })
     }
 
@@ -74,11 +91,11 @@ impl TokenEmbedding {
             let found = format!("{:?}", tokens.shape());
             return Err(Error::expected("shape of tokens", found, "[batch, steps]"));
         };
-        let mut out = Array2::zeros((batch * steps, self.tokens.rows.ncols()));
-        for (place, (&token, mut row)) in tokens.iter().zip(out.rows_mut()).enumerate() {
-            row.assign(&lookup(&self.tokens, f64::from(token), "token")?);
-            if let Some(positions) = &self.positions {
-                row += &lookup(positions, (first + place % steps.max(1)) as f64, "position")?;
+        let mut out = self.tokens.look_up(tokens.iter().map(|&token| f64::from(token)), "token")?;
+        if let Some(positions) = &self.positions {
+            let rows = positions.look_up((0..steps).map(|step| (first + step) as f64), "position")?;
+            for (place, mut row) in out.rows_mut().into_iter().enumerate() {
+                row += &rows.row(place % steps);
             }
         }
         let shape = [batch, steps, out.ncols()];
@@ -86,17 +103,8 @@ impl TokenEmbedding {
     }
 }
 
-fn lookup<'a>(table: &'a Table, index: f64, what: &str) -> Result<ndarray::ArrayView1<'a, f32>> {
-    let count = table.rows.nrows();
-    // A number that is not finite is in no range.
-    if index.fract() == 0.0 && (0.0..count as f64).contains(&index) {
-        return Ok(table.rows.row(index as usize));
-    }
-    Err(Error::expected(what, index, format!("a whole number from 0 to {}", count.saturating_sub(1))))
-}
-
 fn check_width(positions: Option<&Table>, width: usize) -> Result<()> {
-    match positions.map(|p| p.rows.ncols()).filter(|&found| found != width) {
+    match positions.map(Table::width).filter(|&found| found != width) {
         Some(found) => Err(Error::expected("width of a position", found, format!("{width}, what it is added to"))),
         None => Ok(()),
     }
@@ -189,11 +197,11 @@ impl PatchEmbedding {
         let x = sequences(x)?.into_dyn();
         let mut y = linear(&self.projection, x.view(), accuracy)?;
         if let Some(positions) = &self.positions {
-            let (found, expected) = (y.shape()[1], positions.rows.nrows());
+            let (found, expected) = (y.shape()[1], positions.rows());
             if found != expected {
                 return Err(Error::expected("patches", found, format!("{expected}, one a position")));
             }
-            y += &positions.rows;
+            y += &positions.layer.weight()?;
         }
         Ok(y)
     }

@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
 use layerstore::layer::{
-    Accuracy, Decomposition, InputStatistics, KeyValueConfig, KeyValueLayer, Layer, Limit, Ranking, SearchSettings,
+    Accuracy, Decomposition, KeyValueConfig, KeyValueLayer, Layer, Limit, Ranking, SearchSettings, compress,
     ThresholdMethod, search_threshold,
 };
 use layerstore::linalg::{
@@ -119,7 +119,8 @@ fn normal(case: &Case) {
 fn layer(case: &Case, decomposition: Decomposition, ranking: Ranking) {
     let weight = narrow(&case.matrix("in.weight"));
     let bias = case.has("in.bias").then(|| case.vector("in.bias").mapv(|v| v as f32));
-    let statistics = InputStatistics { mean: Array1::zeros(weight.ncols()), covariance: case.matrix("in.covariance") };
+    let statistics =
+        Calibration::from_covariance(Array1::zeros(weight.ncols()), case.matrix("in.covariance")).unwrap();
     let config = KeyValueConfig {
         decomposition,
         ranking,
@@ -128,7 +129,7 @@ fn layer(case: &Case, decomposition: Decomposition, ranking: Ranking) {
         ..KeyValueConfig::default()
     };
     let layer =
-        KeyValueLayer::from_statistics(&config, weight.view(), bias.as_ref().map(|b| b.view()), &statistics).unwrap();
+        compress(&config, weight.view(), bias.as_ref().map(|b| b.view()), Some(&statistics)).unwrap();
     let scale: Array1<f64> = layer.scales().iter().map(|&s| f64::from(s)).collect();
     case.holds("out.scale", scale.into_dyn());
 

@@ -1,7 +1,8 @@
 //! Keras-MML's layers, each saved in a store, opened at a snapshot, and run.
 
 use layerstore::layer::{
-    Accuracy, Activation, Activations, DenseLayer, Layer, MethodConfig, RmsNorm, TernaryConfig, TernaryLayer,
+    Accuracy, Activation, Activations, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryConfig,
+    TernaryLayer, compress,
 };
 use layerstore::nn::{
     BlockConfig, Glu, GluConfig, Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, PatchEmbedding,
@@ -34,22 +35,21 @@ fn by_position(case: &Case, name: &str) -> Option<Array2<f32>> {
 }
 
 /// `DenseMML` where there is a gain, else `Dense`.
-fn linear(case: &Case, prefix: &str, activation: Activation) -> Layer {
+fn linear(case: &Case, prefix: &str, activation: Activation) -> SharedLayer {
     let kernel = narrow(&case.matrix(&format!("{prefix}kernel"))).reversed_axes().as_standard_layout().into_owned();
     let bias = vector(case, &format!("{prefix}bias"));
     let bias = bias.as_ref().map(|b| b.view());
     match by_position(case, &format!("{prefix}norm_gain")) {
         None => DenseLayer::from_f32(kernel.view(), bias).shared(),
         Some(gain) => {
-            let made = MethodConfig::from(TernaryConfig::default()).compress(kernel.view(), bias, None).unwrap();
-            let Layer::Ternary(layer) = made else { panic!("another kind of layer") };
+            let layer = compress(&TernaryConfig::default(), kernel.view(), bias, None).unwrap();
             let norm = RmsNorm::new(Some(gain), None).unwrap();
             layer.with_norm(Some(norm)).unwrap().with_activation(activation).shared()
         }
     }
 }
 
-fn plain(case: &Case, prefix: &str) -> Layer {
+fn plain(case: &Case, prefix: &str) -> SharedLayer {
     linear(case, prefix, Activation::Linear)
 }
 
@@ -248,7 +248,7 @@ async fn golden_matmul_free() {
     let store = Store::create(&folder.path().join("layers").display().to_string()).await.unwrap();
     let name = |place: usize| format!("golden.{place}");
     let layers = cases.iter().enumerate().flat_map(|(place, case)| module(case).to_layers(&name(place)));
-    let layers: Vec<(String, Layer)> = layers.collect();
+    let layers: Vec<(String, SharedLayer)> = layers.collect();
     store.save_layers("golden", "golden", &layers, None).await.unwrap();
     store.create_snapshot("saved").await.unwrap();
     store.save_layers("golden", "golden", &[], None).await.unwrap();
