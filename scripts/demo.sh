@@ -21,7 +21,7 @@ step "import all-MiniLM-L6-v2 as it is"
 layerstore --quiet import "$checkpoint" --model minilm-f32 --message "the checkpoint as it is" | tail -n 1
 
 step "capture calibration inputs: this project's documents, through the model from the store"
-grep -hE '^[A-Z].{60,}' docs/*.md CONTRIBUTING.md > "$out/calibration.txt"
+cp examples/minilm_embeddings/calibration.txt "$out/calibration.txt"
 embed --model minilm-f32 --sentences "$out/calibration.txt" --capture "$out/calibration.safetensors" > /dev/null
 
 for name in int4 small mixed keys ternary attention; do
