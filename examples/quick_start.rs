@@ -5,7 +5,6 @@
 //! ```
 
 use std::path::Path;
-use std::sync::Arc;
 
 use layerstore::layer::Accuracy;
 use layerstore::linalg::relative_error;

@@ -7,7 +7,6 @@
 mod synthetic;
 
 use std::path::Path;
-use std::sync::Arc;
 
 use layerstore::layer::Accuracy;
 use layerstore::linalg::relative_error;

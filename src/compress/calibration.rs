@@ -22,7 +22,8 @@ use safetensors::tensor::TensorView;
 
 use crate::error::{Error, Result};
 use crate::formats::{SafetensorsSource, TensorInfo, TensorSource, whole};
-use crate::layer::{DType, f32_bytes, to_f32};
+use crate::layer::parts::f32_bytes;
+use crate::layer::{DType, to_f32};
 use crate::{Calibration, SecondMoment};
 
 const MARK: &str = "layerstore:statistics";

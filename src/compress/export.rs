@@ -100,7 +100,7 @@ fn write(
         file.sync_all()?;
         let bytes = file.metadata()?.len();
         std::fs::rename(&staged, output)?;
-        Ok(bytes.to_vec())
+        Ok(bytes)
     };
     written
         .map_err(|e| Error::file(output, e.to_string()))

@@ -19,7 +19,7 @@ use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
-use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodConfig, MethodName, Parts, dtype_name, registry};
+use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts, dtype_name, registry};
 use crate::store::{
     ErrorBasis, LayerRecord, Made, Places, Source, Store, Stored, Writer, check_model_name, joined, source_tensors,
 };

@@ -88,7 +88,7 @@ impl Data {
         let found = self.files.local_rows(&runs(&layer.places)).ok()??;
         let found = by_table(&layer.places, found.into_iter().map(|batch| vec![batch]).collect());
         complete(layer.artifact, &layer.places, &found)
-            .then(|| assembled(layer.artifact, layer.method, &layer.config, &layer.places, found).ok())?
+            .then(|| assembled(layer.artifact, layer.method.clone(), &layer.config, &layer.places, found).ok())?
     }
 
     /// The parts of a layer's artifact: from where the catalogue says they are, or, where they have been moved, from
@@ -100,7 +100,7 @@ impl Data {
         if !layer.places.0.is_empty()
             && let Ok(found) = self.at_places(&layer.places).await
             && complete(layer.artifact, &layer.places, &found)
-            && let Ok(parts) = assembled(layer.artifact, layer.method, &layer.config, &layer.places, found)
+            && let Ok(parts) = assembled(layer.artifact, layer.method.clone(), &layer.config, &layer.places, found)
         {
             return Ok(parts);
         }
@@ -126,7 +126,7 @@ impl Data {
                 found
             }
         };
-        assembled(id, record.method, &record.config, places, found)
+        assembled(id, record.method.clone(), &record.config, places, found)
     }
 
     /// One table's rows of an artifact: where they were written if they are still there, else by search.

@@ -53,7 +53,7 @@ use self::catalog::Catalogue;
 use self::data::Data;
 use self::location::Location;
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, Layer, SharedLayer, layer_from_parts, registry};
+use crate::layer::{ArtifactId, SharedLayer, layer_from_parts};
 
 /// Bytes of loaded layers that a store keeps when nothing else is asked for.
 pub const DEFAULT_CACHE_BYTES: u64 = 1 << 30;
@@ -257,7 +257,10 @@ impl Store {
     async fn load(&self, record: &Arc<LayerRecord>) -> Result<SharedLayer> {
         let id = record.artifact;
         let built = move |parts| {
-            layer_from_parts(parts).map_err(|e| Error::Corrupt { artifact: id.to_string(), reason: e.to_string() })
+            layer_from_parts(parts).map_err(|e| match e {
+                unknown @ Error::UnknownMethod { .. } => unknown,
+                other => Error::Corrupt { artifact: id.to_string(), reason: other.to_string() },
+            })
         };
         let read = async {
             let (data, wanted) = (self.inner.data.clone(), record.clone());

@@ -20,7 +20,8 @@ use super::stats::data_tables;
 use super::verify::LayerName;
 use super::{LayerHandle, Snapshot, Store, lock};
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, require_finite};
+use crate::layer::ArtifactId;
+use crate::linalg::require_finite;
 
 /// The name of the index on a table's keys.
 const INDEX: &str = "key_directions";

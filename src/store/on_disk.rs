@@ -48,7 +48,7 @@ impl LayerHandle {
             artifact: record.artifact.to_string(),
             reason: format!("its keys in '{table}' are not 0, 1, 2 …"),
         })?;
-        let mut small = Parts::new(record.method, record.config.clone());
+        let mut small = Parts::new(record.method.clone(), record.config.clone());
         let batches = small_tensors(&opened(TENSORS.into()).await?, &mine).await;
         add_rows(&mut small, Table::Tensors, batches.map_err(storage_error("reading table 'tensors'"))?)
             .map_err(|reason| Error::Corrupt { artifact: record.artifact.to_string(), reason })?;

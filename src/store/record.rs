@@ -270,7 +270,7 @@ pub fn read_layers(batch: &RecordBatch) -> Result<Vec<LayerRecord>> {
             Ok(LayerRecord {
                 model: r.text("model", row)?.to_owned(),
                 layer: r.text("layer", row)?.to_owned(),
-                method: r.text("method", row)?.parse()?,
+                method: r.text("method", row)?.to_owned().into(),
                 in_features: r.number("in_features", row)?,
                 out_features: r.number("out_features", row)?,
                 artifact: ArtifactId(r.hash("artifact", row)?),
@@ -294,7 +294,7 @@ pub fn read_artifacts(batch: &RecordBatch) -> Result<Vec<ArtifactRecord>> {
         .map(|row| {
             Ok(ArtifactRecord {
                 artifact: ArtifactId(r.hash("artifact", row)?),
-                method: r.text("method", row)?.parse()?,
+                method: r.text("method", row)?.to_owned().into(),
                 config: r.parsed("config", row)?,
                 places: r.parsed("places", row)?,
                 stored_bytes: r.number("stored_bytes", row)?,

@@ -74,7 +74,7 @@ pub struct State {
 impl From<&LayerRecord> for State {
     fn from(r: &LayerRecord) -> Self {
         State {
-            method: r.method,
+            method: r.method.clone(),
             artifact: r.artifact.to_string(),
             relative_error: r.relative_error,
             stored_bytes: r.stored_bytes,

@@ -426,7 +426,7 @@ mod tests {
         #[test]
         fn rows_become_the_same_parts(parts in any_parts(), split in 1usize..4) {
             let id = parts.id();
-            let mut back = Parts::new(parts.method, parts.config.clone());
+            let mut back = Parts::new(parts.method.clone(), parts.config.clone());
             for (table, batches) in to_batches(id, &parts).unwrap() {
                 for batch in &batches {
                     prop_assert_eq!(batch.schema(), table.schema());

@@ -109,7 +109,7 @@ impl Writer {
         let stored_bytes = parts.stored_bytes();
         let stored = Stored {
             artifact: id,
-            method: parts.method,
+            method: parts.method.clone(),
             config: parts.config.clone(),
             stored_bytes,
             relative_error: made.relative_error,
@@ -121,7 +121,7 @@ impl Writer {
         }
         let record = ArtifactRecord {
             artifact: id,
-            method: parts.method,
+            method: parts.method.clone(),
             config: parts.config.clone(),
             places: Places::default(),
             stored_bytes,
