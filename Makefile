@@ -18,7 +18,7 @@ demo: $(VENV)/.ready
 	scripts/demo.sh $(TARGET)/debug $(BIN)/python
 
 # The demo's model under other rules: make compare RULES="a.toml b.toml"
-RULES ?= examples/rules/minilm-int4.toml examples/rules/minilm-int2.toml $(wildcard examples/rules/minilm-ternary*.toml)
+RULES ?= $(wildcard examples/rules/minilm-*.toml)
 compare: $(VENV)/.ready
 	$(CARGO) build --bins --examples
 	scripts/compare_rules.sh $(TARGET)/debug $(RULES)
