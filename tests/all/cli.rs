@@ -6,14 +6,14 @@ use layerstore::formats::{read_array, write_array};
 use layerstore::linalg::{matmul_nt, relative_error};
 use ndarray::s;
 
-use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, field};
 
 #[test]
 fn import_lists_and_shows() {
     let place = Place::new();
     let dense = place.import("f32", None);
     assert_eq!((dense["model"].as_str(), dense["version"].as_u64()), (Some("f32"), Some(2)));
-    assert_eq!(dense["dense_bytes"], dense["stored_bytes"]);
+    assert_eq!(field(&dense, "dense_bytes"), field(&dense, "stored_bytes"));
     let int4 = place.import("int4", Some(INT4));
     let layer = |report: &serde_json::Value, name: &str| {
         report["layers"].as_array().unwrap().iter().find(|l| l["layer"] == name).unwrap().clone()
@@ -22,7 +22,7 @@ fn import_lists_and_shows() {
     assert_eq!((up["method"].as_str(), up["error_basis"].as_str()), (Some("low_rank"), Some("activations")));
     assert_eq!((up["out_features"].as_u64(), up["in_features"].as_u64()), (Some(96), Some(48)));
     assert!(up["relative_error"].as_f64().unwrap() < 0.08);
-    assert!(up["stored_bytes"].as_u64() < up["dense_bytes"].as_u64());
+    assert!(up["stored_bytes"].as_u64().unwrap() < up["dense_bytes"].as_u64().unwrap());
     let embedding = layer(&int4, "embedding");
     assert_eq!((embedding["method"].as_str(), embedding["reused"].as_bool()), (Some("dense"), Some(true)));
 
@@ -32,7 +32,7 @@ fn import_lists_and_shows() {
     assert_eq!(layers.as_array().unwrap().len(), int4["layers"].as_array().unwrap().len());
     let shown = place.json(&["show", "int4", "blocks.0.up"]);
     assert_eq!(shown["config"]["rank"], 8);
-    assert_eq!(shown["artifact"], up["artifact"]);
+    assert_eq!(field(&shown, "artifact"), field(&up, "artifact"));
     assert_eq!(shown["source"]["tensors"][0]["tensor"], "blocks.0.up.weight");
     // The tables for people hold the same names.
     assert!(place.run(&["layers", "int4"]).out.contains("blocks.1.down"));
@@ -75,12 +75,14 @@ fn a_dry_run_says_what_an_import_does() {
     let (plan, done) = (plan["layers"].as_array().unwrap(), done["layers"].as_array().unwrap());
     assert_eq!(plan.len(), done.len());
     for (expected, found) in plan.iter().zip(done) {
-        assert_eq!((&expected["layer"], &expected["method"]), (&found["layer"], &found["method"]));
+        for same in ["layer", "method"] {
+            assert_eq!(field(expected, same), field(found, same));
+        }
         let by_error = found["layer"] == "blocks.1.up";
         assert_eq!(expected["expected_bytes"].is_null(), by_error);
         if !by_error {
-            assert_eq!(expected["expected_bytes"], found["stored_bytes"], "{found}");
-            assert_eq!(expected["bits_per_weight"], found["bits_per_weight"]);
+            assert_eq!(field(expected, "expected_bytes"), field(found, "stored_bytes"), "{found}");
+            assert_eq!(field(expected, "bits_per_weight"), field(found, "bits_per_weight"));
         }
     }
     let rule_of = |layer: &str| plan.iter().find(|l| l["layer"] == layer).unwrap()["rule"].clone();
@@ -116,7 +118,7 @@ fn a_second_import_writes_nothing() {
         assert!(!before.is_empty());
         let second = place.import("m", Some(rules));
         assert_eq!(second["written_bytes"], 0);
-        assert_eq!(second["version"], first["version"]);
+        assert_eq!(field(&second, "version"), field(&first, "version"));
         let layers = second["layers"].as_array().unwrap();
         assert!(layers.len() == 10 && layers.iter().all(|l| l["reused"] == true));
         assert_eq!(data(), before);
@@ -366,7 +368,8 @@ fn shards_are_one_checkpoint() {
     let whole = place.import("whole", None);
     for (model, path) in [("folder", &folder), ("index", &index)] {
         let report = place.json(&["import", path.to_str().unwrap(), "--model", model]);
-        assert_eq!((&report["written_bytes"], &report["dense_bytes"]), (&serde_json::json!(0), &whole["dense_bytes"]));
+        assert_eq!(report["written_bytes"], 0);
+        assert_eq!(field(&report, "dense_bytes"), field(&whole, "dense_bytes"));
     }
     let output = place.path("back.safetensors");
     place.json(&["export", "index", "--output", output.to_str().unwrap()]);

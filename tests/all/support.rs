@@ -101,6 +101,15 @@ pub fn refused<T>(result: layerstore::Result<T>, kind: ErrorKind, says: &[&str])
     }
 }
 
+/// The entry of that name in a JSON object; fails where there is none, or it is `null`.
+#[track_caller]
+pub fn field<'a>(object: &'a Value, name: &str) -> &'a Value {
+    match object.get(name) {
+        None | Some(Value::Null) => panic!("no {name} in {object}"),
+        Some(value) => value,
+    }
+}
+
 /// Waits until something holds, and fails where it does not within two minutes.
 #[track_caller]
 pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
