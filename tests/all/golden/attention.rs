@@ -6,12 +6,14 @@ use layerstore::attention::{Attended, Codebook, Hyper, Past, Quantized, Relative
 
 use serde_json::Value;
 
-use super::{Case, Tensor, narrow};
+use super::{Case, Tally, Tensor, narrow};
 
 #[test]
 fn golden_attention() {
+    let mut tally = Tally::default();
     for case in Case::of("attention") {
-        match case.index["family"].as_str().unwrap() {
+        let family = case.index["family"].as_str().unwrap();
+        match family {
             "exact" => softmax(&case),
             "vq_qk" => both_quantized(&case),
             "transformer_vq" => keys_quantized(&case),
@@ -20,7 +22,17 @@ fn golden_attention() {
             "error_table" => errors(&case),
             other => panic!("{}: unknown family '{other}'", case.name),
         }
+        // HyperAttention's authors count samples twice; Transformer-VQ's mean of the commitment counts padding.
+        tally.ran(&case, family, &["out.peer_o", "out.peer_lse", "out.commit_mean"]);
     }
+    tally.expect(&[
+        ("codebook", 6),
+        ("error_table", 1),
+        ("exact", 10),
+        ("hyper", 4),
+        ("transformer_vq", 4),
+        ("vq_qk", 12),
+    ]);
 }
 
 impl Case {

@@ -15,6 +15,7 @@ pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdM
 pub use correction::{Correction, Transform};
 
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
+use super::check::check_lengths;
 use super::method::{Method, read_config};
 use super::name::MethodName;
 use super::traits::{
@@ -289,6 +290,7 @@ impl LowRankLayer {
         // A way to run it, which the catalogue's config has beside: no part of what is stored.
         config.made.remove("activations");
         let (outputs, inputs) = (config.out_features, config.in_features);
+        check_lengths(outputs, inputs)?;
         let rows = parts
             .weights
             .as_ref()
