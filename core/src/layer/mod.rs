@@ -37,7 +37,7 @@ pub use module::ModuleLayer;
 pub use parts::{ArtifactId, Parts};
 pub use rms_norm::{NormGradients, RmsNorm};
 pub use ternary::{TernaryConfig, TernaryLayer};
-pub use vq_attention::{AttentionBlock, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
+pub use vq_attention::{AttentionBlock, CodebookStep, Mechanism, VqAttentionConfig, VqAttentionLayer};
 
 pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
 

@@ -3,10 +3,11 @@
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
-use super::product::matmul_f64;
+use super::finite::require_finite;
+use super::product::gram;
 use crate::error::{Error, Result};
 
-/// What is added to the diagonal of a covariance before it is factored: `absolute + relative · mean(diagonal)`.
+/// The ridge added to the diagonal of a covariance before it is factored: `absolute + relative · mean(diagonal)`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Ridge {
     /// Added as it is (AXL's `ridge_regularization`).
@@ -16,7 +17,7 @@ pub struct Ridge {
 }
 
 impl Ridge {
-    /// `matrix + ridge · I`.
+    /// Returns `matrix + ridge · I`.
     pub fn added_to(&self, mut matrix: Array2<f64>) -> Array2<f64> {
         let n = matrix.nrows();
         if n > 0 {
@@ -40,7 +41,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// The moments of `inputs` `[tokens, features]`.
+    /// Computes the moments of `inputs` `[tokens, features]`.
     ///
     /// # Errors
     /// When there are no tokens, or a value is not finite.
@@ -49,24 +50,22 @@ impl Moments {
         if tokens == 0 {
             return Err(Error::expected("calibration inputs", "0 tokens", "at least one"));
         }
-        if let Some((index, value)) = inputs.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(Error::NotFinite { what: "the calibration inputs".into(), value: f64::from(*value), index });
-        }
+        require_finite("the calibration inputs", inputs.iter())?;
         let wide = inputs.mapv(f64::from);
         let mean = wide.mean_axis(Axis(0)).expect("at least one token");
-        let second = matmul_f64(wide.t(), wide.view()) / tokens as f64;
+        let second = gram(wide.view()) / tokens as f64;
         let centred = wide - &mean;
-        let covariance = matmul_f64(centred.t(), centred.view()) / (tokens.max(2) - 1) as f64;
+        let covariance = gram(centred.view()) / (tokens.max(2) - 1) as f64;
         Ok(Moments { mean, covariance, second })
     }
 
-    /// What is assumed of inputs that were never seen: mean 0, covariance I.
+    /// Returns the moments that are assumed of inputs that were never seen: mean 0, covariance I.
     pub fn standard(features: usize) -> Self {
         Moments { mean: Array1::zeros(features), covariance: Array2::eye(features), second: Array2::eye(features) }
     }
 }
 
-/// The covariance `[features, features]` of `inputs` `[samples, features]`, centred and divided by samples − 1, plus
+/// Computes the covariance `[features, features]` of `inputs` `[samples, features]`, centred and divided by samples − 1, plus
 /// `ridge · I`. One sample has none, so the ridge alone; without inputs it is taken to be I.
 ///
 /// # Errors
