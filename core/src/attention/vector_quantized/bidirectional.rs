@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2, ArrayView4, Axis, s};
 
-use super::VqAttention;
+use super::settings::VqAttention;
 use crate::attention::cache::{CompressedCache, add_to_means};
 use crate::attention::codebook::AttentionCodebook;
 use crate::attention::compressed::CompressedKeys;

@@ -5,7 +5,7 @@
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView4, Axis, concatenate, s};
 
-use super::VqAttention;
+use super::settings::VqAttention;
 use crate::attention::cache::{CompressedCache, add_to_means};
 use crate::attention::compressed::{CompressedKeys, ScoreTable};
 use crate::attention::gather::gather_rows;
