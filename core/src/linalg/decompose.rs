@@ -43,7 +43,7 @@ pub fn svd(matrix: ArrayView2<f64>) -> Result<Svd> {
 
 /// Computes the `k` leading singular triplets from the eigenvectors of the smaller Gram matrix.
 ///
-/// Much cheaper than [`svd`] for a rectangular matrix. Squaring costs half the digits: singular values below about
+/// Much cheaper than a whole SVD for a rectangular matrix. Squaring costs half the digits: singular values below about
 /// 1e-8 of the largest are noise, which is far below what a leading component is used for.
 ///
 /// # Errors
