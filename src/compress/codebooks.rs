@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer, Method, Step, VqAttentionConfig, VqAttentionLayer};
+use crate::layer::{Accuracy, CodebookStep, Layer, Method, VqAttentionConfig, VqAttentionLayer};
 use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Made, Places, Source, Store, joined};
 
 /// How codebooks are trained.
@@ -200,7 +200,7 @@ async fn learn(
                 };
                 attention.learn(part(&q, &orders[0]).view(), part(&k, &orders[1]).view(), step)
             });
-            let (after, step): (_, Step) = joined(learned.await)??;
+            let (after, step): (_, CodebookStep) = joined(learned.await)??;
             attention = after;
             for (loss, learned) in losses.iter_mut().zip([&step.queries, &step.keys]) {
                 if let Some(learned) = learned {

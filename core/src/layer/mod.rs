@@ -39,7 +39,7 @@ pub use traits::{
     Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SearchReport, SharedLayer, check_rows, configured,
     no_weight,
 };
-pub use vq_attention::{AttentionBlock, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
+pub use vq_attention::{AttentionBlock, CodebookStep, Mechanism, VqAttentionConfig, VqAttentionLayer};
 
 pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
 

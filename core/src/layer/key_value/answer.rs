@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::config::{Ranking, SearchSettings, Sides};
 use super::layer::Core;
 use super::search::{Certificate, Hit, Scored, SelectLimit, rank_value};
-use crate::index::Range;
+use crate::index::ContributionRange;
 use crate::linalg::{dot_f64, matmul_nt};
 
 /// Scores are worked out anew from float keys down to this share below the threshold.
@@ -59,17 +59,23 @@ impl Core {
     }
 
     /// The range to ask the index for, if it may leave keys out: contributions are what it knows of.
-    fn range(&self, settings: &SearchSettings, limit: SelectLimit) -> Option<Range> {
+    fn range(&self, settings: &SearchSettings, limit: SelectLimit) -> Option<ContributionRange> {
         match (limit, settings.ranking) {
             (SelectLimit::Threshold(least), Ranking::Contribution) if !self.config.backend.scores_every_key() => {
-                Some(Range { least, two_sided: settings.sides == Sides::Both })
+                Some(ContributionRange { least, two_sided: settings.sides == Sides::Both })
             }
             _ => None,
         }
     }
 
     /// The answer among the keys that the index proposes.
-    fn proposed(&self, x: ArrayView1<f32>, range: Range, settings: &SearchSettings, limit: SelectLimit) -> Answer {
+    fn proposed(
+        &self,
+        x: ArrayView1<f32>,
+        range: ContributionRange,
+        settings: &SearchSettings,
+        limit: SelectLimit,
+    ) -> Answer {
         let index = self.index.as_search_index();
         let keys = index.candidates(x, range).unwrap_or_else(|| (0..self.scales.len() as u32).collect());
         let mut scores = index.scores_of(x, &keys);

@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 
 use super::{VqAttentionLayer, batch_in_heads};
-use crate::attention::Past;
+use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
 use crate::layer::traits::{Accuracy, Layer, SharedLayer};
 
@@ -11,12 +11,14 @@ use crate::layer::traits::{Accuracy, Layer, SharedLayer};
 #[derive(Debug, Clone)]
 pub struct AttentionBlock {
     attention: VqAttentionLayer,
-    /// Wq, Wk and Wv; without, inputs are queries, keys and values already.
+    /// Wq, Wk and Wv; without them the inputs are queries, keys and values already.
     projections: Option<[SharedLayer; 3]>,
     output: Option<SharedLayer>,
 }
 
 impl AttentionBlock {
+    /// Makes a block of attention and its linear layers: Wq, Wk and Wv, and Wo.
+    ///
     /// # Errors
     /// When a projection is of another shape than the attention asks for.
     pub fn new(attention: VqAttentionLayer, projections: Option<[SharedLayer; 3]>, output: Option<SharedLayer>) -> Result<Self> {
@@ -47,12 +49,12 @@ impl AttentionBlock {
         Ok(AttentionBlock { attention, projections, output })
     }
 
-    /// The attention without its projections.
+    /// Returns the attention without its projections.
     pub fn attention(&self) -> &VqAttentionLayer {
         &self.attention
     }
 
-    /// The same block with each query meeting each key.
+    /// Returns the same block with exact attention.
     ///
     /// # Errors
     /// As [`VqAttentionLayer::exact`].
@@ -60,7 +62,7 @@ impl AttentionBlock {
         Ok(AttentionBlock { attention: self.attention.exact()?, ..self.clone() })
     }
 
-    /// Queries, keys and values, a row a token, from their inputs.
+    /// Projects inputs `[tokens, width]` to queries, keys and values, a row a token.
     ///
     /// # Errors
     /// As [`Layer::forward`].
@@ -77,8 +79,8 @@ impl AttentionBlock {
         Ok([query.forward(q, accuracy)?.y, key.forward(k, accuracy)?.y, value.forward(v, accuracy)?.y])
     }
 
-    /// Attends from `q` `[batch, queries, width]` to `k` and `v` `[batch, keys, width]`: `[batch, queries, width]`. `there` and
-    /// `past` are [`VqAttentionLayer::attend`]'s.
+    /// Computes the block's outputs `[batch, queries, width]` for inputs `q` `[batch, queries, width]`, `k` and `v` `[batch, keys, width]`. `there` and
+    /// `cache` are [`VqAttentionLayer::attend`]'s.
     ///
     /// # Errors
     /// As [`Layer::forward`] and [`VqAttentionLayer::attend`].
@@ -88,7 +90,7 @@ impl AttentionBlock {
         k: ArrayView3<f32>,
         v: ArrayView3<f32>,
         there: Option<ArrayView2<bool>>,
-        past: Option<&mut Past>,
+        cache: Option<&mut CompressedCache>,
         accuracy: Accuracy,
     ) -> Result<Array3<f32>> {
         let (batch, queries, keys) = (q.dim().0, q.dim().1, k.dim().1);
@@ -117,7 +119,7 @@ impl AttentionBlock {
             heads(k, keys, config.kv_heads(), "keys")?,
             heads(v, keys, config.kv_heads(), "values")?,
         );
-        let found = self.attention.attend(q.view(), k.view(), v.view(), there, past)?.output;
+        let found = self.attention.attend(q.view(), k.view(), v.view(), there, cache)?.output;
         let (_, heads, _, dim) = found.dim();
         let joined = found.permuted_axes([0, 2, 1, 3]).as_standard_layout().into_owned();
         let shape = |e: ndarray::ShapeError| Error::Numeric(e.to_string());

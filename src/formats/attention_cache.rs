@@ -1,4 +1,4 @@
-//! What a sequence has left behind, in a file: a long one is attended to piece by piece.
+//! The compressed cache of a sequence, in a file, so that a long one can be attended to piece by piece.
 
 use std::path::Path;
 
@@ -8,17 +8,17 @@ use safetensors::tensor::TensorView;
 use super::arrays::whole;
 use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
-use crate::attention::Past;
+use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
 use crate::layer::{DType, to_f32};
 
-/// Reads what [`write_attention_state`] wrote. Whether it fits a layer is found when it is used.
+/// Reads what [`write_attention_cache`] wrote. Whether it fits a layer is found when it is used.
 ///
 /// # Errors
 /// When the file cannot be read, or holds other tensors.
-pub fn read_attention_state(path: &Path) -> Result<Past> {
+pub fn read_attention_cache(path: &Path) -> Result<CompressedCache> {
     let file = SafetensorsSource::open(path)?;
-    Ok(Past {
+    Ok(CompressedCache {
         counts: floats(&file, "counts")?,
         means: floats(&file, "means")?,
         recent_codes: array(&file, "recent_codes", DType::U32, |bytes| {
@@ -48,23 +48,23 @@ fn array<T, D: Dimension>(
     array.and_then(|array| array.into_dimensionality()).map_err(|_| wrong(format!("shape {:?}", entry.shape)))
 }
 
-/// Writes a past as safetensors; the file appears whole or not at all.
+/// Writes a cache as safetensors; the file appears whole or not at all.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write_attention_state(path: &Path, past: &Past) -> Result<()> {
+pub fn write_attention_cache(path: &Path, cache: &CompressedCache) -> Result<()> {
     // Sizes may be 0, and numbers in any order.
     let floats = [
-        ("counts", past.counts.shape(), past.counts.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()),
-        ("means", past.means.shape(), past.means.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        ("counts", cache.counts.shape(), cache.counts.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()),
+        ("means", cache.means.shape(), cache.means.iter().flat_map(|v| v.to_le_bytes()).collect()),
         (
             "recent_values",
-            past.recent_values.shape(),
-            past.recent_values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            cache.recent_values.shape(),
+            cache.recent_values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         ),
     ];
-    let codes: Vec<u8> = past.recent_codes.iter().flat_map(|code| code.to_le_bytes()).collect();
-    let mut tensors = vec![("recent_codes", DType::U32, past.recent_codes.shape(), &codes)];
+    let codes: Vec<u8> = cache.recent_codes.iter().flat_map(|code| code.to_le_bytes()).collect();
+    let mut tensors = vec![("recent_codes", DType::U32, cache.recent_codes.shape(), &codes)];
     tensors.extend(floats.iter().map(|(name, shape, bytes)| (*name, DType::F32, *shape, bytes)));
     let tensors = tensors.into_iter().map(|(name, dtype, shape, bytes)| {
         let view = TensorView::new(dtype, shape.to_vec(), bytes).map_err(|e| Error::file(path, e.to_string()));
