@@ -44,6 +44,8 @@ pub mod blocking;
 #[doc(hidden)]
 pub mod cli;
 pub mod model;
+mod staged;
 pub mod store;
+mod tasks;
 
 pub use layerstore_core::{Error, ErrorKind, Result, attention, error, index, layer, linalg, nn, quant};

@@ -12,7 +12,8 @@ use super::output::bytes;
 use crate::error::{Error, Result};
 use crate::layer::Accuracy;
 use crate::model::{self, Training};
-use crate::store::{Store, check_model_name, joined};
+use crate::store::{Store, check_model_name};
+use crate::tasks::unwrap_join;
 
 #[derive(Debug, Args)]
 pub struct AttendArgs {
@@ -101,7 +102,7 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         let y = block.attend(q.view(), k.view(), v.view(), None, before.as_mut(), accuracy)?;
         Ok::<_, Error>((y.index_axis_move(Axis(0), 0), before))
     });
-    let (y, past) = joined(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
+    let (y, past) = unwrap_join(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
         model::write_array(path, y.view(), false)?;
     }

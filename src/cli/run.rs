@@ -7,7 +7,8 @@ use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, Layer, Limit, Method, QueryHits};
 use crate::model::{self, Activations, Checkpoint};
-use crate::store::{Snapshot, joined};
+use crate::store::Snapshot;
+use crate::tasks::unwrap_join;
 
 /// Hits of a query that a table shows; JSON has them all.
 const SHOWN_HITS: usize = 5;
@@ -32,7 +33,7 @@ pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
         (handle.load().await?, Accuracy::Approximate)
     };
     let done = tokio::task::spawn_blocking(move || layer.forward(x.view(), accuracy)).await;
-    let answer = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
+    let answer = unwrap_join(done)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
         model::write_array(path, answer.y.view(), is_vector)?;
     }
@@ -53,7 +54,7 @@ async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArg
     let x = model::read_any_array(&args.input)?;
     let accuracy = if args.exact { Accuracy::Full } else { Accuracy::Approximate };
     let done = tokio::task::spawn_blocking(move || module.forward(x.view(), accuracy)).await;
-    let y = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
+    let y = unwrap_join(done)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
         model::write_any_array(path, y.view())?;
     }
@@ -92,7 +93,7 @@ pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
             ));
         };
         let answers = tokio::task::spawn_blocking(move || layer.search(x.view(), limit)).await;
-        joined(answers)?.map_err(|e| e.in_layer(&args.layer))?
+        unwrap_join(answers)?.map_err(|e| e.in_layer(&args.layer))?
     };
     let results: Vec<Searched> =
         answers.into_iter().enumerate().map(|(query, answer)| Searched { query, answer }).collect();

@@ -19,8 +19,9 @@ use crate::error::{Error, Result};
 use crate::layer::parts::{Tensor, canonical_json};
 use crate::layer::{DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
 use crate::store::{
-    ErrorBasis, LayerRecord, Made, Places, Source, SourceTensor, Store, Stored, Writer, check_model_name, joined,
+    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, SourceTensor, Store, Writer, check_model_name,
 };
+use crate::tasks::unwrap_join;
 
 /// Part of every recipe: raise it when a method comes to make other parts from the same settings.
 pub(super) const RECIPE_VERSION: u32 = 2;
@@ -159,7 +160,7 @@ pub async fn import(
                 let made =
                     unless_cancelled(&cancel, move || make_block(&checkpoint, &block, calibration.as_ref().as_ref()));
                 let (layer, error) = made.await.map_err(|e| e.in_layer(&name))?;
-                let made = Made {
+                let made = Provenance {
                     recipe,
                     relative_error: error.filter(|e| e.is_finite()),
                     error_basis: ErrorBasis::Activations,
@@ -243,7 +244,7 @@ pub(super) struct Done {
     pub in_features: u64,
     pub out_features: u64,
     pub dense_bytes: u64,
-    pub stored: Stored,
+    pub stored: ArtifactInfo,
     pub config: Value,
     pub correction: CorrectionReport,
     pub reused: bool,
@@ -289,7 +290,7 @@ impl Done {
             config: self.config,
             source: self.source,
             created_at: Utc::now(),
-            places: Places::default(),
+            locations: RowLocations::default(),
         }
     }
 }
@@ -303,7 +304,7 @@ pub(super) async fn unless_cancelled<T: Send + 'static>(
         return Err(Error::Cancelled);
     }
     tokio::select! {
-        done = tokio::task::spawn_blocking(work) => joined(done)?,
+        done = tokio::task::spawn_blocking(work) => unwrap_join(done)?,
         () = cancel.cancelled() => Err(Error::Cancelled),
     }
 }
@@ -354,7 +355,7 @@ fn make(
     planned: &Planned,
     calibration: Option<&Activations>,
     recipe: [u8; 32],
-) -> Result<(Parts, Value, CorrectionReport, Made)> {
+) -> Result<(Parts, Value, CorrectionReport, Provenance)> {
     let LayerSource { layer: name, weight, bias } = &planned.source;
     if planned.method == MethodConfig::Dense {
         let bias = bias.as_ref().map(|b| {
@@ -373,7 +374,7 @@ fn make(
             checkpoint.to_bytes(weight),
             bias.transpose()?,
         )?);
-        let made = Made { recipe, relative_error: Some(0.0), error_basis: ErrorBasis::Weights };
+        let made = Provenance { recipe, relative_error: Some(0.0), error_basis: ErrorBasis::Weights };
         return Ok((layer.to_parts(), layer.config(), CorrectionReport::default(), made));
     }
     let w = checkpoint.matrix(weight)?;
@@ -381,7 +382,7 @@ fn make(
     let inputs = calibration.filter(|_| planned.calibrated).map(|c| c.get(name, w.ncols())).transpose()?.flatten();
     let layer = planned.method.compress(w.view(), b.as_ref().map(|b| b.view()), inputs.as_ref().map(|x| x.view()))?;
     let (error, error_basis) = measure(&layer, &w, inputs.as_ref())?;
-    let made = Made { recipe, relative_error: Some(error).filter(|e| e.is_finite()), error_basis };
+    let made = Provenance { recipe, relative_error: Some(error).filter(|e| e.is_finite()), error_basis };
     let correction = CorrectionReport::of(&layer, &w, inputs.as_ref());
     Ok((layer.to_parts(), layer.config(), correction, made))
 }

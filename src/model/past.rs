@@ -5,11 +5,11 @@ use std::path::Path;
 use ndarray::{Array, ArrayD, Dimension};
 use safetensors::tensor::TensorView;
 
-use super::arrays::whole;
 use super::checkpoint::Checkpoint;
 use crate::attention::Past;
 use crate::error::{Error, Result};
 use crate::layer::{DType, to_f32};
+use crate::staged;
 
 /// Reads what [`write_past`] wrote. Whether it fits a layer is found when it is used.
 ///
@@ -70,7 +70,8 @@ pub fn write_past(path: &Path, past: &Past) -> Result<()> {
         view.map(|view| (name, view))
     });
     let tensors: Vec<(&str, TensorView)> = tensors.collect::<Result<_>>()?;
-    whole(path, |staged| {
+    staged::write(path, |staged| {
         safetensors::serialize_to_file(tensors, None, staged).map_err(|e| Error::file(path, e.to_string()))
-    })
+    })?;
+    Ok(())
 }

@@ -14,7 +14,7 @@ use crate::model::import::{Done, ImportOptions, ImportReport, Landing, RECIPE_VE
 use crate::model::measure::{CorrectionReport, measure};
 use crate::model::plan::{Plan, PlannedLayer, bits_per_weight};
 use crate::model::rules::{Rule, Rules};
-use crate::store::{ErrorBasis, Made, Source, Store, check_model_name, source_tensors};
+use crate::store::{ErrorBasis, Provenance, Source, Store, check_model_name, source_tensors};
 
 /// The module that a whole model is: its layers are behind this name.
 pub const ROOT: &str = "model";
@@ -164,7 +164,7 @@ pub async fn import_keras(store: &Store, path: &Path, model: &str, options: Impo
                 let (layer, wanted) = (one.layer.clone(), method.clone());
                 let made = unless_cancelled(&cancel, move || compressed(layer, wanted, inputs)).await;
                 let (layer, correction, error, error_basis) = made.map_err(|e| e.in_layer(&name))?;
-                let made = Made { recipe, relative_error: error, error_basis };
+                let made = Provenance { recipe, relative_error: error, error_basis };
                 let (_, new) = writer.add(&layer.to_parts(), made).await?;
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
                 let config = config(&stored.config, &layer);
