@@ -396,12 +396,7 @@ impl Writer {
 ///
 /// # Errors
 /// As there.
-pub fn import(
-    store: &Store,
-    checkpoint: Arc<Checkpoint>,
-    model: &str,
-    options: ImportOptions,
-) -> Result<ImportReport> {
+pub fn import(store: &Store, checkpoint: Arc<Checkpoint>, model: &str, options: ImportOptions) -> Result<ImportReport> {
     store.run(model::import(&store.store, checkpoint, model, options))
 }
 

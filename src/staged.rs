@@ -51,7 +51,8 @@ mod tests {
     fn whole_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
-        let put = |text: &'static str| move |staged: &Path| std::fs::write(staged, text).map_err(|e| Error::io(staged, e));
+        let put =
+            |text: &'static str| move |staged: &Path| std::fs::write(staged, text).map_err(|e| Error::io(staged, e));
         assert_eq!(write(&path, put("first")).unwrap(), 5);
         let error = write(&path, |staged| {
             put("half")(staged)?;

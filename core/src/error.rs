@@ -339,7 +339,8 @@ mod tests {
         let storage = storage.or_else(|| error.source().unwrap().downcast_ref::<Error>()).unwrap();
         let found = storage.source().unwrap().downcast_ref::<std::io::Error>().unwrap();
         assert_eq!(found.raw_os_error(), Some(28));
-        let shared = Error::Shared(std::sync::Arc::new(Error::storage("reading", std::io::Error::from_raw_os_error(5))));
+        let shared =
+            Error::Shared(std::sync::Arc::new(Error::storage("reading", std::io::Error::from_raw_os_error(5))));
         assert!(shared.source().unwrap().is::<std::io::Error>());
     }
 }

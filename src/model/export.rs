@@ -11,8 +11,8 @@ use serde::Serialize;
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
 use crate::layer::{DType, Layer, Method, dtype_named, from_f32};
-use crate::store::{LayerHandle, Snapshot};
 use crate::staged;
+use crate::store::{LayerHandle, Snapshot};
 use crate::tasks::unwrap_join;
 
 /// What was written.

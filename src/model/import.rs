@@ -19,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::layer::parts::{Tensor, canonical_json};
 use crate::layer::{DenseLayer, Layer, Method, MethodConfig, Parts, dtype_name};
 use crate::store::{
-    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, SourceTensor, Store, Writer, check_model_name,
+    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, SourceTensor, Store, Writer,
+    check_model_name,
 };
 use crate::tasks::unwrap_join;
 

@@ -284,11 +284,8 @@ mod tests {
 
     #[test]
     fn what_is_missing_has_its_default() {
-        let rows = RecordBatch::try_from_iter([(
-            "key",
-            Arc::new(UInt32Array::from(vec![0, 1, 2])) as ArrayRef,
-        )])
-        .unwrap();
+        let rows =
+            RecordBatch::try_from_iter([("key", Arc::new(UInt32Array::from(vec![0, 1, 2])) as ArrayRef)]).unwrap();
         let weights = |batch: &RecordBatch| {
             batch.column_by_name("weight").unwrap().as_primitive::<UInt32Type>().values().to_vec()
         };

@@ -234,7 +234,9 @@ fn addresses(batch: &RecordBatch) -> Result<Vec<u64>> {
 /// Consecutive rows of one artifact each, in the table's order.
 async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
     let mut spans: Vec<Span> = vec![];
-    for batch in scan(dataset, Some(&["artifact".into()])).await.map_err(storage_error("reading the rows' artifacts"))? {
+    for batch in
+        scan(dataset, Some(&["artifact".into()])).await.map_err(storage_error("reading the rows' artifacts"))?
+    {
         let addresses = addresses(&batch)?;
         let names = batch
             .column(0)
@@ -383,7 +385,11 @@ async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, ArtifactRecord>) 
     let rows = async { all.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await };
     for batch in rows.await.map_err(action())? {
         batches.extend(relocated(&batch, moved).ok_or_else(|| {
-            Error::expected("columns 'artifact' and 'places' of the list of artifacts", "another type", "hashes and texts")
+            Error::expected(
+                "columns 'artifact' and 'places' of the list of artifacts",
+                "another type",
+                "hashes and texts",
+            )
         })?);
     }
     if batches.is_empty() {

@@ -18,14 +18,17 @@ pub struct LayerHandle {
 }
 
 impl LayerHandle {
+    /// Returns the handle of a row of the catalogue.
     pub(super) fn new(shared: Arc<Shared>, record: LayerRecord) -> Self {
         LayerHandle { shared, record: Arc::new(record) }
     }
 
+    /// Returns what the handle shares with its store.
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
 
+    /// Returns the layer's row of the catalogue, to be kept.
     pub(super) fn shared_record(&self) -> &Arc<LayerRecord> {
         &self.record
     }

@@ -12,8 +12,8 @@ use object_store::ObjectStore;
 use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
 
-use super::memory::Memory;
 use super::format::Formats;
+use super::memory::Memory;
 use super::testing::Hooks;
 use crate::error::{Error, Result};
 
@@ -58,7 +58,9 @@ impl Location {
     pub fn new(uri: &str, hooks: &Hooks) -> Result<Self> {
         let registry = ObjectStoreRegistry::default();
         let (uri, place) = match uri.split_once("://") {
-            Some((scheme, rest)) if scheme != "file" => (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, rest)?),
+            Some((scheme, rest)) if scheme != "file" => {
+                (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, rest)?)
+            }
             _ => local(uri)?,
         };
         if let Place::Memory(memory) = &place {

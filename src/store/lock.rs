@@ -62,8 +62,7 @@ pub async fn committing(location: &Location) -> Result<Guard> {
 /// # Errors
 /// As [`importing`], and [`Error::Busy`] when an import is still at work.
 pub async fn collecting(location: &Location, patience: Duration) -> Result<Guard> {
-    let busy =
-        || Error::Busy { what: location.uri().to_owned(), holder: "an import is writing to it".into() };
+    let busy = || Error::Busy { what: location.uri().to_owned(), holder: "an import is writing to it".into() };
     let store = match location.place() {
         Place::Local(store) => store,
         Place::Memory(memory) => {

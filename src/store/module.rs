@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use chrono::Utc;
 
-use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
 use super::handle::LayerHandle;
+use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
 use super::root::Store;
 use super::snapshot::Snapshot;
 use super::writer::{Provenance, check_layer_name, check_model_name};

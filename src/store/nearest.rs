@@ -13,13 +13,13 @@ use lance_linalg::distance::DistanceType;
 use ndarray::{Array1, ArrayView2};
 use serde::Serialize;
 
-use super::location::storage_error;
-use super::record::LayerRecord;
-use super::schema::Table;
 use super::handle::LayerHandle;
 use super::listing::data_tables;
+use super::location::storage_error;
 use super::lock;
+use super::record::LayerRecord;
 use super::root::Store;
+use super::schema::Table;
 use super::snapshot::Snapshot;
 use super::verify::LayerName;
 use crate::error::{Error, Result};

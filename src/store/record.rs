@@ -143,15 +143,23 @@ pub(super) struct RowRange {
 /// One row of the table of artifacts: its data rows are all there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ArtifactRecord {
+    /// The artifact's name.
     pub artifact: ArtifactId,
+    /// How it is compressed.
     pub method: Method,
+    /// What is needed to read its arrays.
     pub config: Value,
+    /// Where its rows are.
     pub locations: RowLocations,
+    /// Bytes of its arrays.
     pub stored_bytes: u64,
     /// What it was made from and how: BLAKE3 of source, settings and calibration inputs.
     pub recipe: [u8; 32],
+    /// How far it is from its source, as measured when it was made.
     pub relative_error: Option<f64>,
+    /// What the error was measured over.
     pub error_basis: ErrorBasis,
+    /// When it was written.
     pub created_at: DateTime<Utc>,
 }
 

@@ -93,6 +93,7 @@ impl Store {
         Ok(Store { shared: Arc::new(Shared::new(location, catalogue, options.cache_bytes, reader)) })
     }
 
+    /// Returns what the store shares with its snapshots and handles.
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
@@ -201,10 +202,7 @@ impl Store {
     /// When one of them cannot be read.
     pub async fn prefetch(&self, handles: &[LayerHandle]) -> Result<()> {
         let loads = handles.iter().map(|handle| self.shared.load(handle.shared_record()));
-        futures::stream::iter(loads)
-            .buffer_unordered(PREFETCHED_AT_ONCE)
-            .try_for_each(|_| async { Ok(()) })
-            .await
+        futures::stream::iter(loads).buffer_unordered(PREFETCHED_AT_ONCE).try_for_each(|_| async { Ok(()) }).await
     }
 
     /// Returns the bytes of loaded layers held now.

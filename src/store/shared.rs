@@ -17,7 +17,9 @@ use crate::tasks::unwrap_join;
 /// An open store: where it lies, its data files, and the layers that are loaded.
 #[derive(Debug)]
 pub struct Shared {
+    /// Where it lies.
     pub location: Location,
+    /// Its artifacts, for reading.
     pub data: Arc<Data>,
     layers: Cache<ArtifactId, Layer>,
     /// The latest version as it was last seen.

@@ -2,8 +2,8 @@
 
 use chrono::Utc;
 
-use super::record::{ErrorBasis, LayerRecord, RowLocations, Source};
 use super::handle::LayerHandle;
+use super::record::{ErrorBasis, LayerRecord, RowLocations, Source};
 use super::root::Store;
 use super::writer::Provenance;
 use crate::error::{Error, Result};
@@ -79,7 +79,8 @@ async fn save(record: LayerRecord, parts: Parts, uri: &str) -> Result<()> {
     }
     let mut writer = store.writer().await?;
     // It was made elsewhere: its name says all that is known.
-    let provenance = Provenance { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
+    let provenance =
+        Provenance { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
     writer.add(&parts, provenance).await?;
     let model = record.model.clone();
     writer.commit(&model, &[record], None).await?;

@@ -104,6 +104,7 @@ impl From<&LayerRecord> for State {
 }
 
 impl Snapshot {
+    /// Returns the snapshot of a catalogue; messages call it by `label`, or by its version.
     pub(super) fn new(shared: Arc<Shared>, catalogue: Catalogue, label: Option<&str>) -> Self {
         let version = catalogue.dataset().version_id();
         let label = label.map_or_else(|| format!("version {version}"), |l| format!("'{l}'"));
@@ -115,10 +116,12 @@ impl Snapshot {
         self.dataset().version_id()
     }
 
+    /// Returns what the snapshot shares with its store.
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
 
+    /// Returns the catalogue's table at this version.
     pub(super) fn dataset(&self) -> &Dataset {
         self.catalogue.dataset()
     }
@@ -160,7 +163,8 @@ impl Snapshot {
     /// # Errors
     /// When there is no such model.
     pub async fn layers(&self, model: &str) -> Result<Vec<LayerRecord>> {
-        let rows = catalogue::rows(&self.shared.location, self.dataset(), Some(&format!("model = {}", quoted(model)))).await?;
+        let rows =
+            catalogue::rows(&self.shared.location, self.dataset(), Some(&format!("model = {}", quoted(model)))).await?;
         if rows.is_empty() {
             return Err(self.unknown_model(model).await?);
         }

@@ -212,8 +212,7 @@ pub fn add_rows(parts: &mut Parts, table: Table, batches: Vec<RecordBatch>) -> s
 
 fn add_codebooks(parts: &mut Parts, length: usize, batches: Vec<RecordBatch>) -> std::result::Result<(), String> {
     let same = |b: &RecordBatch, i| {
-        Ok(text(b, "role", i)? == text(b, "role", i - 1)?
-            && number(b, "subspace", i)? == number(b, "subspace", i - 1)?)
+        Ok(text(b, "role", i)? == text(b, "role", i - 1)? && number(b, "subspace", i)? == number(b, "subspace", i - 1)?)
     };
     for rows in runs(batches, same)? {
         in_order(std::slice::from_ref(&rows), "code")?;

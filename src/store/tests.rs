@@ -100,9 +100,9 @@ async fn bring_every_method(store: &Store, folder: &Path) {
         (name.to_owned(), vec![rows, 8], numbers.flat_map(f32::to_le_bytes).collect::<Vec<u8>>())
     };
     let file = |name: &str, arrays: Vec<(String, Vec<usize>, Vec<u8>)>| {
-        let views = arrays.iter().map(|(name, shape, bytes)| {
-            (name.as_str(), TensorView::new(DType::F32, shape.clone(), bytes).unwrap())
-        });
+        let views = arrays
+            .iter()
+            .map(|(name, shape, bytes)| (name.as_str(), TensorView::new(DType::F32, shape.clone(), bytes).unwrap()));
         let path = folder.join(name);
         safetensors::serialize_to_file(views, None, &path).unwrap();
         path
@@ -162,7 +162,11 @@ static NEXT: Formats = Formats(&[
         added: &[
             AddedColumn { table: LAYERS, name: "license", default: |rows| texts("unknown", rows) },
             AddedColumn { table: ARTIFACTS, name: "origin", default: |rows| texts("here", rows) },
-            AddedColumn { table: "keys_d", name: "weight", default: |rows| Arc::new(Float32Array::from(vec![1.0; rows])) },
+            AddedColumn {
+                table: "keys_d",
+                name: "weight",
+                default: |rows| Arc::new(Float32Array::from(vec![1.0; rows])),
+            },
             AddedColumn {
                 table: "weights",
                 name: "outliers",
@@ -226,7 +230,8 @@ async fn an_older_store_is_upgraded() {
     assert_eq!(store.upgrade().await.unwrap(), 2);
     assert_eq!((store.upgrade().await.unwrap(), store.format().await.unwrap()), (2, 2));
     assert_eq!(store.log().await.unwrap()[0].operation, "upgrade to format 2");
-    for (table, column) in [("layers", "license"), ("artifacts", "origin"), ("keys_d96", "weight"), ("weights", "outliers")]
+    for (table, column) in
+        [("layers", "license"), ("artifacts", "origin"), ("keys_d96", "weight"), ("weights", "outliers")]
     {
         assert!(columns(&store, table).await.iter().any(|c| c == column), "{table}");
     }

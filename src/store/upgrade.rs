@@ -78,11 +78,8 @@ async fn with_columns(
     merged.try_set_field_id(Some(dataset.manifest().max_field_id()))?;
     merged.metadata.extend(schema.metadata().clone());
     // As Lance's own `add_columns` does for columns of nulls, which cannot change metadata in the same commit.
-    let operation = Operation::Merge {
-        fragments: dataset.fragments().to_vec(),
-        schema: merged,
-        preserves_nullability: true,
-    };
+    let operation =
+        Operation::Merge { fragments: dataset.fragments().to_vec(), schema: merged, preserves_nullability: true };
     let transaction =
         TransactionBuilder::new(dataset.version_id(), operation).transaction_properties(properties).build();
     CommitBuilder::new(Arc::new(dataset)).with_skip_auto_cleanup(true).execute(transaction).await

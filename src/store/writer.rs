@@ -12,9 +12,9 @@ use serde_json::Value;
 
 use super::catalogue::{self, create_table, replace_model};
 use super::data::Data;
+use super::format::{Format, without_missing};
 use super::location::{Location, storage_error};
 use super::lock::{self, Guard};
-use super::format::{Format, without_missing};
 use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
 use super::schema::{ARTIFACTS, Table};
 use super::tables::to_batches;
@@ -71,6 +71,10 @@ pub struct Writer {
 }
 
 impl Writer {
+    /// Takes the lock of imports, and reads which artifacts the store has.
+    ///
+    /// # Errors
+    /// When the storage refuses.
     pub(super) async fn begin(location: &Location, data: &Data) -> Result<Self> {
         let guard = lock::importing(location).await?;
         let format = location.formats().of(location, &catalogue::open(location, None).await?)?;
@@ -277,8 +281,12 @@ pub(super) async fn append(
         Ok(dataset) => dataset,
         Err(lance::Error::DatasetNotFound { .. }) => {
             let schema = location.formats().schema(table, format.version);
-            create_table(location, table, schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?)
-                .await?;
+            create_table(
+                location,
+                table,
+                schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?,
+            )
+            .await?;
             location.open_for_write(table).await.map_err(storage_error(action()))?
         }
         Err(e) => return Err(storage_error(action())(e)),

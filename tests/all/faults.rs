@@ -233,8 +233,7 @@ async fn a_full_disk_loses_nothing() {
     let mut failures = 0;
     for allowed in 0..200 {
         left.store(allowed, Ordering::SeqCst);
-        let options =
-            StoreOptions { hooks: Hooks::writing_to(Arc::new(storage.clone())), ..StoreOptions::default() };
+        let options = StoreOptions { hooks: Hooks::writing_to(Arc::new(storage.clone())), ..StoreOptions::default() };
         let (checkpoint, rules, calibration) =
             open_inputs(CHECKPOINT.as_ref(), Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
         let store = Store::open_with(&place.store(), options).await.unwrap();

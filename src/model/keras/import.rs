@@ -8,12 +8,12 @@ use super::open_keras;
 use crate::error::{Error, Result};
 use crate::layer::parts::canonical_json;
 use crate::layer::{Layer, MethodConfig};
-use crate::nn::Module;
 use crate::model::checkpoint::Activations;
 use crate::model::import::{Done, ImportOptions, ImportReport, Landing, RECIPE_VERSION, unless_cancelled};
 use crate::model::measure::{CorrectionReport, measure};
 use crate::model::plan::{Plan, PlannedLayer, bits_per_weight};
 use crate::model::rules::{Rule, Rules};
+use crate::nn::Module;
 use crate::store::{ErrorBasis, Provenance, Source, Store, check_model_name, source_tensors};
 
 /// The module that a whole model is: its layers are behind this name.

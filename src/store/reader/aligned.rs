@@ -72,7 +72,9 @@ impl AlignedBuffer {
                 unsafe { all.set_len(start + bytes) };
                 Buffer::from(all).slice(start)
             }
-            AlignedBuffer::Large { all, start, bytes } => Buffer::from(Bytes::from_owner(all).slice(start..start + bytes)),
+            AlignedBuffer::Large { all, start, bytes } => {
+                Buffer::from(Bytes::from_owner(all).slice(start..start + bytes))
+            }
         }
     }
 }

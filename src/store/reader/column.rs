@@ -100,7 +100,9 @@ impl PlainColumn {
                         _ => return None,
                     },
                     // One vector for all rows would be any number of bytes from few of the file: that is left to Lance.
-                    Layout::ConstantLayout(_) if matches!(field.data_type(), DataType::FixedSizeList(..)) => return None,
+                    Layout::ConstantLayout(_) if matches!(field.data_type(), DataType::FixedSizeList(..)) => {
+                        return None;
+                    }
                     Layout::ConstantLayout(layout) => match (same(layout)?, kind) {
                         (Some(value), Kind::Fixed(width)) if value.len() == width => PageBytes::Same(value.clone()),
                         (None, _) if page.buffers.len() == 1 => PageBytes::SameAt(buffer(0)?),
@@ -198,7 +200,9 @@ impl PlainColumn {
 
     fn variable(&self, file: &File) -> io::Result<ArrayRef> {
         let runs = self.pieces.iter().map(|piece| match &piece.bytes {
-            PageBytes::Prefixed { data, prefix, starts } => prefixed(file, &piece.rows, data, *prefix, *starts).map(Some),
+            PageBytes::Prefixed { data, prefix, starts } => {
+                prefixed(file, &piece.rows, data, *prefix, *starts).map(Some)
+            }
             PageBytes::SameAt(_) => Ok(None),
             PageBytes::Fixed(_) | PageBytes::Same(_) => Err(contradiction("values of fixed width among others")),
         });

@@ -57,7 +57,8 @@ impl DataFile {
         let mut end = End { start, bytes: bytes_at(&file, start..size)? };
         let footer = Footer::parse(&end.bytes)?;
         // The schema, the first of the buffers, comes before everything else that is wanted here.
-        let first = *pairs(&end.get(&file, footer.buffers)?).first().ok_or_else(|| contradiction("it has no schema"))?;
+        let first =
+            *pairs(&end.get(&file, footer.buffers)?).first().ok_or_else(|| contradiction("it has no schema"))?;
         if first.0 < end.start {
             end = End { start: first.0, bytes: bytes_at(&file, first.0..size)? };
         }

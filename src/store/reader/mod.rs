@@ -143,7 +143,8 @@ impl Files {
         let formats = self.location.formats();
         // Only the name of a file: what a path holds otherwise is encoded by the object store.
         let plain = |name: &str| !name.contains(['/', '\\']);
-        let Some(schema) = formats.schema(table, formats.newest().version).filter(|_| plain(table) && plain(name)) else {
+        let Some(schema) = formats.schema(table, formats.newest().version).filter(|_| plain(table) && plain(name))
+        else {
             return Ok(None);
         };
         let key = (table.to_owned(), name.to_owned());

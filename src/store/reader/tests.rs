@@ -1,16 +1,18 @@
 //! The two readers beside each other.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, BinaryArray, FixedSizeBinaryArray, FixedSizeListArray, Float32Array, RecordBatch, StringArray, UInt8Array,
-    UInt32Array,
+    ArrayRef, BinaryArray, FixedSizeBinaryArray, FixedSizeListArray, Float32Array, RecordBatch, StringArray,
+    UInt8Array, UInt32Array,
 };
 use arrow::datatypes::DataType;
 use proptest::prelude::*;
 
 use super::data_file::DataFile;
 use super::{FileRows, Files, Reader};
+use crate::store::format::FORMATS;
 use crate::store::location::Location;
 use crate::store::schema::Table;
 use crate::store::testing::Hooks;
@@ -30,8 +32,7 @@ fn reads_what_the_decoder_reads() {
         let DataType::FixedSizeList(item, length) = Table::Keys(700).schema().field(3).data_type().clone() else {
             panic!()
         };
-        let vectors =
-            FixedSizeListArray::try_new(item, length, Arc::new(Float32Array::from(values)), None).unwrap();
+        let vectors = FixedSizeListArray::try_new(item, length, Arc::new(Float32Array::from(values)), None).unwrap();
         let scales = Float32Array::from_iter_values((0..rows).map(|i| i as f32));
         RecordBatch::try_new(
             Table::Keys(700).schema(),
@@ -40,9 +41,8 @@ fn reads_what_the_decoder_reads() {
         .unwrap()
     };
     let weights = {
-        let packed: Vec<Vec<u8>> = (0..rows)
-            .map(|i| (0..2000 + i % 3).map(|j| (((i * 2003 + j) * 40_503) >> 7) as u8).collect())
-            .collect();
+        let packed: Vec<Vec<u8>> =
+            (0..rows).map(|i| (0..2000 + i % 3).map(|j| (((i * 2003 + j) * 40_503) >> 7) as u8).collect()).collect();
         let few: Vec<Vec<u8>> = (0..rows).map(|i| vec![i as u8; 4]).collect();
         let bytes = |rows: &[Vec<u8>]| -> ArrayRef { Arc::new(BinaryArray::from_iter_values(rows)) };
         RecordBatch::try_new(
@@ -56,9 +56,7 @@ fn reads_what_the_decoder_reads() {
     };
     let same = |text: &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(vec![text; rows])) };
     let list = |kind: &Table, values: ArrayRef, column: usize| -> ArrayRef {
-        let DataType::FixedSizeList(item, length) = kind.schema().field(column).data_type().clone() else {
-            panic!()
-        };
+        let DataType::FixedSizeList(item, length) = kind.schema().field(column).data_type().clone() else { panic!() };
         Arc::new(FixedSizeListArray::try_new(item, length, values, None).unwrap())
     };
     let factors = {
@@ -77,8 +75,7 @@ fn reads_what_the_decoder_reads() {
         let table = Table::Codes(5);
         let roles = StringArray::from_iter_values((0..rows).map(|i| ["keys", "values"][i * 2 / rows]));
         let codes = UInt8Array::from_iter_values((0..rows * 5).map(|i| (i * i) as u8));
-        let columns =
-            vec![one(&[7; 32]), Arc::new(roles) as ArrayRef, counted(rows), list(&table, Arc::new(codes), 3)];
+        let columns = vec![one(&[7; 32]), Arc::new(roles) as ArrayRef, counted(rows), list(&table, Arc::new(codes), 3)];
         RecordBatch::try_new(table.schema(), columns).unwrap()
     };
     let mut written = vec![];
@@ -89,7 +86,7 @@ fn reads_what_the_decoder_reads() {
         (Table::Codes(5), &codes),
     ] {
         let name = table.name();
-        let done = append(&location, &name, table.schema(), vec![batch.clone()]);
+        let done = append((&location, FORMATS.newest()), &name, vec![batch.clone()]);
         let file = runtime.block_on(done).unwrap().remove(0).0;
         written.push((table, batch, file));
     }
