@@ -87,7 +87,7 @@ pub async fn open(location: &Location, version: Option<u64>) -> Result<Dataset> 
 }
 
 fn check_format(location: &Location, dataset: Dataset) -> Result<Dataset> {
-    location.formats().of(location, &dataset)?;
+    location.format_of(&dataset)?;
     Ok(dataset)
 }
 
@@ -235,7 +235,7 @@ pub async fn replace_model(
     let mut attempt = 1;
     loop {
         let dataset = writable(location).await?;
-        let format = location.formats().of(location, &dataset)?;
+        let format = location.format_of(&dataset)?;
         let present = rows(location, &dataset, Some(&format!("model = {}", quoted(model)))).await?;
         let unchanged = present.len() == records.len() && {
             let by_layer: HashMap<&str, &LayerRecord> = present.iter().map(|r| (r.layer.as_str(), r)).collect();

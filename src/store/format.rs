@@ -13,7 +13,6 @@ use arrow::compute::kernels::zip::zip;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use lance::Dataset;
 
-use super::location::Location;
 use super::schema::{self, ARTIFACTS, LAYERS, Table};
 use crate::error::{Error, Result};
 
@@ -70,20 +69,20 @@ impl Formats {
         self.0.iter().find(|format| format.version == version)
     }
 
-    /// Returns the version that a store's catalogue names.
+    /// Returns the version that the catalogue of the store at this address names.
     ///
     /// # Errors
     /// [`Error::Format`] when it is none of these, and [`Error::NotAStore`] when there is none.
-    pub fn of(&self, location: &Location, catalogue: &Dataset) -> Result<&'static Format> {
+    pub fn of(&self, store: &str, catalogue: &Dataset) -> Result<&'static Format> {
         let Some(found) = catalogue.schema().metadata.get(FORMAT_KEY) else {
             return Err(Error::NotAStore {
-                path: location.uri().to_owned(),
+                path: store.to_owned(),
                 reason: format!("its table '{LAYERS}' does not name a format version: another program made it"),
             });
         };
         let known = found.parse().ok().and_then(|version| self.numbered(version));
         known.ok_or_else(|| Error::Format {
-            store: location.uri().to_owned(),
+            store: store.to_owned(),
             found: found.clone(),
             known: match (self.0[0].version, self.newest().version) {
                 (first, last) if first == last => format!("version {first}"),

@@ -12,7 +12,7 @@ use object_store::ObjectStore;
 use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
 
-use super::format::Formats;
+use super::format::{Format, Formats};
 use super::memory::Memory;
 use super::testing::Hooks;
 use crate::error::{Error, Result};
@@ -101,6 +101,14 @@ impl Location {
     /// Returns the format versions that can be read here.
     pub fn formats(&self) -> &'static Formats {
         self.formats
+    }
+
+    /// Returns the format version that the store's catalogue names.
+    ///
+    /// # Errors
+    /// As [`Formats::of`].
+    pub fn format_of(&self, catalogue: &Dataset) -> Result<&'static Format> {
+        self.formats.of(&self.uri, catalogue)
     }
 
     /// Returns the address that a table is read by.

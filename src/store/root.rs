@@ -216,7 +216,7 @@ impl Store {
     /// When the storage refuses.
     pub async fn format(&self) -> Result<u32> {
         let latest = self.shared.latest().await?;
-        Ok(self.shared.location.formats().of(&self.shared.location, latest.dataset())?.version)
+        Ok(self.shared.location.format_of(latest.dataset())?.version)
     }
 
     /// Brings the store to the newest format version that this build knows, and returns it: columns are added to tables,

@@ -30,7 +30,7 @@ pub async fn upgrade(location: &Location) -> Result<u32> {
     let formats = location.formats();
     let format = formats.newest();
     let catalogue = writable(location).await?;
-    if formats.of(location, &catalogue)?.version == format.version {
+    if location.format_of(&catalogue)?.version == format.version {
         return Ok(format.version);
     }
     let mut tables: Vec<String> = data_tables(location).await?.into_iter().map(|(name, _)| name).collect();
@@ -54,7 +54,7 @@ pub async fn upgrade(location: &Location) -> Result<u32> {
 /// Gives the catalogue the columns and the number of a format version, as a new version of the store, where it is of an
 /// older format.
 pub async fn with_format(location: &Location, catalogue: Dataset, format: &Format) -> Result<Dataset> {
-    if location.formats().of(location, &catalogue)?.version >= format.version {
+    if location.format_of(&catalogue)?.version >= format.version {
         return Ok(catalogue);
     }
     let properties = properties(format!("upgrade to format {}", format.version), None);

@@ -161,7 +161,7 @@ fn check_snapshot_name(name: &str) -> Result<()> {
 pub async fn restore(location: &Location, name: &str) -> Result<SnapshotInfo> {
     let _guard = lock::committing(location).await?;
     let dataset = writable(location).await?;
-    let format = location.formats().of(location, &dataset)?;
+    let format = location.format_of(&dataset)?;
     let version = resolve(&dataset, name).await?;
     open(location, Some(version)).await?;
     let restored = |dataset: &Dataset| SnapshotInfo {

@@ -77,7 +77,7 @@ impl Writer {
     /// When the storage refuses.
     pub(super) async fn begin(location: &Location, data: &Data) -> Result<Self> {
         let guard = lock::importing(location).await?;
-        let format = location.formats().of(location, &catalogue::open(location, None).await?)?;
+        let format = location.format_of(&catalogue::open(location, None).await?)?;
         let mut recipes = HashMap::new();
         let mut known = HashMap::new();
         for record in data.records().await? {
