@@ -14,7 +14,6 @@ use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows, read_a
 use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
 use crate::error::{Error, Result};
-use crate::layer::Method;
 use crate::layer::parts::{ArtifactId, Parts};
 use crate::tasks::unwrap_join;
 
@@ -195,8 +194,8 @@ fn corrupt(id: ArtifactId, reason: String) -> Error {
     Error::Corrupt { artifact: id.to_string(), reason }
 }
 
-/// All ranges of rows, table by table.
-fn file_rows(locations: &RowLocations) -> Vec<FileRows> {
+/// Returns all ranges of rows, table by table.
+pub fn file_rows(locations: &RowLocations) -> Vec<FileRows> {
     let tables = locations.0.iter().flat_map(|(table, rows)| rows.ranges.iter().map(move |range| (table, range)));
     let rows = tables.map(|(table, range)| FileRows {
         table: table.clone(),

@@ -35,7 +35,7 @@ pub struct Stats {
 /// Counts what a store holds, as a version tells.
 pub async fn stats(shared: &Shared, dataset: &Dataset, records: &[LayerRecord]) -> Result<Stats> {
     let models: BTreeSet<&str> = records.iter().map(|r| r.model.as_str()).collect();
-    let shared: HashMap<_, u64> = records.iter().map(|r| (r.artifact, r.stored_bytes)).collect();
+    let once: HashMap<_, u64> = records.iter().map(|r| (r.artifact, r.stored_bytes)).collect();
     Ok(Stats {
         models: models.len() as u64,
         layers: records.len() as u64,
@@ -44,7 +44,7 @@ pub async fn stats(shared: &Shared, dataset: &Dataset, records: &[LayerRecord]) 
         snapshots: versions::tags(dataset).await?.len() as u64,
         bytes: disk_bytes(&shared.location).await,
         dense_bytes: sum(records.iter().map(|r| r.dense_bytes)),
-        deduplicated_bytes: sum(records.iter().map(|r| r.stored_bytes)).saturating_sub(sum(shared.into_values())),
+        deduplicated_bytes: sum(records.iter().map(|r| r.stored_bytes)).saturating_sub(sum(once.into_values())),
     })
 }
 

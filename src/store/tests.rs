@@ -138,7 +138,7 @@ async fn both_readers_read_the_same() {
             for (field, found) in found.schema().fields().iter().zip(found.columns()) {
                 // Lance calls the items of every list nullable.
                 let expected = cast(expected.column_by_name(field.name()).unwrap(), found.data_type()).unwrap();
-                assert_eq!(*found, expected, "{} of {rows:?}", field.name());
+                assert_eq!(found, &expected, "{} of {rows:?}", field.name());
             }
             tables.insert(rows.table.trim_end_matches(|c: char| c.is_ascii_digit()).to_owned());
         }

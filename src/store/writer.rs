@@ -170,7 +170,8 @@ impl Writer {
             return Ok(());
         }
         self.broken = true;
-        let records = self.write_rows(std::mem::take(&mut self.pending)).await?;
+        let pending = std::mem::take(&mut self.pending);
+        let records = self.write_rows(pending).await?;
         append((&self.location, self.format), ARTIFACTS, vec![artifacts_batch(&records)?]).await?;
         self.known.extend(records.into_iter().map(|r| (r.artifact, r.locations)));
         self.written_bytes += std::mem::take(&mut self.pending_bytes);

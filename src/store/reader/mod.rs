@@ -29,7 +29,6 @@ use lance_file::versions::reader_projection_from_column_names;
 use lance_io::ReadBatchParams;
 use lance_io::object_store::{ObjectStore, ObjectStoreParams};
 use lance_io::scheduler::{ScanScheduler, SchedulerConfig};
-use lance_io::traits::Reader as _;
 use lance_io::utils::CachedFileSize;
 use lru::LruCache;
 use moka::future::Cache;

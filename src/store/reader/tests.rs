@@ -137,10 +137,10 @@ struct FixedSizeBinary(ArrayRef);
 impl FixedSizeBinary {
     fn new(rows: usize) -> Self {
         let names = (0..rows).map(|i| [i as u8; 32]);
-        FixedSizeBinary(Arc::new(arrow::array::FixedSizeBinaryArray::try_from_iter(names).unwrap()))
+        FixedSizeBinary(Arc::new(FixedSizeBinaryArray::try_from_iter(names).unwrap()))
     }
 }
 
 fn counted(rows: usize) -> ArrayRef {
-    Arc::new(arrow::array::UInt32Array::from_iter_values(0..rows as u32))
+    Arc::new(UInt32Array::from_iter_values(0..rows as u32))
 }
