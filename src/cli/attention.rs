@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::layer::Accuracy;
 use crate::compress::{self, Training};
 use crate::formats;
-use crate::store::{Store, check_model_name, joined};
+use crate::store::{Store, check_model_name};
+use crate::tasks::unwrap_join;
 
 #[derive(Debug, Args)]
 pub struct AttendArgs {
@@ -102,7 +103,7 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         let y = block.attend(q.view(), k.view(), v.view(), None, before.as_mut(), accuracy)?;
         Ok::<_, Error>((y.index_axis_move(Axis(0), 0), before))
     });
-    let (y, cache) = joined(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
+    let (y, cache) = unwrap_join(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
         formats::write_array(path, y.view(), false)?;
     }

@@ -21,9 +21,10 @@ use ndarray::{Array1, Array2};
 use safetensors::tensor::TensorView;
 
 use crate::error::{Error, Result};
-use crate::formats::{SafetensorsSource, TensorInfo, TensorSource, whole};
+use crate::formats::{SafetensorsSource, TensorInfo, TensorSource};
 use crate::layer::parts::f32_bytes;
 use crate::layer::{DType, to_f32};
+use crate::staged;
 use crate::{Calibration, SecondMoment};
 
 const MARK: &str = "layerstore:statistics";
@@ -341,9 +342,10 @@ pub fn write_statistics(path: &Path, layers: &[(String, Calibration)]) -> Result
         })
         .collect::<Result<_>>()?;
     let metadata = HashMap::from([(MARK.to_owned(), VERSION.to_owned())]);
-    whole(path, |staged| {
+    staged::write(path, |staged| {
         safetensors::serialize_to_file(views, Some(metadata), staged).map_err(|e| Error::file(path, e.to_string()))
-    })
+    })?;
+    Ok(())
 }
 
 #[cfg(test)]

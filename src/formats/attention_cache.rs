@@ -5,12 +5,12 @@ use std::path::Path;
 use ndarray::{Array, ArrayD, Dimension};
 use safetensors::tensor::TensorView;
 
-use super::arrays::whole;
 use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
 use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
 use crate::layer::{DType, to_f32};
+use crate::staged;
 
 /// Reads what [`write_attention_cache`] wrote. Whether it fits a layer is found when it is used.
 ///
@@ -71,7 +71,8 @@ pub fn write_attention_cache(path: &Path, cache: &CompressedCache) -> Result<()>
         view.map(|view| (name, view))
     });
     let tensors: Vec<(&str, TensorView)> = tensors.collect::<Result<_>>()?;
-    whole(path, |staged| {
+    staged::write(path, |staged| {
         safetensors::serialize_to_file(tensors, None, staged).map_err(|e| Error::file(path, e.to_string()))
-    })
+    })?;
+    Ok(())
 }

@@ -17,8 +17,6 @@ pub use keras::{KERAS_ROOT, KerasSource};
 pub use safetensors::SafetensorsSource;
 pub use source::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 
-pub(crate) use arrays::whole;
-
 use crate::error::Result;
 
 /// A format of model files.

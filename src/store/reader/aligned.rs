@@ -16,13 +16,17 @@ const LINE: usize = 64;
 /// through them look up fewer addresses. Of a last large page, at least as much is used.
 const LARGE_FROM: usize = 3 << 19;
 
-/// Room for some bytes, which begin at a cache line.
-pub enum Room {
+/// Memory for some bytes, which begin at a cache line.
+pub enum AlignedBuffer {
+    /// On the heap: the first byte lies behind the vector's end, and `bytes` of its spare capacity are used.
     Small { all: Vec<u8>, bytes: usize },
+    /// A mapping of large pages, used from `start` on.
     Large { all: MmapMut, start: usize, bytes: usize },
 }
 
-impl Room {
+impl AlignedBuffer {
+    /// Returns memory of this many bytes, of any content.
+    ///
     /// # Errors
     /// When there is no memory.
     pub fn new(bytes: usize) -> io::Result<Self> {
@@ -30,9 +34,9 @@ impl Room {
         if bytes < LARGE_FROM {
             let mut all = Vec::<u8>::new();
             all.try_reserve_exact(bytes + LINE)?;
-            // In front of the first byte that is read.
+            // Padding in front of the first byte that is used.
             all.resize(all.as_ptr().align_offset(LINE), 0);
-            return Ok(Room::Small { all, bytes });
+            return Ok(AlignedBuffer::Small { all, bytes });
         }
         // What is not touched of it takes no memory.
         let all = MmapMut::map_anon(bytes.checked_add(2 * PAGE).ok_or_else(too_long)?)?;
@@ -41,14 +45,14 @@ impl Room {
         let large = if bytes - whole >= LARGE_FROM { whole + PAGE } else { whole };
         // SAFETY: the mapping is ours, and goes two pages beyond what is asked for.
         unsafe { ask_for_large_pages(all[start..].as_ptr(), large) };
-        Ok(Room::Large { all, start, bytes })
+        Ok(AlignedBuffer::Large { all, start, bytes })
     }
 
-    /// All of it, of which nothing can be said yet.
+    /// Returns all of it, to be written to; it may be uninitialised.
     pub fn all(&mut self) -> &mut [MaybeUninit<u8>] {
         match self {
-            Room::Small { all, bytes } => &mut all.spare_capacity_mut()[..*bytes],
-            Room::Large { all, start, bytes } => {
+            AlignedBuffer::Small { all, bytes } => &mut all.spare_capacity_mut()[..*bytes],
+            AlignedBuffer::Large { all, start, bytes } => {
                 let bytes = &mut all[*start..*start + *bytes];
                 // SAFETY: the same memory; less is said of it, and nobody but callers of this writes to it.
                 unsafe { &mut *(std::ptr::from_mut(bytes) as *mut [MaybeUninit<u8>]) }
@@ -56,19 +60,21 @@ impl Room {
         }
     }
 
-    /// What has been read.
+    /// Returns the bytes as an Arrow buffer.
     ///
     /// # Safety
-    /// Every byte of [`Room::all`] has been written.
+    /// Every byte of [`AlignedBuffer::all`] has been written.
     pub unsafe fn filled(self) -> Buffer {
         match self {
-            Room::Small { mut all, bytes } => {
+            AlignedBuffer::Small { mut all, bytes } => {
                 let start = all.len();
                 // SAFETY: the caller's promise, of the bytes behind the first ones.
                 unsafe { all.set_len(start + bytes) };
                 Buffer::from(all).slice(start)
             }
-            Room::Large { all, start, bytes } => Buffer::from(Bytes::from_owner(all).slice(start..start + bytes)),
+            AlignedBuffer::Large { all, start, bytes } => {
+                Buffer::from(Bytes::from_owner(all).slice(start..start + bytes))
+            }
         }
     }
 }
@@ -80,17 +86,17 @@ mod tests {
     #[test]
     fn holds_what_is_written() {
         for bytes in [0, 1, 1000, LARGE_FROM - 1, LARGE_FROM, PAGE + 1, 2 * PAGE, 3 * PAGE - 7] {
-            let mut room = Room::new(bytes).unwrap();
-            assert_eq!(room.all().len(), bytes);
-            room.all().iter_mut().enumerate().for_each(|(i, byte)| {
+            let mut buffer = AlignedBuffer::new(bytes).unwrap();
+            assert_eq!(buffer.all().len(), bytes);
+            buffer.all().iter_mut().enumerate().for_each(|(i, byte)| {
                 byte.write((i % 251) as u8);
             });
             // SAFETY: just now.
-            let filled = unsafe { room.filled() };
+            let filled = unsafe { buffer.filled() };
             assert_eq!(filled.as_ptr().align_offset(LINE), 0, "{bytes}");
             assert_eq!(filled.len(), bytes);
             assert!(filled.iter().enumerate().all(|(i, byte)| *byte == (i % 251) as u8));
         }
-        assert!(Room::new(usize::MAX / 2).is_err());
+        assert!(AlignedBuffer::new(usize::MAX / 2).is_err());
     }
 }

@@ -9,22 +9,22 @@ use std::sync::OnceLock;
 
 use bytemuck::Pod;
 
-/// Read at a time where something between the values has to be taken out: on the stack, since memory that nobody has touched
-/// takes longer to get than to fill.
+/// Bytes read at a time where something between the values has to be taken out. They lie on the stack, since new memory takes
+/// longer to get than to fill.
 const WINDOW: usize = 16 << 10;
 
-/// Rows of so many bytes are read into place one by one, what is between them beside: for shorter ones a copy is cheaper.
+/// Rows of at least so many bytes are read straight into place by `preadv`; for shorter ones a copy is cheaper.
 const SCATTERED_FROM: usize = 512;
 
-/// Rows of such at a time: the system takes at most 1024 places.
+/// Rows read by one `preadv`: the system takes at most 1024 buffers, two a row.
 const SCATTERED_ROWS: usize = 512;
 
-/// From so many bytes on, a further thread is worth starting.
+/// Bytes that make a further thread worth starting.
 const SHARE: usize = 2 << 20;
 
 static CORES: OnceLock<usize> = OnceLock::new();
 
-/// Adds `count` numbers that lie at `at` to `values`.
+/// Reads `count` numbers that lie at `at`, and adds them to `values`.
 ///
 /// # Errors
 /// When the file ends before them, or cannot be read.
@@ -41,7 +41,7 @@ pub fn append<T: Pod>(file: &File, at: u64, count: usize, values: &mut Vec<T>) -
 }
 
 /// Reads rows of `length` bytes that begin at `at`, each behind its length in `prefix` bytes, into `into`, which they
-/// fill; false if one of them is of another length, and then nothing is said of what is there.
+/// fill. Returns false if one of them is of another length; the content of `into` is undefined then.
 ///
 /// # Errors
 /// As [`append`].
@@ -85,8 +85,8 @@ pub fn read_rows(file: &File, at: u64, prefix: usize, length: usize, into: &mut 
     })
 }
 
-/// Has `write` write to all of `into`, by several threads where there is much: each gets the number of its first byte and
-/// its memory, a whole number of rows of `row` bytes. False where one of them says so.
+/// Calls `write` for all of `into`, on several threads where there is much: each call gets the number of its first byte
+/// and its memory, a whole number of rows of `row` bytes. Returns false where one of them does.
 fn write_with(
     into: &mut [MaybeUninit<u8>],
     row: usize,
@@ -114,8 +114,8 @@ fn bytes<T: Pod>(numbers: &mut [MaybeUninit<T>]) -> &mut [MaybeUninit<u8>] {
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
 }
 
-/// Reads rows of `length` bytes into place, and what is in front of each, of one length, into `between`. False, and
-/// nothing is said of what has been read, where the system does not give all of it at once.
+/// Reads rows of `length` bytes into place, and what is in front of each, of one length, into `between`. Returns false
+/// where the system does not give all of it at once; the content of both is undefined then.
 #[cfg(unix)]
 fn scatter(file: &File, at: u64, length: usize, between: &mut [u8], into: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
     use std::os::fd::AsRawFd;
@@ -178,7 +178,9 @@ pub fn read_exact_at(file: &File, into: &mut [u8], at: u64) -> io::Result<()> {
 
 /// A range of a file, as a stream of its own.
 pub struct At<'a> {
+    /// The file.
     pub file: &'a File,
+    /// The bytes that are left to read.
     pub range: Range<u64>,
 }
 

@@ -23,15 +23,14 @@ use lance_encoding::format::metadata::full_zip_layout::Details;
 use lance_encoding::format::metadata::page_layout::Layout;
 use lance_encoding::format::metadata::{CompressiveEncoding, ConstantLayout, FullZipLayout};
 
-use super::local::{Page, invalid};
+use super::aligned::AlignedBuffer;
+use super::page::{Page, contradiction};
 use super::pread::{At, append, read_exact_at, read_rows};
-use super::room::Room;
 
-/// Read at a time where lengths have to be taken out: little, since memory that nobody has touched takes longer to get than
-/// to fill.
+/// Bytes read at a time where lengths have to be taken out: few, since new memory takes longer to get than to fill.
 const WINDOW: usize = 16 << 10;
 
-/// A run of rows of a column whose bytes lie plainly in the file.
+/// Consecutive rows of a column whose bytes lie plainly in the file.
 #[derive(Debug)]
 pub struct PlainColumn {
     field: Arc<Field>,
@@ -49,15 +48,17 @@ enum Kind {
     Variable,
 }
 
-/// A run of rows of one page.
+/// Consecutive rows of one page.
 #[derive(Debug)]
 struct Piece {
+    /// Counted from the page's first.
     rows: Range<u64>,
-    source: Source,
+    bytes: PageBytes,
 }
 
+/// Where the values of a page are.
 #[derive(Debug)]
-enum Source {
+enum PageBytes {
     /// Fixed-width values in these bytes of the file.
     Fixed(Range<u64>),
     /// Values behind their lengths.
@@ -75,7 +76,7 @@ enum Source {
 }
 
 impl PlainColumn {
-    /// These rows of a column, if that is how they lie in the file.
+    /// Finds these rows of a column in its pages. `None` if the pages have fewer rows, or do not lie plainly.
     pub fn find(field: &Arc<Field>, pages: &[Page], rows: Range<u64>) -> Option<Self> {
         let kind = kind(field.data_type())?;
         let mut pieces = vec![];
@@ -85,27 +86,31 @@ impl PlainColumn {
             let wanted = rows.start.max(first)..rows.end.min(end);
             if wanted.start < wanted.end {
                 let buffer = |i: usize| page.buffers.get(i).cloned();
-                let source = match page.layout.layout.as_ref()? {
+                let bytes = match page.layout.layout.as_ref()? {
                     Layout::FullZipLayout(layout) => match (kind, prefix_bytes(field.data_type(), layout)?) {
-                        (Kind::Fixed(_), 0) => Source::Fixed(buffer(0)?),
+                        (Kind::Fixed(_), 0) => PageBytes::Fixed(buffer(0)?),
                         (Kind::Variable, prefix @ 1..) => {
                             let index = buffer(1)?;
-                            let (bytes, entries) = (index.end - index.start, page.rows.checked_add(1)?);
-                            if bytes % entries != 0 || bytes / entries > 8 {
+                            let (length, entries) = (index.end - index.start, page.rows.checked_add(1)?);
+                            if length % entries != 0 || length / entries > 8 {
                                 return None;
                             }
-                            Source::Prefixed { data: buffer(0)?, prefix, starts: (index.start, bytes / entries) }
+                            PageBytes::Prefixed { data: buffer(0)?, prefix, starts: (index.start, length / entries) }
                         }
                         _ => return None,
                     },
+                    // One vector for all rows would be any number of bytes from few of the file: that is left to Lance.
+                    Layout::ConstantLayout(_) if matches!(field.data_type(), DataType::FixedSizeList(..)) => {
+                        return None;
+                    }
                     Layout::ConstantLayout(layout) => match (same(layout)?, kind) {
-                        (Some(value), Kind::Fixed(width)) if value.len() == width => Source::Same(value.clone()),
-                        (None, _) if page.buffers.len() == 1 => Source::SameAt(buffer(0)?),
+                        (Some(value), Kind::Fixed(width)) if value.len() == width => PageBytes::Same(value.clone()),
+                        (None, _) if page.buffers.len() == 1 => PageBytes::SameAt(buffer(0)?),
                         _ => return None,
                     },
                     _ => return None,
                 };
-                pieces.push(Piece { rows: wanted.start - first..wanted.end - first, source });
+                pieces.push(Piece { rows: wanted.start - first..wanted.end - first, bytes });
             }
             first = end;
         }
@@ -123,12 +128,12 @@ impl PlainColumn {
     /// # Errors
     /// When the file is shorter than its own description, or lengths in it do not add up.
     pub fn read(&self, file: &File, size: u64) -> io::Result<ArrayRef> {
-        let ends = self.pieces.iter().filter_map(|piece| match &piece.source {
-            Source::Fixed(data) | Source::SameAt(data) | Source::Prefixed { data, .. } => Some(data.end),
-            Source::Same(_) => None,
+        let ends = self.pieces.iter().filter_map(|piece| match &piece.bytes {
+            PageBytes::Fixed(data) | PageBytes::SameAt(data) | PageBytes::Prefixed { data, .. } => Some(data.end),
+            PageBytes::Same(_) => None,
         });
         if ends.max().is_some_and(|end| end > size) {
-            return Err(invalid("a page ends behind the file"));
+            return Err(contradiction("a page ends behind the file"));
         }
         match self.kind {
             Kind::Fixed(width) => self.fixed(file, width),
@@ -151,7 +156,7 @@ impl PlainColumn {
                 };
                 Arc::new(FixedSizeListArray::try_new(item.clone(), *length, values, None).map_err(io::Error::other)?)
             }
-            other => return Err(invalid(&format!("{other} among values of fixed width"))),
+            other => return Err(contradiction(&format!("{other} among values of fixed width"))),
         };
         Ok(array)
     }
@@ -160,18 +165,19 @@ impl PlainColumn {
     fn values<T: Pod>(&self, file: &File, width: usize) -> io::Result<Vec<T>> {
         // Before memory is asked for: that the pages do hold so many rows.
         for piece in &self.pieces {
-            if let Source::Fixed(data) = &piece.source {
+            if let PageBytes::Fixed(data) = &piece.bytes {
                 let end = piece.rows.end.checked_mul(width as u64).and_then(|bytes| data.start.checked_add(bytes));
                 if end.is_none_or(|end| end > data.end) {
-                    return Err(invalid("a page is shorter than its rows"));
+                    return Err(contradiction("a page is shorter than its rows"));
                 }
             }
         }
-        let bytes = self.rows.checked_mul(width).ok_or_else(|| invalid("too long"))?;
-        let mut values = Vec::with_capacity(bytes / size_of::<T>());
+        let bytes = self.rows.checked_mul(width).ok_or_else(|| contradiction("too long"))?;
+        let mut values = Vec::new();
+        values.try_reserve_exact(bytes / size_of::<T>())?;
         let repeat = |values: &mut Vec<T>, value: &[u8], rows: u64| -> io::Result<()> {
             if value.len() != width {
-                return Err(invalid("a value is of another width"));
+                return Err(contradiction("a value is of another width"));
             }
             let value: Vec<T> = bytemuck::pod_collect_to_vec(value);
             (0..rows).for_each(|_| values.extend_from_slice(&value));
@@ -179,24 +185,26 @@ impl PlainColumn {
         };
         for piece in &self.pieces {
             let rows = piece.rows.end - piece.rows.start;
-            match &piece.source {
-                Source::Fixed(data) => {
+            match &piece.bytes {
+                PageBytes::Fixed(data) => {
                     let count = rows as usize * width / size_of::<T>();
                     append(file, data.start + piece.rows.start * width as u64, count, &mut values)?;
                 }
-                Source::Same(value) => repeat(&mut values, value, rows)?,
-                Source::SameAt(data) => repeat(&mut values, &self.single(file, data)?, rows)?,
-                Source::Prefixed { .. } => return Err(invalid("lengths before values of fixed width")),
+                PageBytes::Same(value) => repeat(&mut values, value, rows)?,
+                PageBytes::SameAt(data) => repeat(&mut values, &self.single(file, data)?, rows)?,
+                PageBytes::Prefixed { .. } => return Err(contradiction("lengths before values of fixed width")),
             }
         }
         Ok(values)
     }
 
     fn variable(&self, file: &File) -> io::Result<ArrayRef> {
-        let runs = self.pieces.iter().map(|piece| match &piece.source {
-            Source::Prefixed { data, prefix, starts } => prefixed(file, &piece.rows, data, *prefix, *starts).map(Some),
-            Source::SameAt(_) => Ok(None),
-            Source::Fixed(_) | Source::Same(_) => Err(invalid("values of fixed width among others")),
+        let runs = self.pieces.iter().map(|piece| match &piece.bytes {
+            PageBytes::Prefixed { data, prefix, starts } => {
+                prefixed(file, &piece.rows, data, *prefix, *starts).map(Some)
+            }
+            PageBytes::SameAt(_) => Ok(None),
+            PageBytes::Fixed(_) | PageBytes::Same(_) => Err(contradiction("values of fixed width among others")),
         });
         let runs: Vec<Option<Prefixed>> = runs.collect::<io::Result<_>>()?;
         // As those of nearly all layers are.
@@ -211,7 +219,7 @@ impl PlainColumn {
                 Arc::new(LargeBinaryArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
             }
             _ if i32::try_from(bytes.len()).is_err() => {
-                return Err(invalid("more bytes than one array addresses"));
+                return Err(contradiction("more bytes than one array addresses"));
             }
             DataType::Utf8 => {
                 let offsets = OffsetBuffer::<i32>::from_lengths(lengths);
@@ -227,20 +235,22 @@ impl PlainColumn {
 
     /// All rows' bytes, and how many each has, row by row.
     fn uneven(&self, file: &File, runs: &[Option<Prefixed>]) -> io::Result<(Buffer, Vec<usize>)> {
-        let (mut values, mut lengths) = (vec![], Vec::with_capacity(self.rows));
+        let (mut values, mut lengths): (Vec<u8>, Vec<usize>) = (vec![], vec![]);
+        lengths.try_reserve_exact(self.rows)?;
         for (piece, run) in self.pieces.iter().zip(runs) {
-            match (run, &piece.source) {
+            match (run, &piece.bytes) {
                 (Some(run), _) => uneven(file, run, &mut values, &mut lengths)?,
-                (None, Source::SameAt(data)) => {
+                (None, PageBytes::SameAt(data)) => {
                     let (value, rows) = (self.single(file, data)?, piece.rows.end - piece.rows.start);
                     let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(value.len()));
                     if total.is_none_or(|total| total > i32::MAX as usize) {
-                        return Err(invalid("more bytes than one array addresses"));
+                        return Err(contradiction("more bytes than one array addresses"));
                     }
-                    values.extend(value.repeat(rows as usize));
+                    values.try_reserve_exact(total.unwrap_or_default())?;
+                    (0..rows).for_each(|_| values.extend_from_slice(&value));
                     lengths.extend(std::iter::repeat_n(value.len(), rows as usize));
                 }
-                (None, _) => return Err(invalid("a piece of no kind")),
+                (None, _) => return Err(contradiction("a piece of no kind")),
             }
         }
         Ok((values.into(), lengths))
@@ -259,7 +269,7 @@ impl PlainColumn {
             DataType::Utf8 => value.as_string::<i32>().value(0).into(),
             DataType::Binary => value.as_binary::<i32>().value(0).into(),
             DataType::LargeBinary => value.as_binary::<i64>().value(0).into(),
-            other => return Err(invalid(&format!("one value for a column of {other}"))),
+            other => return Err(contradiction(&format!("one value for a column of {other}"))),
         };
         Ok(value)
     }
@@ -286,14 +296,14 @@ fn prefixed(
 ) -> io::Result<Prefixed> {
     let start = |row: u64| -> io::Result<u64> {
         let mut bytes = [0; 8];
-        let entry = bytes.get_mut(..width as usize).ok_or_else(|| invalid("an index entry is too wide"))?;
+        let entry = bytes.get_mut(..width as usize).ok_or_else(|| contradiction("an index entry is too wide"))?;
         read_exact_at(file, entry, index.saturating_add(row.saturating_mul(width)))?;
-        data.start.checked_add(u64::from_le_bytes(bytes)).ok_or_else(|| invalid("an entry overflows"))
+        data.start.checked_add(u64::from_le_bytes(bytes)).ok_or_else(|| contradiction("an entry overflows"))
     };
     let range = start(rows.start)?..start(rows.end)?;
     let count = rows.end - rows.start;
     let bytes = range.end.checked_sub(range.start).and_then(|b| b.checked_sub(count.saturating_mul(prefix as u64)));
-    let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| invalid("rows overlap"))?;
+    let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| contradiction("rows overlap"))?;
     Ok(Prefixed { range, prefix, rows: count, bytes: usize::try_from(bytes).map_err(io::Error::other)? })
 }
 
@@ -304,8 +314,8 @@ fn even(file: &File, runs: &[Prefixed]) -> io::Result<Option<(Buffer, Vec<usize>
         return Ok(None);
     }
     let total = runs.iter().try_fold(0usize, |sum, run| sum.checked_add(run.bytes));
-    let mut room = Room::new(total.ok_or_else(|| invalid("too long"))?)?;
-    let mut left = room.all();
+    let mut buffer = AlignedBuffer::new(total.ok_or_else(|| contradiction("too long"))?)?;
+    let mut left = buffer.all();
     for run in runs {
         let (into, rest) = left.split_at_mut(run.bytes);
         if !read_rows(file, run.range.start, run.prefix, length(run), into)? {
@@ -315,20 +325,20 @@ fn even(file: &File, runs: &[Prefixed]) -> io::Result<Option<(Buffer, Vec<usize>
     }
     let lengths = runs.iter().flat_map(|run| std::iter::repeat_n(length(run), run.rows as usize));
     // SAFETY: each run has filled its part, and the parts are all there is.
-    Ok(Some((unsafe { room.filled() }, lengths.collect())))
+    Ok(Some((unsafe { buffer.filled() }, lengths.collect())))
 }
 
 /// Adds rows of any lengths.
 fn uneven(file: &File, run: &Prefixed, values: &mut Vec<u8>, lengths: &mut Vec<usize>) -> io::Result<()> {
     let mut left = run.bytes;
-    values.reserve_exact(left);
+    values.try_reserve_exact(left)?;
     let window = WINDOW.min((run.range.end - run.range.start) as usize);
     let mut bytes = BufReader::with_capacity(window, At { file, range: run.range.clone() });
     for _ in 0..run.rows {
         let mut length = [0; 8];
         bytes.read_exact(&mut length[..run.prefix])?;
         let length = usize::try_from(u64::from_le_bytes(length)).ok().filter(|&length| length <= left);
-        let length = length.ok_or_else(|| invalid("a row's length is beyond its page"))?;
+        let length = length.ok_or_else(|| contradiction("a row's length is beyond its page"))?;
         lengths.push(length);
         left -= length;
         let mut missing = length;
@@ -345,7 +355,7 @@ fn uneven(file: &File, run: &Prefixed, values: &mut Vec<u8>, lengths: &mut Vec<u
         }
     }
     if left > 0 {
-        return Err(invalid("lengths do not add up to the page"));
+        return Err(contradiction("lengths do not add up to the page"));
     }
     Ok(())
 }
@@ -422,146 +432,6 @@ fn flat(encoding: &CompressiveEncoding, bits: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use arrow::array::RecordBatch;
-    use proptest::prelude::*;
-
-    use crate::store::files::{Files, Run};
-    use crate::store::local::LocalFile;
-    use crate::store::location::Location;
-    use crate::store::schema::Table;
-    use crate::store::writer::append;
-
-    /// Rows of wide values of both kinds, some pages of them, and any run of these: as the decoder reads them.
-    #[test]
-    fn reads_what_the_decoder_reads() {
-        let folder = tempfile::tempdir().unwrap();
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        let location = Location::new(folder.path().to_str().unwrap(), None).unwrap();
-        let files = Arc::new(Files::new(location.clone()));
-        let rows = 3000usize;
-        let keys = {
-            let names = FixedSizeBinary::new(rows);
-            let values: Vec<f32> = (0..rows * 700).map(|i| (i as f32).sin()).collect();
-            let DataType::FixedSizeList(item, length) = Table::Keys(700).schema().field(3).data_type().clone() else {
-                panic!()
-            };
-            let vectors =
-                FixedSizeListArray::try_new(item, length, Arc::new(Float32Array::from(values)), None).unwrap();
-            let scales = Float32Array::from_iter_values((0..rows).map(|i| i as f32));
-            RecordBatch::try_new(
-                Table::Keys(700).schema(),
-                vec![names.0, counted(rows), Arc::new(scales), Arc::new(vectors)],
-            )
-            .unwrap()
-        };
-        let weights = {
-            let packed: Vec<Vec<u8>> = (0..rows)
-                .map(|i| (0..2000 + i % 3).map(|j| (((i * 2003 + j) * 40_503) >> 7) as u8).collect())
-                .collect();
-            let few: Vec<Vec<u8>> = (0..rows).map(|i| vec![i as u8; 4]).collect();
-            let bytes = |rows: &[Vec<u8>]| -> ArrayRef { Arc::new(BinaryArray::from_iter_values(rows)) };
-            RecordBatch::try_new(
-                Table::Weights.schema(),
-                vec![FixedSizeBinary::new(rows).0, counted(rows), bytes(&packed), bytes(&few), bytes(&few)],
-            )
-            .unwrap()
-        };
-        let one = |bytes: &[u8]| -> ArrayRef {
-            Arc::new(FixedSizeBinaryArray::try_from_iter(std::iter::repeat_n(bytes, rows)).unwrap())
-        };
-        let same = |text: &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(vec![text; rows])) };
-        let list = |kind: &Table, values: ArrayRef, column: usize| -> ArrayRef {
-            let DataType::FixedSizeList(item, length) = kind.schema().field(column).data_type().clone() else {
-                panic!()
-            };
-            Arc::new(FixedSizeListArray::try_new(item, length, values, None).unwrap())
-        };
-        let factors = {
-            let table = Table::Factors(3);
-            let vectors = Float32Array::from_iter_values((0..rows * 3).map(|i| i as f32));
-            let columns = vec![
-                one(&[9; 32]),
-                same("a"),
-                counted(rows),
-                Arc::new(Float32Array::from(vec![0.5; rows])),
-                list(&table, Arc::new(vectors), 4),
-            ];
-            RecordBatch::try_new(table.schema(), columns).unwrap()
-        };
-        let codes = {
-            let table = Table::Codes(5);
-            let roles = StringArray::from_iter_values((0..rows).map(|i| ["keys", "values"][i * 2 / rows]));
-            let codes = UInt8Array::from_iter_values((0..rows * 5).map(|i| (i * i) as u8));
-            let columns =
-                vec![one(&[7; 32]), Arc::new(roles) as ArrayRef, counted(rows), list(&table, Arc::new(codes), 3)];
-            RecordBatch::try_new(table.schema(), columns).unwrap()
-        };
-        let mut written = vec![];
-        for (table, batch) in [
-            (Table::Keys(700), &keys),
-            (Table::Weights, &weights),
-            (Table::Factors(3), &factors),
-            (Table::Codes(5), &codes),
-        ] {
-            let name = table.name();
-            let done = append(&location, &name, table.schema(), vec![batch.clone()]);
-            let file = runtime.block_on(done).unwrap().remove(0).0;
-            written.push((table, batch, file));
-        }
-        proptest!(ProptestConfig::with_cases(40), |(start in 0usize..2999, length in 1usize..3000)| {
-            let run = start..(start + length).min(rows);
-            for (table, batch, file) in &written {
-                let range = run.start as u64..run.end as u64;
-                let expected = batch.slice(run.start, run.len());
-                let joined = |batches: Vec<RecordBatch>| {
-                    arrow::compute::concat_batches(&batches[0].schema(), &batches).unwrap()
-                };
-                let run = Run { table: table.name(), file: file.clone(), rows: range };
-                let fast = joined(files.local_rows(std::slice::from_ref(&run)).unwrap().unwrap());
-                let slow = joined(runtime.block_on(files.rows(&[run])).unwrap().remove(0));
-                for (slow, fast) in slow.columns().iter().zip(fast.columns()) {
-                    // Lance calls the items of every list nullable.
-                    prop_assert_eq!(&arrow::compute::cast(slow, fast.data_type()).unwrap(), fast);
-                }
-                prop_assert_eq!(fast.columns(), expected.columns());
-            }
-        });
-        for (table, _, file) in &written {
-            let run = |rows| [Run { table: table.name(), file: file.clone(), rows }];
-            assert!(files.local_rows(&run(2990..3001)).unwrap().is_none());
-            assert!(runtime.block_on(files.rows(&run(2990..3001))).is_err());
-            // Pages that are not there any more, or a description that is cut off, are no panic.
-            let path = folder.path().join(format!("{}.lance/data/{file}", table.name()));
-            let bytes = std::fs::read(&path).unwrap();
-            let cut = File::options().write(true).open(&path).unwrap();
-            cut.set_len(5000).unwrap();
-            assert!(files.local_rows(&run(0..3000)).is_err());
-            for length in (0..bytes.len()).rev().step_by(97).take(60).chain(0..45) {
-                std::fs::write(&path, &bytes[..length]).unwrap();
-                assert!(LocalFile::open(&path, table.schema()).is_err(), "{length} of {} bytes", bytes.len());
-            }
-            // Nor is a byte that is not what was written, wherever in the description it is.
-            for place in (bytes.len().saturating_sub(4000)..bytes.len()).step_by(7) {
-                let mut flipped = bytes.clone();
-                flipped[place] ^= 0x55;
-                std::fs::write(&path, &flipped).unwrap();
-                let _ = Files::new(location.clone()).local_rows(&run(0..3000));
-            }
-        }
-    }
-
-    struct FixedSizeBinary(ArrayRef);
-
-    impl FixedSizeBinary {
-        fn new(rows: usize) -> Self {
-            let names = (0..rows).map(|i| [i as u8; 32]);
-            FixedSizeBinary(Arc::new(arrow::array::FixedSizeBinaryArray::try_from_iter(names).unwrap()))
-        }
-    }
-
-    fn counted(rows: usize) -> ArrayRef {
-        Arc::new(arrow::array::UInt32Array::from_iter_values(0..rows as u32))
-    }
 
     #[test]
     fn lengths_that_contradict_are_errors() {
@@ -581,7 +451,7 @@ mod tests {
                 kind: Kind::Variable,
                 pieces: vec![Piece {
                     rows: 0..2,
-                    source: Source::Prefixed { data: 0..11, prefix: 4, starts: (11, 4) },
+                    bytes: PageBytes::Prefixed { data: 0..11, prefix: 4, starts: (11, 4) },
                 }],
                 rows: 2,
             };
@@ -598,5 +468,28 @@ mod tests {
         ] {
             assert!(page(lengths, index).is_err(), "{lengths:?} {index:?}");
         }
+    }
+
+    /// Rows that a file claims and has no bytes for are refused before memory is asked for.
+    #[test]
+    fn rows_that_are_not_there_are_errors() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("page");
+        std::fs::write(&path, [1; 64]).unwrap();
+        let rows = 1u64 << 60;
+        let read = |kind: DataType, width, bytes| {
+            let column = PlainColumn {
+                field: Arc::new(Field::new("column", kind, false)),
+                kind: width,
+                pieces: vec![Piece { rows: 0..rows, bytes }],
+                rows: rows as usize,
+            };
+            column.read(&File::open(&path).unwrap(), 64)
+        };
+        assert!(read(DataType::UInt32, Kind::Fixed(4), PageBytes::Fixed(0..64)).is_err());
+        assert!(read(DataType::UInt32, Kind::Fixed(4), PageBytes::Same(Bytes::from_static(b"abcd"))).is_err());
+        let prefixed = PageBytes::Prefixed { data: 0..64, prefix: 4, starts: (0, 8) };
+        assert!(read(DataType::Binary, Kind::Variable, prefixed).is_err());
+        assert!(read(DataType::Utf8, Kind::Variable, PageBytes::SameAt(0..64)).is_err());
     }
 }
