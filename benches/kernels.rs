@@ -156,7 +156,7 @@ fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Re
         rows: out,
         packed: packed.stored_codes(),
         scales: packed.scale_bytes().into(),
-        zeros: packed.zeros.clone().into(),
+        zeros: packed.zeros().to_vec().into(),
     });
     let factor = |length: usize, seed: u64| -> Result<Array2<u8>> {
         Ok(RowMatrix::new(matrix(RANK, length, seed) * 0.01, RowType::F16)?.bytes())

@@ -4,7 +4,7 @@
 //! and is optimised in every profile; depend on `layerstore`, which re-exports what is meant for users. What is public here and
 //! not there may change in any version.
 //!
-//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, then [`index`] and [`attention`], then [`layer`], then
+//! Dependencies point one way: [`linalg`] knows of nothing, then kernels, [`quant`], then [`index`] and [`attention`], then [`layer`], then
 //! [`nn`].
 
 #[cfg(target_endian = "big")]
@@ -13,6 +13,7 @@ compile_error!("stored numbers are little-endian and are used in place");
 pub mod attention;
 pub mod error;
 pub mod index;
+mod kernels;
 pub mod layer;
 pub mod linalg;
 pub mod nn;

@@ -39,7 +39,7 @@ pub use rms_norm::{NormGradients, RmsNorm};
 pub use ternary::{TernaryConfig, TernaryLayer};
 pub use vq_attention::{AttentionBlock, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
 
-pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
+pub use crate::quant::{ActivationFormat, ProductFormat, RowFormat, RowType};
 
 use crate::error::{Error, Result};
 pub use crate::linalg::require_finite;

@@ -208,7 +208,7 @@ impl ProductQuantizer {
         for ((book, part), out) in
             self.codebooks.iter().zip(query.chunks(width)).zip(table.chunks_mut(self.codewords()))
         {
-            super::kernels::dots(book.as_slice().expect("standard layout"), part, out);
+            crate::kernels::dots(book.as_slice().expect("standard layout"), part, out);
         }
         table
     }

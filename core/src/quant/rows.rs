@@ -9,9 +9,9 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::kernels::{Element, Line, accumulate, dots, lines_of, sum_lines, widen};
 use super::product::{ProductFormat, ProductQuantizer};
 use crate::error::{Error, Result};
+use crate::kernels::{Element, Line, SparseRow, accumulate, dots, lines_of, sum_lines, widen};
 use crate::linalg::{matmul, matmul_nt};
 
 /// What the numbers of a row are kept as.
@@ -387,15 +387,15 @@ impl RowMatrix {
     ///
     /// # Panics
     /// When a row is not there, or `y` has another length.
-    pub fn accumulate(&self, picks: &[(u32, f32)], y: &mut [f32]) {
+    pub fn accumulate(&self, sparse: &SparseRow, y: &mut [f32]) {
         assert_eq!(y.len(), self.columns, "length of a sum of rows");
         let (width, start) = (self.columns, 0);
         match &self.data {
-            Data::F32(m) => accumulate(m.as_slice().expect("standard layout"), width, start, picks, y),
-            Data::F16(v) => accumulate(v, width, start, picks, y),
-            Data::Int8(v, _) => accumulate(v, width, start, &self.scaled(picks), y),
+            Data::F32(m) => accumulate(m.as_slice().expect("standard layout"), width, start, sparse, y),
+            Data::F16(v) => accumulate(v, width, start, sparse, y),
+            Data::Int8(v, _) => accumulate(v, width, start, &self.scaled(sparse), y),
             Data::Product(quantizer, codes) => {
-                for &(row, weight) in picks {
+                for &(row, weight) in sparse {
                     let pieces =
                         quantizer.codebooks().iter().zip(codes.row(row as usize)).zip(y.chunks_mut(quantizer.piece()));
                     for ((book, &code), y) in pieces {
@@ -407,25 +407,25 @@ impl RowMatrix {
         }
     }
 
-    /// [`RowMatrix::accumulate`] for each row of `y` `[picks.len(), columns]`, on all threads: some columns of all rows at a
+    /// [`RowMatrix::accumulate`] for each row of `y` `[sparse.len(), columns]`, on all threads: some columns of all rows at a
     /// time, so that what the rows share comes from a near cache.
     ///
     /// # Panics
     /// When a row is not there, or `y` has another shape.
-    pub fn accumulate_batch(&self, picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
-        assert_eq!(y.dim(), (picks.len(), self.columns), "shape of sums of rows");
+    pub fn accumulate_batch(&self, sparse: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+        assert_eq!(y.dim(), (sparse.len(), self.columns), "shape of sums of rows");
         match &self.data {
-            Data::F32(m) => by_columns(m.as_slice().expect("standard layout"), picks, y),
-            Data::F16(v) => by_columns(v, picks, y),
+            Data::F32(m) => by_columns(m.as_slice().expect("standard layout"), sparse, y),
+            Data::F16(v) => by_columns(v, sparse, y),
             Data::Int8(v, _) => {
-                let scaled: Vec<Vec<(u32, f32)>> = picks.iter().map(|picks| self.scaled(picks)).collect();
+                let scaled: Vec<Vec<(u32, f32)>> = sparse.iter().map(|sparse| self.scaled(sparse)).collect();
                 by_columns(v, &scaled, y);
             }
             Data::Product(..) => {
-                let rows: Vec<_> = y.rows_mut().into_iter().zip(picks).collect();
-                rows.into_par_iter().for_each(|(mut y, picks)| {
+                let rows: Vec<_> = y.rows_mut().into_iter().zip(sparse).collect();
+                rows.into_par_iter().for_each(|(mut y, sparse)| {
                     let mut sum = y.to_vec();
-                    self.accumulate(picks, &mut sum);
+                    self.accumulate(sparse, &mut sum);
                     y.assign(&ArrayView1::from(&sum));
                 });
             }
@@ -436,14 +436,14 @@ impl RowMatrix {
     ///
     /// # Panics
     /// As it, and when rows are product codes.
-    pub fn accumulate_on_this_thread(&self, picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
-        assert_eq!(y.dim(), (picks.len(), self.columns), "shape of sums of rows");
+    pub fn accumulate_on_this_thread(&self, sparse: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+        assert_eq!(y.dim(), (sparse.len(), self.columns), "shape of sums of rows");
         let width = self.columns;
         match &self.data {
-            Data::F32(m) => in_columns(m.as_slice().expect("standard layout"), width, 0, picks, &mut y),
-            Data::F16(v) => in_columns(v, width, 0, picks, &mut y),
+            Data::F32(m) => in_columns(m.as_slice().expect("standard layout"), width, 0, sparse, &mut y),
+            Data::F16(v) => in_columns(v, width, 0, sparse, &mut y),
             Data::Int8(v, _) => {
-                let scaled: Vec<Vec<(u32, f32)>> = picks.iter().map(|picks| self.scaled(picks)).collect();
+                let scaled: Vec<Vec<(u32, f32)>> = sparse.iter().map(|sparse| self.scaled(sparse)).collect();
                 in_columns(v, width, 0, &scaled, &mut y);
             }
             Data::Product(..) => panic!("product codes are not summed on one thread"),
@@ -451,10 +451,10 @@ impl RowMatrix {
     }
 
     /// Weights times the scales of their rows, for int8.
-    fn scaled(&self, picks: &[(u32, f32)]) -> Vec<(u32, f32)> {
+    fn scaled(&self, sparse: &SparseRow) -> Vec<(u32, f32)> {
         match &self.data {
-            Data::Int8(_, scales) => picks.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect(),
-            _ => picks.to_vec(),
+            Data::Int8(_, scales) => sparse.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect(),
+            _ => sparse.to_vec(),
         }
     }
 
@@ -470,13 +470,13 @@ impl RowMatrix {
 }
 
 /// Some columns of all rows of `y` at a time, on all threads.
-fn by_columns<T: Element>(rows: &[T], picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+fn by_columns<T: Element>(rows: &[T], sparse: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
     let width = y.ncols();
     let blocks = std::mem::size_of_val(rows).div_ceil(NEAR_BYTES).max(1);
     let blocks = blocks.next_multiple_of(rayon::current_num_threads());
     let columns = width.div_ceil(blocks).next_multiple_of(LINE).max(4 * LINE);
     let blocks: Vec<_> = y.axis_chunks_iter_mut(Axis(1), columns).enumerate().collect();
-    blocks.into_par_iter().for_each(|(block, mut y)| in_columns(rows, width, block * columns, picks, &mut y));
+    blocks.into_par_iter().for_each(|(block, mut y)| in_columns(rows, width, block * columns, sparse, &mut y));
 }
 
 /// The columns of `rows` of `width` from `start` on, as many as `y` has.
@@ -484,32 +484,38 @@ fn in_columns<T: Element>(
     rows: &[T],
     width: usize,
     start: usize,
-    picks: &[Vec<(u32, f32)>],
+    sparse: &[Vec<(u32, f32)>],
     y: &mut ArrayViewMut2<f32>,
 ) {
     let count = rows.len().checked_div(width).unwrap_or(0);
-    let used: usize = picks.iter().map(Vec::len).sum();
+    let used: usize = sparse.iter().map(Vec::len).sum();
     // Where rows are used again and again, their lines are laid side by side in the nearest cache.
     if used >= 2 * count && count * size_of::<Line>() <= NEAREST_BYTES {
-        return by_lines(rows, width, start, picks, y);
+        return by_lines(rows, width, start, sparse, y);
     }
     let mut sum = vec![0f32; y.ncols()];
-    for (mut y, picks) in y.rows_mut().into_iter().zip(picks) {
+    for (mut y, sparse) in y.rows_mut().into_iter().zip(sparse) {
         sum.fill(0.0);
-        accumulate(rows, width, start, picks, &mut sum);
+        accumulate(rows, width, start, sparse, &mut sum);
         y += &ArrayView1::from(&sum);
     }
 }
 
 /// The columns of `rows` from `start` on, as many as `y` has, sixteen at a time.
-fn by_lines<T: Element>(rows: &[T], width: usize, start: usize, picks: &[Vec<(u32, f32)>], y: &mut ArrayViewMut2<f32>) {
+fn by_lines<T: Element>(
+    rows: &[T],
+    width: usize,
+    start: usize,
+    sparse: &[Vec<(u32, f32)>],
+    y: &mut ArrayViewMut2<f32>,
+) {
     let mut lines = vec![Line([0.0; LINE]); rows.len() / width];
-    assert!(picks.iter().flatten().all(|&(row, _)| (row as usize) < lines.len()), "a row that is not there");
-    let mut sums = vec![Line([0.0; LINE]); picks.len()];
+    assert!(sparse.iter().flatten().all(|&(row, _)| (row as usize) < lines.len()), "a row that is not there");
+    let mut sums = vec![Line([0.0; LINE]); sparse.len()];
     for (number, mut y) in y.axis_chunks_iter_mut(Axis(1), LINE).enumerate() {
         lines_of(rows, width, start + number * LINE, &mut lines);
-        // SAFETY: there are as many lines as rows, and a sum for each list of picks.
-        unsafe { sum_lines(&lines, picks, &mut sums) };
+        // SAFETY: there are as many lines as rows, and a sum for each list of sparse.
+        unsafe { sum_lines(&lines, sparse, &mut sums) };
         for (mut y, sum) in y.rows_mut().into_iter().zip(&sums) {
             let y = y.as_slice_mut().expect("rows of a standard layout");
             y.iter_mut().zip(&sum.0).for_each(|(y, sum)| *y += sum);
@@ -554,11 +560,11 @@ mod tests {
                     let difference = kept.products(queries.view()) - queries.dot(&floats.t());
                     prop_assert!(difference.iter().all(|d| d.abs() < 1e-3));
                 }
-                let picks: Vec<(u32, f32)> = (0..rows as u32).step_by(3).map(|i| (i, i as f32 / 50.0 - 1.0)).collect();
+                let sparse: Vec<(u32, f32)> = (0..rows as u32).step_by(3).map(|i| (i, i as f32 / 50.0 - 1.0)).collect();
                 let mut y = vec![0.5; columns];
-                kept.accumulate(&picks, &mut y);
+                kept.accumulate(&sparse, &mut y);
                 for (j, y) in y.iter().enumerate() {
-                    let expected: f32 = 0.5 + picks.iter().map(|&(i, w)| w * floats[[i as usize, j]]).sum::<f32>();
+                    let expected: f32 = 0.5 + sparse.iter().map(|&(i, w)| w * floats[[i as usize, j]]).sum::<f32>();
                     prop_assert!((y - expected).abs() < 1e-3);
                 }
                 let weights = sample(3, rows, seed + 2);
@@ -576,19 +582,19 @@ mod tests {
         let plain = [RowType::F32, RowType::F16, RowType::Int8].map(RowFormat::Plain);
         for format in plain.into_iter().chain([product]) {
             let kept = RowMatrix::in_format(matrix.clone(), format, &[1.0; 3000]).unwrap();
-            let picks: Vec<Vec<(u32, f32)>> = (0..9)
+            let sparse: Vec<Vec<(u32, f32)>> = (0..9)
                 .map(|q| (0..q * 5).map(|i| ((i * 397 + q) as u32 % 3000, i as f32 * 0.1 - 1.0)).collect())
                 .collect();
             let mut together = sample(9, 203, 2);
             let mut alone = together.clone();
-            kept.accumulate_batch(&picks, together.view_mut());
-            for (mut y, picks) in alone.rows_mut().into_iter().zip(&picks) {
-                kept.accumulate(picks, y.as_slice_mut().unwrap());
+            kept.accumulate_batch(&sparse, together.view_mut());
+            for (mut y, sparse) in alone.rows_mut().into_iter().zip(&sparse) {
+                kept.accumulate(sparse, y.as_slice_mut().unwrap());
             }
             assert!((&together - &alone).iter().all(|d| d.abs() < 1e-4), "{format:?}");
             if !matches!(format, RowFormat::Product(_)) {
                 let mut here = sample(9, 203, 2);
-                kept.accumulate_on_this_thread(&picks, here.view_mut());
+                kept.accumulate_on_this_thread(&sparse, here.view_mut());
                 assert!((here - &alone).iter().all(|d| d.abs() < 1e-4), "{format:?}");
             }
         }

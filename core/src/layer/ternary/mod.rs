@@ -15,7 +15,7 @@ use super::parts::{Parts, Tensor, f32_bytes};
 use super::rms_norm::RmsNorm;
 use super::{Accuracy, Method, read_config};
 use crate::error::{Error, Result};
-use crate::quant::{Activations, PackedMatrix};
+use crate::quant::{ActivationFormat, PackedMatrix};
 
 /// A ternary layer. Cloning shares the arrays.
 #[derive(Debug, Clone)]
@@ -32,11 +32,11 @@ struct Around {
     norm: bool,
     activation: Activation,
     #[serde(default = "as_trained")]
-    activations: Activations,
+    activations: ActivationFormat,
 }
 
-fn as_trained() -> Activations {
-    Activations::Int8Absmax
+fn as_trained() -> ActivationFormat {
+    ActivationFormat::Int8Absmax
 }
 
 impl TernaryLayer {
@@ -89,7 +89,7 @@ impl TernaryLayer {
     ///
     /// # Errors
     /// As [`LowRankLayer::with_activations`].
-    pub fn with_activations(self, activations: Activations) -> Result<Self> {
+    pub fn with_activations(self, activations: ActivationFormat) -> Result<Self> {
         Ok(TernaryLayer { core: self.core.with_activations(activations)?, ..self })
     }
 
