@@ -33,20 +33,24 @@ unsafe fn first(count: usize) -> __m256i {
     }
 }
 
-/// Eight bytes, or the first of them.
+/// Eight bytes, or the first `count` of them, with zeros behind: two loads that overlap.
 #[inline(always)]
 unsafe fn eight(from: *const u8, count: usize) -> u64 {
-    if count >= 8 {
-        // SAFETY: eight bytes are there.
-        return unsafe { from.cast::<u64>().read_unaligned() };
+    // SAFETY: no byte is read but the first `count`.
+    unsafe {
+        if count >= 8 {
+            return from.cast::<u64>().read_unaligned();
+        }
+        if count >= 4 {
+            let (first, last) = (from.cast::<u32>(), from.add(count - 4).cast::<u32>());
+            return u64::from(first.read_unaligned()) | u64::from(last.read_unaligned()) << (8 * (count - 4));
+        }
+        if count >= 2 {
+            let (first, last) = (from.cast::<u16>(), from.add(count - 2).cast::<u16>());
+            return u64::from(first.read_unaligned()) | u64::from(last.read_unaligned()) << (8 * (count - 2));
+        }
+        if count == 1 { u64::from(*from) } else { 0 }
     }
-    let (mut all, mut i) = (0, 0);
-    while i < count {
-        // SAFETY: so many bytes are there.
-        all |= u64::from(unsafe { *from.add(i) }) << (8 * i);
-        i += 1;
-    }
-    all
 }
 
 #[target_feature(enable = "avx2,fma,bmi2")]

@@ -7,6 +7,15 @@ use rayon::prelude::*;
 use super::activations::{ActivationFormat, round};
 use super::layout::Layout;
 
+/// What the inputs of a product are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Floats.
+    Floats,
+    /// Whole numbers of 8 bits.
+    Bytes,
+}
+
 /// A cache line, so that a register's loads never cross one.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]

@@ -9,11 +9,11 @@ use super::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use super::avx512::Avx512;
 use super::expand;
-use super::inputs::Inputs;
+use super::inputs::{Inputs, Kind};
 use super::packed::Rows;
 use super::portable::Portable;
 use super::simd::Simd;
-use super::tile::{self, Kind};
+use super::tile;
 
 /// The kernels of one device. Each [`Simd`] is one; what is no set of vector registers (AMX's tiles, a graphics processor)
 /// implements this by itself.

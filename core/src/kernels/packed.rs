@@ -2,9 +2,9 @@
 
 use half::{bf16, f16};
 
+use super::inputs::Kind;
 use super::layout::{Blocks, Layout};
 use super::simd::Coding;
-use super::tile::Kind;
 use crate::error::{Error, Result};
 
 /// What codes stand for, scales aside.

@@ -6,11 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::activations::{ActivationFormat, round};
-use super::inputs::Inputs;
+use super::inputs::{Inputs, Kind};
 use super::isa::{Isa, best};
 use super::packed::{PackedRows, Rows, Weights};
 use super::rows::{Element, dots};
-use super::tile::Kind;
 use crate::linalg::{in_pool, on_all_threads, product_into};
 
 /// Multiply-adds below which one thread does everything: the others would not be awake in time.

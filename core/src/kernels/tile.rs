@@ -2,19 +2,10 @@
 
 use std::ops::Range;
 
-use super::inputs::Inputs;
+use super::inputs::{Inputs, Kind};
 use super::layout::Window;
 use super::packed::Rows;
 use super::simd::{Kernel, Simd, each, opaque};
-
-/// What the inputs of a product are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Floats.
-    Floats,
-    /// Whole numbers of 8 bits.
-    Bytes,
-}
 
 /// What a tile is compiled for.
 mod mode {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::format::{WeightFormat, WeightType};
-use super::half_quadratic::half_quadratic;
+use crate::error::{Error, Result};
 
 /// How a group's scale (and zero point) is found.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -24,11 +24,31 @@ pub enum Clipping {
     Hqq,
 }
 
-/// What the codes of one group stand for.
+impl Clipping {
+    /// Checks the numbers by themselves, and that ternary clipping is for ternary weights.
+    ///
+    /// # Errors
+    /// When a percentile is not above 0 and at most 100, or the mean is to be the scale of other weights.
+    pub fn check(self, weight_type: WeightType) -> Result<()> {
+        match self {
+            Clipping::Percentile(percent) if !(percent > 0.0 && percent <= 100.0) => {
+                Err(Error::expected("percentile of clipping", percent, "above 0 and at most 100"))
+            }
+            Clipping::Absmean if weight_type != WeightType::Ternary => {
+                let found = format!("\"absmean\" for {weight_type}");
+                Err(Error::expected("clipping", found, "\"absmean\" for ternary weights alone"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The scale and zero point of a group: what its codes stand for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct QuantParams {
+    /// The number that levels are multiplied with.
     pub scale: f32,
-    /// Of asymmetric integers; else 0.
+    /// The code of 0, of asymmetric integers; else 0.
     pub zero: u8,
 }
 
@@ -37,12 +57,6 @@ const TO_WHOLE: f32 = 12_582_912.0;
 
 /// Spans tried for [`Clipping::Mse`].
 const SPANS: usize = 12;
-
-/// Numbers that are added up as f32 before they are f64: there are many where a tensor has one scale.
-const PART: usize = 256;
-
-/// Times that a scale is then fitted to its codes.
-const FITS: usize = 3;
 
 /// The levels of NF4: quantiles of a standard normal distribution, scaled to [−1, 1] (QLoRA, appendix E).
 pub const NORMAL_FLOAT: [f32; 16] = [
@@ -68,18 +82,19 @@ pub const NORMAL_FLOAT: [f32; 16] = [
 ///
 /// Weights are finite, and at most `LARGEST` in size.
 pub trait Quantizer: Send + Sync {
-    /// Parameters worth trying for a group, the plain one first; for anything but [`Clipping::Mse`] it is the only one.
+    /// Returns parameters worth trying for a group, the plain ones first; for anything but [`Clipping::Mse`] (and ternary
+    /// weights) they are the only ones.
     fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams>;
-    /// The weights as they come back from their codes.
+    /// Writes the weights as they come back from their codes.
     fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]);
-    /// The weights' codes, in the low bits.
+    /// Writes the weights' codes, in the low bits.
     fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]);
-    /// What codes stand for.
+    /// Writes the numbers that codes stand for.
     fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]);
 }
 
 impl WeightFormat {
-    /// The quantiser of the format's codes; `None` for floats, which need none.
+    /// Returns the quantiser of the format's codes; `None` for floats, which need none.
     pub fn quantizer(&self) -> Option<Box<dyn Quantizer>> {
         match self.weight_type {
             WeightType::Int(bits) if self.symmetric => Some(Box::new(Symmetric { bits: bits.into() })),
@@ -89,61 +104,6 @@ impl WeightFormat {
             WeightType::Ternary => Some(Box::new(Ternary)),
             WeightType::F16 | WeightType::Bf16 => None,
         }
-    }
-
-    /// The parameters for a group of weights, with a scale as it is stored.
-    pub(super) fn fit(
-        &self,
-        quantizer: &dyn Quantizer,
-        weights: &[f32],
-        importance: &[f32],
-        clipping: Clipping,
-    ) -> QuantParams {
-        let stored = |params: QuantParams| QuantParams { scale: self.stored_scale(params.scale), ..params };
-        let candidates = quantizer.candidates(weights, clipping);
-        let mut best = stored(candidates[0]);
-        match clipping {
-            Clipping::Mse => {}
-            Clipping::Hqq => return half_quadratic(self, quantizer, weights, best),
-            Clipping::Absmax | Clipping::Absmean | Clipping::Percentile(_) => return best,
-        }
-        let mut rounded = vec![0f32; weights.len()];
-        let mut error = |params: QuantParams| {
-            quantizer.round(params, weights, &mut rounded);
-            let parts = weights.chunks(PART).zip(rounded.chunks(PART)).zip(importance.chunks(PART));
-            let sums = parts.map(|((weights, rounded), importance)| {
-                let (mut error, mut across, mut square) = (0f32, 0f32, 0f32);
-                for ((&w, &r), &i) in weights.iter().zip(rounded).zip(importance) {
-                    error += i * (r - w) * (r - w);
-                    across += i * r * w;
-                    square += i * r * r;
-                }
-                [error, across, square].map(f64::from)
-            });
-            let [error, across, square] = sums.fold([0f64; 3], |a, b| std::array::from_fn(|i| a[i] + b[i]));
-            (error, (across / square) as f32)
-        };
-        let (mut least, mut factor) = (f64::INFINITY, 1.0);
-        for params in candidates {
-            let params = stored(params);
-            let (found, fitting) = error(params);
-            if found < least {
-                (best, least, factor) = (params, found, fitting);
-            }
-        }
-        // The scale that is best for the codes, then the codes for that scale, while it gains.
-        for _ in 0..FITS {
-            let params = stored(QuantParams { scale: best.scale * factor, ..best });
-            if !(factor > 0.0 && params.scale.is_finite()) {
-                break;
-            }
-            let (found, fitting) = error(params);
-            if found >= least || found.is_nan() {
-                break;
-            }
-            (best, least, factor) = (params, found, fitting);
-        }
-        best
     }
 }
 

@@ -60,7 +60,7 @@ impl PackedMatrix {
         Ok(Self::from_codes(format, (rows, columns), &codes, group_params.into_iter().flatten()))
     }
 
-    /// [`PackedMatrix::quantize`] of the quotients by [`column_scales`], which are kept beside (SINQ).
+    /// Does [`PackedMatrix::quantize`] with the quotients by [`column_scales`], which are kept beside (SINQ).
     ///
     /// # Errors
     /// As [`PackedMatrix::quantize`].
@@ -81,7 +81,7 @@ impl PackedMatrix {
         Self::quantize(quotients.view(), format, clipping, Some(&importance))?.with_column_scales(scales)
     }
 
-    /// Ternary weights `[rows, columns]` that are so already, all with one scale.
+    /// Packs weights `[rows, columns]` that are ternary already, all with one scale.
     ///
     /// # Errors
     /// When one is none of −1, 0 and 1, or the scale is not finite.
@@ -112,17 +112,10 @@ impl PackedMatrix {
     }
 }
 
-/// That a weight can be quantised like this.
+/// Checks that a weight can be quantised like this.
 pub(super) fn check(weight: ArrayView2<f32>, format: WeightFormat, clipping: Clipping) -> Result<()> {
     format.group_size(weight.ncols())?;
-    if let Clipping::Percentile(percent) = clipping
-        && !(percent > 0.0 && percent <= 100.0)
-    {
-        return Err(Error::expected("percentile of a weight's clipping", percent, "above 0 and at most 100"));
-    }
-    if clipping == Clipping::Absmean && format.weight_type != WeightType::Ternary {
-        return Err(Error::expected("clipping", format!("\"absmean\" for {}", format.weight_type), "ternary weights"));
-    }
+    clipping.check(format.weight_type)?;
     let most = if format.weight_type == WeightType::F16 { f16::MAX.to_f32() } else { LARGEST };
     require_finite("the weight", weight.iter())?;
     match weight.iter().find(|v| v.abs() > most) {

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Element, Line, SparseRow};
+use super::element::{Element, Line, SparseRow};
 use crate::kernels::simd::each;
 
 /// Returns whether the processor has the instructions.

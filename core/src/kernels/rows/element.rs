@@ -1,6 +1,14 @@
-//! The numbers that rows are made of.
+//! The numbers that rows are made of, and their weights.
 
 use half::{bf16, f16};
+
+/// A sparse row of weights: numbers of rows with the weight of each.
+pub type SparseRow = [(u32, f32)];
+
+/// Sixteen numbers of a row, within one line of a cache.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub struct Line(pub [f32; 16]);
 
 /// A number that rows are made of.
 pub trait Element: Copy + Send + Sync {

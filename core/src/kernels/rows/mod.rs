@@ -10,15 +10,7 @@ mod portable;
 
 use bytemuck::Pod;
 
-pub use element::Element;
-
-/// A sparse row of weights: numbers of rows with the weight of each.
-pub type SparseRow = [(u32, f32)];
-
-/// Sixteen numbers of a row, within one line of a cache.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-pub struct Line(pub [f32; 16]);
+pub use element::{Element, Line, SparseRow};
 
 /// Computes `out[i] = ⟨row i, x⟩` for `rows` of `x.len()` elements each.
 ///

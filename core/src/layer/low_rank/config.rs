@@ -194,15 +194,7 @@ impl LowRankConfig {
             }
             _ => {}
         }
-        if let Clipping::Percentile(percent) = self.clipping
-            && !(percent > 0.0 && percent <= 100.0)
-        {
-            return Err(Error::expected("percentile of clipping", percent, "above 0 and at most 100"));
-        }
-        if self.clipping == Clipping::Absmean && self.weight.weight_type != WeightType::Ternary {
-            let found = format!("\"absmean\" for {}", self.weight.weight_type);
-            return Err(Error::expected("clipping", found, "\"absmean\" for ternary weights alone"));
-        }
+        self.clipping.check(self.weight.weight_type)?;
         if self.weight.weight_type.is_float() && self.rounding == Rounding::Gptq {
             let found = format!("\"gptq\" for {}", self.weight.weight_type);
             return Err(Error::expected("rounding", found, "\"nearest\" for weights that stay floats"));
