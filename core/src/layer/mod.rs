@@ -41,7 +41,7 @@ pub use traits::{
 };
 pub use vq_attention::{AttentionBlock, CodebookStep, Mechanism, VqAttentionConfig, VqAttentionLayer};
 
-pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
+pub use crate::quant::{ActivationFormat, ProductFormat, RowFormat, RowType};
 
 #[cfg(test)]
 mod tests;

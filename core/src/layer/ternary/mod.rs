@@ -19,7 +19,7 @@ use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, O
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::matmul;
-use crate::quant::{Activations, PackedMatrix};
+use crate::quant::{ActivationFormat, PackedMatrix};
 
 /// A ternary layer. Cloning shares the arrays.
 #[derive(Debug, Clone)]
@@ -36,11 +36,11 @@ struct Around {
     norm: bool,
     activation: Activation,
     #[serde(default = "as_trained")]
-    activations: Activations,
+    activations: ActivationFormat,
 }
 
-fn as_trained() -> Activations {
-    Activations::Int8Absmax
+fn as_trained() -> ActivationFormat {
+    ActivationFormat::Int8Absmax
 }
 
 impl TernaryLayer {
@@ -91,7 +91,7 @@ impl TernaryLayer {
     ///
     /// # Errors
     /// As [`LowRankLayer::with_activations`].
-    pub fn with_activations(self, activations: Activations) -> Result<Self> {
+    pub fn with_activations(self, activations: ActivationFormat) -> Result<Self> {
         Ok(TernaryLayer { core: self.core.with_activations(activations)?, ..self })
     }
 

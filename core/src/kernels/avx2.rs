@@ -2,16 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes::{Coding, Lanes, level_byte};
+use super::simd::{Coding, Kernel, Simd, each, level_byte};
 
-pub fn available() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("bmi2")
-}
-
-/// See [`available`].
-#[derive(Clone, Copy)]
+/// AVX2, FMA and BMI2.
+#[derive(Debug, Clone, Copy)]
 pub struct Avx2;
 
+/// What stays the same for a matrix.
 #[derive(Clone, Copy)]
 pub struct Registers {
     bits: usize,
@@ -36,27 +33,60 @@ unsafe fn first(count: usize) -> __m256i {
     }
 }
 
-/// Eight bytes, or the first of them.
+/// Eight bytes, or the first `count` of them, with zeros behind: two loads that overlap.
 #[inline(always)]
 unsafe fn eight(from: *const u8, count: usize) -> u64 {
-    if count >= 8 {
-        // SAFETY: eight bytes are there.
-        return unsafe { from.cast::<u64>().read_unaligned() };
+    // SAFETY: no byte is read but the first `count`.
+    unsafe {
+        if count >= 8 {
+            return from.cast::<u64>().read_unaligned();
+        }
+        if count >= 4 {
+            let (first, last) = (from.cast::<u32>(), from.add(count - 4).cast::<u32>());
+            return u64::from(first.read_unaligned()) | u64::from(last.read_unaligned()) << (8 * (count - 4));
+        }
+        if count >= 2 {
+            let (first, last) = (from.cast::<u16>(), from.add(count - 2).cast::<u16>());
+            return u64::from(first.read_unaligned()) | u64::from(last.read_unaligned()) << (8 * (count - 2));
+        }
+        if count == 1 { u64::from(*from) } else { 0 }
     }
-    // SAFETY: so many bytes are there.
-    (0..count).map(|i| u64::from(unsafe { *from.add(i) }) << (8 * i)).sum()
 }
 
-impl Lanes for Avx2 {
+#[target_feature(enable = "avx2,fma,bmi2")]
+unsafe fn compiled<K: Kernel<Avx2>>(kernel: K) {
+    // SAFETY: the caller's promise.
+    unsafe { kernel.run() }
+}
+
+impl Simd for Avx2 {
+    const NAME: &'static str = "avx2";
     const LANES: usize = 8;
+    const TILES: bool = true;
     type Float = __m256;
     type Int = __m256i;
     type Coding = Registers;
 
+    fn available() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("bmi2")
+    }
+
+    unsafe fn compiled<K: Kernel<Self>>(kernel: K) {
+        // SAFETY: the caller's promise.
+        unsafe { compiled(kernel) }
+    }
+
     #[inline(always)]
     unsafe fn coding(coding: &Coding) -> Registers {
-        let values: [f32; 16] = coding.levels.copied().unwrap_or_default();
-        let bytes: [u8; 32] = std::array::from_fn(|i| coding.levels.map_or(0, |levels| level_byte(levels[i % 16])));
+        let values: [f32; 16] = match coding.levels {
+            Some(levels) => *levels,
+            None => [0.0; 16],
+        };
+        let (mut bytes, mut i) = ([0u8; 32], 0);
+        while i < 32 {
+            bytes[i] = level_byte(values[i % 16]);
+            i += 1;
+        }
         let mask = ((1u32 << coding.bits) - 1) as u8;
         // SAFETY: each array is as long as what is read of it.
         unsafe {
@@ -142,10 +172,11 @@ impl Lanes for Avx2 {
                 return _mm256_loadu_si256(from.cast());
             }
             let each = if H > 1 { 8 } else { coding.bits };
-            let words: [u64; 4] = std::array::from_fn(|i| {
-                let count = bytes.saturating_sub(i * each).min(each);
-                let packed = eight(from.wrapping_add(i * each), count);
-                if H > 1 { packed } else { _pdep_u64(packed, coding.spread) }
+            let mut words = [0u64; 4];
+            each!(i in 4, {
+                let left = bytes.saturating_sub(i * each);
+                let packed = eight(from.wrapping_add(i * each), if left < each { left } else { each });
+                words[i] = if H > 1 { packed } else { _pdep_u64(packed, coding.spread) };
             });
             let all = _mm256_loadu_si256(words.as_ptr().cast());
             if H > 1 { all } else { _mm256_xor_si256(all, coding.flip) }
@@ -153,11 +184,10 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn bytes<const H: usize, const LEVELS: bool>(
+    unsafe fn bytes<const H: usize, const LEVELS: bool, const PLAIN: bool>(
         block: __m256i,
         half: usize,
         coding: Registers,
-        plain: bool,
     ) -> __m256i {
         unsafe {
             let codes = match (H, half) {
@@ -169,7 +199,7 @@ impl Lanes for Avx2 {
             };
             match LEVELS {
                 true => _mm256_shuffle_epi8(coding.bytes, codes),
-                false if H == 1 || plain => codes,
+                false if H == 1 || PLAIN => codes,
                 false => _mm256_xor_si256(codes, coding.flip),
             }
         }
@@ -255,11 +285,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn sum_whole(value: __m256i) -> i32 {
+    unsafe fn sum_whole(value: __m256i) -> i64 {
         unsafe {
-            let mut lanes = [0i32; 8];
-            _mm256_storeu_si256(lanes.as_mut_ptr().cast(), value);
-            lanes.iter().sum()
+            let low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(value));
+            let four = _mm256_add_epi64(low, _mm256_cvtepi32_epi64(_mm256_extracti128_si256::<1>(value)));
+            let two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256::<1>(four));
+            _mm_cvtsi128_si64(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two)))
         }
     }
 }

@@ -2,20 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes::{Coding, Lanes, level_byte};
+use super::simd::{Coding, Kernel, Simd, level_byte};
 
-pub fn available() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vnni")
-        && is_x86_feature_detected!("avx512vbmi")
-        && is_x86_feature_detected!("gfni")
-}
-
-/// See [`available`].
-#[derive(Clone, Copy)]
+/// AVX-512 F and BW, VNNI, VBMI and GFNI.
+#[derive(Debug, Clone, Copy)]
 pub struct Avx512;
 
+/// What stays the same for a matrix.
 #[derive(Clone, Copy)]
 pub struct Registers {
     bits: u32,
@@ -34,36 +27,72 @@ pub struct Registers {
 /// The matrix that picks the code at a place of a byte: bit i of a product is that of the matrix's byte 7 − i with the byte.
 #[inline(always)]
 unsafe fn picked(bits: usize, place: usize) -> __m512i {
-    let mut matrix = 0u64;
-    for bit in 0..bits {
+    let (mut matrix, mut bit) = (0u64, 0);
+    while bit < bits {
         matrix |= 1 << (bits * place + bit + 8 * (7 - bit));
+        bit += 1;
     }
     // SAFETY: the caller's promise.
     unsafe { _mm512_set1_epi64(matrix as i64) }
 }
 
+/// The lowest `count` bits.
 #[inline(always)]
 fn first(count: usize) -> u64 {
     if count >= 64 { u64::MAX } else { (1 << count) - 1 }
 }
 
-impl Lanes for Avx512 {
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,gfni")]
+unsafe fn compiled<K: Kernel<Avx512>>(kernel: K) {
+    // SAFETY: the caller's promise.
+    unsafe { kernel.run() }
+}
+
+impl Simd for Avx512 {
+    const NAME: &'static str = "avx512";
     const LANES: usize = 16;
+    const TILES: bool = true;
     type Float = __m512;
     type Int = __m512i;
     type Coding = Registers;
 
+    fn available() -> bool {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("gfni")
+    }
+
+    unsafe fn compiled<K: Kernel<Self>>(kernel: K) {
+        // SAFETY: the caller's promise.
+        unsafe { compiled(kernel) }
+    }
+
     #[inline(always)]
     unsafe fn coding(coding: &Coding) -> Registers {
         let bits = coding.bits;
-        let spread: [u8; 64] = std::array::from_fn(|i| (i / 8 * bits as usize + (i % 8).min(bits as usize - 1)) as u8);
-        let starts: [u8; 64] = std::array::from_fn(|i| (i % 8 * bits as usize) as u8);
-        let unsigned = |i: usize| (i & ((1 << bits) - 1)) ^ usize::from(coding.flip);
-        let values: [f32; 16] = std::array::from_fn(|i| match coding.levels {
-            Some(levels) => levels[i],
-            None => unsigned(i) as f32,
-        });
-        let bytes: [u8; 64] = std::array::from_fn(|i| coding.levels.map_or(0, |levels| level_byte(levels[i % 16])));
+        let (mut spread, mut starts, mut bytes, mut values) = ([0u8; 64], [0u8; 64], [0u8; 64], [0f32; 16]);
+        let mut i = 0;
+        while i < 64 {
+            let place = i % 8;
+            let last = bits as usize - 1;
+            spread[i] = (i / 8 * bits as usize + if place < last { place } else { last }) as u8;
+            starts[i] = (place * bits as usize) as u8;
+            bytes[i] = match coding.levels {
+                Some(levels) => level_byte(levels[i % 16]),
+                None => 0,
+            };
+            i += 1;
+        }
+        i = 0;
+        while i < 16 {
+            values[i] = match coding.levels {
+                Some(levels) => levels[i],
+                None => ((i & ((1 << bits) - 1)) ^ coding.flip as usize) as f32,
+            };
+            i += 1;
+        }
         // SAFETY: the caller's promise; each array is as long as a register.
         unsafe {
             Registers {
@@ -150,7 +179,8 @@ impl Lanes for Avx512 {
                 return _mm512_xor_si512(_mm512_loadu_si512(from.cast()), coding.flip);
             }
             // Never past the block: the next row may not be there.
-            let packed = _mm512_maskz_loadu_epi8(first(bytes.min(8 * coding.bits as usize)), from.cast());
+            let most = 8 * coding.bits as usize;
+            let packed = _mm512_maskz_loadu_epi8(first(if bytes < most { bytes } else { most }), from.cast());
             let eights = _mm512_permutexvar_epi8(coding.spread, packed);
             let codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(coding.starts, eights), coding.mask);
             _mm512_xor_si512(codes, coding.flip)
@@ -158,20 +188,19 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn bytes<const H: usize, const LEVELS: bool>(
+    unsafe fn bytes<const H: usize, const LEVELS: bool, const PLAIN: bool>(
         block: __m512i,
         half: usize,
         coding: Registers,
-        plain: bool,
     ) -> __m512i {
         unsafe {
             let codes = match (H, half) {
                 (1, _) => block,
-                (_, 0) if plain || LEVELS => _mm512_and_si512(block, coding.mask),
+                (_, 0) if PLAIN || LEVELS => _mm512_and_si512(block, coding.mask),
                 // Shift, mask and flip in one, as a product with a matrix of bits.
-                (2, _) if plain || LEVELS => _mm512_gf2p8affine_epi64_epi8::<0>(block, picked(4, half)),
+                (2, _) if PLAIN || LEVELS => _mm512_gf2p8affine_epi64_epi8::<0>(block, picked(4, half)),
                 (2, _) => _mm512_gf2p8affine_epi64_epi8::<8>(block, picked(4, half)),
-                (_, _) if plain || LEVELS => _mm512_gf2p8affine_epi64_epi8::<0>(block, picked(2, half)),
+                (_, _) if PLAIN || LEVELS => _mm512_gf2p8affine_epi64_epi8::<0>(block, picked(2, half)),
                 (_, _) => _mm512_gf2p8affine_epi64_epi8::<2>(block, picked(2, half)),
             };
             if LEVELS { _mm512_shuffle_epi8(coding.bytes, codes) } else { codes }
@@ -254,7 +283,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn sum_whole(value: __m512i) -> i32 {
-        unsafe { _mm512_reduce_add_epi32(value) }
+    unsafe fn sum_whole(value: __m512i) -> i64 {
+        unsafe {
+            let low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(value));
+            let high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64::<1>(value));
+            _mm512_reduce_add_epi64(_mm512_add_epi64(low, high))
+        }
     }
 }
