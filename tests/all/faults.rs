@@ -235,12 +235,10 @@ async fn a_full_disk_loses_nothing() {
     for allowed in 0..200 {
         left.store(allowed, Ordering::SeqCst);
         let options = StoreOptions { hooks: Hooks::writing_to(Arc::new(storage.clone())), ..StoreOptions::default() };
+        let store = Store::open_with(&place.store(), options).await.unwrap();
         let checkpoint = formats::open(CHECKPOINT).unwrap();
         let options = ImportOptions::from_files(Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
-        let store = Store::open_with(&place.store(), options).await.unwrap();
-        let done =
-            import(&store, checkpoint, "m", options)
-                .await;
+        let done = import(&store, checkpoint, "m", options).await;
         let models: Vec<String> = Store::open(&place.store())
             .await
             .unwrap()
