@@ -91,6 +91,8 @@ async fn bring_every_method(store: &Store, folder: &Path) {
     let factors = "[[rule]]\nlayers = 'blocks\\..*'\nmethod = 'low_rank'\nrank = 4\nfactors = 'int8'\n\
                    bias_correction = true\nweight = { type = 'int8', group = 'channel' }\n";
     bring(store, "factors", Some(&rules("factors.toml", factors))).await;
+    let exact = factors.replace("factors = 'int8'", "factors = 'f32'");
+    bring(store, "exact", Some(&rules("exact.toml", &exact))).await;
     let keras = formats::open(fixture("keras/functional.keras")).unwrap();
     import(store, keras, "keras", ImportOptions::default()).await.unwrap();
     let attention = "[[rule]]\nlayers = 'attention'\nmethod = 'vq_attention'\nmechanism = 'vq_qk'\nn_head = 2\n\
