@@ -1,7 +1,7 @@
 //! Keras-MML's layers, each saved in a store, opened at a snapshot, and run.
 
 use layerstore::layer::{
-    Accuracy, Activation, Activations, DenseLayer, Layer, MethodConfig, RmsNorm, TernaryConfig, TernaryLayer,
+    Accuracy, Activation, ActivationFormat, DenseLayer, Layer, MethodConfig, RmsNorm, TernaryConfig, TernaryLayer,
 };
 use layerstore::nn::{
     BlockConfig, Glu, GluConfig, Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, PatchEmbedding,
@@ -206,7 +206,7 @@ fn integers(case: &Case, layer: &TernaryLayer, x: &ArrayD<f32>) {
     case.holds("out.x_norm", normalized.mapv(f64::from).into_shape_with_order(x.shape()).unwrap());
     let (mut steps, mut whole) = (vec![], vec![]);
     for row in normalized.rows() {
-        let (scale, row) = Activations::Int8Absmax.whole(row.to_slice().unwrap()).unwrap();
+        let (scale, row) = ActivationFormat::Int8Absmax.whole(row.to_slice().unwrap()).unwrap();
         steps.push(1.0 / f64::from(scale));
         whole.extend(row.into_iter().map(f64::from));
     }
@@ -214,14 +214,14 @@ fn integers(case: &Case, layer: &TernaryLayer, x: &ArrayD<f32>) {
     case.holds("out.x_scale", Tensor::from_shape_vec(batch, steps).unwrap());
     case.holds("out.x_int8", Tensor::from_shape_vec(x.shape(), whole).unwrap());
     let packed = layer.core().quantized();
-    let mut ternary = Array2::zeros((packed.rows, packed.columns));
+    let mut ternary = Array2::zeros((packed.nrows(), packed.ncols()));
     for (row, mut to) in ternary.rows_mut().into_iter().enumerate() {
-        let mut codes = vec![0; packed.columns];
-        unpack(packed.row(row), 2, &mut codes);
+        let mut codes = vec![0; packed.ncols()];
+        unpack(packed.row_codes(row), 2, &mut codes);
         to.assign(&codes.into_iter().map(|code| f64::from(code) - 1.0).collect::<Array1<f64>>());
     }
     case.holds("out.w_ternary", ternary.reversed_axes().as_standard_layout().into_owned().into_dyn());
-    let steps = Tensor::from_elem(ndarray::IxDyn(&[]), 1.0 / f64::from(packed.scales[0]));
+    let steps = Tensor::from_elem(ndarray::IxDyn(&[]), 1.0 / f64::from(packed.scales()[0]));
     case.holds("out.w_scale", steps);
 }
 

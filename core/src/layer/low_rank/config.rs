@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
-use crate::quant::{ActivationFormat, Clipping, RowType, WeightFormat, WeightType};
+use crate::quant::{ActivationFormat, Clipping, RowType, WeightFormat};
 
 /// Which inputs the correction is the best one for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
