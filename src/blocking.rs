@@ -16,8 +16,8 @@ use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Result};
-use crate::layer::{AttentionBlock, Layer, SharedLayer};
-use crate::nn::Module;
+use crate::layer::{Layer, SharedLayer};
+use crate::nn::{AttentionBlock, Module};
 use crate::store::{LayerHandle, Snapshot, SnapshotInfo, StoreOptions, VersionInfo};
 
 /// A [`crate::store::Store`] for callers that are not async. Not for use inside a tokio runtime.

@@ -4,9 +4,8 @@
 use std::f32::consts::FRAC_1_SQRT_2;
 
 use layerstore::ErrorKind;
-use layerstore::layer::{
-    Accuracy, AttentionBlock, Layer, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer,
-};
+use layerstore::layer::{Accuracy, Layer, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer};
+use layerstore::nn::AttentionBlock;
 use layerstore::store::{LayerHandle, Snapshot};
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
@@ -195,9 +194,9 @@ impl Table {
 
     fn rows(&self, places: &[usize]) -> Result<Array2<f32>> {
         let rows: Vec<u32> = places.iter().map(|&place| u32::try_from(place).unwrap_or(u32::MAX)).collect();
-        self.layer.rows(&rows).map_err(|e| {
-            format!("embedding '{}': {e}: use the model's own tokenizer.json", self.name).into()
-        })
+        self.layer
+            .rows(&rows)
+            .map_err(|e| format!("embedding '{}': {e}: use the model's own tokenizer.json", self.name).into())
     }
 }
 
