@@ -23,14 +23,14 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::error::{Error, Result};
 use crate::layer::{
-    Accuracy, ArtifactId, AttentionBlock, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer,
+    Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer,
 };
 use crate::compress::{
     self, ActivationsFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, Progress, SharedDirections,
     SharedOptions, Training, TrainingReport,
 };
 use crate::formats::TensorSource;
-use crate::nn::Module;
+use crate::nn::{AttentionBlock, Module};
 use crate::store::{
     self, ArtifactInfo, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary, NearKey, Provenance, SnapshotInfo,
     Stats, StoreOptions, VerifyReport, VersionInfo,

@@ -3,9 +3,8 @@
 
 
 use layerstore::ErrorKind;
-use layerstore::layer::{
-    Accuracy, Activation, AttentionBlock, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer,
-};
+use layerstore::layer::{Accuracy, Activation, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer};
+use layerstore::nn::AttentionBlock;
 use layerstore::store::{LayerHandle, Snapshot};
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
@@ -182,9 +181,9 @@ impl Table {
 
     fn rows(&self, places: &[usize]) -> Result<Array2<f32>> {
         let rows: Vec<u32> = places.iter().map(|&place| u32::try_from(place).unwrap_or(u32::MAX)).collect();
-        self.layer.rows(&rows).map_err(|e| {
-            format!("embedding '{}': {e}: use the model's own tokenizer.json", self.name).into()
-        })
+        self.layer
+            .rows(&rows)
+            .map_err(|e| format!("embedding '{}': {e}: use the model's own tokenizer.json", self.name).into())
     }
 }
 

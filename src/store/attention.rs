@@ -3,7 +3,8 @@
 use super::handle::LayerHandle;
 use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
-use crate::layer::{AttentionBlock, Method, VqAttentionConfig, VqAttentionLayer};
+use crate::layer::{Method, VqAttentionConfig, VqAttentionLayer};
+use crate::nn::AttentionBlock;
 
 /// An attention block by name: its codebooks and settings, and the linear layers that it names. Making one reads rows of the
 /// catalogue; [`AttentionHandle::load`] reads the arrays.

@@ -245,15 +245,15 @@ impl LowRankConfig {
         }
     }
 
-    /// Bytes of packed weights, scales of groups and columns, zero points, shift and factors for a rank, as stored.
+    /// Bytes of packed weights, scales of groups and columns, zero points, bias correction and factors for a rank, as stored.
     ///
     /// # Errors
     /// When the group does not divide the row.
     pub fn stored_bytes(&self, out_features: usize, in_features: usize, rank: usize) -> Result<usize> {
-        let shift = if self.bias_correction { 2 * out_features } else { 0 };
+        let bias_correction = if self.bias_correction { 2 * out_features } else { 0 };
         let columns = if self.dual_scaling { 2 * in_features } else { 0 };
         let weight = self.weight.stored_bytes(out_features, in_features)? + columns;
-        Ok(weight + shift + rank * self.component_bytes(out_features, in_features))
+        Ok(weight + bias_correction + rank * self.component_bytes(out_features, in_features))
     }
 
     pub(in crate::layer) fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {

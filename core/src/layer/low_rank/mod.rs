@@ -18,9 +18,8 @@ use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::check::check_lengths;
 use super::method::{Method, read_config};
 use super::name::MethodName;
-use super::traits::{
-    Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows,
-};
+use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
+use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::{Ridge, matmul, matmul_nt, relative_error};
@@ -45,8 +44,8 @@ struct Inner {
     /// `[rank, in]`.
     b: RowMatrix,
     singular_values: Vec<f32>,
-    /// The mean error made up for, `[1, out]`.
-    shift: Option<RowMatrix>,
+    /// The output bias correction `(W − Ŵ − A B) E[x]`, `[1, out]`.
+    bias_correction: Option<RowMatrix>,
     bias: Option<Array1<f32>>,
 }
 
@@ -133,14 +132,15 @@ impl LowRankLayer {
             }
             _ => {
                 let importance = inputs.as_ref().map(Inputs::squares);
-                let importance: Option<Vec<f32>> = importance.map(|squares| squares.iter().map(|&v| v as f32).collect());
+                let importance: Option<Vec<f32>> =
+                    importance.map(|squares| squares.iter().map(|&v| v as f32).collect());
                 let quantize = if config.dual_scaling { PackedMatrix::quantize_dual } else { PackedMatrix::quantize };
                 quantize(weight, config.weight, config.clipping, importance.as_deref())?
             }
         };
         let transform = inputs.as_ref().map_or(Ok(Transform::Identity), |inputs| inputs.transform(config))?;
         let error = &weight - &packed.dequantize();
-        let (shifted, activations) = (config.bias_correction, config.activations);
+        let (corrects_bias, activations) = (config.bias_correction, config.activations);
         let correction = Correction::of(error.view(), weight, config, &transform)?;
         let mut made = match json!(config) {
             Value::Object(map) => map,
@@ -158,17 +158,18 @@ impl LowRankLayer {
             made,
         };
         let (a, b) = (RowMatrix::new(correction.a, config.factors)?, RowMatrix::new(correction.b, config.factors)?);
-        let shift = match calibration {
-            Some(calibration) if shifted => {
+        let bias_correction = match calibration {
+            Some(calibration) if corrects_bias => {
                 let kept = packed.dequantize() + matmul(a.to_f32().t(), b.to_f32().view());
                 let mean = calibration.mean().mapv(|v| v as f32).insert_axis(Axis(1));
-                let shift = matmul((&weight - &kept).view(), mean.view());
-                Some(RowMatrix::new(shift.reversed_axes(), RowType::F16)?)
+                let mean_error = matmul((&weight - &kept).view(), mean.view());
+                Some(RowMatrix::new(mean_error.reversed_axes(), RowType::F16)?)
             }
             _ => None,
         };
         let (singular_values, bias) = (correction.singular_values, bias.map(|b| b.to_owned()));
-        Self::new(Inner { config, weight: packed, a, b, singular_values, shift, bias })?.with_activations(activations)
+        Self::new(Inner { config, weight: packed, a, b, singular_values, bias_correction, bias })?
+            .with_activations(activations)
     }
 
     /// Packed weights as they are, without a correction.
@@ -182,11 +183,11 @@ impl LowRankLayer {
         if let Some(bias) = &bias {
             crate::linalg::require_finite("the bias", bias.iter())?;
         }
-        Self::new(Inner { config, weight, a, b, singular_values: vec![], shift: None, bias })
+        Self::new(Inner { config, weight, a, b, singular_values: vec![], bias_correction: None, bias })
     }
 
     fn new(inner: Inner) -> Result<Self> {
-        let Inner { config, weight, a, b, singular_values, shift, bias } = &inner;
+        let Inner { config, weight, a, b, singular_values, bias_correction, bias } = &inner;
         let (rank, outputs, inputs) = (config.rank, config.out_features, config.in_features);
         let found = [
             weight.nrows(),
@@ -196,13 +197,13 @@ impl LowRankLayer {
             b.rows(),
             b.columns(),
             singular_values.len(),
-            shift.as_ref().map_or(outputs, |s| s.columns()),
+            bias_correction.as_ref().map_or(outputs, |c| c.columns()),
             bias.as_ref().map_or(outputs, |b| b.len()),
         ];
         let expected = [outputs, inputs, rank, outputs, rank, inputs, rank, outputs, outputs];
         if found != expected {
             return Err(Error::expected(
-                "lengths of weight, factors, shift and bias",
+                "lengths of weight, factors, bias correction and bias",
                 format!("{found:?}"),
                 format!("{expected:?}"),
             ));
@@ -247,11 +248,11 @@ impl LowRankLayer {
         y
     }
 
-    /// `x · (A B)ᵀ` and the shift.
+    /// Returns `x · (A B)ᵀ` and the output bias correction.
     fn correction(&self, x: ArrayView2<f32>) -> Array2<f32> {
         let inner = &*self.inner;
-        let mut y = match &inner.shift {
-            Some(shift) => shift.to_f32().broadcast((x.nrows(), self.out_features())).expect("one row").to_owned(),
+        let mut y = match &inner.bias_correction {
+            Some(row) => row.to_f32().broadcast((x.nrows(), self.out_features())).expect("one row").to_owned(),
             None => Array2::zeros((x.nrows(), self.out_features())),
         };
         if inner.config.rank > 0 {
@@ -338,9 +339,12 @@ impl LowRankLayer {
             RowMatrix::from_bytes(config.factors, (config.rank, length), bytes, &scales)
         };
         let (a, b) = (factor(Side::A, outputs)?, factor(Side::B, inputs)?);
-        let shift = parts.tensor("shift").map(|t| RowMatrix::from_bytes(RowType::F16, (1, outputs), &t.data, &[]));
+        let bias_correction = parts
+            .tensor("shift")
+            .map(|t| RowMatrix::from_bytes(RowType::F16, (1, outputs), &t.data, &[]))
+            .transpose()?;
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
-        Self::new(Inner { config, weight, a, b, singular_values, shift: shift.transpose()?, bias })
+        Self::new(Inner { config, weight, a, b, singular_values, bias_correction, bias })
     }
 }
 
@@ -489,8 +493,8 @@ impl Layer for LowRankLayer {
             let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![self.in_features()]);
             parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
         }
-        if let Some(shift) = &inner.shift {
-            let data = shift.bytes().into_raw_vec_and_offset().0.into();
+        if let Some(correction) = &inner.bias_correction {
+            let data = correction.bytes().into_raw_vec_and_offset().0.into();
             let shape = vec![self.out_features()];
             parts.tensors.push(Tensor { name: "shift".into(), dtype: "F16".into(), shape, data });
         }
@@ -502,8 +506,9 @@ impl Layer for LowRankLayer {
 
     fn memory_bytes(&self) -> usize {
         let inner = &*self.inner;
-        let shift = inner.shift.as_ref().map_or(0, RowMatrix::memory_bytes);
-        let factors = inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len() + shift;
+        let bias_correction = inner.bias_correction.as_ref().map_or(0, RowMatrix::memory_bytes);
+        let factors =
+            inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len() + bias_correction;
         inner.weight.memory_bytes() + factors + 4 * inner.bias.as_ref().map_or(0, Array1::len)
     }
 }
@@ -566,7 +571,7 @@ mod tests {
                 let off = mean(&(x.dot(&w.t()) + 1.0)) - mean(&reference);
                 reference += &off;
             }
-            // The shift is kept in f16.
+            // The bias correction is kept in f16.
             let allowed = if config.bias_correction { 1e-3 } else { 1e-5 };
             prop_assert!(relative_error(y.view(), reference.view()) < allowed);
             let parts = layer.to_parts();

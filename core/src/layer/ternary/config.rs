@@ -8,7 +8,7 @@ use crate::layer::activation::Activation;
 use crate::layer::low_rank::{LowRankConfig, Rank};
 use crate::quant::{ActivationFormat, Clipping, Group, ScaleType, WeightFormat, WeightType};
 
-/// A ternary layer's settings.
+/// Settings of a ternary layer.
 ///
 /// In a rule: `group` (`"tensor"`, `"channel"` or a number), `scales` and every setting of `low_rank` but `weight`, with
 /// other defaults (one scale for the tensor, by its mean size; no correction; inputs rounded as BitNet b1.58 rounds them),
@@ -18,7 +18,7 @@ use crate::quant::{ActivationFormat, Clipping, Group, ScaleType, WeightFormat, W
 pub struct TernaryConfig {
     /// Whether inputs are normalised first: each row by the root of its mean square, without a gain.
     pub norm: bool,
-    /// What the output becomes.
+    /// The activation that outputs pass through.
     pub activation: Activation,
     /// Weights, correction, and the rounding of inputs.
     pub weights: LowRankConfig,

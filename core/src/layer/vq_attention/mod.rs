@@ -1,6 +1,5 @@
 //! Attention as a layer: settings, codebooks, and the compressed cache of a long sequence.
 
-mod block;
 mod config;
 mod stored;
 
@@ -9,7 +8,6 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayView4, Axis, s};
 use serde_json::{Map, Value, json};
 
-pub use block::AttentionBlock;
 pub use config::{Mechanism, VqAttentionConfig};
 
 use crate::attention::{
@@ -336,8 +334,11 @@ fn in_heads(x: ArrayView2<f32>, heads: usize, what: &str) -> Result<ndarray::Arr
     Ok(x.permuted_axes([1, 0, 2]).as_standard_layout().to_owned())
 }
 
-/// Splits rows `[batch, tokens, heads · dim]` into heads `[batch, heads, tokens, dim]`.
-fn batch_in_heads(x: ndarray::ArrayView3<f32>, heads: usize, what: &str) -> Result<ndarray::Array4<f32>> {
+/// Returns rows `[batch, tokens, heads · dim]` as `[batch, heads, tokens, dim]`.
+///
+/// # Errors
+/// When the heads do not divide the rows' length.
+pub(crate) fn batch_in_heads(x: ndarray::ArrayView3<f32>, heads: usize, what: &str) -> Result<ndarray::Array4<f32>> {
     let (batch, tokens, width) = x.dim();
     let mut all = ndarray::Array4::zeros((batch, heads, tokens, width.checked_div(heads).unwrap_or(0)));
     for b in 0..batch {

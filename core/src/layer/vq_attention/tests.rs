@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::layer::{Accuracy, DenseLayer, LowRankConfig, MethodConfig, Rank, SharedLayer, layer_from_parts};
 use crate::linalg::relative_error;
+use crate::nn::AttentionBlock;
 
 fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
     Array2::from_shape_fn((rows, columns), |(i, j)| {

@@ -1,43 +1,43 @@
-//! The prefix code in which Keras-MML saves ternary kernels.
+//! The prefix code in which Keras-MatMulLess saves ternary kernels.
 //!
-//! A stream of bits, the highest of a byte first, filled up with zeros: the most common value is `0`, the second `10`, the
-//! third `11`. Before them stand the most common and the second most common value themselves, with `0` for 0, `10` for 1 and
-//! `11` for −1.
+//! A code is a stream of bits, the highest of a byte first, padded with zeros. Its header is the most common and the second
+//! most common value, with `0` for 0, `10` for 1 and `11` for −1; then each value is `0` where it is the most common one, `10`
+//! where it is the second, and `11` where it is the third.
 
 use crate::error::{Error, Result};
 
-/// Values in the order in which the header, and ties between values that do not occur, have them.
+/// The values in the order of their codes in the header; values that do not occur are ranked in this order.
 const VALUES: [i8; 3] = [0, 1, -1];
 
-/// Encodes ternary values.
+/// Encodes ternary values by the prefix code of Keras-MatMulLess.
 ///
 /// # Errors
-/// When one is none of −1, 0 and 1.
+/// When a value is none of −1, 0 and 1.
 pub fn encode_ternary(values: &[i8]) -> Result<Vec<u8>> {
     let mut counts = [(0usize, usize::MAX); 3];
-    for (place, value) in values.iter().enumerate() {
+    for (index, value) in values.iter().enumerate() {
         let which = VALUES.iter().position(|v| v == value);
         let which = which.ok_or_else(|| Error::expected("ternary value", value, "-1, 0 or 1"))?;
         counts[which].0 += 1;
-        counts[which].1 = counts[which].1.min(place);
+        counts[which].1 = counts[which].1.min(index);
     }
-    // The most common first; of those that are as common, the one that is met first.
+    // Ties go to the value that occurs first.
     let mut order = [0, 1, 2];
     order.sort_by_key(|&which| (std::cmp::Reverse(counts[which].0), counts[which].1));
-    let mut bits = Bits::default();
+    let mut bits = BitWriter::default();
     bits.push(order[0]);
     bits.push(order[1]);
     for value in values {
         let rank = order.iter().position(|&which| VALUES[which] == *value);
         bits.push(rank.unwrap_or_default());
     }
-    Ok(bits.done())
+    Ok(bits.bytes)
 }
 
-/// Decodes so many values.
+/// Decodes `count` ternary values from the prefix code of Keras-MatMulLess.
 ///
 /// # Errors
-/// When the stream ends before them, or its header is none.
+/// When the stream ends before them, or its header names one value twice.
 pub fn decode_ternary(bytes: &[u8], count: usize) -> Result<Vec<i8>> {
     let ended = || {
         Error::expected("encoded ternary values", format!("{} bytes", bytes.len()), format!("those of {count} values"))
@@ -46,7 +46,7 @@ pub fn decode_ternary(bytes: &[u8], count: usize) -> Result<Vec<i8>> {
     if count > 8 * bytes.len() {
         return Err(ended());
     }
-    let mut bits = bytes.iter().flat_map(|byte| (0..8).rev().map(move |place| byte >> place & 1 == 1));
+    let mut bits = bytes.iter().flat_map(|byte| (0..8).rev().map(move |bit| byte >> bit & 1 == 1));
     let mut next = || -> Result<usize> {
         match bits.next().ok_or_else(ended)? {
             false => Ok(0),
@@ -62,13 +62,16 @@ pub fn decode_ternary(bytes: &[u8], count: usize) -> Result<Vec<i8>> {
     (0..count).map(|_| Ok(order[next()?])).collect()
 }
 
+/// Bytes that are filled bit by bit.
 #[derive(Default)]
-struct Bits {
+struct BitWriter {
     bytes: Vec<u8>,
-    held: u32,
+    /// Bits written.
+    length: u32,
 }
 
-impl Bits {
+impl BitWriter {
+    /// Appends the code of a rank.
     fn push(&mut self, rank: usize) {
         match rank {
             0 => self.bit(0),
@@ -80,17 +83,13 @@ impl Bits {
     }
 
     fn bit(&mut self, bit: u8) {
-        if self.held.is_multiple_of(8) {
+        if self.length.is_multiple_of(8) {
             self.bytes.push(0);
         }
         if let Some(last) = self.bytes.last_mut() {
-            *last |= bit << (7 - self.held % 8);
+            *last |= bit << (7 - self.length % 8);
         }
-        self.held += 1;
-    }
-
-    fn done(self) -> Vec<u8> {
-        self.bytes
+        self.length += 1;
     }
 }
 

@@ -1,11 +1,10 @@
-//! Attention with its projections: Wq, Wk, Wv and Wo are linear layers of any method.
+//! Multi-head attention with its projections: Wq, Wk, Wv and Wo are linear layers of any method.
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 
-use super::{VqAttentionLayer, batch_in_heads};
 use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
-use crate::layer::traits::{Accuracy, Layer, SharedLayer};
+use crate::layer::{Accuracy, SharedLayer, VqAttentionLayer, batch_in_heads};
 
 /// A multi-head attention block.
 #[derive(Debug, Clone)]
@@ -17,11 +16,15 @@ pub struct AttentionBlock {
 }
 
 impl AttentionBlock {
-    /// Makes a block of attention and its linear layers: Wq, Wk and Wv, and Wo.
+    /// Returns the block of an attention layer and its projections.
     ///
     /// # Errors
     /// When a projection is of another shape than the attention asks for.
-    pub fn new(attention: VqAttentionLayer, projections: Option<[SharedLayer; 3]>, output: Option<SharedLayer>) -> Result<Self> {
+    pub fn new(
+        attention: VqAttentionLayer,
+        projections: Option<[SharedLayer; 3]>,
+        output: Option<SharedLayer>,
+    ) -> Result<Self> {
         let config = attention.settings();
         let (d_model, d_k, d_v) =
             (attention.in_features(), config.d_k.unwrap_or_default(), config.d_v.unwrap_or_default());
@@ -54,7 +57,7 @@ impl AttentionBlock {
         &self.attention
     }
 
-    /// Returns the same block with exact attention.
+    /// Returns the block with exact attention in the place of its own.
     ///
     /// # Errors
     /// As [`VqAttentionLayer::exact`].
@@ -62,10 +65,10 @@ impl AttentionBlock {
         Ok(AttentionBlock { attention: self.attention.exact()?, ..self.clone() })
     }
 
-    /// Projects inputs `[tokens, width]` to queries, keys and values, a row a token.
+    /// Returns queries, keys and values of inputs `q`, `k` and `v`, a row a token each.
     ///
     /// # Errors
-    /// As [`Layer::forward`].
+    /// As [`Layer::forward`](crate::layer::Layer::forward).
     pub fn project(
         &self,
         q: ArrayView2<f32>,
@@ -79,11 +82,11 @@ impl AttentionBlock {
         Ok([query.forward(q, accuracy)?.y, key.forward(k, accuracy)?.y, value.forward(v, accuracy)?.y])
     }
 
-    /// Computes the block's outputs `[batch, queries, width]` for inputs `q` `[batch, queries, width]`, `k` and `v` `[batch, keys, width]`. `there` and
+    /// Runs attention from `q` `[batch, queries, width]` to `k` and `v` `[batch, keys, width]`: `[batch, queries, width]`. `there` and
     /// `cache` are [`VqAttentionLayer::attend`]'s.
     ///
     /// # Errors
-    /// As [`Layer::forward`] and [`VqAttentionLayer::attend`].
+    /// As [`Layer::forward`](crate::layer::Layer::forward) and [`VqAttentionLayer::attend`].
     pub fn attend(
         &self,
         q: ArrayView3<f32>,
