@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SharedLayer};
 use layerstore::compress::{ImportOptions, Rules, import};
 use layerstore::formats;
+use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SharedLayer};
 use layerstore::store::{ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store};
 use ndarray::{Array1, Array2};
 

@@ -6,10 +6,10 @@
 
 use std::path::Path;
 
-use layerstore::layer::Accuracy;
-use layerstore::linalg::relative_error;
 use layerstore::compress::{ImportOptions, Rules, import};
 use layerstore::formats;
+use layerstore::layer::Accuracy;
+use layerstore::linalg::relative_error;
 use layerstore::store::Store;
 use ndarray::Array2;
 use safetensors::Dtype;

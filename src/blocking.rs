@@ -21,15 +21,13 @@ use std::time::Duration;
 use ndarray::{Array1, Array2, ArrayView2};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::error::{Error, Result};
-use crate::layer::{
-    Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer,
-};
 use crate::compress::{
     self, ActivationsFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, Progress, SharedDirections,
     SharedOptions, Training, TrainingReport,
 };
+use crate::error::{Error, Result};
 use crate::formats::TensorSource;
+use crate::layer::{Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer};
 use crate::nn::{AttentionBlock, Module};
 use crate::store::{
     self, ArtifactInfo, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary, NearKey, Provenance, SnapshotInfo,
@@ -399,7 +397,12 @@ impl Writer {
 ///
 /// # Errors
 /// As there.
-pub fn import(store: &Store, source: Arc<dyn TensorSource>, model: &str, options: ImportOptions) -> Result<ImportReport> {
+pub fn import(
+    store: &Store,
+    source: Arc<dyn TensorSource>,
+    model: &str,
+    options: ImportOptions,
+) -> Result<ImportReport> {
     store.run(compress::import(&store.store, source, model, options))
 }
 

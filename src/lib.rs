@@ -49,5 +49,6 @@ pub mod store;
 mod tasks;
 
 pub use layerstore_core::{
-    Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment, attention, error, index, layer, linalg, nn, quant,
+    Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment, attention, error, index, layer, linalg,
+    nn, quant,
 };

@@ -1,7 +1,6 @@
 //! The encoder of all-MiniLM-L6-v2 in plain ndarray. Every weight comes from a snapshot of the store; the linear layers
 //! run as what they were compressed to.
 
-
 use layerstore::ErrorKind;
 use layerstore::layer::{Accuracy, Activation, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer};
 use layerstore::nn::AttentionBlock;

@@ -9,10 +9,10 @@ use serde::Serialize;
 use super::Context;
 use super::import::cancel_on_interrupt;
 use super::output::bytes;
-use crate::error::{Error, Result};
-use crate::layer::Accuracy;
 use crate::compress::{self, Training};
+use crate::error::{Error, Result};
 use crate::formats;
+use crate::layer::Accuracy;
 use crate::store::{Store, check_model_name};
 use crate::tasks::unwrap_join;
 

@@ -4,11 +4,11 @@ use serde::Serialize;
 
 use super::output::{bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
-use crate::error::{Error, Result};
-use crate::layer::{Accuracy, KeyValueLayer, Limit, ModuleLayer, QueryHits};
 use crate::compress::{self, ActivationsFile};
+use crate::error::{Error, Result};
 use crate::formats;
-use crate::store::{Snapshot};
+use crate::layer::{Accuracy, KeyValueLayer, Limit, ModuleLayer, QueryHits};
+use crate::store::Snapshot;
 use crate::tasks::unwrap_join;
 
 /// Hits of a query that a table shows; JSON has them all.

@@ -201,10 +201,16 @@ impl StatisticsFile {
         let mut layers = BTreeMap::new();
         for tensor in file.tensors().keys() {
             let Some((name, part)) = tensor.rsplit_once('.') else {
-                return Err(Error::file(file.path(), format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER."))));
+                return Err(Error::file(
+                    file.path(),
+                    format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER.")),
+                ));
             };
             if !PARTS.contains(&part) {
-                return Err(Error::file(file.path(), format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER."))));
+                return Err(Error::file(
+                    file.path(),
+                    format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER.")),
+                ));
             }
             layers.insert(name.to_owned(), name.to_owned());
         }
@@ -213,7 +219,8 @@ impl StatisticsFile {
                 .map_err(|e| Error::file(file.path(), format!("{SHARED} is no JSON object of names: {e}")))?;
             for (layer, of) in shared {
                 if !layers.contains_key(&of) {
-                    let reason = format!("{SHARED} says that '{layer}' shares the statistics of '{of}', which has none");
+                    let reason =
+                        format!("{SHARED} says that '{layer}' shares the statistics of '{of}', which has none");
                     return Err(Error::file(file.path(), reason));
                 }
                 layers.insert(layer, of);
@@ -281,7 +288,8 @@ impl StatisticsFile {
         };
         let count = self.file.bytes(self.required(layer, "count")?)?;
         let count = count.first_chunk::<8>().map(|b| i64::from_le_bytes(*b)).unwrap_or_default();
-        let count = u64::try_from(count).map_err(|_| Error::expected(format!("'{layer}.count'"), count, "at least 1"))?;
+        let count =
+            u64::try_from(count).map_err(|_| Error::expected(format!("'{layer}.count'"), count, "at least 1"))?;
         let n = in_features;
         let shaped = |e: ndarray::ShapeError| Error::Numeric(e.to_string());
         let second = wide("second_moment")?;
@@ -368,8 +376,7 @@ mod tests {
     fn activations_are_checked() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
-        let tensors =
-            [("a", DType::F32, vec![2, 3], f32s(&[0.0; 6])), ("b", DType::F32, vec![3], f32s(&[0.0; 3]))];
+        let tensors = [("a", DType::F32, vec![2, 3], f32s(&[0.0; 6])), ("b", DType::F32, vec![3], f32s(&[0.0; 3]))];
         write(&path, &tensors, &[]);
         let activations = ActivationsFile::open(&path).unwrap();
         assert_eq!(activations.get("a", 3).unwrap().unwrap().dim(), (2, 3));

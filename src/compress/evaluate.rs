@@ -88,7 +88,8 @@ pub async fn evaluate(
         };
         let handle = snapshot.handle(record.clone());
         let layer = handle.load().await?;
-        let measured = tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, weight.view(), inputs.view())).await;
+        let measured =
+            tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, weight.view(), inputs.view())).await;
         layers.push(unwrap_join(measured)?.map_err(|e| e.in_layer(&handle.record().layer))?);
     }
     let errors: Vec<f64> = layers.iter().filter_map(|l| l.relative_error).collect();

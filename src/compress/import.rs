@@ -21,7 +21,8 @@ use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
 use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts, dtype_name, registry};
 use crate::store::{
-    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name, source_tensors,
+    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
+    source_tensors,
 };
 use crate::tasks::unwrap_join;
 
@@ -248,7 +249,12 @@ impl Planned {
                 let bias = bias.as_ref().map(|b| {
                     source.refuse_nan(b)?;
                     let data = source.bytes(b)?.into_owned().into();
-                    Ok::<_, Error>(Tensor { name: "bias".into(), dtype: dtype_name(b.dtype), shape: b.shape.clone(), data })
+                    Ok::<_, Error>(Tensor {
+                        name: "bias".into(),
+                        dtype: dtype_name(b.dtype),
+                        shape: b.shape.clone(),
+                        data,
+                    })
                 });
                 source.refuse_nan(weight)?;
                 let data = source.bytes(weight)?.into_owned().into();
@@ -313,8 +319,7 @@ impl<'a> ImportSession<'a> {
         progress: &'a Arc<dyn Progress>,
         cancel: &'a Cancel,
     ) -> Result<ImportSession<'a>> {
-        let mut session =
-            ImportSession { model, progress, cancel, writer: None, layers: vec![], records: vec![] };
+        let mut session = ImportSession { model, progress, cancel, writer: None, layers: vec![], records: vec![] };
         session.writer = Some(store.writer().await?);
         Ok(session)
     }

@@ -120,7 +120,12 @@ impl Data {
 
     fn layer_of(&self, layer: &LayerRecord, found: Vec<Vec<RecordBatch>>) -> Result<Parts> {
         let formats = self.location.formats();
-        assembled(layer.artifact, Parts::new(layer.method.clone(), layer.config.clone()), (formats, &layer.locations), found)
+        assembled(
+            layer.artifact,
+            Parts::new(layer.method.clone(), layer.config.clone()),
+            (formats, &layer.locations),
+            found,
+        )
     }
 
     /// Reads the parts of an artifact.
@@ -142,7 +147,12 @@ impl Data {
                 found
             }
         };
-        assembled(id, Parts::new(record.method.clone(), record.config.clone()), (self.location.formats(), locations), found)
+        assembled(
+            id,
+            Parts::new(record.method.clone(), record.config.clone()),
+            (self.location.formats(), locations),
+            found,
+        )
     }
 
     /// Reads one table's rows of an artifact: where they were written if they are still there, else by search.

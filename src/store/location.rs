@@ -1,8 +1,10 @@
 //! Where a store lies, and how Lance is asked to read and write there.
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures::FutureExt;
 use lance::Dataset;
 use lance::dataset::builder::DatasetBuilder;
 use lance::dataset::{WriteMode, WriteParams};
@@ -141,16 +143,15 @@ impl Location {
         if let Some(version) = version {
             builder = builder.with_version(version);
         }
-        builder.load().await
+        whatever_it_holds(table, builder.load()).await
     }
 
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to.
     pub async fn open_for_write(&self, table: &str) -> lance::Result<Dataset> {
-        DatasetBuilder::from_uri(self.write_uri(table))
+        let builder = DatasetBuilder::from_uri(self.write_uri(table))
             .with_session(self.session.clone())
-            .with_store_params(self.store_params())
-            .load()
-            .await
+            .with_store_params(self.store_params());
+        whatever_it_holds(table, builder.load()).await
     }
 
     /// Returns the address of a table to be made, and the parameters to make it with.
@@ -275,6 +276,17 @@ fn foreign_reason(e: &(dyn std::error::Error + 'static)) -> String {
         next = error.source();
     }
     e.to_string()
+}
+
+/// Returns what opening a table gives. Lance believes the lengths in a manifest and panics where they lead out of the file: that
+/// is an error here, as for any other file that is not what was written.
+async fn whatever_it_holds(
+    table: &str,
+    opening: impl Future<Output = lance::Result<Dataset>>,
+) -> lance::Result<Dataset> {
+    let damaged =
+        |_| lance::Error::corrupt_file_named(table, "Lance cannot read the manifest: it is not what was written");
+    AssertUnwindSafe(opening).catch_unwind().await.unwrap_or_else(|panic| Err(damaged(panic)))
 }
 
 #[cfg(test)]

@@ -20,10 +20,10 @@ use super::root::{Store, StoreOptions};
 use super::schema::{ARTIFACTS, LAYERS};
 use super::testing::Hooks;
 use super::writer::append;
-use crate::error::{Error, ErrorKind};
-use crate::layer::DType;
 use crate::compress::{ImportOptions, import};
+use crate::error::{Error, ErrorKind};
 use crate::formats;
+use crate::layer::DType;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)

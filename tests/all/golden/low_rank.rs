@@ -1,6 +1,5 @@
 //! LQER on Qwix, run; and LQER, L²QER, QERA-approx and QERA-exact by float64 formulas.
 
-
 use ndarray::{Array2, ArrayView2, s};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -50,7 +49,8 @@ fn golden_qera() {
         };
         let packed = PackedMatrix::quantize(weight.view(), format, Clipping::Absmax, None).unwrap();
         assert_eq!(codes(&packed).mapv(f64::from).reversed_axes(), case.matrix("in.qvalue"), "{}", case.name);
-        let zeros = Array2::from_shape_vec((packed.nrows(), packed.zeros().len() / packed.nrows()), packed.zeros().to_vec());
+        let zeros =
+            Array2::from_shape_vec((packed.nrows(), packed.zeros().len() / packed.nrows()), packed.zeros().to_vec());
         assert_eq!(zeros.unwrap().mapv(f64::from).reversed_axes(), case.matrix("in.zero"), "{}", case.name);
 
         let dequantised = narrow(&case.matrix("in.w_dequant").reversed_axes());

@@ -1,7 +1,8 @@
 //! Keras-MML's layers, each saved in a store, opened at a snapshot, and run.
 
 use layerstore::layer::{
-    Accuracy, Activation, ActivationFormat, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryConfig, TernaryLayer, compress,
+    Accuracy, Activation, ActivationFormat, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryConfig, TernaryLayer,
+    compress,
 };
 use layerstore::nn::{
     BlockConfig, EmbeddingTable, Glu, GluConfig, Gru, GruConfig, GruTokenMixer, Lru, LruConfig, LruLayers, LruSpectrum,

@@ -22,9 +22,9 @@ use super::layer::{Core, KeyValueLayer, StoredConfig};
 use super::threshold::Curves;
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex};
-use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::layer::check::check_lengths;
 use crate::layer::method::{Method, read_config};
+use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
 

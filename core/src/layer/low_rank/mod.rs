@@ -14,10 +14,10 @@ pub(super) use config::with_activations;
 pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod};
 pub use correction::{Correction, Transform};
 
-use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::check::check_lengths;
 use super::method::{Method, read_config};
 use super::name::MethodName;
+use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
 use crate::calibration::Calibration;

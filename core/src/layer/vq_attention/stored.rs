@@ -6,8 +6,8 @@ use ndarray::{Array, ArrayD, ArrayView, Axis, Dimension};
 use super::{VqAttentionConfig, VqAttentionLayer};
 use crate::attention::{AttentionCodebook, CompressedCache};
 use crate::error::{Error, Result};
-use crate::layer::parts::{self, Parts, Tensor, bytes_f32, f32_bytes};
 use crate::layer::method::{Method, read_config};
+use crate::layer::parts::{self, Parts, Tensor, bytes_f32, f32_bytes};
 use crate::layer::traits::Layer;
 
 const QUERIES: &str = "queries";
