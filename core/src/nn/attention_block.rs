@@ -4,7 +4,7 @@ use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 
 use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, SharedLayer, VqAttentionLayer, batch_in_heads};
+use crate::layer::{Accuracy, Layer, SharedLayer, VqAttentionLayer, batch_in_heads};
 
 /// A multi-head attention block.
 #[derive(Debug, Clone)]

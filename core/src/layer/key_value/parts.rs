@@ -25,7 +25,6 @@ use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex};
 use crate::layer::check::check_lengths;
 use crate::layer::method::{Method, read_config};
 use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
-use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
 
 /// The role and the tensor that cells are kept under.

@@ -18,7 +18,6 @@ use super::check::check_lengths;
 use super::method::{Method, read_config};
 use super::name::MethodName;
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
-use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
