@@ -101,8 +101,8 @@ fn lengths() -> Result<()> {
 
 fn run(module: &Module, x: &Array3<f32>) -> Result<Array3<f32>> {
     Ok(match module {
-        Module::Gru(gru) => gru.run(x.view(), None, None, Accuracy::Approximate)?.state,
-        Module::Lru(lru) => lru.run(x.view(), None, None, Accuracy::Approximate)?.state,
+        Module::Gru(gru) => gru.forward(x.view(), None, None, Accuracy::Approximate)?.state,
+        Module::Lru(lru) => lru.forward(x.view(), None, None, Accuracy::Approximate)?.state,
         other => return Err(format!("no recurrent module: {}", other.kind()).into()),
     })
 }

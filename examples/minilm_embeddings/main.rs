@@ -286,8 +286,7 @@ fn print_json(store: &Store, snapshot: &Snapshot, sentences: usize, rows: &[Row]
 
 fn print_table(snapshot: &Snapshot, sentences: usize, rows: &[Row]) {
     let with_reference = rows.iter().any(|r| r.cosine_to_reference.is_some());
-    let mut header =
-        vec!["model", "layers", "compressed", "MB", "times\nsmaller"];
+    let mut header = vec!["model", "layers", "compressed", "MB", "times\nsmaller"];
     header.extend(["mean error\nof a layer", "cosine to\nfirst model", "lowest"]);
     if with_reference {
         header.extend(["cosine to\nreference", "lowest"]);

@@ -54,7 +54,7 @@ static LAYERS: LazyLock<Vec<(Parts, Value)>> = LazyLock::new(|| {
         all
     };
     let causal = attention(with(json!({"mechanism": "vq_qk"})));
-    let past = causal.no_past(1);
+    let past = causal.empty_cache(1);
     let mut tensors = std::collections::BTreeMap::new();
     tensors.insert("gain".to_owned(), ArrayD::from_elem(IxDyn(&[2, 8]), 0.5));
     let module = |kind: &str, settings: Value| {
@@ -90,7 +90,7 @@ static LAYERS: LazyLock<Vec<(Parts, Value)>> = LazyLock::new(|| {
         linear("low_rank", &json!({"weight": {"type": "bf16"}, "rank": 1})),
         linear("ternary", &json!({"norm": true, "activation": "relu"})),
         linear("ternary", &json!({"group": 4, "rank": 1})),
-        causal.with_past(past).expect("a past of its own").shared(),
+        causal.with_cache(past).expect("a past of its own").shared(),
         attention(with(json!({"mechanism": "vq_k", "causal": false}))).shared(),
         attention(with(json!({"mechanism": "hyper", "hyper": {"sample_size": 4, "block_size": 4}}))).shared(),
         attention(with(json!({"mechanism": "exact"}))).shared(),
@@ -215,7 +215,7 @@ fn attend(layer: &VqAttentionLayer) {
     let ones =
         |heads: usize, width: usize| Array4::from_shape_fn((1, heads, 5, width), |(_, h, t, i)| (h + t * i) as f32);
     let (q, k, v) = (ones(heads, d_k), ones(kv_heads, d_k), ones(kv_heads, d_v));
-    for past in [None, layer.past().cloned()] {
+    for past in [None, layer.cache().cloned()] {
         let mut past = past;
         if let Ok(attended) = layer.attend(q.view(), k.view(), v.view(), None, past.as_mut()) {
             assert_eq!(attended.output.dim(), (1, heads, 5, d_v));

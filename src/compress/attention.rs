@@ -7,8 +7,9 @@ use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
-use crate::layer::{Accuracy, AttentionBlock, Method, MethodName, VqAttentionConfig, VqAttentionLayer};
+use crate::layer::{Accuracy, Method, MethodName, VqAttentionConfig, VqAttentionLayer};
 use crate::linalg::{add_outer, matmul_nt, relative_error};
+use crate::nn::AttentionBlock;
 
 /// Calibration tokens that attend to each other when a block is measured: inputs do not say where sequences end.
 const WINDOW: usize = 128;

@@ -3,7 +3,7 @@
 use layerstore::ErrorKind;
 use layerstore::compress::ActivationsFile;
 use layerstore::formats::write_array;
-use layerstore::layer::{Accuracy, KeyValueLayer, Layer, Limit, SharedLayer};
+use layerstore::layer::{Accuracy, KeyValueLayer, Limit, SharedLayer};
 use layerstore::store::{Store, load_backend, save_backend};
 use ndarray::{Array2, s};
 use serde_json::json;
@@ -200,7 +200,7 @@ async fn a_layer_is_a_store_of_its_own() {
         let handle = latest.layer(model, name).await.unwrap();
         let layer = handle.load().await.unwrap();
         let to = place.path(&format!("{model}-{name}")).display().to_string();
-        save_backend(&layer, &to).await.unwrap();
+        save_backend(&*layer, &to).await.unwrap();
         let back = load_backend(&to).await.unwrap();
         assert_eq!((back.to_parts(), back.config()), (layer.to_parts(), layer.config()));
         let x = inputs(name, layer.in_features());
@@ -210,7 +210,7 @@ async fn a_layer_is_a_store_of_its_own() {
         let fewer = key_value(layer);
         let mut settings = fewer.settings().clone();
         settings.expected_keys_per_query = Some(2.0);
-        save_backend(&fewer.with_search(settings).unwrap().shared(), &to).await.unwrap();
+        save_backend(&fewer.with_search(settings).unwrap(), &to).await.unwrap();
         assert_eq!(load_backend(&to).await.unwrap().config()["expected_keys_per_query"], 2.0);
         // Another process opens it.
         let copied = Place::new();

@@ -31,7 +31,10 @@ fn count_panics() {
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            PANICS.fetch_add(1, Ordering::SeqCst);
+            // Lance's own, when it opens a table, are turned into errors by the store.
+            if !info.location().is_some_and(|place| place.file().contains("/lance-")) {
+                PANICS.fetch_add(1, Ordering::SeqCst);
+            }
             before(info);
         }));
     });

@@ -1,32 +1,38 @@
-//! Functions that are applied to what a layer gives, named as Keras names them.
+//! Activation functions, with Keras's names and definitions.
 
 use ndarray::{ArrayViewMut2, Zip};
 use serde::{Deserialize, Serialize};
 
-/// What an output becomes, number by number; `Softmax` alone looks at a whole row.
+/// An activation function: of each number by itself, but for [`Activation::Softmax`], which is of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
-    /// Itself.
+    /// `x`.
     #[default]
     Linear,
+    /// `max(x, 0)`.
     Relu,
-    /// `x Φ(x)`, with the normal distribution itself and no approximation of it.
+    /// `x Φ(x)`, with the normal distribution function Φ itself, not its approximation by tanh.
     Gelu,
     /// `x σ(x)`, also called swish.
     Silu,
+    /// `σ(x) = 1 / (1 + e⁻ˣ)`.
     Sigmoid,
+    /// `tanh x`.
     Tanh,
     /// `1.0507 x`, or `1.0507 · 1.6733 (eˣ − 1)` below 0.
     Selu,
     /// `x`, or `eˣ − 1` below 0.
     Elu,
+    /// `ln(1 + eˣ)`.
     Softplus,
+    /// `x / (1 + |x|)`.
     Softsign,
+    /// `eˣ`.
     Exponential,
     /// `min(max(x / 6 + 1/2, 0), 1)`.
     HardSigmoid,
-    /// `eˣ` over the row's sum of it.
+    /// `eˣ` divided by its sum over the row.
     Softmax,
 }
 
@@ -38,7 +44,7 @@ fn sigmoid(x: f64) -> f64 {
 }
 
 impl Activation {
-    /// Every function, in the order they are documented.
+    /// Every function, in the order in which they are documented.
     pub const ALL: [Activation; 13] = [
         Activation::Linear,
         Activation::Relu,
@@ -55,12 +61,12 @@ impl Activation {
         Activation::Softmax,
     ];
 
-    /// The function of one number; of [`Activation::Softmax`], which has none, the exponential that it is made of.
-    pub fn of(self, x: f32) -> f32 {
+    /// Returns the function of one number; for [`Activation::Softmax`], which is of a row, `eˣ`.
+    pub fn eval(self, x: f32) -> f32 {
         match self {
             Activation::Linear => return x,
             Activation::Relu => return x.max(0.0),
-            // One exponential of an f32 does: what it is off by is a few units of the last place.
+            // Computed in f32: the error is a few units in the last place.
             Activation::Silu => return x / (1.0 + (-x).exp()),
             Activation::Sigmoid => return 1.0 / (1.0 + (-x).exp()),
             Activation::Tanh => return x.tanh(),
@@ -86,8 +92,8 @@ impl Activation {
         y as f32
     }
 
-    /// Its slope at a number; `None` for [`Activation::Softmax`], whose slope is a whole row's.
-    pub fn slope(self, x: f32) -> Option<f32> {
+    /// Returns the derivative at a number; `None` for [`Activation::Softmax`], whose derivative is a matrix.
+    pub fn derivative(self, x: f32) -> Option<f32> {
         let x = f64::from(x);
         let y = match self {
             Activation::Linear => 1.0,
@@ -129,19 +135,19 @@ impl Activation {
         Some(y as f32)
     }
 
-    /// Applies it to rows.
+    /// Applies the function to each row, in place.
     pub fn apply(self, mut rows: ArrayViewMut2<f32>) {
         match self {
             Activation::Linear => {}
             Activation::Softmax => {
                 for mut row in rows.rows_mut() {
-                    let most = row.iter().fold(f32::NEG_INFINITY, |most, &v| most.max(v));
-                    row.mapv_inplace(|v| (v - most).exp());
+                    let largest = row.iter().fold(f32::NEG_INFINITY, |largest, &v| largest.max(v));
+                    row.mapv_inplace(|v| (v - largest).exp());
                     let sum: f32 = row.sum();
                     row.mapv_inplace(|v| v / sum);
                 }
             }
-            _ => Zip::from(&mut rows).for_each(|v| *v = self.of(*v)),
+            _ => Zip::from(&mut rows).for_each(|v| *v = self.eval(*v)),
         }
     }
 }
@@ -152,23 +158,23 @@ mod tests {
     use ndarray::array;
 
     #[test]
-    fn slopes_are_those_of_the_functions() {
+    fn derivatives_are_those_of_the_functions() {
         for activation in Activation::ALL.into_iter().filter(|a| *a != Activation::Softmax) {
             for x in [-4.3f32, -1.1, -0.2, 0.3, 0.9, 2.7] {
                 let step = 1e-2f32;
-                let rise = (activation.of(x + step) - activation.of(x - step)) / (2.0 * step);
-                let slope = activation.slope(x).unwrap();
+                let difference = (activation.eval(x + step) - activation.eval(x - step)) / (2.0 * step);
+                let derivative = activation.derivative(x).unwrap();
                 assert!(
-                    (slope - rise).abs() <= 2e-3 * (1.0 + slope.abs()),
-                    "{activation:?} at {x}: {slope} for {rise}"
+                    (derivative - difference).abs() <= 2e-3 * (1.0 + derivative.abs()),
+                    "{activation:?} at {x}: {derivative} for {difference}"
                 );
             }
         }
-        assert_eq!(Activation::Softmax.slope(0.0), None);
+        assert_eq!(Activation::Softmax.derivative(0.0), None);
     }
 
     #[test]
-    fn sizes_without_end() {
+    fn large_inputs_give_finite_outputs() {
         for activation in Activation::ALL {
             let mut rows = array![[-200.0f32, 0.0, 80.0]];
             activation.apply(rows.view_mut());

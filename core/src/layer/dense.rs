@@ -8,9 +8,9 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
 use super::method::{Method, read_config};
 use super::name::MethodName;
+use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
 use super::traits::{Accuracy, Gradients, Layer, Output, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};

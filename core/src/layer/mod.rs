@@ -36,12 +36,13 @@ pub use registry::{MethodEntry, layer_from_parts, register};
 pub use rms_norm::{NormGradients, RmsNorm};
 pub use ternary::{TernaryConfig, TernaryLayer};
 pub use traits::{
-    Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SearchReport, SharedLayer, check_rows, configured,
-    no_weight,
+    Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SearchReport, SharedLayer, check_rows,
+    configured, no_weight,
 };
-pub use vq_attention::{AttentionBlock, Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
+pub(crate) use vq_attention::batch_in_heads;
+pub use vq_attention::{CodebookStep, Mechanism, VqAttentionConfig, VqAttentionLayer};
 
-pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
+pub use crate::quant::{ActivationFormat, ProductFormat, RowFormat, RowType};
 
 #[cfg(test)]
 mod tests;

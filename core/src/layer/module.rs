@@ -1,5 +1,5 @@
-//! What layers that are made of other layers keep of their own: a kind, settings and small tensors. What they are made of
-//! are layers by themselves, behind the module's name.
+//! The layer of a module that is made of other layers: its kind, settings and small tensors. The layers that it is made of are
+//! stored by themselves, behind the module's name.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::parts::{Parts, Tensor, bytes_f32, f32_bytes};
 use super::traits::{Accuracy, Gradients, Layer, Output, no_weight};
 use crate::error::{Error, Result};
 
-/// A module without the layers that it is made of. Cloning shares the arrays.
+/// A module less the layers that it is made of. Cloning shares the arrays.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModuleLayer {
     inner: Arc<Inner>,
@@ -29,29 +29,29 @@ impl ModuleLayer {
     /// The method's name in tables and JSON.
     pub const METHOD: &'static str = "module";
 
-    /// A module of this kind.
+    /// Returns a module of this kind.
     pub fn new(kind: &str, settings: Map<String, Value>, tensors: BTreeMap<String, ArrayD<f32>>) -> Self {
         let whole = |array: ArrayD<f32>| array.as_standard_layout().into_owned();
         let tensors = tensors.into_iter().map(|(name, array)| (name, whole(array))).collect();
         ModuleLayer { inner: Arc::new(Inner { kind: kind.to_owned(), settings, tensors }) }
     }
 
-    /// What it is, such as `gru`.
+    /// The kind of module, such as `gru`.
     pub fn kind(&self) -> &str {
         &self.inner.kind
     }
 
-    /// Its settings.
+    /// The settings.
     pub fn settings(&self) -> &Map<String, Value> {
         &self.inner.settings
     }
 
-    /// The tensor of that name.
+    /// Returns the tensor of that name, where there is one.
     pub fn tensor(&self, name: &str) -> Option<&ArrayD<f32>> {
         self.inner.tensors.get(name)
     }
 
-    /// Its tensors, by name.
+    /// All tensors, by name.
     pub fn tensors(&self) -> &BTreeMap<String, ArrayD<f32>> {
         &self.inner.tensors
     }
@@ -81,12 +81,12 @@ impl Layer for ModuleLayer {
         MethodName::new(Self::METHOD)
     }
 
-    /// Width of its inputs; 0 where it takes any.
+    /// Width of the inputs; 0 where they may have any.
     fn in_features(&self) -> usize {
         self.length("in_features")
     }
 
-    /// Width of its outputs; 0 where that follows from its inputs.
+    /// Width of the outputs; 0 where it follows from the inputs.
     fn out_features(&self) -> usize {
         self.length("out_features")
     }
@@ -133,7 +133,7 @@ impl Layer for ModuleLayer {
 }
 
 impl Tensor {
-    /// The values of an f32 tensor of any shape.
+    /// Returns the values of an f32 tensor of any shape.
     ///
     /// # Errors
     /// When the dtype or the number of bytes is another.

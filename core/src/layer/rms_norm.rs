@@ -1,17 +1,17 @@
-//! Root mean square normalisation, as Keras-MML has it (Zhang and Sennrich, 2019).
+//! Root mean square normalisation (Zhang and Sennrich, 2019), as Keras-MatMulLess defines it.
 
 use ndarray::{Array2, ArrayView2, Axis};
 
 use crate::error::{Error, Result};
 use crate::linalg::require_finite;
 
-/// The least length of a row: shorter ones, of (nearly) nothing, are not made longer than `1 / LEAST` times.
-const LEAST: f64 = 1e-7;
+/// The least ‖x‖ that a row is divided by.
+const LEAST_NORM: f64 = 1e-7;
 
-/// `y = √d · x / max(‖x‖, 1e-7) · gain + bias` for rows x of d numbers.
+/// A root mean square norm: `y = √d · x / max(‖x‖, 1e-7) · gain + bias` for rows x of d features.
 ///
-/// Gain and bias belong to a position as well as to a feature: rows come in turns of as many positions, which is one for
-/// what was built for single vectors.
+/// Gain and bias are of a position in a sequence as well as of a feature: row i of an input is at position `i mod positions`.
+/// A norm that treats all positions alike has one.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RmsNorm {
     /// `[positions, features]`.
@@ -21,7 +21,7 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Gain and bias `[positions, features]`, where there are any.
+    /// Returns the norm with this gain and bias, `[positions, features]` each; without, they are 1 and 0.
     ///
     /// # Errors
     /// When their shapes differ, one is empty, or a number is not finite.
@@ -48,31 +48,31 @@ impl RmsNorm {
         Ok(RmsNorm { gain, bias })
     }
 
-    /// What each number is multiplied with, `[positions, features]`.
+    /// The gain, `[positions, features]`.
     pub fn gain(&self) -> Option<&Array2<f32>> {
         self.gain.as_ref()
     }
 
-    /// What is then added, `[positions, features]`.
+    /// The bias, `[positions, features]`.
     pub fn bias(&self) -> Option<&Array2<f32>> {
         self.bias.as_ref()
     }
 
-    /// Features of a row, where gain or bias say it.
+    /// Number of features, where there is a gain or a bias; without, rows may have any.
     pub fn features(&self) -> Option<usize> {
         self.gain.as_ref().or(self.bias.as_ref()).map(Array2::ncols)
     }
 
-    /// Rows that gain and bias go round in: 1 where they are the same for all.
+    /// Number of positions that have a gain and a bias of their own; 1 where all are alike.
     pub fn positions(&self) -> usize {
         self.gain.as_ref().or(self.bias.as_ref()).map_or(1, Array2::nrows)
     }
 
-    /// The norm of one position.
+    /// Returns the norm of one position.
     ///
     /// # Errors
-    /// When there is no such position.
-    pub fn at(&self, position: usize) -> Result<RmsNorm> {
+    /// When `position` is not below the number of positions.
+    pub fn at_position(&self, position: usize) -> Result<RmsNorm> {
         let positions = self.positions();
         if positions == 1 {
             return Ok(self.clone());
@@ -87,28 +87,28 @@ impl RmsNorm {
     /// Normalises rows `[rows, features]`.
     ///
     /// # Errors
-    /// When rows have another width, or are no whole number of turns of the positions.
+    /// When rows have another width, or their number is no multiple of the number of positions.
     pub fn forward(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         self.check(x.dim())?;
         let scale = (x.ncols() as f64).sqrt();
         let mut y = x.to_owned();
         for (mut row, x) in y.rows_mut().into_iter().zip(x.rows()) {
-            let factor = (scale * inverse_length(x.iter())) as f32;
+            let factor = (scale * inverse_norm(x.iter())) as f32;
             row.mapv_inplace(|v| v * factor);
         }
         let positions = self.positions();
-        for (place, mut row) in y.rows_mut().into_iter().enumerate() {
+        for (index, mut row) in y.rows_mut().into_iter().enumerate() {
             if let Some(gain) = &self.gain {
-                row *= &gain.row(place % positions);
+                row *= &gain.row(index % positions);
             }
             if let Some(bias) = &self.bias {
-                row += &bias.row(place % positions);
+                row += &bias.row(index % positions);
             }
         }
         Ok(y)
     }
 
-    /// The gradients of a loss with respect to the inputs, and to gain and bias, from the one with respect to the outputs.
+    /// Returns the gradients of a loss with respect to inputs, gain and bias, from the one with respect to the outputs.
     ///
     /// # Errors
     /// As [`RmsNorm::forward`], and when the two shapes differ.
@@ -123,23 +123,23 @@ impl RmsNorm {
         let mut input = Array2::zeros(x.dim());
         let mut gain = Array2::zeros((positions, features));
         let mut bias = Array2::zeros((positions, features));
-        for (place, ((x, g), mut input)) in
+        for (index, ((x, g), mut input)) in
             x.rows().into_iter().zip(grad_output.rows()).zip(input.rows_mut()).enumerate()
         {
-            let inverse = inverse_length(x.iter());
+            let inverse = inverse_norm(x.iter());
             let factor = (scale * inverse) as f32;
-            // dy/dx of √d x / ‖x‖ is √d / ‖x‖ (I − x xᵀ / ‖x‖²), and √d / 1e-7 for what is shorter than that.
+            // The Jacobian of √d x / ‖x‖ is √d / ‖x‖ (I − x xᵀ / ‖x‖²), and √d / 1e-7 I where ‖x‖ is below 1e-7.
             let g = match &self.gain {
                 Some(own) => {
-                    let mut target = gain.row_mut(place % positions);
+                    let mut target = gain.row_mut(index % positions);
                     target += &(&g * &x * factor);
-                    &g * &own.row(place % positions)
+                    &g * &own.row(index % positions)
                 }
                 None => g.to_owned(),
             };
-            bias.row_mut(place % positions).scaled_add(1.0, &grad_output.index_axis(Axis(0), place));
+            bias.row_mut(index % positions).scaled_add(1.0, &grad_output.index_axis(Axis(0), index));
             let along: f64 = x.iter().zip(&g).map(|(x, g)| f64::from(*x) * f64::from(*g)).sum();
-            let along = if inverse < 1.0 / LEAST { (along * inverse * inverse) as f32 } else { 0.0 };
+            let along = if inverse < 1.0 / LEAST_NORM { (along * inverse * inverse) as f32 } else { 0.0 };
             ndarray::Zip::from(&mut input).and(&g).and(&x).for_each(|to, g, x| *to = factor * (g - along * x));
         }
         Ok(NormGradients {
@@ -151,7 +151,7 @@ impl RmsNorm {
 
     fn check(&self, (rows, features): (usize, usize)) -> Result<()> {
         if let Some(expected) = self.features().filter(|&expected| expected != features) {
-            return Err(Error::expected("width of what is normalised", features, format!("{expected}, the gain's")));
+            return Err(Error::expected("width of the rows to normalise", features, format!("{expected}, the gain's")));
         }
         let positions = self.positions();
         if !rows.is_multiple_of(positions) {
@@ -162,7 +162,7 @@ impl RmsNorm {
     }
 }
 
-/// What [`RmsNorm::backward`] gives.
+/// The gradients that [`RmsNorm::backward`] returns.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormGradients {
     /// `[rows, features]`.
@@ -173,9 +173,10 @@ pub struct NormGradients {
     pub bias: Option<Array2<f32>>,
 }
 
-fn inverse_length<'a>(row: impl Iterator<Item = &'a f32>) -> f64 {
+/// Returns 1 / max(‖row‖, `LEAST_NORM`).
+fn inverse_norm<'a>(row: impl Iterator<Item = &'a f32>) -> f64 {
     let square: f64 = row.map(|&v| f64::from(v) * f64::from(v)).sum();
-    1.0 / square.sqrt().max(LEAST)
+    1.0 / square.sqrt().max(LEAST_NORM)
 }
 
 #[cfg(test)]

@@ -4,17 +4,17 @@ use ndarray::{Array2, Array3, ArrayD, ArrayView2, ArrayViewD};
 use serde::{Deserialize, Serialize};
 
 use super::glu::Glu;
-use super::gru::Gru;
-use super::recurrence::Cell;
-use super::rows::{check_positions, rows, sequences, shaped};
+use super::recurrence::RnnCell;
+use super::shape::{as_sequences, forward_norm};
+use super::token_mixer::GruTokenMixer;
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, RmsNorm};
 
-/// A block's settings that its parts do not say.
+/// Settings of a transformer block that do not follow from its parts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BlockConfig {
-    /// Dropout's rate in training; nothing is dropped here.
+    /// Rate of dropout in training, kept for an export; nothing is dropped here.
     pub rate: f64,
 }
 
@@ -24,45 +24,41 @@ impl Default for BlockConfig {
     }
 }
 
-/// `a = norm(x + gru(x))`, `y = norm(a + glu(a))`.
+/// A transformer block: `a = norm(x + token_mixer(x))`, `y = norm(a + ffn(a))`.
 #[derive(Debug, Clone)]
 pub struct TransformerBlock {
     config: BlockConfig,
-    attention: Gru,
-    attention_norm: RmsNorm,
+    token_mixer: GruTokenMixer,
+    token_mixer_norm: RmsNorm,
     ffn: Glu,
     ffn_norm: RmsNorm,
 }
 
 impl TransformerBlock {
-    /// From its parts.
+    /// Returns the block of these parts.
     ///
     /// # Errors
-    /// When their widths differ, or the GRU does not give each step's output in order.
+    /// When their widths differ.
     pub fn new(
         config: BlockConfig,
-        attention: Gru,
-        attention_norm: RmsNorm,
+        token_mixer: GruTokenMixer,
+        token_mixer_norm: RmsNorm,
         ffn: Glu,
         ffn_norm: RmsNorm,
     ) -> Result<Self> {
-        let width = attention.out_features();
+        let width = token_mixer.gru().out_features();
         let norm = |norm: &RmsNorm| norm.features().unwrap_or(width);
         let found = [
-            attention.in_features(),
+            token_mixer.gru().in_features(),
             ffn.gate().in_features(),
             ffn.config().units,
-            norm(&attention_norm),
+            norm(&token_mixer_norm),
             norm(&ffn_norm),
         ];
         if found != [width; 5] {
             return Err(Error::expected("widths of a block's parts", format!("{found:?}"), format!("{width}, all")));
         }
-        let sequence = attention.config().sequence;
-        if !sequence.return_sequences || sequence.go_backwards {
-            return Err(Error::expected("a block's attention", "one that gives other steps", "each step's output"));
-        }
-        Ok(TransformerBlock { config, attention, attention_norm, ffn, ffn_norm })
+        Ok(TransformerBlock { config, token_mixer, token_mixer_norm, ffn, ffn_norm })
     }
 
     /// The settings.
@@ -70,38 +66,39 @@ impl TransformerBlock {
         self.config
     }
 
-    /// What mixes tokens.
-    pub fn attention(&self) -> &Gru {
-        &self.attention
+    /// The GRU that mixes tokens.
+    pub fn token_mixer(&self) -> &GruTokenMixer {
+        &self.token_mixer
     }
 
-    /// The norm behind it.
-    pub fn attention_norm(&self) -> &RmsNorm {
-        &self.attention_norm
+    /// The norm of the token mixer's outputs and inputs added.
+    pub fn token_mixer_norm(&self) -> &RmsNorm {
+        &self.token_mixer_norm
     }
 
-    /// What each token goes through.
+    /// The feed-forward network that each token goes through.
     pub fn ffn(&self) -> &Glu {
         &self.ffn
     }
 
-    /// The norm behind it.
+    /// The norm of the feed-forward network's outputs and inputs added.
     pub fn ffn_norm(&self) -> &RmsNorm {
         &self.ffn_norm
     }
 
-    /// Runs sequences `[batch, steps, width]`.
+    /// Runs sequences `[batch, steps, width]`: outputs of the same shape.
     ///
     /// # Errors
-    /// As [`Gru::run`] and [`Glu::forward`].
+    /// As [`GruTokenMixer::forward`], [`Glu::forward`] and [`RmsNorm::forward`].
     pub fn forward(&self, x: ArrayViewD<f32>, accuracy: Accuracy) -> Result<ArrayD<f32>> {
-        let x = sequences(x)?;
-        let mixed = self.attention.run(x.view(), None, None, accuracy)?.outputs;
-        let a = normalized(&self.attention_norm, (x + mixed).into_dyn())?;
-        let given = self.ffn.forward(a.view(), accuracy)?;
-        normalized(&self.ffn_norm, a + given)
+        let x = as_sequences(x)?;
+        let mixed = self.token_mixer.forward(x.view(), None, None, accuracy)?.outputs;
+        let a = forward_norm(&self.token_mixer_norm, (x + mixed).into_dyn())?;
+        let fed_forward = self.ffn.forward(a.view(), accuracy)?;
+        forward_norm(&self.ffn_norm, a + fed_forward)
     }
 
+    /// Runs one step for inputs `[batch, width]` at one position of a sequence, and replaces the token mixer's state.
     pub(super) fn step(
         &self,
         x: ArrayView2<f32>,
@@ -109,15 +106,9 @@ impl TransformerBlock {
         position: usize,
         accuracy: Accuracy,
     ) -> Result<Array2<f32>> {
-        let mixed = self.attention.step(x, state, accuracy)?;
-        let a = self.attention_norm.at(position)?.forward((&x + &mixed).view())?;
-        let given = self.ffn.step(a.view(), position, accuracy)?;
-        self.ffn_norm.at(position)?.forward((a + given).view())
+        let mixed = self.token_mixer.step(x, state, accuracy)?;
+        let a = self.token_mixer_norm.at_position(position)?.forward((&x + &mixed).view())?;
+        let fed_forward = self.ffn.step(a.view(), position, accuracy)?;
+        self.ffn_norm.at_position(position)?.forward((a + fed_forward).view())
     }
-}
-
-/// Normalises the last dimension.
-pub(super) fn normalized(norm: &RmsNorm, x: ArrayD<f32>) -> Result<ArrayD<f32>> {
-    check_positions(x.shape(), norm.positions())?;
-    shaped(norm.forward(rows(x.view())?.view())?, x.shape())
 }

@@ -1,45 +1,45 @@
-//! Tokens and image patches as vectors.
+//! Embeddings of tokens and of image patches.
 
-use ndarray::{Array2, ArrayD, ArrayView4, ArrayViewD, Ix4, IxDyn, s};
+use ndarray::{Array2, Array3, ArrayD, ArrayView4, ArrayViewD, Ix4, IxDyn, s};
 
-use super::rows::{linear, sequences};
+use super::shape::{as_sequences, forward_linear, require_shape, shape_error};
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, SharedLayer};
 
-/// A table `[rows, width]` that rows are looked up in: the weight of a layer of any method, which stays in its stored form.
+/// An embedding table `[num_embeddings, embedding_dim]`: the weight of a layer of any method, which stays in its stored form.
 #[derive(Debug, Clone)]
-pub struct Table {
+pub struct EmbeddingTable {
     layer: SharedLayer,
 }
 
-impl Table {
+impl EmbeddingTable {
     /// Returns the table that a layer's weight is.
     ///
     /// # Errors
     /// When the layer stands for no weight matrix.
     pub fn new(layer: SharedLayer) -> Result<Self> {
         layer.require_linear()?;
-        Ok(Table { layer })
+        Ok(EmbeddingTable { layer })
     }
 
-    /// The layer.
+    /// The layer whose weight the table is.
     pub fn layer(&self) -> &SharedLayer {
         &self.layer
     }
 
     /// Number of rows.
-    pub fn rows(&self) -> usize {
+    pub fn num_embeddings(&self) -> usize {
         self.layer.out_features()
     }
 
     /// Length of a row.
-    pub fn width(&self) -> usize {
+    pub fn embedding_dim(&self) -> usize {
         self.layer.in_features()
     }
 
-    /// Returns rows `[indices, width]`, for indices that are whole numbers below [`Table::rows`].
+    /// Returns rows `[indices, embedding_dim]`, for indices that are whole numbers below [`EmbeddingTable::num_embeddings`].
     fn look_up(&self, indices: impl Iterator<Item = f64>, what: &str) -> Result<Array2<f32>> {
-        let count = self.rows();
+        let count = self.num_embeddings();
         let index = |index: f64| {
             // A number that is not finite is in no range.
             if index.fract() == 0.0 && (0.0..count as f64).contains(&index) {
@@ -51,42 +51,43 @@ impl Table {
     }
 }
 
-/// A token's vector, and its position's where there is a table of those.
+/// A token embedding: each token's vector, plus that of its position where there is a table of positions.
 #[derive(Debug, Clone)]
 pub struct TokenEmbedding {
-    tokens: Table,
-    positions: Option<Table>,
+    tokens: EmbeddingTable,
+    positions: Option<EmbeddingTable>,
 }
 
 impl TokenEmbedding {
-    /// From tables `[vocab_size, width]` and `[max_len, width]`.
+    /// Returns the embedding of tables `[vocab_size, width]` and `[max_len, width]`.
     ///
     /// # Errors
     /// When their widths differ.
-    pub fn new(tokens: Table, positions: Option<Table>) -> Result<Self> {
-        check_width(positions.as_ref(), tokens.width())?;
+    pub fn new(tokens: EmbeddingTable, positions: Option<EmbeddingTable>) -> Result<Self> {
+        check_width(positions.as_ref(), tokens.embedding_dim())?;
         Ok(TokenEmbedding { tokens, positions })
     }
 
     /// The table of tokens.
-    pub fn tokens(&self) -> &Table {
+    pub fn tokens(&self) -> &EmbeddingTable {
         &self.tokens
     }
 
     /// The table of positions.
-    pub fn positions(&self) -> Option<&Table> {
+    pub fn positions(&self) -> Option<&EmbeddingTable> {
         self.positions.as_ref()
     }
 
-    /// Tokens `[batch, steps]`, whole numbers from 0 on, as `[batch, steps, width]`.
+    /// Returns the vectors `[batch, steps, width]` of tokens `[batch, steps]`.
     ///
     /// # Errors
-    /// When a number is no token, or there are more steps than positions.
+    /// When a number is not a whole one below `vocab_size`, or there are more steps than positions.
     pub fn forward(&self, tokens: ArrayViewD<f32>) -> Result<ArrayD<f32>> {
-        self.starting_at(tokens, 0)
+        self.forward_from(tokens, 0)
     }
 
-    pub(super) fn starting_at(&self, tokens: ArrayViewD<f32>, first: usize) -> Result<ArrayD<f32>> {
+    /// Returns the vectors of tokens whose first step is at a position.
+    pub(super) fn forward_from(&self, tokens: ArrayViewD<f32>, first: usize) -> Result<ArrayD<f32>> {
         let [batch, steps] = *tokens.shape() else {
             let found = format!("{:?}", tokens.shape());
             return Err(Error::expected("shape of tokens", found, "[batch, steps]"));
@@ -94,33 +95,33 @@ impl TokenEmbedding {
         let mut out = self.tokens.look_up(tokens.iter().map(|&token| f64::from(token)), "token")?;
         if let Some(positions) = &self.positions {
             let rows = positions.look_up((0..steps).map(|step| (first + step) as f64), "position")?;
-            for (place, mut row) in out.rows_mut().into_iter().enumerate() {
-                row += &rows.row(place % steps);
+            for (index, mut row) in out.rows_mut().into_iter().enumerate() {
+                row += &rows.row(index % steps);
             }
         }
         let shape = [batch, steps, out.ncols()];
-        out.into_shape_with_order(IxDyn(&shape)).map_err(|e| Error::Numeric(e.to_string()))
+        out.into_shape_with_order(IxDyn(&shape)).map_err(shape_error)
     }
 }
 
-fn check_width(positions: Option<&Table>, width: usize) -> Result<()> {
-    match positions.map(Table::width).filter(|&found| found != width) {
+fn check_width(positions: Option<&EmbeddingTable>, width: usize) -> Result<()> {
+    match positions.map(EmbeddingTable::embedding_dim).filter(|&found| found != width) {
         Some(found) => Err(Error::expected("width of a position", found, format!("{width}, what it is added to"))),
         None => Ok(()),
     }
 }
 
-/// Images as their patches.
+/// Cuts images into square patches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patches {
     patch_size: usize,
 }
 
 impl Patches {
-    /// Square patches of so many pixels a side.
+    /// Returns the layer that cuts patches of `patch_size` pixels a side.
     ///
     /// # Errors
-    /// When there are none.
+    /// When `patch_size` is 0.
     pub fn new(patch_size: usize) -> Result<Self> {
         match patch_size {
             0 => Err(Error::expected("patch_size", 0, "at least 1")),
@@ -128,16 +129,16 @@ impl Patches {
         }
     }
 
-    /// Pixels a side.
+    /// Pixels a side of a patch.
     pub fn patch_size(&self) -> usize {
         self.patch_size
     }
 
-    /// Images `[batch, height, width, channels]` as `[batch, patches, size · size · channels]`: patches row after row, each row
-    /// after row. What fills no whole patch is left out.
+    /// Returns the patches `[batch, patches, size · size · channels]` of images `[batch, height, width, channels]`. Patches,
+    /// and pixels in a patch, are in row-major order; pixels that fill no whole patch are left out.
     ///
     /// # Errors
-    /// When the shape is another.
+    /// When `images` has another number of dimensions.
     pub fn forward(&self, images: ArrayViewD<f32>) -> Result<ArrayD<f32>> {
         let found = format!("{:?}", images.shape());
         let images: ArrayView4<f32> = images
@@ -146,7 +147,7 @@ impl Patches {
         let (batch, height, width, channels) = images.dim();
         let size = self.patch_size;
         let (down, across) = (height / size, width / size);
-        let mut out = ndarray::Array3::zeros((batch, down * across, size * size * channels));
+        let mut out = Array3::zeros((batch, down * across, size * size * channels));
         for (b, i, j) in (0..batch).flat_map(|b| (0..down).flat_map(move |i| (0..across).map(move |j| (b, i, j)))) {
             let patch = images.slice(s![b, i * size..(i + 1) * size, j * size..(j + 1) * size, ..]);
             let mut target = out.slice_mut(s![b, i * across + j, ..]);
@@ -156,20 +157,20 @@ impl Patches {
     }
 }
 
-/// Patches through a linear layer, with their positions' vectors where there is a table of those.
+/// A patch embedding: patches through a linear layer, plus the vectors of their positions where there is a table of those.
 #[derive(Debug, Clone)]
 pub struct PatchEmbedding {
     projection: SharedLayer,
-    positions: Option<Table>,
+    positions: Option<EmbeddingTable>,
 }
 
 impl PatchEmbedding {
-    /// From a layer of any method and a table `[patches, width]`.
+    /// Returns the embedding of a linear layer `[width, length]` and a table `[patches, width]`.
     ///
     /// # Errors
     /// When widths differ, or the layer is not linear.
-    pub fn new(projection: SharedLayer, positions: Option<Table>) -> Result<Self> {
-        super::rows::require_shape(
+    pub fn new(projection: SharedLayer, positions: Option<EmbeddingTable>) -> Result<Self> {
+        require_shape(
             "a patch embedding's projection",
             &projection,
             projection.out_features(),
@@ -179,25 +180,25 @@ impl PatchEmbedding {
         Ok(PatchEmbedding { projection, positions })
     }
 
-    /// The layer.
+    /// The linear layer that patches go through.
     pub fn projection(&self) -> &SharedLayer {
         &self.projection
     }
 
     /// The table of positions.
-    pub fn positions(&self) -> Option<&Table> {
+    pub fn positions(&self) -> Option<&EmbeddingTable> {
         self.positions.as_ref()
     }
 
-    /// Patches `[batch, patches, length]` as `[batch, patches, width]`.
+    /// Returns the vectors `[batch, patches, width]` of patches `[batch, patches, length]`.
     ///
     /// # Errors
-    /// As [`Layer::forward`], and when there are not as many patches as positions.
+    /// As [`Layer::forward`](crate::layer::Layer::forward), and when there are not as many patches as positions.
     pub fn forward(&self, x: ArrayViewD<f32>, accuracy: Accuracy) -> Result<ArrayD<f32>> {
-        let x = sequences(x)?.into_dyn();
-        let mut y = linear(&self.projection, x.view(), accuracy)?;
+        let x = as_sequences(x)?.into_dyn();
+        let mut y = forward_linear(&self.projection, x.view(), accuracy)?;
         if let Some(positions) = &self.positions {
-            let (found, expected) = (y.shape()[1], positions.rows());
+            let (found, expected) = (y.shape()[1], positions.num_embeddings());
             if found != expected {
                 return Err(Error::expected("patches", found, format!("{expected}, one a position")));
             }

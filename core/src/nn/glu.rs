@@ -3,21 +3,21 @@
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, Axis};
 use serde::{Deserialize, Serialize};
 
-use super::rows::{at_position, linear, require_shape};
+use super::shape::{at_position, flatten_rows, forward_linear, require_shape, unflatten_rows};
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, Activation, SharedLayer};
 
-/// A gated linear unit's settings, with Keras-MML's defaults.
+/// Settings of a gated linear unit, with Keras-MatMulLess's defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GluConfig {
     /// Width of the outputs.
     pub units: usize,
-    /// Times that the hidden width is the input's, two thirds of it, where `intermediate_size` does not say.
+    /// The hidden width is `hidden_ratio · 2/3` times the input's, where `intermediate_size` is not given.
     pub hidden_ratio: usize,
-    /// The hidden width.
+    /// The hidden width, where it does not follow from `hidden_ratio`.
     pub intermediate_size: Option<usize>,
-    /// What gates pass through: `sigmoid` (GLU), `linear` (bilinear), `gelu` (GeGLU), `relu` (ReGLU), `selu` (SeGLU) or `silu`
+    /// The function that gates pass through: `sigmoid` (GLU), `linear` (bilinear), `gelu` (GeGLU), `relu` (ReGLU), `selu` (SeGLU) or `silu`
     /// (SwiGLU).
     pub activation: Activation,
 }
@@ -29,7 +29,7 @@ impl Default for GluConfig {
 }
 
 impl GluConfig {
-    /// The functions that gates may pass through.
+    /// The functions that gates can pass through.
     pub const ACTIVATIONS: [Activation; 6] = [
         Activation::Sigmoid,
         Activation::Linear,
@@ -39,14 +39,15 @@ impl GluConfig {
         Activation::Selu,
     ];
 
-    /// The hidden width for inputs of a width: `hidden_ratio · 2/3` times it, rounded up to a multiple of 256, unless said.
+    /// Returns the hidden width for inputs of width `in_features`: `intermediate_size`, or `hidden_ratio · 2/3` times
+    /// `in_features`, rounded up to a multiple of 256.
     pub fn intermediate(&self, in_features: usize) -> usize {
         let ideal = in_features.saturating_mul(self.hidden_ratio).saturating_mul(2) / 3;
         self.intermediate_size.unwrap_or(ideal.div_ceil(256).saturating_mul(256))
     }
 }
 
-/// `y = down(act(g) · u)` with `[g | u] = gate(x)`.
+/// A gated linear unit: `y = down(activation(g) · u)` with `[g | u] = gate(x)`.
 #[derive(Debug, Clone)]
 pub struct Glu {
     config: GluConfig,
@@ -55,7 +56,8 @@ pub struct Glu {
 }
 
 impl Glu {
-    /// From its two layers: `gate` gives gates and what they gate side by side, twice the hidden width.
+    /// Returns the unit of two layers: `gate` gives g and u side by side, `[2 · hidden, in_features]`, and `down` is
+    /// `[units, hidden]`.
     ///
     /// # Errors
     /// When the layers do not fit each other or the settings.
@@ -70,32 +72,33 @@ impl Glu {
         Ok(Glu { config: GluConfig { intermediate_size: Some(hidden), ..config }, gate, down })
     }
 
-    /// The settings, the hidden width said.
+    /// The settings, with `intermediate_size` given.
     pub fn config(&self) -> &GluConfig {
         &self.config
     }
 
-    /// The layer of gates and what they gate.
+    /// The layer of g and u, `[2 · hidden, in_features]`.
     pub fn gate(&self) -> &SharedLayer {
         &self.gate
     }
 
-    /// The layer behind the gates.
+    /// The layer that outputs come from, `[units, hidden]`.
     pub fn down(&self) -> &SharedLayer {
         &self.down
     }
 
-    /// Runs it on the last dimension of `x` `[…, in_features]`.
+    /// Runs the unit on the last dimension of `x` `[…, in_features]`: `[…, units]`.
     ///
     /// # Errors
-    /// As [`Layer::forward`], and when a gain that is each position's own meets other positions.
+    /// As [`Layer::forward`](crate::layer::Layer::forward), and when `x` has not the positions that a layer's norm is for.
     pub fn forward(&self, x: ArrayViewD<f32>, accuracy: Accuracy) -> Result<ArrayD<f32>> {
-        let both = linear(&self.gate, x, accuracy)?;
+        let both = forward_linear(&self.gate, x, accuracy)?;
         let shape = both.shape().to_vec();
-        let gated = self.gated(super::rows::rows(both.view())?.view());
-        super::rows::shaped(self.down.forward(gated.view(), accuracy)?.y, &shape)
+        let gated = self.gated(flatten_rows(both.view())?.view());
+        unflatten_rows(self.down.forward(gated.view(), accuracy)?.y, &shape)
     }
 
+    /// Runs the unit on inputs `[batch, in_features]` at one position of a sequence.
     pub(super) fn step(&self, x: ArrayView2<f32>, position: usize, accuracy: Accuracy) -> Result<Array2<f32>> {
         let both = at_position(&self.gate, position)?.forward(x, accuracy)?.y;
         Ok(self.down.forward(self.gated(both.view()).view(), accuracy)?.y)

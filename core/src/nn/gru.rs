@@ -1,27 +1,28 @@
-//! The MatMul-free gated recurrent unit (Zhu et al., 2024, as Keras-MML builds it), whose gates look at inputs alone.
+//! The MatMul-free gated recurrent unit (Zhu et al., 2024, as Keras-MatMulLess builds it), whose gates depend on inputs alone.
 
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, s};
 use serde::{Deserialize, Serialize};
 
-use super::recurrence::{self, Cell, Ran, SequenceConfig};
-use super::rows::require_shape;
+use super::recurrence::{RnnCell, RnnOutput, SequenceConfig, run_sequence, run_step};
+use super::shape::require_shape;
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, Activation, SharedLayer};
 
-/// A GRU's settings, with Keras-MML's defaults.
+/// Settings of a GRU, with Keras-MatMulLess's defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GruConfig {
     /// Width of state and outputs.
     pub units: usize,
-    /// Whether data and output gates are part of, or as, the ternary layers; plain dense ones where not.
+    /// Whether all layers are ternary: the kernel gives the data gates, too. If not, data gates and outputs have dense layers.
     pub fully_mml: bool,
-    /// Heads that the state is seen in: a shape, and nothing more.
+    /// Heads that the state is divided into. They decide its shape `[heads, units / heads]`, and no number.
     pub num_heads: usize,
-    /// Of the candidate state.
+    /// The function that candidate states pass through.
     pub activation: Activation,
-    /// Of forget and data gates.
+    /// The function that forget and data gates pass through.
     pub recurrent_activation: Activation,
+    /// How sequences are run.
     #[serde(flatten)]
     pub sequence: SequenceConfig,
 }
@@ -39,7 +40,10 @@ impl Default for GruConfig {
     }
 }
 
-/// `h = f · h₋₁ + (1 − f) · c`, `y = output_gate(g · h)`, with `[f | c | g]`, or `[f | c]` and `g`, from the input.
+/// A gated recurrent unit: `h = f · h₋₁ + (1 − f) · c`, `y = output_gate(g · h)`.
+///
+/// Forget gates f, candidates c and data gates g are projections of the input alone: `[f | c | g]` of the kernel, or `[f | c]` of
+/// the kernel and g of a layer of its own.
 #[derive(Debug, Clone)]
 pub struct Gru {
     config: GruConfig,
@@ -49,11 +53,16 @@ pub struct Gru {
 }
 
 impl Gru {
-    /// From its layers: `kernel` gives f, c and, without a `data_gate`, g side by side.
+    /// Returns the GRU of these layers: `kernel` gives f, c and, without a `data_gate`, g side by side.
     ///
     /// # Errors
     /// When the layers do not fit each other or the settings, or heads do not divide the units.
-    pub fn new(config: GruConfig, kernel: SharedLayer, data_gate: Option<SharedLayer>, output_gate: SharedLayer) -> Result<Self> {
+    pub fn new(
+        config: GruConfig,
+        kernel: SharedLayer,
+        data_gate: Option<SharedLayer>,
+        output_gate: SharedLayer,
+    ) -> Result<Self> {
         let (units, heads) = (config.units, config.num_heads);
         if units == 0 || heads == 0 || !units.is_multiple_of(heads) {
             let found = format!("{units} and {heads}");
@@ -79,46 +88,46 @@ impl Gru {
         &self.config
     }
 
-    /// The layer of forget gates and candidates, and of data gates where there is no layer of those.
+    /// The layer of forget gates and candidates, `[2 · units, in_features]`, or of data gates, too, `[3 · units, in_features]`.
     pub fn kernel(&self) -> &SharedLayer {
         &self.kernel
     }
 
-    /// The layer of data gates.
+    /// The layer of data gates, `[units, in_features]`, where they have one of their own.
     pub fn data_gate(&self) -> Option<&SharedLayer> {
         self.data_gate.as_ref()
     }
 
-    /// The layer behind the gates.
+    /// The layer that outputs come from, `[units, units]`.
     pub fn output_gate(&self) -> &SharedLayer {
         &self.output_gate
     }
 
-    /// Runs sequences `[batch, steps, in_features]` as the settings say, from a state `[batch, heads, units / heads]` on, zeros
-    /// where none is given. `mask` `[batch, steps]` says which steps are there.
+    /// Runs sequences `[batch, steps, in_features]` as the settings say, from `state` `[batch, heads, units / heads]`, or from
+    /// zeros. A step whose `mask` `[batch, steps]` is false leaves the state as it is.
     ///
     /// # Errors
-    /// As [`recurrence::run`].
-    pub fn run(
+    /// As [`run_sequence`].
+    pub fn forward(
         &self,
         x: ArrayView3<f32>,
         state: Option<ArrayView3<f32>>,
         mask: Option<ArrayView2<bool>>,
         accuracy: Accuracy,
-    ) -> Result<Ran> {
-        recurrence::run(self, self.config.sequence, x, state, mask, accuracy)
+    ) -> Result<RnnOutput> {
+        run_sequence(self, self.config.sequence, x, state, mask, accuracy)
     }
 
-    /// The cell's step, for inputs `[batch, in_features]`: outputs `[batch, units]`.
+    /// Runs one step for inputs `[batch, in_features]`: returns outputs `[batch, units]`, and replaces the state by the next one.
     ///
     /// # Errors
-    /// As [`recurrence::step`].
+    /// As [`run_step`].
     pub fn step(&self, x: ArrayView2<f32>, state: &mut Array3<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
-        recurrence::step(self, x, state, accuracy)
+        run_step(self, x, state, accuracy)
     }
 }
 
-impl Cell for Gru {
+impl RnnCell for Gru {
     fn in_features(&self) -> usize {
         self.kernel.in_features()
     }
@@ -131,8 +140,8 @@ impl Cell for Gru {
         (self.config.num_heads, self.config.units / self.config.num_heads)
     }
 
-    /// `[f | c | g]`.
-    fn drive(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
+    /// Returns `[f | c | g]`, `[rows, 3 · units]`.
+    fn input_projection(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
         let units = self.config.units;
         let from_kernel = self.kernel.forward(x, accuracy)?.y;
         let mut all = match &self.data_gate {
@@ -151,23 +160,28 @@ impl Cell for Gru {
         Ok(all)
     }
 
-    fn left_len(&self) -> usize {
+    fn hidden_len(&self) -> usize {
         self.config.units
     }
 
-    fn advance(&self, drive: ArrayView1<f32>, state: &mut [f32], left: &mut [f32]) {
+    fn update(&self, projected: ArrayView1<f32>, state: &mut [f32], hidden: &mut [f32]) {
         let units = self.config.units;
-        let drive = drive.to_slice().expect("rows of an owned array");
-        let (forget, rest) = drive.split_at(units);
+        let projected = projected.to_slice().expect("rows of an owned array");
+        let (forget, rest) = projected.split_at(units);
         let (candidate, data) = rest.split_at(units);
         let gates = forget.iter().zip(candidate).zip(data);
-        for ((h, left), ((f, c), g)) in state.iter_mut().zip(left).zip(gates) {
+        for ((h, hidden), ((f, c), g)) in state.iter_mut().zip(hidden).zip(gates) {
             *h = f * *h + (1.0 - f) * c;
-            *left = g * *h;
+            *hidden = g * *h;
         }
     }
 
-    fn output(&self, left: ArrayView2<f32>, _: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
-        Ok(self.output_gate.forward(left, accuracy)?.y)
+    fn output_projection(
+        &self,
+        hidden: ArrayView2<f32>,
+        _: ArrayView2<f32>,
+        accuracy: Accuracy,
+    ) -> Result<Array2<f32>> {
+        Ok(self.output_gate.forward(hidden, accuracy)?.y)
     }
 }

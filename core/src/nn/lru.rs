@@ -1,32 +1,33 @@
-//! The linear recurrent unit (Orvieto et al., 2023) on ternary layers, as Keras-MML builds it.
+//! The linear recurrent unit (Orvieto et al., 2023) on ternary layers, as Keras-MatMulLess builds it.
 
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3, s};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use super::recurrence::{self, Cell, Ran, SequenceConfig};
-use super::rows::require_shape;
+use super::recurrence::{RnnCell, RnnOutput, SequenceConfig, run_sequence, run_step};
+use super::shape::require_shape;
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, SharedLayer};
 use crate::linalg::require_finite;
 
-/// An LRU's settings, with Keras-MML's defaults.
+/// Settings of an LRU, with Keras-MatMulLess's defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LruConfig {
     /// Width of the outputs.
     pub units: usize,
-    /// Complex numbers of the state.
+    /// Number of complex numbers in the state.
     pub state_dim: usize,
-    /// Whether the layers from state and input to output are ternary; plain dense ones where not.
+    /// Whether the layers from state and input to output (C and D) are ternary; dense ones if not.
     pub fully_mml: bool,
-    /// The least size of an eigenvalue of the state before training.
+    /// Least magnitude of an eigenvalue before training.
     pub r_min: f64,
-    /// The largest.
+    /// Largest magnitude of an eigenvalue before training.
     pub r_max: f64,
-    /// The largest phase of an eigenvalue before training.
+    /// Largest phase of an eigenvalue before training, in radians.
     pub max_phase: f64,
+    /// How sequences are run.
     #[serde(flatten)]
     pub sequence: SequenceConfig,
 }
@@ -45,20 +46,23 @@ impl Default for LruConfig {
     }
 }
 
-/// The eigenvalues of an LRU's state and what inputs are multiplied with, as their logarithms, `[state_dim]` each:
-/// `λ = exp(−exp(nu) + i exp(theta))`, `γ = exp(gamma)`.
+/// The eigenvalues λ of an LRU's recurrence and the factors γ of its inputs, as the logarithms that are trained:
+/// `λ = exp(−exp(nu_log) + i exp(theta_log))`, `γ = exp(gamma_log)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LruSpectrum {
+    /// ln(−ln |λ|), `[state_dim]`.
     pub nu_log: Array1<f32>,
+    /// ln of the phases, `[state_dim]`.
     pub theta_log: Array1<f32>,
+    /// ln γ, `[state_dim]`.
     pub gamma_log: Array1<f32>,
 }
 
 impl LruSpectrum {
-    /// Eigenvalues spread evenly over the ring of the settings, and `γ = √(1 − |λ|²)`.
+    /// Draws eigenvalues uniformly from the ring `r_min ≤ |λ| ≤ r_max` of the settings, and takes `γ = √(1 − |λ|²)`.
     ///
     /// # Errors
-    /// When the ring is none.
+    /// When `r_min`, `r_max` and `max_phase` describe no ring within the unit circle.
     pub fn initial(config: &LruConfig, seed: u64) -> Result<Self> {
         let LruConfig { state_dim, r_min, r_max, max_phase, .. } = *config;
         let ring = (0.0..=1.0).contains(&r_min) && (r_min..=1.0).contains(&r_max);
@@ -68,7 +72,7 @@ impl LruSpectrum {
             return Err(Error::expected("r_min, r_max and max_phase of an LRU", found, expected));
         }
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        // Never 0: what it is the logarithm of has to be above that.
+        // Never 0, whose logarithm is not finite.
         let mut uniform = || (f64::from(rng.next_u32()) + 0.5) / (f64::from(u32::MAX) + 1.0);
         let squares: Array1<f64> =
             (0..state_dim).map(|_| uniform() * (r_max * r_max - r_min * r_min) + r_min * r_min).collect();
@@ -82,35 +86,37 @@ impl LruSpectrum {
     }
 }
 
-/// The layers of an LRU.
+/// The linear layers of an LRU.
 #[derive(Debug, Clone)]
 pub struct LruLayers {
-    /// From input to state, the real part: `[state_dim, in]`.
+    /// Real part of B, from input to state: `[state_dim, in_features]`.
     pub b_re: SharedLayer,
-    /// The imaginary part.
+    /// Imaginary part of B: `[state_dim, in_features]`.
     pub b_im: SharedLayer,
-    /// From the state's real part to output: `[units, state_dim]`.
+    /// Real part of C, from state to output: `[units, state_dim]`.
     pub c_re: SharedLayer,
-    /// From its imaginary part.
+    /// Imaginary part of C: `[units, state_dim]`.
     pub c_im: SharedLayer,
-    /// From input to output: `[units, in]`.
+    /// D, from input to output: `[units, in_features]`.
     pub d: SharedLayer,
 }
 
-/// `h = λ h₋₁ + γ B x`, `y = Re(C h) + D x`, with B, C and D layers, B and C of a real and an imaginary part.
+/// A linear recurrent unit: `h = λ h₋₁ + γ B x`, `y = Re(C h) + D x`, with a complex state h, B and C.
 #[derive(Debug, Clone)]
 pub struct Lru {
     config: LruConfig,
     spectrum: LruSpectrum,
     layers: LruLayers,
-    /// λ's real parts, imaginary parts, and γ.
+    /// Re λ, `[state_dim]`.
     lambda_re: Vec<f32>,
+    /// Im λ, `[state_dim]`.
     lambda_im: Vec<f32>,
+    /// γ, `[state_dim]`.
     gamma: Vec<f32>,
 }
 
 impl Lru {
-    /// From its layers and the logarithms of its eigenvalues.
+    /// Returns the LRU of these layers and eigenvalues.
     ///
     /// # Errors
     /// When they do not fit each other or the settings, or an eigenvalue is not finite.
@@ -138,7 +144,7 @@ impl Lru {
         let of = |part: fn(f64) -> f64| size.iter().zip(&phase).map(|(r, p)| (r * part(*p)) as f32).collect::<Vec<_>>();
         let (lambda_re, lambda_im) = (of(f64::cos), of(f64::sin));
         let gamma: Vec<f32> = spectrum.gamma_log.iter().map(|&v| f64::from(v).exp() as f32).collect();
-        require_finite("what an LRU's eigenvalues are", lambda_re.iter().chain(&lambda_im).chain(&gamma))?;
+        require_finite("eigenvalues of an LRU", lambda_re.iter().chain(&lambda_im).chain(&gamma))?;
         Ok(Lru { config, spectrum, layers, lambda_re, lambda_im, gamma })
     }
 
@@ -147,41 +153,41 @@ impl Lru {
         &self.config
     }
 
-    /// The logarithms of the eigenvalues.
+    /// The eigenvalues, as their logarithms.
     pub fn spectrum(&self) -> &LruSpectrum {
         &self.spectrum
     }
 
-    /// The layers.
+    /// The linear layers.
     pub fn layers(&self) -> &LruLayers {
         &self.layers
     }
 
-    /// Runs sequences `[batch, steps, in_features]` as the settings say, from a state `[batch, 2, state_dim]` (real parts, then
-    /// imaginary ones) on, zeros where none is given. `mask` `[batch, steps]` says which steps are there.
+    /// Runs sequences `[batch, steps, in_features]` as the settings say, from `state` `[batch, 2, state_dim]` (real parts, then
+    /// imaginary ones), or from zeros. A step whose `mask` `[batch, steps]` is false leaves the state as it is.
     ///
     /// # Errors
-    /// As [`recurrence::run`].
-    pub fn run(
+    /// As [`run_sequence`].
+    pub fn forward(
         &self,
         x: ArrayView3<f32>,
         state: Option<ArrayView3<f32>>,
         mask: Option<ArrayView2<bool>>,
         accuracy: Accuracy,
-    ) -> Result<Ran> {
-        recurrence::run(self, self.config.sequence, x, state, mask, accuracy)
+    ) -> Result<RnnOutput> {
+        run_sequence(self, self.config.sequence, x, state, mask, accuracy)
     }
 
-    /// The cell's step, for inputs `[batch, in_features]`: outputs `[batch, units]`.
+    /// Runs one step for inputs `[batch, in_features]`: returns outputs `[batch, units]`, and replaces the state by the next one.
     ///
     /// # Errors
-    /// As [`recurrence::step`].
+    /// As [`run_step`].
     pub fn step(&self, x: ArrayView2<f32>, state: &mut Array3<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
-        recurrence::step(self, x, state, accuracy)
+        run_step(self, x, state, accuracy)
     }
 }
 
-impl Cell for Lru {
+impl RnnCell for Lru {
     fn in_features(&self) -> usize {
         self.layers.b_re.in_features()
     }
@@ -194,8 +200,8 @@ impl Cell for Lru {
         (2, self.config.state_dim)
     }
 
-    /// `γ B x`, real parts and then imaginary ones.
-    fn drive(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
+    /// Returns `γ B x`, `[rows, 2 · state_dim]`: real parts, then imaginary ones.
+    fn input_projection(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
         let state = self.config.state_dim;
         let mut all = Array2::zeros((x.nrows(), 2 * state));
         let gamma = ArrayView1::from(&self.gamma);
@@ -205,26 +211,31 @@ impl Cell for Lru {
         Ok(all)
     }
 
-    fn left_len(&self) -> usize {
+    fn hidden_len(&self) -> usize {
         2 * self.config.state_dim
     }
 
-    fn advance(&self, drive: ArrayView1<f32>, state: &mut [f32], left: &mut [f32]) {
+    fn update(&self, projected: ArrayView1<f32>, state: &mut [f32], hidden: &mut [f32]) {
         let half = self.config.state_dim;
         let (re, im) = state.split_at_mut(half);
-        let (drive_re, drive_im) = drive.split_at(ndarray::Axis(0), half);
+        let (input_re, input_im) = projected.split_at(ndarray::Axis(0), half);
         for i in 0..half {
             let (a, b) = (re[i], im[i]);
-            re[i] = self.lambda_re[i] * a - self.lambda_im[i] * b + drive_re[i];
-            im[i] = self.lambda_re[i] * b + self.lambda_im[i] * a + drive_im[i];
+            re[i] = self.lambda_re[i] * a - self.lambda_im[i] * b + input_re[i];
+            im[i] = self.lambda_re[i] * b + self.lambda_im[i] * a + input_im[i];
         }
-        left.copy_from_slice(state);
+        hidden.copy_from_slice(state);
     }
 
-    fn output(&self, left: ArrayView2<f32>, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Array2<f32>> {
+    fn output_projection(
+        &self,
+        hidden: ArrayView2<f32>,
+        x: ArrayView2<f32>,
+        accuracy: Accuracy,
+    ) -> Result<Array2<f32>> {
         let state = self.config.state_dim;
-        let re = self.layers.c_re.forward(left.slice(s![.., ..state]), accuracy)?.y;
-        let im = self.layers.c_im.forward(left.slice(s![.., state..]), accuracy)?.y;
+        let re = self.layers.c_re.forward(hidden.slice(s![.., ..state]), accuracy)?.y;
+        let im = self.layers.c_im.forward(hidden.slice(s![.., state..]), accuracy)?.y;
         Ok(re - im + self.layers.d.forward(x, accuracy)?.y)
     }
 }

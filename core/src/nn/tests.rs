@@ -72,20 +72,20 @@ const ALL: SequenceConfig = SequenceConfig {
 
 fn block(width: usize, positions: usize, fully: bool) -> TransformerBlock {
     let norm = |seed| RmsNorm::new(Some(matrix(positions, width, seed) * 0.2 + 1.0), None).unwrap();
-    let attention = gru(width, width, 2, fully, ALL);
-    TransformerBlock::new(BlockConfig::default(), attention, norm(41), glu(width, 10, positions), norm(43)).unwrap()
+    let mixer = GruTokenMixer::new(gru(width, width, 2, fully, ALL)).unwrap();
+    TransformerBlock::new(BlockConfig::default(), mixer, norm(41), glu(width, 10, positions), norm(43)).unwrap()
 }
 
 /// One of everything that goes step by step.
 fn model(positions: usize) -> Module {
     let table =
-        |rows, seed| Table::new(DenseLayer::from_f32(matrix(rows, 8, seed).view(), None).shared()).unwrap();
+        |rows, seed| EmbeddingTable::new(DenseLayer::from_f32(matrix(rows, 8, seed).view(), None).shared()).unwrap();
     let parts = vec![
         ("tokens", Module::TokenEmbedding(TokenEmbedding::new(table(30, 51), Some(table(positions, 52))).unwrap())),
         ("block", Module::TransformerBlock(Box::new(block(8, positions, true)))),
         ("plain", Module::TransformerBlock(Box::new(block(8, positions, false)))),
         ("lru", Module::Lru(Box::new(lru(8, 8, 6, false, ALL)))),
-        ("attention", Module::Attention(gru(8, 8, 4, true, ALL))),
+        ("attention", Module::GruTokenMixer(GruTokenMixer::new(gru(8, 8, 4, true, ALL)).unwrap())),
         (
             "norm",
             Module::RmsNorm(RmsNorm::new(Some(Array2::ones((1, 8))), Some(Array2::from_elem((1, 8), 0.1))).unwrap()),
@@ -110,19 +110,18 @@ fn steps_give_what_the_whole_sequence_does() {
     let model = model(9);
     let tokens = tokens(3, 9);
     let whole = model.forward(tokens.view(), Accuracy::Approximate).unwrap();
-    let mut decoding = model.decoding(3);
-    assert_eq!(decoding.states.len(), 4);
+    let mut state = model.initial_state(3);
+    assert_eq!(state.states.len(), 4);
     for step in 0..9 {
         let x = tokens.slice(s![.., step..step + 1]).into_dimensionality().unwrap();
-        let y = model.step(x, &mut decoding, Accuracy::Approximate).unwrap().into_dyn();
+        let y = model.step(x, &mut state, Accuracy::Approximate).unwrap().into_dyn();
         let expected = whole.index_axis(Axis(1), step).to_owned();
         assert!(near(&y, &expected, 1e-5), "step {step}: {y} for {expected}");
     }
     // There is no tenth position, and what failed has changed nothing.
-    let before = decoding.clone();
-    let message =
-        model.step(Array2::zeros((3, 1)).view(), &mut decoding, Accuracy::Approximate).unwrap_err().to_string();
-    assert!(message.contains("position") && decoding == before, "{message}");
+    let before = state.clone();
+    let message = model.step(Array2::zeros((3, 1)).view(), &mut state, Accuracy::Approximate).unwrap_err().to_string();
+    assert!(message.contains("position") && state == before, "{message}");
 }
 
 proptest! {
@@ -139,8 +138,8 @@ proptest! {
             true => x.slice(s![.., 9 - to..9 - from, ..]),
         };
         let run = |x: ndarray::ArrayView3<f32>, state: Option<ndarray::ArrayView3<f32>>, second: bool| match second {
-            false => gru.run(x, state, None, Accuracy::Approximate).unwrap(),
-            true => lru.run(x, state, None, Accuracy::Approximate).unwrap(),
+            false => gru.forward(x, state, None, Accuracy::Approximate).unwrap(),
+            true => lru.forward(x, state, None, Accuracy::Approximate).unwrap(),
         };
         for second in [false, true] {
             let whole = run(x.view(), None, second);
@@ -160,9 +159,9 @@ proptest! {
         let mask = Array2::from_shape_vec((1, 7), there.clone()).unwrap();
         let kept: Vec<usize> = (0..7).filter(|&i| there[i]).collect();
         let gru = |sequence| gru(6, 8, 2, true, sequence);
-        let ran = gru(sequence).run(x.view(), None, Some(mask.view()), Accuracy::Approximate).unwrap();
+        let ran = gru(sequence).forward(x.view(), None, Some(mask.view()), Accuracy::Approximate).unwrap();
         let last = gru(SequenceConfig { return_sequences: false, ..sequence });
-        let last = last.run(x.view(), None, Some(mask.view()), Accuracy::Approximate).unwrap();
+        let last = last.forward(x.view(), None, Some(mask.view()), Accuracy::Approximate).unwrap();
         prop_assert_eq!(&last.state, &ran.state);
         let expected = ran.outputs.slice(s![.., 6.., ..]).to_owned();
         prop_assert!(near(&last.outputs.into_dyn(), &expected.into_dyn(), 1e-6));
@@ -171,7 +170,7 @@ proptest! {
             prop_assert!(ran.outputs.iter().chain(&ran.state).all(|v| *v == 0.0));
             return Ok(());
         }
-        let alone = gru(ALL).run(short.view(), None, None, Accuracy::Approximate).unwrap();
+        let alone = gru(ALL).forward(short.view(), None, None, Accuracy::Approximate).unwrap();
         prop_assert!(near(&alone.state.into_dyn(), &ran.state.into_dyn(), 1e-6));
         let mut before = Array1::zeros(8);
         for (step, there) in there.into_iter().enumerate() {
@@ -192,8 +191,8 @@ proptest! {
 fn long_sequences_go_through_in_parts() {
     let x: Array3<f32> = sample(&[3, 700, 6], 7).into_dimensionality().unwrap();
     let gru = gru(6, 8, 2, true, ALL);
-    let whole = gru.run(x.view(), None, None, Accuracy::Approximate).unwrap();
-    let mut state = start(&gru, 3);
+    let whole = gru.forward(x.view(), None, None, Accuracy::Approximate).unwrap();
+    let mut state = initial_state(&gru, 3);
     for step in 0..700 {
         let y = gru.step(x.index_axis(Axis(1), step), &mut state, Accuracy::Approximate).unwrap();
         let expected = whole.outputs.index_axis(Axis(1), step).to_owned();
@@ -258,11 +257,15 @@ fn what_does_not_fit_is_refused() {
     let config = GruConfig { units: 8, fully_mml: true, ..GruConfig::default() };
     assert!(Gru::new(config.clone(), mml(24, 6, 1, 1), Some(dense(8, 6, 1)), mml(8, 8, 1, 1)).is_err());
     assert!(Gru::new(config, mml(16, 6, 1, 1), None, mml(8, 8, 1, 1)).unwrap_err().to_string().contains("(24, 6)"));
+    for sequence in [SequenceConfig { return_sequences: false, ..ALL }, SequenceConfig { go_backwards: true, ..ALL }] {
+        let message = GruTokenMixer::new(gru(6, 8, 2, true, sequence)).unwrap_err().to_string();
+        assert!(message.contains("each step's output"), "{message}");
+    }
     let gru = gru(6, 8, 2, true, ALL);
     let state = Array3::zeros((1, 4, 2));
-    assert!(gru.run(Array3::zeros((1, 2, 6)).view(), Some(state.view()), None, Accuracy::Full).is_err());
+    assert!(gru.forward(Array3::zeros((1, 2, 6)).view(), Some(state.view()), None, Accuracy::Full).is_err());
     let mask = Array2::from_elem((1, 3), true);
-    assert!(gru.run(Array3::zeros((1, 2, 6)).view(), None, Some(mask.view()), Accuracy::Full).is_err());
+    assert!(gru.forward(Array3::zeros((1, 2, 6)).view(), None, Some(mask.view()), Accuracy::Full).is_err());
     let tanh = GluConfig { units: 8, activation: Activation::Tanh, ..GluConfig::default() };
     assert!(Glu::new(tanh, mml(12, 8, 1, 1), mml(8, 6, 1, 1)).unwrap_err().to_string().contains("sigmoid"));
     assert_eq!(GluConfig::default().intermediate(48), 256);

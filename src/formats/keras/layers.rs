@@ -9,8 +9,8 @@ use super::archive::{Archive, Part};
 use crate::error::{Error, Result};
 use crate::layer::{Activation, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryLayer};
 use crate::nn::{
-    BlockConfig, Glu, GluConfig, Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, PatchEmbedding,
-    Patches, SequenceConfig, Table, TokenEmbedding, TransformerBlock, decode_ternary,
+    BlockConfig, EmbeddingTable, Glu, GluConfig, Gru, GruConfig, GruTokenMixer, Lru, LruConfig, LruLayers, LruSpectrum,
+    Module, PatchEmbedding, Patches, SequenceConfig, TokenEmbedding, TransformerBlock, decode_ternary,
 };
 
 /// What a layer becomes: nothing for what only trains, two modules for a dense layer with an activation.
@@ -36,7 +36,7 @@ pub fn read(layer: &Value, name: &str, archive: &Archive) -> Result<Vec<(String,
         }
         "GRUMML" => Module::Gru(gru(&weights()?.part("cell")?, settings(config)?)?),
         "LRUMML" => Module::Lru(Box::new(lru(&weights()?.part("cell")?, settings(config)?)?)),
-        "AttentionMML" => Module::Attention(attention(&weights()?, config, "out_dim")?),
+        "AttentionMML" => Module::GruTokenMixer(token_mixer(&weights()?, config, "out_dim")?),
         "TransformerBlockMML" => {
             let weights = weights()?;
             let norm = |part: &str| -> Result<RmsNorm> {
@@ -50,7 +50,7 @@ pub fn read(layer: &Value, name: &str, archive: &Archive) -> Result<Vec<(String,
             };
             let block = TransformerBlock::new(
                 settings::<BlockConfig>(config)?,
-                attention(&weights.part("_attention_layer")?, config, "embedding_dim")?,
+                token_mixer(&weights.part("_attention_layer")?, config, "embedding_dim")?,
                 norm("_attention_norm")?,
                 glu(&weights.part("_ffn_layer")?, ffn)?,
                 norm("_ffn_norm")?,
@@ -182,7 +182,8 @@ fn lru(cell: &Part, config: LruConfig) -> Result<Lru> {
     Lru::new(config, spectrum, layers)
 }
 
-fn attention(weights: &Part, config: &Value, units: &str) -> Result<Gru> {
+/// `AttentionMML`, which is a GRU.
+fn token_mixer(weights: &Part, config: &Value, units: &str) -> Result<GruTokenMixer> {
     let config = GruConfig {
         units: length(config, units)?,
         num_heads: length(config, "num_heads")?,
@@ -190,14 +191,14 @@ fn attention(weights: &Part, config: &Value, units: &str) -> Result<Gru> {
         sequence: SequenceConfig { return_sequences: true, ..SequenceConfig::default() },
         ..GruConfig::default()
     };
-    gru(&weights.part("_internal_layer")?.part("cell")?, config)
+    GruTokenMixer::new(gru(&weights.part("_internal_layer")?.part("cell")?, config)?)
 }
 
-fn table(weights: &Part) -> Result<Table> {
-    Table::new(DenseLayer::from_f32(weights.matrix("0")?.view(), None).shared())
+fn table(weights: &Part) -> Result<EmbeddingTable> {
+    EmbeddingTable::new(DenseLayer::from_f32(weights.matrix("0")?.view(), None).shared())
 }
 
-fn positions(weights: &Part) -> Result<Option<Table>> {
+fn positions(weights: &Part) -> Result<Option<EmbeddingTable>> {
     match weights.has("_pos_embedding") {
         true => Ok(Some(table(&weights.part("_pos_embedding")?)?)),
         false => Ok(None),

@@ -1,15 +1,13 @@
 //! LQER on Qwix, run; and LQER, L²QER, QERA-approx and QERA-exact by float64 formulas.
 
-use std::sync::Arc;
-
 use ndarray::{Array2, ArrayView2, s};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
 use layerstore::compress::{ImportOptions, Rules, import};
 use layerstore::formats;
-use layerstore::layer::{Correction, Layer, LowRankConfig, Rank, SvdMethod, Transform};
-use layerstore::quant::{Activations, Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
+use layerstore::layer::{Correction, LowRankConfig, Rank, SvdMethod, Transform};
+use layerstore::quant::{ActivationFormat, Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
 use layerstore::store::Store;
 
 use super::{Case, Tally, narrow};
@@ -29,9 +27,9 @@ fn all_components(out: usize, inputs: usize) -> LowRankConfig {
 }
 
 fn codes(q: &PackedMatrix) -> Array2<u8> {
-    let mut all = Array2::zeros((q.rows, q.columns));
+    let mut all = Array2::zeros((q.nrows(), q.ncols()));
     for (row, mut codes) in all.rows_mut().into_iter().enumerate() {
-        unpack(q.row(row), q.format.weight_type.bits(), codes.as_slice_mut().unwrap());
+        unpack(q.row_codes(row), q.format().weight_type.bits(), codes.as_slice_mut().unwrap());
     }
     all
 }
@@ -51,7 +49,8 @@ fn golden_qera() {
         };
         let packed = PackedMatrix::quantize(weight.view(), format, Clipping::Absmax, None).unwrap();
         assert_eq!(codes(&packed).mapv(f64::from).reversed_axes(), case.matrix("in.qvalue"), "{}", case.name);
-        let zeros = Array2::from_shape_vec((packed.rows, packed.zeros.len() / packed.rows), packed.zeros.clone());
+        let zeros =
+            Array2::from_shape_vec((packed.nrows(), packed.zeros().len() / packed.nrows()), packed.zeros().to_vec());
         assert_eq!(zeros.unwrap().mapv(f64::from).reversed_axes(), case.matrix("in.zero"), "{}", case.name);
 
         let dequantised = narrow(&case.matrix("in.w_dequant").reversed_axes());
@@ -144,11 +143,11 @@ fn golden_lqer_int8_activations() {
             same_integers(case, kernel, &weight);
             let found = codes(&inputs).mapv(|c| f64::from(c as i8));
             assert_eq!(found, case.matrix(&format!("out.act_qvalue/{place}")), "{}", case.name);
-            let scales = inputs.scales.iter().map(|&scale| f64::from(scale)).collect();
-            let scales = Array2::from_shape_vec((inputs.rows, 1), scales).unwrap();
+            let scales = inputs.scales().iter().map(|&scale| f64::from(scale)).collect();
+            let scales = Array2::from_shape_vec((inputs.nrows(), 1), scales).unwrap();
             case.holds(&format!("out.act_scale/{place}"), scales.into_dyn());
             // The kernel on integers rounds its inputs as the peer does.
-            let product = weight.products(x.view(), Activations::Int8);
+            let product = weight.products(x.view(), ActivationFormat::Int8);
             x = inputs.dequantize().dot(&weight.dequantize().t());
             let off = (&product - &x).iter().fold(0f32, |most, v| most.max(v.abs()));
             assert!(off <= 1e-5, "{} {kernel}: {off}", case.name);
@@ -233,10 +232,10 @@ fn lqer_format(bits: u64) -> WeightFormat {
 }
 
 fn same_integers(case: &Case, kernel: &str, packed: &PackedMatrix) {
-    let unused = 8 - packed.format.weight_type.bits();
+    let unused = 8 - packed.format().weight_type.bits();
     let found = codes(packed).mapv(|c| f64::from((c << unused) as i8 >> unused));
     assert_eq!(found.t(), case.matrix(&format!("out.qvalue/{kernel}")), "{} {kernel}", case.name);
-    let scales = Array2::from_shape_vec((1, packed.rows), packed.scales.iter().map(|&v| f64::from(v)).collect());
+    let scales = Array2::from_shape_vec((1, packed.nrows()), packed.scales().iter().map(|&v| f64::from(v)).collect());
     case.holds(&format!("out.scale/{kernel}"), scales.unwrap().into_dyn());
 }
 

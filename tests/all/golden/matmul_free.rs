@@ -1,11 +1,12 @@
 //! Keras-MML's layers, each saved in a store, opened at a snapshot, and run.
 
 use layerstore::layer::{
-    Accuracy, Activation, Activations, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryConfig, TernaryLayer, compress,
+    Accuracy, Activation, ActivationFormat, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryConfig, TernaryLayer,
+    compress,
 };
 use layerstore::nn::{
-    BlockConfig, Glu, GluConfig, Gru, GruConfig, Lru, LruConfig, LruLayers, LruSpectrum, Module, PatchEmbedding,
-    Patches, SequenceConfig, Table, TokenEmbedding, TransformerBlock, decode_ternary, encode_ternary,
+    BlockConfig, EmbeddingTable, Glu, GluConfig, Gru, GruConfig, GruTokenMixer, Lru, LruConfig, LruLayers, LruSpectrum,
+    Module, PatchEmbedding, Patches, SequenceConfig, TokenEmbedding, TransformerBlock, decode_ternary, encode_ternary,
 };
 use layerstore::quant::unpack;
 use layerstore::store::Store;
@@ -63,7 +64,7 @@ fn gru(case: &Case, prefix: &str, config: GruConfig) -> Gru {
     Gru::new(config, plain(case, &part("kernel")), gate, plain(case, &part("output_gate"))).unwrap()
 }
 
-fn attention(case: &Case, prefix: &str, units: &Value) -> Gru {
+fn token_mixer(case: &Case, prefix: &str, units: &Value) -> GruTokenMixer {
     let settings = &case.index["config"];
     let config = GruConfig {
         units: units.as_u64().unwrap() as usize,
@@ -72,12 +73,12 @@ fn attention(case: &Case, prefix: &str, units: &Value) -> Gru {
         sequence: SequenceConfig { return_sequences: true, ..SequenceConfig::default() },
         ..GruConfig::default()
     };
-    gru(case, prefix, config)
+    GruTokenMixer::new(gru(case, prefix, config)).unwrap()
 }
 
-fn table(case: &Case, name: &str) -> Option<Table> {
+fn table(case: &Case, name: &str) -> Option<EmbeddingTable> {
     let rows = case.has(name).then(|| narrow(&case.matrix(name)))?;
-    Some(Table::new(DenseLayer::from_f32(rows.view(), None).shared()).unwrap())
+    Some(EmbeddingTable::new(DenseLayer::from_f32(rows.view(), None).shared()).unwrap())
 }
 
 fn module(case: &Case) -> Module {
@@ -111,7 +112,7 @@ fn module(case: &Case) -> Module {
             let spectrum = LruSpectrum { nu_log, theta_log, gamma_log };
             Module::Lru(Box::new(Lru::new(config::<LruConfig>(case), spectrum, layers).unwrap()))
         }
-        "AttentionMML" => Module::Attention(attention(case, "w.gru.", &settings["out_dim"])),
+        "AttentionMML" => Module::GruTokenMixer(token_mixer(case, "w.gru.", &settings["out_dim"])),
         "TransformerBlockMML" => {
             let ffn = GluConfig {
                 units: settings["embedding_dim"].as_u64().unwrap() as usize,
@@ -122,7 +123,7 @@ fn module(case: &Case) -> Module {
             let norm = |name: &str| RmsNorm::new(by_position(case, &format!("w.{name}.gain")), None).unwrap();
             let block = TransformerBlock::new(
                 config::<BlockConfig>(case),
-                attention(case, "w.attention.", &settings["embedding_dim"]),
+                token_mixer(case, "w.attention.", &settings["embedding_dim"]),
                 norm("attention_norm"),
                 glu(case, "w.ffn.", ffn),
                 norm("ffn_norm"),
@@ -168,26 +169,26 @@ fn run(case: &Case, module: &Module) {
             let x = x.clone().into_dimensionality().unwrap();
             let state = case.has("in.initial_state").then(|| three(case.any("in.initial_state")));
             let state = state.as_ref().map(|s| s.view());
-            let (ran, all) = match module {
+            let (output, all) = match module {
                 Module::Gru(gru) => {
-                    let ran = gru.run(x.view(), state, None, Accuracy::Approximate).unwrap();
-                    (ran, gru.config().sequence.return_sequences)
+                    let output = gru.forward(x.view(), state, None, Accuracy::Approximate).unwrap();
+                    (output, gru.config().sequence.return_sequences)
                 }
                 Module::Lru(lru) => {
-                    let ran = lru.run(x.view(), state, None, Accuracy::Approximate).unwrap();
-                    (ran, lru.config().sequence.return_sequences)
+                    let output = lru.forward(x.view(), state, None, Accuracy::Approximate).unwrap();
+                    (output, lru.config().sequence.return_sequences)
                 }
                 _ => panic!("no sequence"),
             };
             if case.has("out.state") {
-                holds("out.state", ran.state.into_dyn());
+                holds("out.state", output.state.into_dyn());
             }
             if state.is_some() {
-                holds("out.y", ran.outputs.into_dyn());
+                holds("out.y", output.outputs.into_dyn());
                 return;
             }
-            let last = ran.outputs.clone().index_axis_move(Axis(1), 0).into_dyn();
-            holds("out.y", if all { ran.outputs.into_dyn() } else { last });
+            let last = output.outputs.clone().index_axis_move(Axis(1), 0).into_dyn();
+            holds("out.y", if all { output.outputs.into_dyn() } else { last });
         }
         Module::Linear(layer) if case.has("out.x_int8") => {
             integers(case, layer.downcast_ref::<TernaryLayer>().unwrap(), &x);
@@ -208,22 +209,22 @@ fn integers(case: &Case, layer: &TernaryLayer, x: &ArrayD<f32>) {
     case.holds("out.x_norm", normalized.mapv(f64::from).into_shape_with_order(x.shape()).unwrap());
     let (mut steps, mut whole) = (vec![], vec![]);
     for row in normalized.rows() {
-        let (scale, row) = Activations::Int8Absmax.whole(row.to_slice().unwrap()).unwrap();
+        let (scale, row) = ActivationFormat::Int8Absmax.whole(row.to_slice().unwrap()).unwrap();
         steps.push(1.0 / f64::from(scale));
         whole.extend(row.into_iter().map(f64::from));
     }
     let batch = &x.shape()[..x.ndim() - 1];
     case.holds("out.x_scale", Tensor::from_shape_vec(batch, steps).unwrap());
     case.holds("out.x_int8", Tensor::from_shape_vec(x.shape(), whole).unwrap());
-    let packed = layer.core().quantized();
-    let mut ternary = Array2::zeros((packed.rows, packed.columns));
+    let packed = layer.low_rank().quantized();
+    let mut ternary = Array2::zeros((packed.nrows(), packed.ncols()));
     for (row, mut to) in ternary.rows_mut().into_iter().enumerate() {
-        let mut codes = vec![0; packed.columns];
-        unpack(packed.row(row), 2, &mut codes);
+        let mut codes = vec![0; packed.ncols()];
+        unpack(packed.row_codes(row), 2, &mut codes);
         to.assign(&codes.into_iter().map(|code| f64::from(code) - 1.0).collect::<Array1<f64>>());
     }
     case.holds("out.w_ternary", ternary.reversed_axes().as_standard_layout().into_owned().into_dyn());
-    let steps = Tensor::from_elem(ndarray::IxDyn(&[]), 1.0 / f64::from(packed.scales[0]));
+    let steps = Tensor::from_elem(ndarray::IxDyn(&[]), 1.0 / f64::from(packed.scales()[0]));
     case.holds("out.w_scale", steps);
 }
 

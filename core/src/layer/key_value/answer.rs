@@ -1,35 +1,36 @@
-//! What a query finds: the same for hits, outputs and gradients.
+//! The keys that queries use: the same for hits, outputs and gradients.
 
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use rayon::prelude::*;
 
-use super::config::{Ranking, SearchSettings, Sides};
+use super::config::SearchSettings;
 use super::layer::Core;
+use super::limit::{Ranking, Sides};
 use super::search::{Certificate, Hit, Scored, SelectLimit, rank_value};
-use crate::index::Range;
+use crate::index::ContributionRange;
 use crate::linalg::{dot_f64, matmul_nt};
 
-/// Scores are worked out anew from float keys down to this share below the threshold.
+/// Scores are recomputed from float keys down to this share below the threshold.
 const REFINED_WITHIN: f32 = 0.5;
 
-/// Below this many scores one thread is enough.
+/// Number of scores from which several threads share the work.
 const PARALLEL_SCORES_FROM: usize = 1 << 12;
 
-/// Queries whose scores a thread keeps at a time: some MiB of them.
+/// Number of queries whose scores a thread keeps at a time: a few MiB.
 const ANSWERED_AT_ONCE: usize = 256;
 
-/// The answer to one query.
+/// The keys that one query uses, and how far off their output may be.
 pub struct Answer {
     /// The keys that the query uses, in no order.
     pub hits: Vec<Hit>,
-    /// The rank value that a key had to reach.
+    /// The ranking value that a key had to reach.
     pub threshold: f32,
-    /// A bound on ‖ŷ − y‖ / ‖y‖, where there is one: not where keys were left out that nobody looked at.
+    /// A bound on ‖ŷ − y‖ / ‖y‖; none where the index did not score every key.
     pub bound: Option<f64>,
 }
 
 impl Core {
-    /// The answers to centred queries `[batch, in]`: each thread has some of them, from their scores to their hits.
+    /// Returns the answers to centred queries `[batch, in]`. Threads share them, each from scores to hits.
     pub fn answers(&self, centred: ArrayView2<f32>, settings: &SearchSettings, limit: SelectLimit) -> Vec<Answer> {
         let (batch, keys) = (centred.nrows(), self.scales.len());
         if batch == 1 || batch * keys < PARALLEL_SCORES_FROM {
@@ -58,18 +59,26 @@ impl Core {
         answers.collect()
     }
 
-    /// The range to ask the index for, if it may leave keys out: contributions are what it knows of.
-    fn range(&self, settings: &SearchSettings, limit: SelectLimit) -> Option<Range> {
+    /// Returns the range of contributions to ask the index for; `None` where it has to score every key.
+    fn range(&self, settings: &SearchSettings, limit: SelectLimit) -> Option<ContributionRange> {
         match (limit, settings.ranking) {
-            (SelectLimit::Threshold(least), Ranking::Contribution) if !self.config.backend.scores_every_key() => {
-                Some(Range { least, two_sided: settings.sides == Sides::Both })
+            (SelectLimit::Threshold(least), Ranking::Contribution)
+                if !self.config.settings.backend.scores_every_key() =>
+            {
+                Some(ContributionRange { least, two_sided: settings.sides == Sides::Both })
             }
             _ => None,
         }
     }
 
-    /// The answer among the keys that the index proposes.
-    fn proposed(&self, x: ArrayView1<f32>, range: Range, settings: &SearchSettings, limit: SelectLimit) -> Answer {
+    /// Returns the answer among the keys that the index proposes.
+    fn proposed(
+        &self,
+        x: ArrayView1<f32>,
+        range: ContributionRange,
+        settings: &SearchSettings,
+        limit: SelectLimit,
+    ) -> Answer {
         let index = self.index.as_search_index();
         let keys = index.candidates(x, range).unwrap_or_else(|| (0..self.scales.len() as u32).collect());
         let mut scores = index.scores_of(x, &keys);
@@ -83,14 +92,14 @@ impl Core {
         }
         let contributions: Vec<f32> = scores.iter().zip(&keys).map(|(s, &key)| s * self.scales[key as usize]).collect();
         let scored = Scored { scores: &scores, contributions: &contributions };
-        let (places, threshold) = scored.select(settings, limit, None);
-        let mut hits = scored.hits(&places);
+        let (indices, threshold) = scored.select(settings, limit, None);
+        let mut hits = scored.hits(&indices);
         hits.iter_mut().for_each(|hit| hit.key = keys[hit.key as usize]);
         Answer { hits, threshold, bound: None }
     }
 
-    /// The scores of centred queries `[batch, in]` with every key: from the index, and anew from float keys, where there
-    /// are any, for those that come near the threshold or above.
+    /// Returns the scores of centred queries `[batch, in]` with every key. Those near the threshold or above are computed from
+    /// float keys, where there are any.
     fn scores(&self, centred: ArrayView2<f32>, settings: &SearchSettings, limit: SelectLimit) -> Array2<f32> {
         let mut scores = self.index.as_search_index().scores(centred);
         let (Some(keys), SelectLimit::Threshold(threshold)) = (&self.float_keys, limit) else { return scores };
@@ -105,8 +114,8 @@ impl Core {
         scores
     }
 
-    /// The contributions `[batch, keys]` of every key, from float keys where there are any, and the bound on the error
-    /// of each row's sum.
+    /// Returns the contributions `[batch, keys]` of every key, from float keys where there are any, and the bound on the error of
+    /// each row's sum.
     pub fn every_contribution(&self, centred: ArrayView2<f32>) -> (Array2<f32>, Vec<Option<f64>>) {
         let (mut all, key_error) = match &self.float_keys {
             Some(keys) => (matmul_nt(centred, keys.view()), 0.0),
@@ -121,7 +130,7 @@ impl Core {
         (all, bounds)
     }
 
-    /// c_i = s_i · score_i.
+    /// Returns c_i = s_i · score_i.
     fn contributions(&self, scores: &[f32]) -> Vec<f32> {
         scores.iter().zip(&self.scales).map(|(score, scale)| score * scale).collect()
     }

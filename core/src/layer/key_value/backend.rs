@@ -1,74 +1,93 @@
-//! The backends of a key–value layer, their settings, and how these are made to fit a layer's shape.
+//! Backends of a key–value layer: their settings, and how these are made to fit a layer's shape.
 
 use serde::{Deserialize, Serialize};
 
-use super::config::{Limit, OnMisfit};
+use super::limit::Limit;
 use crate::error::{Error, Result};
 use crate::index::{GraphType, HnswOptions};
 use crate::quant::{ProductFormat, RowFormat, RowType};
 
-/// Bits of a product code, and more connections or looks than any graph has use for.
+/// Largest number of bits of a product code.
 const MAX_BITS: u32 = 8;
+
+/// Largest number of a graph's neighbours, beyond any use.
 const MAX_CONNECTIVITY: usize = 1 << 10;
+
+/// Largest number of keys that a graph's walk looks at, beyond any use.
 const MAX_EXPANSION: usize = 1 << 20;
 
-/// How keys are found.
+/// What happens to settings that do not fit a layer's shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnMisfit {
+    /// They become the nearest that fit, and the layer's config lists the changes.
+    #[default]
+    Adapt,
+    /// They are an error, which names the settings that would fit.
+    Error,
+}
+
+/// How keys are stored and found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Backend {
-    /// Every key scanned, kept as this type.
+    /// A scan of every key.
     Flat {
+        /// The type that keys are stored as.
         #[serde(default)]
         keys: RowType,
     },
-    /// Every key scanned in product codes (NanoPQ's way).
+    /// A scan of every key in product codes (as NanoPQ's).
     Pq {
-        /// Pieces that a key is cut into.
+        /// Number of subvectors that a key is cut into.
         #[serde(default = "default_subvectors")]
         subvectors: usize,
-        /// Codewords of a piece, at most 256.
+        /// Codewords of a subvector, at most 256.
         #[serde(default = "default_codewords")]
         codewords: usize,
-        /// Where k-means starts.
+        /// Seed of k-means.
         #[serde(default)]
         seed: u64,
-        /// Whether f32 keys are kept beside the codes: scores near the threshold or above are then worked out anew.
+        /// Whether f32 keys are stored beside the codes: scores near the threshold or above are then computed from them.
         #[serde(default)]
         store_float_keys: bool,
     },
-    /// Product codes in cells, of which a query looks into a few (FAISS's way).
+    /// Product codes in clusters, of which a query searches a few (as FAISS's IVF-PQ).
     IvfPq {
-        /// Cells that the keys are put into.
+        /// Number of clusters of keys.
         #[serde(default = "default_clusters")]
         clusters: usize,
-        /// Cells that a query looks into.
+        /// Number of clusters that a query searches.
         #[serde(default = "default_probes")]
         probes: usize,
+        /// Number of subvectors that a key is cut into.
         #[serde(default = "default_subvectors")]
         subvectors: usize,
-        /// Bits of a code: 2^bits codewords a piece, at most 8.
+        /// Bits of a code: 2^bits codewords a subvector, at most 8.
         #[serde(default = "default_bits")]
         bits: u32,
+        /// Seed of k-means.
         #[serde(default)]
         seed: u64,
+        /// Whether f32 keys are stored beside the codes: scores near the threshold or above are then computed from them.
         #[serde(default)]
         store_float_keys: bool,
     },
-    /// A graph of keys that a query walks (usearch's).
+    /// A hierarchical navigable small-world graph of keys (usearch's).
     Hnsw {
-        /// What the graph keeps keys as.
+        /// The type that the graph keeps keys as.
         #[serde(default)]
         vectors: GraphType,
-        /// Neighbours of a key.
+        /// Number of neighbours of a key.
         #[serde(default = "default_connectivity")]
         connectivity: usize,
-        /// Keys looked at while one is added.
+        /// Number of keys that are looked at while one is added.
         #[serde(default = "default_expansion_add")]
         expansion_add: usize,
-        /// Keys looked at in a search, at least; a search goes on until it is past its threshold.
+        /// Least number of keys that a search looks at; it goes on until it is past its threshold.
         #[serde(default = "default_expansion_search")]
         expansion_search: usize,
-        /// Whether f32 keys are kept beside the graph, and scores come from them.
+        /// Whether f32 keys are stored beside the graph, and scores are computed from them.
         #[serde(default)]
         store_float_keys: bool,
     },
@@ -113,7 +132,7 @@ impl Default for Backend {
 }
 
 impl Backend {
-    /// What scores come from.
+    /// Returns the format of the keys that scores are computed from.
     pub fn format(self) -> RowFormat {
         match self {
             Backend::Flat { keys } => RowFormat::Plain(keys),
@@ -127,7 +146,7 @@ impl Backend {
         }
     }
 
-    /// Whether f32 keys are stored: as what is searched, or beside it.
+    /// Whether f32 keys are stored: as the keys that are searched, or beside them.
     pub fn stores_float_keys(self) -> bool {
         match self {
             Backend::Flat { keys } => keys == RowType::F32,
@@ -137,12 +156,15 @@ impl Backend {
         }
     }
 
-    /// Whether a search looks at every key: only then is it known what the others would have added.
+    /// Whether a search scores every key: only then are the contributions of keys that are no hits known.
     pub fn scores_every_key(self) -> bool {
         matches!(self, Backend::Flat { .. } | Backend::Pq { .. })
     }
 
-    /// Refuses limits that only a backend that looks at every key can keep.
+    /// Checks that searches of the backend can keep a limit.
+    ///
+    /// # Errors
+    /// When an error is to be certified, and the backend does not score every key.
     pub(super) fn check_limit(self, limit: Limit) -> Result<()> {
         match limit {
             Limit::MaxError(_) if !self.scores_every_key() => Err(Error::expected(
@@ -154,7 +176,7 @@ impl Backend {
         }
     }
 
-    /// How its graph is made and walked.
+    /// Returns how the backend's graph is made and searched, where it has one.
     pub(super) fn graph(self) -> Option<HnswOptions> {
         match self {
             Backend::Hnsw { vectors, connectivity, expansion_add, expansion_search, .. } => {
@@ -165,6 +187,9 @@ impl Backend {
     }
 
     /// Checks the settings by themselves.
+    ///
+    /// # Errors
+    /// When one is out of its range.
     pub(super) fn validate(self) -> Result<()> {
         let within = |name: &str, value: usize, most: usize| match (1..=most).contains(&value) {
             true => Ok(()),
@@ -193,7 +218,10 @@ impl Backend {
         }
     }
 
-    /// These settings for `keys` keys of `width` numbers, and what was changed to make them fit.
+    /// Returns the settings fitted to `keys` keys of `width` numbers, and a description of each change.
+    ///
+    /// # Errors
+    /// When settings do not fit and `on_misfit` says so.
     pub(super) fn fitted(self, on_misfit: OnMisfit, keys: usize, width: usize) -> Result<(Self, Vec<String>)> {
         let adapted = |name: &str, asked: usize, fitted: usize, changed: &mut Vec<String>| {
             if asked == fitted {
@@ -243,7 +271,10 @@ impl Backend {
     }
 }
 
-/// A format that fits `rows` rows of `width` numbers, and what was changed to make it fit.
+/// Returns a format fitted to `rows` rows of `width` numbers, and a description of each change.
+///
+/// # Errors
+/// When it does not fit and `on_misfit` says so.
 pub fn fitted_format(
     format: RowFormat,
     on_misfit: OnMisfit,

@@ -1,13 +1,13 @@
-//! Making keys and values from a weight.
+//! Makes keys and values of a weight.
 
 use std::sync::Arc;
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
 use super::backend::{Backend, fitted_format};
-use super::config::{Decomposition, KeyValueConfig};
-use super::threshold::Curves;
+use super::config::{Decomposition, KeyValueConfig, StoredSettings};
 use super::layer::{Core, KeyValueLayer, StoredConfig};
+use super::threshold::Curves;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex, SearchIndex};
@@ -29,7 +29,7 @@ impl KeyValueLayer {
         Self::assemble(config, weight, bias, &inputs, components, calibration)
     }
 
-    /// A layer of these components, in the types that the config asks for.
+    /// Returns the layer of these components, stored in the types that the config asks for.
     pub(super) fn assemble(
         config: &KeyValueConfig,
         weight: ArrayView2<f32>,
@@ -38,78 +38,43 @@ impl KeyValueLayer {
         components: Components,
         calibration: Option<&Calibration>,
     ) -> Result<Self> {
-        let Components { keys: folded, scales, values: exact_values, truncation } = components;
         let (out_features, in_features) = weight.dim();
-        let keys = folded.mapv(|v| v as f32).as_standard_layout().to_owned();
+        let keys = components.keys.mapv(|v| v as f32).as_standard_layout().to_owned();
         require_finite("the folded keys", keys.iter())?;
-        let scales: Vec<f32> = scales.iter().map(|&s| s as f32).collect();
+        let scales: Vec<f32> = components.scales.iter().map(|&s| s as f32).collect();
         let rank = scales.len();
         let (backend, mut adapted) = config.backend.fitted(config.on_misfit, rank, in_features)?;
         let (value_format, more) = fitted_format(config.values, config.on_misfit, "values", rank, out_features)?;
         adapted.extend(more);
         // A wrong score moves the output by its key's scale.
         let weights: Vec<f32> = scales.iter().map(|s| s * s).collect();
-        let key_format = backend.format();
-        let exact = RowFormat::Plain(RowType::F32);
-        let float_keys = (backend.stores_float_keys() && key_format != exact).then(|| keys.clone());
-        let in_units_of_spread = |f: RowFormat| !matches!(f, RowFormat::Plain(RowType::F32 | RowType::F16));
-        let units = inputs.spread.clone().filter(|_| in_units_of_spread(key_format));
-        let spread = inputs.spread.clone();
-        let index = match (backend, backend.graph()) {
-            (_, Some(options)) => {
-                KeyIndex::Hnsw(HnswIndex::fit(keys.view(), &scales, spread, options, backend.stores_float_keys())?)
-            }
-            (Backend::IvfPq { clusters, probes, seed, .. }, _) => {
-                let codes = FlatIndex::in_format(keys.clone(), key_format, &weights, units)?;
-                let cells = (clusters, probes);
-                KeyIndex::IvfPq(IvfPqIndex::fit(codes, keys.view(), &scales, spread, cells, seed)?)
-            }
-            _ => KeyIndex::Flat(FlatIndex::in_format(keys, key_format, &weights, units)?),
-        };
-        let rows = index.rows();
-        let values = RowMatrix::in_format(exact_values.mapv(|v| v as f32), value_format, &weights)?;
-        let scaled = |keys: &Array2<f64>| keys * &Array1::from(scales.clone()).mapv(f64::from).insert_axis(Axis(1));
-        let used = rows.reconstruct().mapv(f64::from);
-        let key_error = match key_format == exact && backend.stores_float_keys() {
-            true => 0.0,
-            false => spectral_norm_bound(in_units_of(scaled(&(&used - &folded)), rows).view()),
-        };
-        let value_error = match value_format == exact {
-            true => 0.0,
-            false => spectral_norm_bound((values.to_f32().mapv(f64::from) - &exact_values).view()),
-        };
-        let rounding =
-            in_units_of(scaled(&used), rows).iter().map(|v| v * v).sum::<f64>().sqrt() * f64::from(f32::EPSILON);
+        let float_keys = (backend.stores_float_keys() && backend.format() != F32).then(|| keys.clone());
+        let index = key_index(backend, keys, &scales, &weights, inputs.spread.clone())?;
+        let values = RowMatrix::in_format(components.values.mapv(|v| v as f32), value_format, &weights)?;
+        let bounds = ErrorBounds::of(&components, &scales, backend, index.rows(), value_format, &values);
         let mean = inputs.mean.mapv(|v| v as f32);
         let sample = calibration.map(Calibration::sample).filter(|sample| sample.nrows() > 0);
         let curves = sample.map(|x| {
             let centred = &x - &mean;
             let scores = match &float_keys {
                 Some(keys) => matmul_nt(centred.view(), keys.view()),
-                None => rows.scores(centred.view()),
+                None => index.rows().scores(centred.view()),
             };
             Curves::measure(scores.view(), &scales)
         });
         // Of the mean as it is subtracted from queries, rounding included.
         let mean_output = weight.mapv(f64::from).dot(&mean.mapv(f64::from)).mapv(|v| v as f32);
         let stored = StoredConfig {
-            decomposition: config.decomposition,
-            energy_keep: config.energy_keep,
-            min_singular_value: config.min_singular_value,
-            ridge_regularization: config.ridge_regularization,
-            ridge_relative: config.ridge_relative,
-            use_bias: config.use_bias,
-            backend,
-            values: value_format,
+            settings: StoredSettings { backend, values: value_format, ..config.stored() },
             adapted,
             calibrated: inputs.factor.is_some(),
             in_features,
             out_features,
             rank,
-            truncation,
-            key_error,
-            value_error,
-            rounding,
+            truncation: components.truncation,
+            key_error: bounds.keys,
+            value_error: bounds.values,
+            rounding: bounds.rounding,
         };
         let bias = bias.map(|b| b.to_owned());
         let core = Core::new(stored, index, float_keys, scales, values, mean, mean_output, bias, curves)?;
@@ -117,19 +82,81 @@ impl KeyValueLayer {
     }
 }
 
-/// The inputs' statistics as factoring uses them.
+/// The format that nothing is rounded in.
+const F32: RowFormat = RowFormat::Plain(RowType::F32);
+
+/// Puts keys `[keys, in]` into the index of a backend. `weights` say how much an error of each key counts, and `spread` is the
+/// standard deviation of each input.
+fn key_index(
+    backend: Backend,
+    keys: Array2<f32>,
+    scales: &[f32],
+    weights: &[f32],
+    spread: Option<Array1<f32>>,
+) -> Result<KeyIndex> {
+    let format = backend.format();
+    // Types of few bits keep keys in units of the spread.
+    let in_units = !matches!(format, RowFormat::Plain(RowType::F32 | RowType::F16));
+    let units = spread.clone().filter(|_| in_units);
+    Ok(match (backend, backend.graph()) {
+        (_, Some(options)) => {
+            KeyIndex::Hnsw(HnswIndex::fit(keys.view(), scales, spread, options, backend.stores_float_keys())?)
+        }
+        (Backend::IvfPq { clusters, probes, seed, .. }, _) => {
+            let codes = FlatIndex::in_format(keys.clone(), format, weights, units)?;
+            let cells = (clusters, probes);
+            KeyIndex::IvfPq(IvfPqIndex::fit(codes, keys.view(), scales, spread, cells, seed)?)
+        }
+        _ => KeyIndex::Flat(FlatIndex::in_format(keys, format, weights, units)?),
+    })
+}
+
+/// Bounds on the errors of stored keys and values, as [`StoredConfig`] has them.
+struct ErrorBounds {
+    keys: f64,
+    values: f64,
+    rounding: f64,
+}
+
+impl ErrorBounds {
+    /// Compares the components with what `index` and `values` keep of them.
+    fn of(
+        components: &Components,
+        scales: &[f32],
+        backend: Backend,
+        index: &FlatIndex,
+        value_format: RowFormat,
+        values: &RowMatrix,
+    ) -> Self {
+        let scales = Array1::from_iter(scales.iter().map(|&s| f64::from(s)));
+        let scaled = |keys: &Array2<f64>| keys * &scales.view().insert_axis(Axis(1));
+        let used = index.reconstruct().mapv(f64::from);
+        let keys = match backend.format() == F32 && backend.stores_float_keys() {
+            true => 0.0,
+            false => spectral_norm_bound(in_units_of(scaled(&(&used - &components.keys)), index).view()),
+        };
+        let value_error = match value_format == F32 {
+            true => 0.0,
+            false => spectral_norm_bound((values.to_f32().mapv(f64::from) - &components.values).view()),
+        };
+        let squared: f64 = in_units_of(scaled(&used), index).iter().map(|v| v * v).sum();
+        ErrorBounds { keys, values: value_error, rounding: squared.sqrt() * f64::from(f32::EPSILON) }
+    }
+}
+
+/// Statistics of the inputs, as the factorisation uses them.
 #[derive(Debug)]
 pub(super) struct Inputs {
     /// μ `[in]`.
     pub mean: Array1<f64>,
-    /// L of the covariance with its ridge `[in, in]`; I where nothing is known.
+    /// Cholesky factor L of the covariance with its ridge, `[in, in]`; none where it is I.
     pub factor: Option<Array2<f64>>,
-    /// How much each input varies `[in]`.
+    /// Standard deviation of each input, `[in]`; none where nothing is known of them.
     spread: Option<Array1<f32>>,
 }
 
 impl Inputs {
-    /// The statistics of calibration inputs, the config's ridge added; mean 0 and covariance I without.
+    /// Returns the statistics of calibration inputs, with the config's ridge added; without inputs, mean 0 and covariance I.
     pub fn new(config: &KeyValueConfig, in_features: usize, calibration: Option<&Calibration>) -> Result<Self> {
         let (mean, covariance) = match calibration {
             Some(calibration) => {
@@ -144,7 +171,7 @@ impl Inputs {
     }
 }
 
-/// Keys and values in f64: `W = Σ s_i u_i κ_iᵀ` but for what was cut off.
+/// Keys and values in f64: `W = Σ s_i u_i κ_iᵀ` but for what was dropped.
 #[derive(Debug)]
 pub(super) struct Components {
     /// κ `[keys, in]`.
@@ -153,7 +180,7 @@ pub(super) struct Components {
     pub scales: Vec<f64>,
     /// u `[keys, out]`, orthonormal rows.
     pub values: Array2<f64>,
-    /// The spectral norm of what was cut off, or a bound on it.
+    /// Spectral norm of what was dropped, or a bound on it.
     pub truncation: f64,
 }
 
@@ -197,8 +224,8 @@ impl Components {
     }
 }
 
-/// Keys whose scores have unit variance over the inputs, and the scales that this takes out of them. A key that no input
-/// moves keeps its direction and has scale 0.
+/// Divides keys by scales so that their scores have unit variance over the inputs, and returns both. A key whose score is the
+/// same for all inputs keeps its direction, at unit length, and has scale 0.
 pub(super) fn standardized(mut keys: Array2<f64>, inputs: &Inputs) -> (Array2<f64>, Vec<f64>) {
     let lengths = |rows: &Array2<f64>| -> Vec<f64> { rows.rows().into_iter().map(|k| k.dot(&k).sqrt()).collect() };
     let scales = match &inputs.factor {
@@ -214,7 +241,7 @@ pub(super) fn standardized(mut keys: Array2<f64>, inputs: &Inputs) -> (Array2<f6
     (keys, scales)
 }
 
-/// Rows `[keys, in]` in the units that the index keeps keys in.
+/// Returns rows `[keys, in]` in the units that the index keeps keys in.
 fn in_units_of(rows: Array2<f64>, index: &FlatIndex) -> Array2<f64> {
     match index.units() {
         Some(units) => rows * &units.mapv(f64::from).insert_axis(Axis(0)),

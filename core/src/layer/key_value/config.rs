@@ -1,113 +1,148 @@
 //! Settings of a key–value layer, with AXL's names where they mean the same.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
-use super::backend::{Backend, fitted_format};
+use super::backend::{Backend, OnMisfit, fitted_format};
+use super::limit::{Limit, Ranking, Sides, check_keys};
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
 use crate::quant::RowFormat;
 
-/// Which factorisation the keys and values come from.
+/// The factorisation that keys and values come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Decomposition {
     /// W = U S Vᵀ.
     Svd,
-    /// W L = U S Vᵀ with L Lᵀ the inputs' covariance: the best rank-k approximation under the input distribution.
+    /// W L = U S Vᵀ, where L Lᵀ is the covariance of the inputs: the best rank-k approximation under the input distribution.
     #[default]
     WhitenedSvd,
 }
 
-/// What makes a key a hit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Ranking {
-    /// What the key adds to the output: s·score.
-    #[default]
-    Contribution,
-    /// How well the key matches the whitened query, whatever it adds (AXL's).
-    Score,
-}
-
-/// Whether a key may be hit by its negative.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Sides {
-    /// |value| ≥ threshold.
-    #[default]
-    Both,
-    /// value ≥ threshold (AXL's).
-    Positive,
-}
-
-/// What happens to settings that a layer's shape does not allow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnMisfit {
-    /// The nearest that fit are taken, and the layer's config says so.
-    #[default]
-    Adapt,
-    /// They are an error that names what would fit.
-    Error,
-}
-
-/// How many keys a query uses.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Limit {
-    /// This many on average over the inputs.
-    Keys(f64),
-    /// Those that rank at least this high.
-    Threshold(f32),
-    /// As few as certify this ‖ŷ − y‖ / ‖y‖ for each query by itself.
-    MaxError(f64),
-}
-
-/// How a layer runs. Changing these leaves the stored arrays as they are.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct SearchSettings {
-    #[serde(default)]
-    pub ranking: Ranking,
-    #[serde(default)]
-    pub sides: Sides,
-    /// K: the threshold is where this many keys are expected. The default, with 64, when none of the three is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub expected_keys_per_query: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub threshold: Option<f32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_relative_error: Option<f64>,
-    /// At most this many hits a query, the highest ranked.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_ids_capacity: Option<usize>,
-    /// Whether a forward pass searches; if not, it uses every key.
-    #[serde(default = "yes")]
-    pub use_approximate_inference: bool,
-    /// Whether gradients are those of the exact layer; if not, those of the pass that the settings run.
-    #[serde(default = "yes")]
-    pub use_straight_through_estimator: bool,
-}
-
-/// Hits a query when no limit is given.
-const DEFAULT_KEYS: f64 = 64.0;
-
-impl Default for SearchSettings {
-    fn default() -> Self {
-        SearchSettings {
-            ranking: Ranking::default(),
-            sides: Sides::default(),
-            expected_keys_per_query: None,
-            threshold: None,
-            max_relative_error: None,
-            max_ids_capacity: None,
-            use_approximate_inference: true,
-            use_straight_through_estimator: true,
+/// Defines [`KeyValueConfig`], and a struct of its own for the settings of each of its two parts.
+///
+/// The settings are listed once here, since serde cannot flatten a struct into one that refuses unknown keys. Each has the
+/// value that it takes where a rule does not give it.
+macro_rules! key_value_settings {
+    (
+        stored { $($(#[$stored_meta:meta])* $stored:ident: $stored_type:ty = $stored_default:expr,)* }
+        fitting { $($(#[$fitting_meta:meta])* $fitting:ident: $fitting_type:ty = $fitting_default:expr,)* }
+        search { $($(#[$search_meta:meta])* $search:ident: $search_type:ty = $search_default:expr,)* }
+    ) => {
+        /// Settings of a key–value layer as a rule gives them: what is stored, and how the layer runs.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct KeyValueConfig {
+            $($(#[$stored_meta])* pub $stored: $stored_type,)*
+            $($(#[$fitting_meta])* pub $fitting: $fitting_type,)*
+            $($(#[$search_meta])* pub $search: $search_type,)*
         }
+
+        impl Default for KeyValueConfig {
+            fn default() -> Self {
+                KeyValueConfig {
+                    $($stored: $stored_default,)*
+                    $($fitting: $fitting_default,)*
+                    $($search: $search_default,)*
+                }
+            }
+        }
+
+        /// Settings that the stored arrays depend on. All of them are stored.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        pub(super) struct StoredSettings {
+            $($(#[$stored_meta])* pub(super) $stored: $stored_type,)*
+        }
+
+        /// Settings of how a layer runs. Changing them leaves the stored arrays as they are.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(default)]
+        pub struct SearchSettings {
+            $($(#[$search_meta])* pub $search: $search_type,)*
+        }
+
+        impl Default for SearchSettings {
+            fn default() -> Self {
+                SearchSettings { $($search: $search_default,)* }
+            }
+        }
+
+        impl KeyValueConfig {
+            /// Returns the settings that the stored arrays depend on.
+            pub(super) fn stored(&self) -> StoredSettings {
+                StoredSettings { $($stored: self.$stored,)* }
+            }
+
+            /// Returns the settings of how the layer runs.
+            pub fn search(&self) -> SearchSettings {
+                SearchSettings { $($search: self.$search,)* }
+            }
+
+            /// Returns the settings that both parts make up, which fit the layer.
+            pub(super) fn of_parts(stored: &StoredSettings, search: &SearchSettings) -> Self {
+                KeyValueConfig {
+                    $($stored: stored.$stored,)*
+                    $($fitting: $fitting_default,)*
+                    $($search: search.$search,)*
+                }
+            }
+        }
+    };
+}
+
+key_value_settings! {
+    stored {
+        /// The factorisation that keys and values come from.
+        decomposition: Decomposition = Decomposition::WhitenedSvd,
+        /// Share of Σs² that is kept: components are dropped, smallest first, while the others hold it.
+        energy_keep: f64 = 1.0,
+        /// Least singular value of a component that is kept.
+        min_singular_value: f64 = 0.0,
+        /// Number that is added to the covariance's diagonal.
+        ridge_regularization: f64 = 1e-6,
+        /// Share of the mean of the covariance's diagonal that is added to the diagonal.
+        ridge_relative: f64 = 1e-2,
+        /// Whether a forward pass adds the bias; it is stored in any case.
+        use_bias: bool = true,
+        /// How keys are stored and found.
+        backend: Backend = Backend::default(),
+        /// How values are stored.
+        values: RowFormat = RowFormat::default(),
+    }
+    fitting {
+        /// What happens to settings of `backend` and `values` that do not fit the layer's shape.
+        on_misfit: OnMisfit = OnMisfit::Adapt,
+    }
+    search {
+        /// The value that keys are ranked by.
+        ranking: Ranking = Ranking::Contribution,
+        /// Whether keys with a negative value are hits, too.
+        sides: Sides = Sides::Both,
+        /// Number of keys that a query uses on average over the inputs; the threshold follows from it. Of this limit and the
+        /// next two, one may be given; where none is, it is this one, with 64.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        expected_keys_per_query: Option<f64> = None,
+        /// Least ranking value of a hit.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        threshold: Option<f32> = None,
+        /// Largest ‖ŷ − y‖ / ‖y‖ that a query's keys have to certify.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        max_relative_error: Option<f64> = None,
+        /// Largest number of hits of a query; the highest ranked are kept.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        max_ids_capacity: Option<usize> = None,
+        /// Whether a forward pass searches; if not, it uses every key.
+        use_approximate_inference: bool = true,
+        /// Whether gradients are those of the exact layer; if not, those of the pass that the settings run.
+        use_straight_through_estimator: bool = true,
     }
 }
 
+/// Expected keys of a query where no limit is given.
+const DEFAULT_KEYS: f64 = 64.0;
+
 impl SearchSettings {
-    /// The limit in force for a layer of `keys` keys: the one that was set, or 64 expected keys (all, where there are fewer).
+    /// Returns the limit for a layer of `keys` keys: the one that is set, or 64 expected keys (all, where there are fewer).
     pub fn limit(&self, keys: usize) -> Limit {
         match (self.expected_keys_per_query, self.threshold, self.max_relative_error) {
             (Some(k), ..) => Limit::Keys(k),
@@ -141,97 +176,8 @@ impl SearchSettings {
     }
 }
 
-impl Limit {
-    pub(super) fn validate(&self, sides: Sides) -> Result<()> {
-        match *self {
-            Limit::Keys(k) if !(k > 0.0 && k.is_finite()) => {
-                Err(Error::expected("expected_keys_per_query", k, "a positive number"))
-            }
-            Limit::Threshold(t) if !t.is_finite() || (t < 0.0 && sides == Sides::Both) => {
-                Err(Error::expected("threshold", t, "a finite number, not negative unless sides = \"positive\""))
-            }
-            Limit::MaxError(e) if !(e > 0.0 && e.is_finite()) => {
-                Err(Error::expected("max_relative_error", e, "a positive number"))
-            }
-            Limit::MaxError(_) if sides == Sides::Positive => Err(Error::expected(
-                "sides",
-                "\"positive\"",
-                "\"both\" with max_relative_error: a one-sided search cannot promise an error",
-            )),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Settings that a rule gives: what is stored, and how it runs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct KeyValueConfig {
-    #[serde(default)]
-    pub decomposition: Decomposition,
-    /// Components are kept until they hold this share of Σs².
-    #[serde(default = "one")]
-    pub energy_keep: f64,
-    /// Components with a smaller singular value are dropped.
-    #[serde(default)]
-    pub min_singular_value: f64,
-    /// Added to the covariance's diagonal as it is.
-    #[serde(default = "default_ridge")]
-    pub ridge_regularization: f64,
-    /// Added to the covariance's diagonal, times the diagonal's mean.
-    #[serde(default = "default_ridge_relative")]
-    pub ridge_relative: f64,
-    /// Whether a forward pass adds the bias; it is stored in any case.
-    #[serde(default = "yes")]
-    pub use_bias: bool,
-    #[serde(default)]
-    pub backend: Backend,
-    #[serde(default)]
-    pub values: RowFormat,
-    /// What happens to settings of `backend` and `values` that the layer's shape does not allow.
-    #[serde(default)]
-    pub on_misfit: OnMisfit,
-    // The fields of SearchSettings, spelled out: serde cannot flatten and refuse unknown names at once.
-    #[serde(default)]
-    pub ranking: Ranking,
-    #[serde(default)]
-    pub sides: Sides,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub expected_keys_per_query: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub threshold: Option<f32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_relative_error: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_ids_capacity: Option<usize>,
-    #[serde(default = "yes")]
-    pub use_approximate_inference: bool,
-    #[serde(default = "yes")]
-    pub use_straight_through_estimator: bool,
-}
-
-impl Default for KeyValueConfig {
-    fn default() -> Self {
-        serde_json::from_value(Value::Object(Map::new())).expect("every field has a default")
-    }
-}
-
 impl KeyValueConfig {
-    /// The part that decides how the layer runs.
-    pub fn search(&self) -> SearchSettings {
-        SearchSettings {
-            ranking: self.ranking,
-            sides: self.sides,
-            expected_keys_per_query: self.expected_keys_per_query,
-            threshold: self.threshold,
-            max_relative_error: self.max_relative_error,
-            max_ids_capacity: self.max_ids_capacity,
-            use_approximate_inference: self.use_approximate_inference,
-            use_straight_through_estimator: self.use_straight_through_estimator,
-        }
-    }
-
-    /// What is added to the covariance.
+    /// Returns what is added to the covariance's diagonal.
     pub fn ridge(&self) -> Ridge {
         Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
     }
@@ -261,6 +207,11 @@ impl KeyValueConfig {
         self.backend.check_limit(self.search().limit(usize::MAX))
     }
 
+    /// Checks the settings against a weight's shape.
+    ///
+    /// # Errors
+    /// When the shape is empty, more keys are expected than there are, or, with [`OnMisfit::Error`], `backend` or `values` do
+    /// not fit.
     pub fn check(&self, out_features: usize, in_features: usize) -> Result<()> {
         let keys = out_features.min(in_features);
         if keys == 0 {
@@ -275,31 +226,6 @@ impl KeyValueConfig {
         fitted_format(self.values, self.on_misfit, "values", keys, out_features)?;
         Ok(())
     }
-}
-
-pub(super) fn check_keys(expected: Option<f64>, keys: usize) -> Result<()> {
-    match expected {
-        Some(k) if k > keys as f64 => {
-            Err(Error::expected("expected_keys_per_query", k, format!("at most {keys}, the layer's keys")))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn one() -> f64 {
-    1.0
-}
-
-fn default_ridge() -> f64 {
-    1e-6
-}
-
-fn default_ridge_relative() -> f64 {
-    1e-2
 }
 
 #[cfg(test)]
@@ -336,6 +262,49 @@ mod tests {
                 .unwrap_err()
                 .to_string()
                 .contains("flat")
+        );
+    }
+
+    const DEFAULT: &str = concat!(
+        r#"{"decomposition":"whitened_svd","energy_keep":1.0,"min_singular_value":0.0,"ridge_regularization":1e-6,"#,
+        r#""ridge_relative":0.01,"use_bias":true,"backend":{"type":"flat","keys":"f32"},"values":"f32","#,
+        r#""on_misfit":"adapt","ranking":"contribution","sides":"both","use_approximate_inference":true,"#,
+        r#""use_straight_through_estimator":true}"#,
+    );
+
+    const FULL: &str = concat!(
+        r#"{"decomposition":"svd","energy_keep":0.9,"min_singular_value":0.25,"ridge_regularization":0.001,"#,
+        r#""ridge_relative":0.5,"use_bias":false,"#,
+        r#""backend":{"type":"pq","subvectors":2,"codewords":9,"seed":7,"store_float_keys":true},"#,
+        r#""values":{"type":"pq","subvectors":3,"codewords":5,"seed":2},"on_misfit":"error","ranking":"score","#,
+        r#""sides":"positive","expected_keys_per_query":3.5,"threshold":0.5,"max_relative_error":0.125,"#,
+        r#""max_ids_capacity":11,"use_approximate_inference":false,"use_straight_through_estimator":false}"#,
+    );
+
+    const FULL_SEARCH: &str = concat!(
+        r#"{"ranking":"score","sides":"positive","expected_keys_per_query":3.5,"threshold":0.5,"#,
+        r#""max_relative_error":0.125,"max_ids_capacity":11,"use_approximate_inference":false,"#,
+        r#""use_straight_through_estimator":false}"#,
+    );
+
+    /// Rules, recipes and stored configs hold this JSON.
+    #[test]
+    fn json_stays_as_it_is() {
+        let json = |config: &KeyValueConfig| serde_json::to_string(config).unwrap();
+        assert_eq!(json(&KeyValueConfig::default()), DEFAULT);
+        assert_eq!(serde_json::from_str::<KeyValueConfig>("{}").unwrap(), KeyValueConfig::default());
+        let full: KeyValueConfig = serde_json::from_str(FULL).unwrap();
+        assert_eq!(json(&full), FULL);
+        assert_eq!(serde_json::to_string(&full.search()).unwrap(), FULL_SEARCH);
+        assert_eq!(serde_json::from_str::<SearchSettings>(FULL_SEARCH).unwrap(), full.search());
+        // The catalogue's config has more keys than a search reads.
+        assert_eq!(serde_json::from_str::<SearchSettings>(FULL).unwrap(), full.search());
+        let parts = KeyValueConfig::of_parts(&full.stored(), &full.search());
+        assert_eq!(parts, KeyValueConfig { on_misfit: OnMisfit::Adapt, ..full });
+        let message = serde_json::from_str::<KeyValueConfig>(r#"{"energy":1}"#).unwrap_err().to_string();
+        assert!(
+            message.contains("unknown field `energy`, expected one of `decomposition`, `energy_keep`"),
+            "{message}"
         );
     }
 }

@@ -3,29 +3,29 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::answer::Answer;
-use super::config::Limit;
 use super::layer::KeyValueLayer;
+use super::limit::Limit;
 use super::search::{QueryHits, SelectLimit, rank_hits};
 use crate::error::{Error, Result};
 use crate::layer::traits::{Accuracy, Layer, Output, SearchReport};
 use crate::linalg::require_finite;
 
-/// From this batch on, kept contributions may go through one matrix product instead of a gather for each row.
+/// Batch size from which contributions may go through one matrix product instead of a gather for each row.
 pub(super) const PRODUCT_FROM: usize = 8;
 
-/// And where they are more than one key in so many: a gather touches only the hits, at a fraction of a product's speed.
+/// They do where hits are at least one key in this many: a gather reads only the hits, but at a fraction of a product's speed.
 const PRODUCT_SHARE: usize = 2;
 
-/// Below this many multiply-adds one thread is enough.
+/// Multiply-adds from which several threads share the work.
 const PARALLEL_FROM: usize = 1 << 17;
 
 impl KeyValueLayer {
-    /// What the settings let through.
+    /// Returns the limit of the layer's settings, with the expected number of keys as a threshold.
     pub(super) fn limit(&self) -> SelectLimit {
         self.core.resolve(self.settings.limit(self.rank()), &self.settings)
     }
 
-    /// The hits of each row of `x` `[batch, in_features]`, under `limit` or the layer's own settings.
+    /// Returns the hits of each row of `x` `[batch, in_features]`, under `limit` or the layer's own settings.
     ///
     /// # Errors
     /// When the width of `x` is another, a value is not finite, or the limit is out of range.
@@ -53,7 +53,7 @@ impl KeyValueLayer {
         Ok(answers.collect())
     }
 
-    /// `x · Wᵀ` for a checked `x`.
+    /// Returns `x · Wᵀ` for a checked `x`, and the bound on its error where there is one.
     pub(super) fn retrieved_product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Output {
         let core = &*self.core;
         let (batch, keys, outputs) = (x.nrows(), core.scales.len(), core.config.out_features);
@@ -80,7 +80,8 @@ impl KeyValueLayer {
         Output { y, relative_error_bound: worst(answers.iter().map(|answer| answer.bound)) }
     }
 
-    /// The answers to centred queries, their values added to `y` where there are not too [`many`].
+    /// Returns the answers to centred queries. Their values are added to `y`, unless the caller is to do it by a product because
+    /// there are [`many`].
     fn gathered(&self, centred: ArrayView2<f32>, y: &mut Array2<f32>) -> Vec<Answer> {
         let core = &*self.core;
         let answers = core.answers(centred, &self.settings, self.limit());
@@ -88,19 +89,20 @@ impl KeyValueLayer {
         if outputs == 0 || many(&answers, core.scales.len()) {
             return answers;
         }
-        let picks = |answer: &Answer| answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect::<Vec<_>>();
-        let picks: Vec<Vec<(u32, f32)>> = answers.iter().map(picks).collect();
-        let used: usize = picks.iter().map(Vec::len).sum();
+        let sparse_row =
+            |answer: &Answer| answer.hits.iter().map(|hit| (hit.key, hit.contribution)).collect::<Vec<_>>();
+        let sparse_rows: Vec<Vec<(u32, f32)>> = answers.iter().map(sparse_row).collect();
+        let used: usize = sparse_rows.iter().map(Vec::len).sum();
         if answers.len() > 1 && used * outputs >= PARALLEL_FROM {
-            core.values.accumulate_batch(&picks, y.view_mut());
+            core.values.accumulate_batch(&sparse_rows, y.view_mut());
         } else {
             let rows = y.as_slice_mut().expect("a fresh array is contiguous");
-            rows.chunks_mut(outputs).zip(&picks).for_each(|(y, picks)| core.values.accumulate(picks, y));
+            rows.chunks_mut(outputs).zip(&sparse_rows).for_each(|(y, row)| core.values.accumulate(row, y));
         }
         answers
     }
 
-    /// Keys and certified errors of `inputs`, on average; nothing where the layer uses every key.
+    /// Returns the mean number of keys and the mean certified error of `inputs`; nothing where the layer uses every key.
     pub(super) fn searched(&self, inputs: ArrayView2<f32>) -> Result<SearchReport> {
         if !self.settings.use_approximate_inference || inputs.nrows() == 0 {
             return Ok(SearchReport::default());
@@ -115,13 +117,13 @@ impl KeyValueLayer {
     }
 }
 
-/// Whether one product of matrices takes less time than gathering all hits.
+/// Whether one matrix product takes less time than gathering all hits.
 fn many(answers: &[Answer], keys: usize) -> bool {
     let used: usize = answers.iter().map(|answer| answer.hits.len()).sum();
     used * PRODUCT_SHARE >= answers.len() * keys && answers.len() >= PRODUCT_FROM
 }
 
-/// The largest bound, where there is one for every row.
+/// Returns the largest bound, where there is one for every row.
 fn worst(mut bounds: impl Iterator<Item = Option<f64>>) -> Option<f64> {
     bounds.try_fold(0f64, |worst, bound| Some(worst.max(bound?)))
 }

@@ -1,4 +1,4 @@
-//! A key–value layer in memory: its arrays, and what follows from them.
+//! A key–value layer in memory: its arrays, and values that follow from them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -6,25 +6,23 @@ use std::sync::{Arc, Mutex, OnceLock};
 use ndarray::{Array1, Array2, ArrayView1, Axis, CowArray, Ix2};
 use serde::{Deserialize, Serialize};
 
-use super::backend::Backend;
-use super::config::{
-    Decomposition, KeyValueConfig, Limit, OnMisfit, Ranking, SearchSettings, Sides, check_keys,
-};
+use super::config::{KeyValueConfig, SearchSettings, StoredSettings};
+use super::limit::{Limit, Ranking, Sides, check_keys};
 use super::search::SelectLimit;
 use super::threshold::{Curves, expecting};
 use crate::error::{Error, Result};
 use crate::index::{IndexInfo, KeyIndex, SearchIndex};
 use crate::linalg::dot_f64;
-use crate::quant::{RowFormat, RowMatrix};
+use crate::quant::RowMatrix;
 
-/// A key–value layer.
+/// A layer whose output is retrieved: the values of the keys that match an input. Cloning shares the arrays.
 #[derive(Debug, Clone)]
 pub struct KeyValueLayer {
     pub(super) core: Arc<Core>,
     pub(super) settings: SearchSettings,
 }
 
-/// What is stored, and what follows from it.
+/// The stored arrays, and values that follow from them.
 #[derive(Debug)]
 pub(super) struct Core {
     pub(super) config: StoredConfig,
@@ -40,40 +38,34 @@ pub(super) struct Core {
     pub(super) mean_output: Array1<f32>,
     pub(super) bias: Option<Array1<f32>>,
     pub(super) curves: Option<Curves>,
-    /// Thresholds for K that were worked out before: every handle of the layer asks for the same.
+    /// Thresholds by expected number of keys that were computed before: every clone of the layer asks for the same.
     pub(super) thresholds: Mutex<HashMap<(u64, Ranking, Sides), f32>>,
-    /// ⟨u_i, W μ⟩ `[keys]`, worked out for the first query.
+    /// ⟨u_i, W μ⟩ `[keys]`, computed for the first query.
     pub(super) values_on_mean: OnceLock<Vec<f32>>,
     pub(super) mean_output_norm: f64,
 }
 
-/// The settings that the arrays depend on.
+/// The config of the stored arrays: settings, and facts that were measured when they were made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct StoredConfig {
-    pub(super) decomposition: Decomposition,
-    pub(super) energy_keep: f64,
-    pub(super) min_singular_value: f64,
-    pub(super) ridge_regularization: f64,
-    pub(super) ridge_relative: f64,
-    pub(super) use_bias: bool,
-    pub(super) backend: Backend,
-    pub(super) values: RowFormat,
-    /// Settings that did not fit the layer, and what was taken.
+    #[serde(flatten)]
+    pub(super) settings: StoredSettings,
+    /// Settings that did not fit the layer, and what they became.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) adapted: Vec<String>,
-    /// Whether mean and covariance come from calibration inputs, or are 0 and I.
+    /// Whether mean and covariance come from calibration inputs; if not, they are 0 and I.
     pub(super) calibrated: bool,
     pub(super) in_features: usize,
     pub(super) out_features: usize,
-    /// Keys kept.
+    /// Number of keys.
     pub(super) rank: usize,
-    /// Spectral norm of the part of W that `energy_keep` and `min_singular_value` cut off.
+    /// Spectral norm of the part of W that `energy_keep` and `min_singular_value` drop.
     pub(super) truncation: f64,
-    /// Bound on the norm of what rounding the keys, in their units, adds to `diag(s) · keys`.
+    /// Bound on the spectral norm of the error of `diag(s) · keys`, in the keys' units, by rounding.
     pub(super) key_error: f64,
-    /// Bound on the norm of what rounding the values adds to them.
+    /// Bound on the spectral norm of the error of the values by rounding.
     pub(super) value_error: f64,
-    /// f32 rounding of one output, for an input of unit distance to the mean in the keys' units.
+    /// Bound on the error of one output by f32 arithmetic, for an input of unit distance to the mean in the keys' units.
     pub(super) rounding: f64,
 }
 
@@ -85,7 +77,7 @@ impl KeyValueLayer {
         Ok(KeyValueLayer { core, settings })
     }
 
-    /// The keys times their scales, `[keys, in_features]`.
+    /// Returns the keys times their scales, `[keys, in_features]`.
     pub(super) fn scaled_keys(&self) -> Array2<f32> {
         &self.keys() * &ArrayView1::from(&self.core.scales).insert_axis(Axis(1))
     }
@@ -95,21 +87,21 @@ impl KeyValueLayer {
         self.core.scales.len()
     }
 
-    /// How the layer runs.
+    /// The settings of how the layer runs.
     pub fn settings(&self) -> &SearchSettings {
         &self.settings
     }
 
-    /// What finds the keys, and the memory that it takes.
+    /// The index that finds keys, and the memory that it takes.
     pub fn index(&self) -> IndexInfo {
         self.core.index.as_search_index().info()
     }
 
-    /// Whether all keys together are the weight that the layer was made of, but for f32 rounding: nothing was cut off,
-    /// and keys and values are stored as f32.
+    /// Whether all keys together stand for the weight that the layer was made of, but for f32 rounding: nothing was dropped, and
+    /// keys and values are stored as f32.
     pub fn holds_its_weight(&self) -> bool {
         let config = &self.core.config;
-        config.backend.stores_float_keys() && config.truncation == 0.0 && config.value_error == 0.0
+        config.settings.backend.stores_float_keys() && config.truncation == 0.0 && config.value_error == 0.0
     }
 
     /// The folded keys κ as they are used, `[keys, in_features]`: borrowed where they are stored as f32.
@@ -131,7 +123,7 @@ impl KeyValueLayer {
         self.core.values.floats().map_or_else(|| self.core.values.to_f32().into(), Into::into)
     }
 
-    /// The same arrays, run with other settings.
+    /// Returns the layer run with other settings. The arrays are shared.
     ///
     /// # Errors
     /// When the settings are out of range or exclude each other.
@@ -139,30 +131,10 @@ impl KeyValueLayer {
         Self::with_settings(self.core.clone(), settings)
     }
 
-    /// The settings that the layer was built with and runs with: what a rule would say.
+    /// Returns the settings that the layer was built with and runs with, as a rule would give them.
     pub fn key_value_config(&self) -> KeyValueConfig {
-        let (stored, search) = (&self.core.config, &self.settings);
-        KeyValueConfig {
-            decomposition: stored.decomposition,
-            energy_keep: stored.energy_keep,
-            min_singular_value: stored.min_singular_value,
-            ridge_regularization: stored.ridge_regularization,
-            ridge_relative: stored.ridge_relative,
-            use_bias: stored.use_bias,
-            backend: stored.backend,
-            values: stored.values,
-            on_misfit: OnMisfit::Adapt,
-            ranking: search.ranking,
-            sides: search.sides,
-            expected_keys_per_query: search.expected_keys_per_query,
-            threshold: search.threshold,
-            max_relative_error: search.max_relative_error,
-            max_ids_capacity: search.max_ids_capacity,
-            use_approximate_inference: search.use_approximate_inference,
-            use_straight_through_estimator: search.use_straight_through_estimator,
-        }
+        KeyValueConfig::of_parts(&self.core.config.settings, &self.settings)
     }
-
 }
 
 impl Core {
@@ -216,7 +188,7 @@ impl Core {
         })
     }
 
-    /// ⟨u_i, W μ⟩.
+    /// Returns ⟨u_i, W μ⟩, `[keys]`.
     pub(super) fn values_on_mean(&self) -> &[f32] {
         self.values_on_mean.get_or_init(|| match self.values.floats() {
             Some(floats) => {
@@ -229,24 +201,73 @@ impl Core {
         })
     }
 
-    /// Whether a query can be limited like this.
+    /// Checks that a query can be limited by `limit`.
+    ///
+    /// # Errors
+    /// When the limit is out of its range, or the backend cannot keep it.
     pub(super) fn check(&self, limit: Limit, settings: &SearchSettings) -> Result<()> {
         limit.validate(settings.sides)?;
-        self.config.backend.check_limit(limit)?;
+        self.config.settings.backend.check_limit(limit)?;
         match limit {
             Limit::Keys(k) => check_keys(Some(k), self.config.in_features.min(self.config.out_features)),
             _ => Ok(()),
         }
     }
 
-    /// A checked limit, with K as a threshold: from the calibration inputs where the layer has them, else for normal
-    /// scores.
+    /// Returns a checked limit with its expected number of keys as a threshold: by calibration inputs where the layer has them,
+    /// else for standard normal scores.
     pub(super) fn resolve(&self, limit: Limit, settings: &SearchSettings) -> SelectLimit {
         SelectLimit::resolve(limit, |k| {
             let mut known = self.thresholds.lock().unwrap_or_else(|e| e.into_inner());
             let asked = (k.to_bits(), settings.ranking, settings.sides);
-            let work_out = || expecting(k, &self.scales, self.curves.as_ref(), settings.ranking, settings.sides);
-            *known.entry(asked).or_insert_with(work_out)
+            let compute = || expecting(k, &self.scales, self.curves.as_ref(), settings.ranking, settings.sides);
+            *known.entry(asked).or_insert_with(compute)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+    use crate::layer::{Layer, compress};
+
+    const SETTINGS: &str = r#"{
+        "decomposition": "svd", "energy_keep": 0.9, "min_singular_value": 0.25, "ridge_regularization": 0.001,
+        "ridge_relative": 0.5, "use_bias": false,
+        "backend": {"type": "pq", "subvectors": 2, "codewords": 9, "seed": 7, "store_float_keys": true},
+        "values": "f16", "ranking": "score", "expected_keys_per_query": 2.0, "max_ids_capacity": 11,
+        "use_approximate_inference": false, "use_straight_through_estimator": false}"#;
+
+    const STORED: &str = concat!(
+        r#"{"adapted":["backend codewords: 9 to 3"],"#,
+        r#""backend":{"codewords":3,"seed":7,"store_float_keys":true,"subvectors":2,"type":"pq"},"#,
+        r#""calibrated":false,"decomposition":"svd","energy_keep":0.9,"in_features":4,"key_error":0.0,"#,
+        r#""min_singular_value":0.25,"out_features":3,"rank":3,"ridge_regularization":0.001,"ridge_relative":0.5,"#,
+        r#""rounding":0.0,"truncation":0.0,"use_bias":false,"value_error":0.0,"values":"f16"}"#,
+    );
+
+    /// The stored config is part of an artifact's name.
+    #[test]
+    fn config_json_stays_as_it_is() {
+        let settings: KeyValueConfig = serde_json::from_str(SETTINGS).unwrap();
+        let weight = Array2::from_shape_fn((3, 4), |(i, j)| f32::from(u8::from(i == j)));
+        let layer = compress(&settings, weight.view(), None, None).unwrap();
+        let parts = layer.to_parts();
+        assert_eq!(serde_json::from_value::<StoredConfig>(parts.config.clone()).unwrap(), layer.core.config);
+        // What was measured differs in its last bits between processors.
+        let mut config = parts.config;
+        for measured in ["key_error", "rounding", "truncation", "value_error"] {
+            assert!(config[measured].is_number());
+            config[measured] = 0.0.into();
+        }
+        assert_eq!(config.to_string(), STORED);
+        let mut fitted = settings.clone();
+        fitted.backend = layer.core.config.settings.backend;
+        assert_eq!(layer.key_value_config(), fitted);
+        let all = layer.config();
+        assert_eq!(serde_json::from_value::<SearchSettings>(all.clone()).unwrap(), settings.search());
+        assert_eq!(all.as_object().unwrap().len(), 17 + 6);
     }
 }

@@ -1,4 +1,4 @@
-//! Key–value as a method, and its layers as layers.
+//! The method `key_value`, and its layers as [`Layer`]s.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde_json::{Map, Value, json};
@@ -81,14 +81,14 @@ impl Layer for KeyValueLayer {
     }
 
     fn bias(&self) -> Result<Option<Array1<f32>>> {
-        Ok(self.core.bias.clone().filter(|_| self.core.config.use_bias))
+        Ok(self.core.bias.clone().filter(|_| self.core.config.settings.use_bias))
     }
 
     fn stored_bias(&self) -> Result<Option<Array1<f32>>> {
         Ok(self.core.bias.clone())
     }
 
-    /// Σ s_i u_i κ_iᵀ.
+    /// Returns Σ s_i u_i κ_iᵀ.
     fn weight(&self) -> Result<Array2<f32>> {
         Ok(matmul(self.values().t(), self.scaled_keys().view()))
     }

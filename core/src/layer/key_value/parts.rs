@@ -18,13 +18,13 @@ use serde_json::json;
 
 use super::backend::Backend;
 use super::config::{KeyValueConfig, SearchSettings};
-use super::threshold::Curves;
 use super::layer::{Core, KeyValueLayer, StoredConfig};
+use super::threshold::Curves;
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex};
-use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::layer::check::check_lengths;
 use crate::layer::method::{Method, read_config};
+use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
 
 /// The role and the tensor that cells are kept under.
@@ -39,7 +39,7 @@ impl KeyValueLayer {
         let mut parts = Parts::new(KeyValueConfig::NAME, json!(core.config));
         let keys = core.index.rows().rows();
         let floats = core.float_keys.as_ref().map(|k| k.view()).or(keys.floats());
-        match floats.filter(|_| core.config.backend.stores_float_keys()) {
+        match floats.filter(|_| core.config.settings.backend.stores_float_keys()) {
             Some(floats) => parts.keys = Some(Keys { vectors: floats.to_owned(), scales: core.scales.clone() }),
             None => parts.tensors.push(Tensor::vector("scales", &core.scales)),
         }
@@ -100,7 +100,7 @@ impl KeyValueLayer {
         let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
         check_lengths(outputs, inputs)?;
         let exact = RowFormat::Plain(RowType::F32);
-        let backend = config.backend;
+        let (backend, value_format) = (config.settings.backend, config.settings.values);
         // What an index is made and searched with is taken from the config as it is.
         backend.validate()?;
         let (floats, scales) = match parts.keys.take() {
@@ -137,10 +137,10 @@ impl KeyValueLayer {
                 (index, floats)
             }
         };
-        let values = match (config.values == exact, parts.values.take()) {
+        let values = match (value_format == exact, parts.values.take()) {
             (true, Some(values)) => RowMatrix::new(values, RowType::F32)?,
             (true, None) => return Err(missing("values")),
-            (false, _) => rows(&mut parts, "values", "value_scales", config.values, (rank, outputs))?,
+            (false, _) => rows(&mut parts, "values", "value_scales", value_format, (rank, outputs))?,
         };
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
         let curves = parts.tensor("calibration_thresholds").map(|t| curves(t, rank)).transpose()?;

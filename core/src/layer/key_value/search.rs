@@ -1,88 +1,92 @@
-//! Which keys a query uses, and what leaving the others out costs.
+//! Selects the keys that a query uses, and bounds the error of leaving the others out.
 
 use serde::Serialize;
 
-use super::config::{Limit, Ranking, SearchSettings, Sides};
+use super::config::SearchSettings;
+use super::limit::{Limit, Ranking, Sides};
 
 /// A key that a query uses.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Hit {
+    /// The key's number.
     pub key: u32,
-    /// ⟨κ, x − μ⟩, of unit variance over the inputs.
+    /// ⟨κ, x − μ⟩, which has unit variance over the inputs.
     pub score: f32,
     /// s·score: how far the key's value vector, of unit length, moves the output.
     pub contribution: f32,
 }
 
-/// The answer to one query.
+/// The keys that one query uses.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct QueryHits {
-    /// The rank value that a key had to reach.
+    /// The ranking value that a key had to reach.
     pub threshold: f32,
     /// A bound on ‖ŷ − y‖ / ‖y‖ for this query, bias left out; absent where no finite bound can be given.
     pub certified_error: Option<f64>,
-    /// Highest ranked first.
+    /// The keys, highest ranked first.
     pub hits: Vec<Hit>,
 }
 
-/// What subtracting two sums of some thousand f64 squares may be off by, of the larger.
+/// Bound on the rounding of a difference of two sums of some thousand f64 squares, relative to the larger.
 const DIFFERENCE: f64 = 1e-13;
 
-/// What is known of an output without computing it: all of it follows from the scores.
+/// What the scores of a query say of its output without computing it: its length, and bounds on each source of error.
 pub struct Certificate {
     /// ‖y‖ over the stored components.
     pub norm: f64,
     /// Σ c_i² over all keys.
     pub contributed: f64,
-    /// Bound on the part that a truncated factorisation lost.
+    /// Bound on the length of what a truncated factorisation lost.
     pub truncated: f64,
-    /// Bound on what rounded keys put into the contributions.
+    /// Bound on the error that rounded keys cause.
     pub rounded: f64,
-    /// Bound on what rounded values put into their sum.
+    /// Bound on the error that rounded values cause.
     pub values: f64,
-    /// What f32 arithmetic may add.
+    /// Bound on the error of f32 arithmetic.
     pub rounding: f64,
 }
 
 impl Certificate {
-    /// The bound on the relative error when components of squared length `dropped` are left out.
+    /// Returns the bound on the relative error when components of squared length `dropped` are left out.
     pub fn bound(&self, dropped: f64) -> Option<f64> {
         let error = (dropped + self.truncated * self.truncated).sqrt() + self.fixed();
         let least = self.least();
         (least > 0.0).then(|| error / least)
     }
 
-    /// Σ c_i² over the keys that are not among these, with the rounding of the difference added.
+    /// Returns Σ c_i² over the keys that are not in `kept`, with a bound on the rounding of the difference added.
     pub fn dropped(&self, contributions: &[f32], kept: &[u32]) -> f64 {
         let kept: f64 = kept.iter().map(|&k| f64::from(contributions[k as usize]).powi(2)).sum();
         (self.contributed - kept).max(0.0) + self.contributed * DIFFERENCE
     }
 
-    /// The squared length that may be left out while the bound stays within `max_error`.
+    /// Returns the squared length that may be left out while the bound stays within `max_error`.
     fn budget(&self, max_error: f64) -> f64 {
         let error = max_error * self.least() - self.fixed();
         if error > self.truncated { error * error - self.truncated * self.truncated } else { 0.0 }
     }
 
-    /// What every answer may be off by, whatever is left out.
+    /// Bound on the errors that do not depend on which keys are left out.
     fn fixed(&self) -> f64 {
         self.rounded + self.values + self.rounding
     }
 
-    /// The least that ‖y‖ can be.
+    /// Lower bound on ‖y‖.
     fn least(&self) -> f64 {
         self.norm - self.truncated - self.rounded - self.rounding
     }
 }
 
-/// One query's scores and contributions, over all keys.
+/// One query's scores and contributions of keys, `[keys]` each.
 pub struct Scored<'a> {
+    /// ⟨κ, x − μ⟩.
     pub scores: &'a [f32],
+    /// s · score.
     pub contributions: &'a [f32],
 }
 
 impl Scored<'_> {
-    /// What keys are ranked by, before the sign is dropped.
+    /// The values that keys are ranked by, with their signs.
     fn ranked(&self, ranking: Ranking) -> &[f32] {
         match ranking {
             Ranking::Contribution => self.contributions,
@@ -90,7 +94,7 @@ impl Scored<'_> {
         }
     }
 
-    /// The keys that the query uses, in no order, and the threshold in force.
+    /// Returns the indices of the keys that the query uses, in no order, and the ranking value that they had to reach.
     pub fn select(
         &self,
         settings: &SearchSettings,
@@ -120,7 +124,7 @@ impl Scored<'_> {
                         dropped > budget
                     })
                     .unwrap_or(order.len());
-                // Where nothing has to be used, just above the highest.
+                // Where no key has to be used, the threshold is just above the highest.
                 let none = || order.last().map_or(0.0, |&k| rank(k).next_up());
                 let threshold = order.get(first).map_or_else(none, |&k| rank(k));
                 (order.split_off(first), threshold)
@@ -136,7 +140,7 @@ impl Scored<'_> {
         (chosen, threshold)
     }
 
-    /// The hits of these keys.
+    /// Returns the hits of keys by their indices.
     pub fn hits(&self, keys: &[u32]) -> Vec<Hit> {
         let hit =
             |&key: &u32| Hit { key, score: self.scores[key as usize], contribution: self.contributions[key as usize] };
@@ -153,7 +157,7 @@ pub fn rank_hits(hits: &mut [Hit], settings: &SearchSettings) {
     hits.sort_by(|a, b| rank(b).total_cmp(&rank(a)).then(a.key.cmp(&b.key)));
 }
 
-/// What a key is ranked by.
+/// Returns the value that a key is ranked by.
 pub fn rank_value(score: f32, scale: f32, ranking: Ranking, sides: Sides) -> f32 {
     signed(if ranking == Ranking::Contribution { score * scale } else { score }, sides)
 }
@@ -165,28 +169,30 @@ fn signed(value: f32, sides: Sides) -> f32 {
     }
 }
 
-/// The places of values that reach `t`. Each place is written, and counted where it counts: there is no branch to
-/// mispredict.
+/// Returns the indices of values that reach `t`. Each index is written, and overwritten by the next unless its value reaches
+/// `t`: there is no branch to mispredict.
 fn at_least(values: &[f32], t: f32, rank: impl Fn(f32) -> f32) -> Vec<u32> {
-    let mut places = vec![0u32; values.len()];
+    let mut indices = vec![0u32; values.len()];
     let mut found = 0;
-    for (place, &value) in values.iter().enumerate() {
-        places[found] = place as u32;
+    for (index, &value) in values.iter().enumerate() {
+        indices[found] = index as u32;
         found += usize::from(rank(value) >= t);
     }
-    places.truncate(found);
-    places
+    indices.truncate(found);
+    indices
 }
 
-/// A [`Limit`] with K already turned into a threshold.
+/// A [`Limit`] whose expected number of keys has become a threshold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum SelectLimit {
+    /// See [`Limit::Threshold`].
     Threshold(f32),
+    /// See [`Limit::MaxError`].
     MaxError(f64),
 }
 
 impl SelectLimit {
-    /// Resolves `limit`, asking `threshold_for` what K comes to.
+    /// Returns `limit` with `threshold_for` of its expected number of keys.
     pub fn resolve(limit: Limit, threshold_for: impl FnOnce(f64) -> f32) -> Self {
         match limit {
             Limit::Keys(k) => SelectLimit::Threshold(threshold_for(k)),

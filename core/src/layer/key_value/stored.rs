@@ -1,18 +1,19 @@
-//! What a search of keys that were not loaded needs beside them.
+//! A search of keys that stay in the store: all that it needs but the keys.
 
 use ndarray::{Array1, Array2, ArrayView2};
 use serde_json::Value;
 
-use super::config::{KeyValueConfig, Limit, Ranking, SearchSettings, Sides};
+use super::config::{KeyValueConfig, SearchSettings};
+use super::limit::{Limit, Ranking, Sides};
 use super::parts::curves;
 use super::search::{Hit, QueryHits, rank_hits, rank_value};
 use super::threshold::{Curves, expecting};
 use crate::error::{Error, Result};
-use crate::layer::parts::Tensor;
 use crate::layer::method::{Method, read_config};
+use crate::layer::parts::Tensor;
 use crate::linalg::require_finite;
 
-/// A layer less its keys and values.
+/// A key–value layer less its keys and values, for searches that read keys and their scores from the store.
 #[derive(Debug)]
 pub struct StoredSearch {
     settings: SearchSettings,
@@ -21,17 +22,22 @@ pub struct StoredSearch {
     threshold: f32,
 }
 
-/// The scores that one pass over the keys is to find.
+/// The range of scores that a search has to find.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScoreRange {
     /// The least score, of the query or of its negative.
     pub least: f32,
+    /// Whether scores of the query's negative count, too.
     pub two_sided: bool,
 }
 
 impl StoredSearch {
-    /// From the catalogue's config, the scales of all keys, and the tensors `mean` and, where the layer was calibrated,
-    /// `calibration_thresholds`.
+    /// Returns the search of a layer with the catalogue's config, the scales of all keys, and the tensors `mean` and, where the
+    /// layer was calibrated, `calibration_thresholds`.
+    ///
+    /// # Errors
+    /// When the config cannot be read, a tensor is missing or of another shape, or the limit is out of its range or one of
+    /// errors.
     pub fn new(config: &Value, scales: Vec<f32>, tensors: &[Tensor], limit: Option<Limit>) -> Result<Self> {
         let settings: SearchSettings = read_config(KeyValueConfig::NAME, config)?;
         let tensor = |name: &str| tensors.iter().find(|t| t.name == name);
@@ -53,7 +59,10 @@ impl StoredSearch {
         Ok(StoredSearch { settings, scales, mean: mean.to_vector()?, threshold })
     }
 
-    /// `x − μ`.
+    /// Returns `x − μ` for `x` `[batch, in_features]`.
+    ///
+    /// # Errors
+    /// When the width of `x` is another, or a value is not finite.
     pub fn centred(&self, x: ArrayView2<f32>) -> Result<Array2<f32>> {
         if x.ncols() != self.mean.len() {
             return Err(Error::expected(
@@ -66,7 +75,7 @@ impl StoredSearch {
         Ok(&x - &self.mean)
     }
 
-    /// Scores that a hit may have: any hit has one of at least `least`. `None` where any key may be a hit.
+    /// Returns the range that the score of every hit is in; `None` where any key may be a hit.
     pub fn range(&self) -> Option<ScoreRange> {
         let largest = self.scales.iter().fold(0f32, |most, &scale| most.max(scale));
         let least = match self.settings.ranking {
@@ -77,7 +86,10 @@ impl StoredSearch {
         (self.threshold > 0.0 && least.is_finite()).then_some(ScoreRange { least, two_sided })
     }
 
-    /// The answer to a query, of keys and their scores.
+    /// Returns the hits among keys with their scores.
+    ///
+    /// # Errors
+    /// When the layer has no such key.
     pub fn answer(&self, scored: impl Iterator<Item = (u32, f32)>) -> Result<QueryHits> {
         let mut hits = vec![];
         for (key, score) in scored {

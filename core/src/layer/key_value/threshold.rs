@@ -1,17 +1,18 @@
-//! The threshold at which K keys are expected.
+//! The threshold that an expected number of keys reach.
 
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
-use super::config::{Ranking, Sides};
+use super::limit::{Ranking, Sides};
 use super::search::rank_value;
 use crate::error::{Error, Result};
 use crate::linalg::{normal_pdf, normal_quantile, normal_survival};
 
-/// Tokens that a calibration curve is taken over, evenly spaced: quantiles settle long before all of them are used.
+/// Largest number of tokens that a calibration curve is measured on, evenly spaced: its quantiles settle long before all tokens
+/// are used.
 const CURVE_TOKENS: usize = 1024;
 
-/// AXL's ways to a score threshold.
+/// AXL's methods of choosing a score threshold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ThresholdMethod {
@@ -24,10 +25,10 @@ pub enum ThresholdMethod {
     Adaptive,
 }
 
-/// A score threshold as AXL's `compute_search_threshold` gives it; the probability is kept 1e-12 away from 0 and 1.
+/// Returns a score threshold as AXL's `compute_search_threshold` does; the probability is kept 1e-12 away from 0 and 1.
 ///
-/// For comparison with AXL. A layer's own settings use [`ThresholdMethod::Quantile`]'s two-sided form, the form for
-/// contributions, or what its calibration inputs measured.
+/// It is for comparison with AXL. A layer uses the two-sided form of [`ThresholdMethod::Quantile`], the form for contributions,
+/// or the quantiles of its calibration inputs.
 ///
 /// # Errors
 /// When there are no keys, or the number expected is negative, not a number, or above the total.
@@ -47,8 +48,8 @@ pub fn search_threshold(method: ThresholdMethod, expected: f64, total: usize) ->
     })
 }
 
-/// The threshold for `expected` hits, at most all of them: from the calibration inputs where there are any, else for
-/// normal scores.
+/// Returns the threshold that `expected` keys reach on average, at most all of them: over the calibration inputs where there are
+/// any, else for standard normal scores.
 pub fn expecting(expected: f64, scales: &[f32], curves: Option<&Curves>, ranking: Ranking, sides: Sides) -> f32 {
     let keys = scales.len() as f64;
     if expected >= keys && sides == Sides::Both {
@@ -60,7 +61,7 @@ pub fn expecting(expected: f64, scales: &[f32], curves: Option<&Curves>, ranking
     }
 }
 
-/// The threshold for `expected` hits when every score is standard normal.
+/// Returns the threshold that `expected` keys reach when every score is standard normal.
 ///
 /// By score: Φ⁻¹(1 − K/2r), one-sided Φ⁻¹(1 − K/r). By contribution: the root of Σ 2(1 − Φ(t/s_i)) = K, one-sided
 /// Σ (1 − Φ(t/s_i)) = K.
@@ -84,8 +85,8 @@ fn gaussian(scales: &[f32], expected: f64, ranking: Ranking, sides: Sides) -> f3
     }
 }
 
-/// Where a falling function, given with its slope, crosses zero between `low` and `high`: Newton's steps, and halving
-/// where they leave the bracket or shrink it too slowly.
+/// Returns where a falling function, given with its derivative, is zero between `low` and `high`: by Newton's method, and by
+/// bisection where a step leaves the bracket or is too short.
 fn falling_root(mut low: f64, mut high: f64, value_and_slope: impl Fn(f64) -> (f64, f64)) -> f64 {
     let mut at = 0.5 * (low + high);
     let mut last = high - low;
@@ -109,8 +110,7 @@ fn falling_root(mut low: f64, mut high: f64, value_and_slope: impl Fn(f64) -> (f
     at
 }
 
-/// A layer's own answer: `curve[k − 1]` is the threshold that lets `k` keys through on average over the calibration
-/// inputs.
+/// Thresholds that were measured on calibration inputs: entry `k − 1` of a row is the one that `k` keys reach on average.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Curves {
     /// `[4, keys]`: contribution both, contribution positive, score both, score positive.
@@ -118,7 +118,7 @@ pub struct Curves {
 }
 
 impl Curves {
-    /// From the scores of calibration inputs, `[tokens, keys]`.
+    /// Measures the thresholds on the scores of calibration inputs, `[tokens, keys]`.
     pub fn measure(scores: ArrayView2<f32>, scales: &[f32]) -> Self {
         let keys = scales.len();
         let step = scores.nrows().div_ceil(CURVE_TOKENS).max(1);
@@ -138,7 +138,7 @@ impl Curves {
         Curves { thresholds }
     }
 
-    /// The threshold for `expected` hits, between two whole numbers by interpolation.
+    /// Returns the threshold that `expected` keys reach, by linear interpolation between whole numbers of keys.
     pub fn threshold(&self, expected: f64, ranking: Ranking, sides: Sides) -> f32 {
         let kind = KINDS.iter().position(|k| *k == (ranking, sides)).expect("KINDS lists every pair");
         let row = self.thresholds.row(kind);

@@ -10,7 +10,7 @@ use crate::layer::check::check_inputs;
 use crate::layer::traits::Layer;
 use crate::linalg::{matmul, matmul_f64, matmul_nt, spectral_norm_bound};
 
-/// How a layer was brought up to date with its weight.
+/// How [`KeyValueLayer::refit`] brought a layer up to date with its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refit {
     /// The values stayed as they were, and the keys were computed anew: one matrix product.
@@ -24,7 +24,7 @@ pub enum Refit {
 const LOST: f64 = 1e-3;
 
 impl KeyValueLayer {
-    /// Gradients with respect to the input and the weight, for checked `x` and `grad_output`.
+    /// Returns the gradients with respect to the input and the weight, for checked `x` and `grad_output`.
     pub(super) fn input_and_weight_gradients(
         &self,
         x: ArrayView2<f32>,
@@ -56,9 +56,9 @@ impl KeyValueLayer {
         (matmul(on_values.view(), self.keys().view()), weight)
     }
 
-    /// This layer for another weight `[out_features, in_features]` and bias, as after a step of training. `calibration`
-    /// is of inputs as they were for this one; without, mean 0 and covariance I are
-    /// assumed, and thresholds for K are those of normal scores.
+    /// Returns the layer for another weight `[out_features, in_features]` and bias, as after a step of training. `calibration`
+    /// is of inputs as they were for this one; without, mean 0 and covariance I are assumed, and thresholds are those of standard
+    /// normal scores.
     ///
     /// The values stay as they are while they span the new weight to a thousandth of its norm, as the inputs see it:
     /// uᵢᵀW are the new keys then. Otherwise, and where values are not f32, the weight is factored anew.

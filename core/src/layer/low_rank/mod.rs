@@ -14,17 +14,15 @@ pub(super) use config::with_activations;
 pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod};
 pub use correction::{Correction, Transform};
 
-use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::check::check_lengths;
 use super::method::{Method, read_config};
 use super::name::MethodName;
-use super::traits::{
-    Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows,
-};
+use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
+use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::{Ridge, matmul, matmul_nt, relative_error};
-use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
+use crate::quant::{ActivationFormat, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
@@ -33,7 +31,7 @@ const BLOCK_ROWS: usize = 64;
 #[derive(Debug, Clone)]
 pub struct LowRankLayer {
     inner: Arc<Inner>,
-    activations: Activations,
+    activations: ActivationFormat,
 }
 
 #[derive(Debug)]
@@ -45,8 +43,8 @@ struct Inner {
     /// `[rank, in]`.
     b: RowMatrix,
     singular_values: Vec<f32>,
-    /// The mean error made up for, `[1, out]`.
-    shift: Option<RowMatrix>,
+    /// The output bias correction `(W − Ŵ − A B) E[x]`, `[1, out]`.
+    bias_correction: Option<RowMatrix>,
     bias: Option<Array1<f32>>,
 }
 
@@ -108,7 +106,7 @@ fn is_f32(factors: &RowType) -> bool {
 #[derive(Deserialize)]
 struct Running {
     #[serde(default)]
-    activations: Activations,
+    activations: ActivationFormat,
 }
 
 impl LowRankLayer {
@@ -133,14 +131,15 @@ impl LowRankLayer {
             }
             _ => {
                 let importance = inputs.as_ref().map(Inputs::squares);
-                let importance: Option<Vec<f32>> = importance.map(|squares| squares.iter().map(|&v| v as f32).collect());
+                let importance: Option<Vec<f32>> =
+                    importance.map(|squares| squares.iter().map(|&v| v as f32).collect());
                 let quantize = if config.dual_scaling { PackedMatrix::quantize_dual } else { PackedMatrix::quantize };
                 quantize(weight, config.weight, config.clipping, importance.as_deref())?
             }
         };
         let transform = inputs.as_ref().map_or(Ok(Transform::Identity), |inputs| inputs.transform(config))?;
         let error = &weight - &packed.dequantize();
-        let (shifted, activations) = (config.bias_correction, config.activations);
+        let (corrects_bias, activations) = (config.bias_correction, config.activations);
         let correction = Correction::of(error.view(), weight, config, &transform)?;
         let mut made = match json!(config) {
             Value::Object(map) => map,
@@ -158,56 +157,57 @@ impl LowRankLayer {
             made,
         };
         let (a, b) = (RowMatrix::new(correction.a, config.factors)?, RowMatrix::new(correction.b, config.factors)?);
-        let shift = match calibration {
-            Some(calibration) if shifted => {
+        let bias_correction = match calibration {
+            Some(calibration) if corrects_bias => {
                 let kept = packed.dequantize() + matmul(a.to_f32().t(), b.to_f32().view());
                 let mean = calibration.mean().mapv(|v| v as f32).insert_axis(Axis(1));
-                let shift = matmul((&weight - &kept).view(), mean.view());
-                Some(RowMatrix::new(shift.reversed_axes(), RowType::F16)?)
+                let mean_error = matmul((&weight - &kept).view(), mean.view());
+                Some(RowMatrix::new(mean_error.reversed_axes(), RowType::F16)?)
             }
             _ => None,
         };
         let (singular_values, bias) = (correction.singular_values, bias.map(|b| b.to_owned()));
-        Self::new(Inner { config, weight: packed, a, b, singular_values, shift, bias })?.with_activations(activations)
+        Self::new(Inner { config, weight: packed, a, b, singular_values, bias_correction, bias })?
+            .with_activations(activations)
     }
 
     /// Packed weights as they are, without a correction.
     pub(in crate::layer) fn of_weight(weight: PackedMatrix, bias: Option<Array1<f32>>) -> Result<Self> {
-        let (out_features, in_features) = (weight.rows, weight.columns);
+        let (out_features, in_features) = (weight.nrows(), weight.ncols());
         let factors = RowType::F16;
         let config =
-            StoredConfig { weight: weight.format, rank: 0, factors, in_features, out_features, made: Map::new() };
+            StoredConfig { weight: weight.format(), rank: 0, factors, in_features, out_features, made: Map::new() };
         let none = |length: usize| RowMatrix::new(Array2::zeros((0, length)), factors);
         let (a, b) = (none(out_features)?, none(in_features)?);
         if let Some(bias) = &bias {
             crate::linalg::require_finite("the bias", bias.iter())?;
         }
-        Self::new(Inner { config, weight, a, b, singular_values: vec![], shift: None, bias })
+        Self::new(Inner { config, weight, a, b, singular_values: vec![], bias_correction: None, bias })
     }
 
     fn new(inner: Inner) -> Result<Self> {
-        let Inner { config, weight, a, b, singular_values, shift, bias } = &inner;
+        let Inner { config, weight, a, b, singular_values, bias_correction, bias } = &inner;
         let (rank, outputs, inputs) = (config.rank, config.out_features, config.in_features);
         let found = [
-            weight.rows,
-            weight.columns,
+            weight.nrows(),
+            weight.ncols(),
             a.rows(),
             a.columns(),
             b.rows(),
             b.columns(),
             singular_values.len(),
-            shift.as_ref().map_or(outputs, |s| s.columns()),
+            bias_correction.as_ref().map_or(outputs, |c| c.columns()),
             bias.as_ref().map_or(outputs, |b| b.len()),
         ];
         let expected = [outputs, inputs, rank, outputs, rank, inputs, rank, outputs, outputs];
         if found != expected {
             return Err(Error::expected(
-                "lengths of weight, factors, shift and bias",
+                "lengths of weight, factors, bias correction and bias",
                 format!("{found:?}"),
                 format!("{expected:?}"),
             ));
         }
-        Ok(LowRankLayer { inner: Arc::new(inner), activations: Activations::default() })
+        Ok(LowRankLayer { inner: Arc::new(inner), activations: ActivationFormat::default() })
     }
 
     /// The quantised weight, without its correction.
@@ -226,7 +226,7 @@ impl LowRankLayer {
     }
 
     /// What inputs are rounded to before they meet the packed weights.
-    pub fn activations(&self) -> Activations {
+    pub fn activations(&self) -> ActivationFormat {
         self.activations
     }
 
@@ -234,24 +234,24 @@ impl LowRankLayer {
     ///
     /// # Errors
     /// When the weights stay floats, and inputs are to be int8.
-    pub fn with_activations(&self, activations: Activations) -> Result<Self> {
+    pub fn with_activations(&self, activations: ActivationFormat) -> Result<Self> {
         config::check_activations(activations, &self.inner.config.weight)?;
         Ok(LowRankLayer { inner: self.inner.clone(), activations })
     }
 
     /// `x · (Ŵ + A B)ᵀ` and the output bias correction, for a checked `x`, straight from the codes.
     pub(in crate::layer) fn packed_product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
-        let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
+        let activations = if accuracy == Accuracy::Full { ActivationFormat::F32 } else { self.activations };
         let (mut y, correction) = self.inner.weight.products_beside(x, activations, || self.correction(x));
         y += &correction;
         y
     }
 
-    /// `x · (A B)ᵀ` and the shift.
+    /// Returns `x · (A B)ᵀ` and the output bias correction.
     fn correction(&self, x: ArrayView2<f32>) -> Array2<f32> {
         let inner = &*self.inner;
-        let mut y = match &inner.shift {
-            Some(shift) => shift.to_f32().broadcast((x.nrows(), self.out_features())).expect("one row").to_owned(),
+        let mut y = match &inner.bias_correction {
+            Some(row) => row.to_f32().broadcast((x.nrows(), self.out_features())).expect("one row").to_owned(),
             None => Array2::zeros((x.nrows(), self.out_features())),
         };
         if inner.config.rank > 0 {
@@ -272,10 +272,10 @@ impl LowRankLayer {
     /// `grad_output · Ŵ`, a block of rows dequantised at a time.
     fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
         let weight = &self.inner.weight;
-        let mut input = Array2::zeros((grad_output.nrows(), weight.columns));
-        let mut block = Array2::zeros((BLOCK_ROWS, weight.columns));
-        for start in (0..weight.rows).step_by(BLOCK_ROWS) {
-            let end = (start + BLOCK_ROWS).min(weight.rows);
+        let mut input = Array2::zeros((grad_output.nrows(), weight.ncols()));
+        let mut block = Array2::zeros((BLOCK_ROWS, weight.ncols()));
+        for start in (0..weight.nrows()).step_by(BLOCK_ROWS) {
+            let end = (start + BLOCK_ROWS).min(weight.nrows());
             for row in start..end {
                 let mut target = block.row_mut(row - start);
                 weight.dequantize_row(row, target.as_slice_mut().expect("rows of an owned array are contiguous"));
@@ -338,9 +338,12 @@ impl LowRankLayer {
             RowMatrix::from_bytes(config.factors, (config.rank, length), bytes, &scales)
         };
         let (a, b) = (factor(Side::A, outputs)?, factor(Side::B, inputs)?);
-        let shift = parts.tensor("shift").map(|t| RowMatrix::from_bytes(RowType::F16, (1, outputs), &t.data, &[]));
+        let bias_correction = parts
+            .tensor("shift")
+            .map(|t| RowMatrix::from_bytes(RowType::F16, (1, outputs), &t.data, &[]))
+            .transpose()?;
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
-        Self::new(Inner { config, weight, a, b, singular_values, shift: shift.transpose()?, bias })
+        Self::new(Inner { config, weight, a, b, singular_values, bias_correction, bias })
     }
 }
 
@@ -458,10 +461,10 @@ impl Layer for LowRankLayer {
         let inner = &*self.inner;
         let mut parts = Parts::new(LowRankConfig::NAME, json!(inner.config));
         parts.weights = Some(WeightRows {
-            rows: inner.weight.rows,
+            rows: inner.weight.nrows(),
             packed: inner.weight.stored_codes(),
             scales: inner.weight.scale_bytes().into(),
-            zeros: inner.weight.zeros.clone().into(),
+            zeros: inner.weight.zeros().to_vec().into(),
         });
         for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
             if inner.config.rank == 0 {
@@ -484,13 +487,13 @@ impl Layer for LowRankLayer {
         if !parts.codes.is_empty() {
             parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
         }
-        if !inner.weight.column_scales.is_empty() {
-            let halves = inner.weight.column_scales.iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
+        if !inner.weight.column_scales().is_empty() {
+            let halves = inner.weight.column_scales().iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
             let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![self.in_features()]);
             parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
         }
-        if let Some(shift) = &inner.shift {
-            let data = shift.bytes().into_raw_vec_and_offset().0.into();
+        if let Some(correction) = &inner.bias_correction {
+            let data = correction.bytes().into_raw_vec_and_offset().0.into();
             let shape = vec![self.out_features()];
             parts.tensors.push(Tensor { name: "shift".into(), dtype: "F16".into(), shape, data });
         }
@@ -502,8 +505,9 @@ impl Layer for LowRankLayer {
 
     fn memory_bytes(&self) -> usize {
         let inner = &*self.inner;
-        let shift = inner.shift.as_ref().map_or(0, RowMatrix::memory_bytes);
-        let factors = inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len() + shift;
+        let bias_correction = inner.bias_correction.as_ref().map_or(0, RowMatrix::memory_bytes);
+        let factors =
+            inner.a.memory_bytes() + inner.b.memory_bytes() + 4 * inner.singular_values.len() + bias_correction;
         inner.weight.memory_bytes() + factors + 4 * inner.bias.as_ref().map_or(0, Array1::len)
     }
 }
@@ -566,7 +570,7 @@ mod tests {
                 let off = mean(&(x.dot(&w.t()) + 1.0)) - mean(&reference);
                 reference += &off;
             }
-            // The shift is kept in f16.
+            // The bias correction is kept in f16.
             let allowed = if config.bias_correction { 1e-3 } else { 1e-5 };
             prop_assert!(relative_error(y.view(), reference.view()) < allowed);
             let parts = layer.to_parts();
@@ -634,9 +638,10 @@ mod tests {
     #[test]
     fn activations_are_a_matter_of_running() {
         let (w, x) = (sample(24, 64, 1), sample(5, 64, 2));
-        let config = LowRankConfig { activations: Activations::Int8, rank: Rank::Components(3), ..Default::default() };
+        let config =
+            LowRankConfig { activations: ActivationFormat::Int8, rank: Rank::Components(3), ..Default::default() };
         let (rounded, plain) =
-            (built(&config, &w, &x), built(&LowRankConfig { activations: Activations::F32, ..config }, &w, &x));
+            (built(&config, &w, &x), built(&LowRankConfig { activations: ActivationFormat::F32, ..config }, &w, &x));
         assert_eq!(rounded.to_parts(), plain.to_parts());
         assert_eq!(rounded.config()["activations"], "int8");
         let back = configured(&layer_from_parts(plain.to_parts()).unwrap(), &rounded.config()).unwrap();
@@ -647,7 +652,7 @@ mod tests {
         assert!(off > 0.0 && off < 0.01, "{off}");
         let floats = LowRankConfig {
             weight: WeightFormat { weight_type: WeightType::Bf16, ..Default::default() },
-            activations: Activations::Int8,
+            activations: ActivationFormat::Int8,
             ..Default::default()
         };
         assert!(MethodConfig::from(floats).validate().unwrap_err().to_string().contains("stay floats"));

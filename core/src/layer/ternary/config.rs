@@ -6,9 +6,9 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::layer::activation::Activation;
 use crate::layer::low_rank::{LowRankConfig, Rank};
-use crate::quant::{Activations, Clipping, Group, ScaleType, WeightFormat, WeightType};
+use crate::quant::{ActivationFormat, Clipping, Group, ScaleType, WeightFormat, WeightType};
 
-/// A ternary layer's settings.
+/// Settings of a ternary layer.
 ///
 /// In a rule: `group` (`"tensor"`, `"channel"` or a number), `scales` and every setting of `low_rank` but `weight`, with
 /// other defaults (one scale for the tensor, by its mean size; no correction; inputs rounded as BitNet b1.58 rounds them),
@@ -18,7 +18,7 @@ use crate::quant::{Activations, Clipping, Group, ScaleType, WeightFormat, Weight
 pub struct TernaryConfig {
     /// Whether inputs are normalised first: each row by the root of its mean square, without a gain.
     pub norm: bool,
-    /// What the output becomes.
+    /// The activation that outputs pass through.
     pub activation: Activation,
     /// Weights, correction, and the rounding of inputs.
     pub weights: LowRankConfig,
@@ -38,7 +38,7 @@ impl Default for TernaryConfig {
                 },
                 clipping: Clipping::Absmean,
                 rank: Rank::Components(0),
-                activations: Activations::Int8Absmax,
+                activations: ActivationFormat::Int8Absmax,
                 ..LowRankConfig::default()
             },
         }

@@ -1,5 +1,5 @@
 //! Ternary weights: `y = f(Ŵ q(norm(x)) + A (B norm(x)) + b)` with Ŵ = γ · {−1, 0, 1} and q the rounding to int8
-//! (BitNet b1.58, Keras-MML's `DenseMML`).
+//! (BitNet b1.58, Keras-MatMulLess's `DenseMML`).
 
 mod config;
 
@@ -11,40 +11,40 @@ pub use config::TernaryConfig;
 
 use super::activation::Activation;
 use super::low_rank::LowRankLayer;
-use super::parts::{Parts, Tensor, f32_bytes};
-use super::rms_norm::RmsNorm;
 use super::method::{Method, read_config};
 use super::name::MethodName;
+use super::parts::{Parts, Tensor, f32_bytes};
+use super::rms_norm::RmsNorm;
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::matmul;
-use crate::quant::{Activations, PackedMatrix};
+use crate::quant::{ActivationFormat, PackedMatrix};
 
-/// A ternary layer. Cloning shares the arrays.
+/// A layer of ternary weights, with a norm before the product and an activation after it. Cloning shares the arrays.
 #[derive(Debug, Clone)]
 pub struct TernaryLayer {
-    /// Weights, correction and bias.
-    core: LowRankLayer,
+    /// Weights, low-rank correction and bias.
+    low_rank: LowRankLayer,
     norm: Option<std::sync::Arc<RmsNorm>>,
     activation: Activation,
 }
 
-/// What the stored config says beside the weights'.
+/// Settings that the stored config has beside those of the weights.
 #[derive(Serialize, Deserialize)]
-struct Around {
+struct OwnConfig {
     norm: bool,
     activation: Activation,
-    #[serde(default = "as_trained")]
-    activations: Activations,
+    #[serde(default = "int8_absmax")]
+    activations: ActivationFormat,
 }
 
-fn as_trained() -> Activations {
-    Activations::Int8Absmax
+fn int8_absmax() -> ActivationFormat {
+    ActivationFormat::Int8Absmax
 }
 
 impl TernaryLayer {
-    /// Ternary weights for `weight` `[out, in]`. Settings and shapes have been checked.
+    /// Makes `weight` `[out, in]` ternary. Settings and shapes have been checked.
     pub(super) fn build(
         config: &TernaryConfig,
         weight: ArrayView2<f32>,
@@ -56,21 +56,21 @@ impl TernaryLayer {
             (Some(norm), Some(inputs)) => Some(inputs.mapped(|x| norm.forward(x))?),
             _ => None,
         };
-        let core = LowRankLayer::build(&config.weights, weight, bias, normalized.as_ref().or(calibration))?;
-        TernaryLayer { core, norm: None, activation: config.activation }.with_norm(norm)
+        let low_rank = LowRankLayer::build(&config.weights, weight, bias, normalized.as_ref().or(calibration))?;
+        TernaryLayer { low_rank, norm: None, activation: config.activation }.with_norm(norm)
     }
 
-    /// Weights `[out, in]` that are ternary already, times a scale.
+    /// Returns the layer of weights `[out, in]` that are ternary already, times a scale.
     ///
     /// # Errors
     /// When a weight is none of −1, 0 and 1, a number is not finite, or the bias has another length.
     pub fn from_ternary(weights: ArrayView2<i8>, scale: f32, bias: Option<Array1<f32>>) -> Result<Self> {
         let packed = PackedMatrix::from_ternary(weights, scale)?;
-        let core = LowRankLayer::of_weight(packed, bias)?.with_activations(as_trained())?;
-        Ok(TernaryLayer { core, norm: None, activation: Activation::Linear })
+        let low_rank = LowRankLayer::of_weight(packed, bias)?.with_activations(int8_absmax())?;
+        Ok(TernaryLayer { low_rank, norm: None, activation: Activation::Linear })
     }
 
-    /// The same layer, its inputs normalised first.
+    /// Returns the layer with another norm, or none, before its product.
     ///
     /// # Errors
     /// When the norm is for another width.
@@ -82,35 +82,35 @@ impl TernaryLayer {
         Ok(TernaryLayer { norm: norm.map(std::sync::Arc::new), ..self })
     }
 
-    /// The same layer, its outputs passed through a function.
+    /// Returns the layer with another activation after its product.
     pub fn with_activation(self, activation: Activation) -> Self {
         TernaryLayer { activation, ..self }
     }
 
-    /// The same layer, its inputs rounded like this.
+    /// Returns the layer with its inputs rounded in another way.
     ///
     /// # Errors
     /// As [`LowRankLayer::with_activations`].
-    pub fn with_activations(self, activations: Activations) -> Result<Self> {
-        Ok(TernaryLayer { core: self.core.with_activations(activations)?, ..self })
+    pub fn with_activations(self, activations: ActivationFormat) -> Result<Self> {
+        Ok(TernaryLayer { low_rank: self.low_rank.with_activations(activations)?, ..self })
     }
 
-    /// Weights and correction.
-    pub fn core(&self) -> &LowRankLayer {
-        &self.core
+    /// Weights, low-rank correction and bias.
+    pub fn low_rank(&self) -> &LowRankLayer {
+        &self.low_rank
     }
 
-    /// What inputs are normalised by.
+    /// The norm that inputs pass first, where there is one.
     pub fn norm(&self) -> Option<&RmsNorm> {
         self.norm.as_deref()
     }
 
-    /// What outputs are passed through.
+    /// The activation that outputs pass through.
     pub fn activation(&self) -> Activation {
         self.activation
     }
 
-    /// The inputs that the weights meet, before rounding.
+    /// Returns `x` `[batch, in_features]` normalised: the inputs that the weights meet, before they are rounded.
     ///
     /// # Errors
     /// As [`RmsNorm::forward`].
@@ -122,7 +122,7 @@ impl TernaryLayer {
     }
 
     fn from_parts(parts: Parts) -> Result<Self> {
-        let around: Around = read_config(TernaryConfig::NAME, &parts.config)?;
+        let own: OwnConfig = read_config(TernaryConfig::NAME, &parts.config)?;
         let matrix = |name: &str| -> Result<Option<Array2<f32>>> {
             let Some(tensor) = parts.tensor(name) else { return Ok(None) };
             let array = tensor.to_array()?.into_dimensionality();
@@ -130,12 +130,12 @@ impl TernaryLayer {
                 Error::expected(format!("shape of {name}"), format!("{:?}", tensor.shape), "[positions, features]")
             })
         };
-        let norm = match around.norm {
+        let norm = match own.norm {
             true => Some(RmsNorm::new(matrix("norm_gain")?, matrix("norm_bias")?)?),
             false => None,
         };
-        let core = LowRankLayer::from_parts(parts)?.with_activations(around.activations)?;
-        TernaryLayer { core, norm: None, activation: around.activation }.with_norm(norm)
+        let low_rank = LowRankLayer::from_parts(parts)?.with_activations(own.activations)?;
+        TernaryLayer { low_rank, norm: None, activation: own.activation }.with_norm(norm)
     }
 }
 
@@ -179,34 +179,37 @@ impl Layer for TernaryLayer {
     }
 
     fn out_features(&self) -> usize {
-        self.core.out_features()
+        self.low_rank.out_features()
     }
 
     fn in_features(&self) -> usize {
-        self.core.in_features()
+        self.low_rank.in_features()
     }
 
     fn config(&self) -> Value {
-        let around =
-            Around { norm: self.norm.is_some(), activation: self.activation, activations: self.core.activations() };
-        with_entries(self.core.config(), json!(around))
+        let own = OwnConfig {
+            norm: self.norm.is_some(),
+            activation: self.activation,
+            activations: self.low_rank.activations(),
+        };
+        with_entries(self.low_rank.config(), json!(own))
     }
 
     fn configured(&self, config: &Value) -> Result<Option<SharedLayer>> {
-        let around: Around = read_config(TernaryConfig::NAME, config)?;
-        Ok(Some(self.clone().with_activations(around.activations)?.shared()))
+        let own: OwnConfig = read_config(TernaryConfig::NAME, config)?;
+        Ok(Some(self.clone().with_activations(own.activations)?.shared()))
     }
 
     fn product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
         let y = match &self.norm {
-            Some(norm) => self.core.packed_product(norm.forward(x)?.view(), accuracy),
-            None => self.core.packed_product(x, accuracy),
+            Some(norm) => self.low_rank.packed_product(norm.forward(x)?.view(), accuracy),
+            None => self.low_rank.packed_product(x, accuracy),
         };
         Ok(Output { y, relative_error_bound: None })
     }
 
     fn bias(&self) -> Result<Option<Array1<f32>>> {
-        self.core.bias()
+        self.low_rank.bias()
     }
 
     fn activate(&self, y: ArrayViewMut2<f32>) {
@@ -214,29 +217,29 @@ impl Layer for TernaryLayer {
     }
 
     fn weight(&self) -> Result<Array2<f32>> {
-        self.core.weight()
+        self.low_rank.weight()
     }
 
     fn rows(&self, indices: &[u32]) -> Result<Array2<f32>> {
-        self.core.rows(indices)
+        self.low_rank.rows(indices)
     }
 
-    /// Inputs that are rounded are taken as they are.
+    /// A straight-through estimator: rounded inputs count as they were.
     fn gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients> {
         let normalized = self.normalized(x)?;
         let mut grad_output = grad_output.to_owned();
         if self.activation != Activation::Linear {
-            let mut before = self.core.packed_product(normalized.view(), Accuracy::Full);
-            if let Some(bias) = self.core.bias()? {
-                before += &bias;
+            let mut pre_activation = self.low_rank.packed_product(normalized.view(), Accuracy::Full);
+            if let Some(bias) = self.low_rank.bias()? {
+                pre_activation += &bias;
             }
-            for (g, &y) in grad_output.iter_mut().zip(&before) {
-                *g *= self.activation.slope(y).ok_or_else(|| {
+            for (g, &y) in grad_output.iter_mut().zip(&pre_activation) {
+                *g *= self.activation.derivative(y).ok_or_else(|| {
                     Error::expected("activation of a layer with gradients", "softmax", "a function of one number")
                 })?;
             }
         }
-        let inner = self.core.input_gradient(grad_output.view());
+        let inner = self.low_rank.input_gradient(grad_output.view());
         let input = match &self.norm {
             Some(norm) => norm.backward(x, inner.view())?.input,
             None => inner,
@@ -265,14 +268,14 @@ impl Layer for TernaryLayer {
     fn at_position(&self, position: usize) -> Result<Option<SharedLayer>> {
         match self.norm.as_deref() {
             Some(norm) if norm.positions() > 1 => {
-                Ok(Some(self.clone().with_norm(Some(norm.at(position)?))?.shared()))
+                Ok(Some(self.clone().with_norm(Some(norm.at_position(position)?))?.shared()))
             }
             _ => Ok(None),
         }
     }
 
     fn exact_source(&self) -> ExactSource {
-        // What is normalised, or passed through a function, is no dense layer's output.
+        // A dense layer has neither norm nor activation: where there is one, its output is another.
         match self.norm.is_none() && self.activation == Activation::Linear {
             true => ExactSource::Dense,
             false => ExactSource::Layer,
@@ -280,19 +283,19 @@ impl Layer for TernaryLayer {
     }
 
     fn correction_report(&self, weight: ArrayView2<f32>, inputs: Option<ArrayView2<f32>>) -> CorrectionReport {
-        // Inputs that the norm is not for have been refused before.
+        // The caller has run the layer on these inputs: the norm takes them.
         let inputs = inputs.and_then(|x| self.weight_inputs(x).ok());
-        self.core.correction_report(weight, inputs.as_ref().map(|x| x.view()))
+        self.low_rank.correction_report(weight, inputs.as_ref().map(|x| x.view()))
     }
 
     fn to_parts(&self) -> Parts {
-        let mut parts = self.core.to_parts();
+        let mut parts = self.low_rank.to_parts();
         parts.method = self.method();
-        // How inputs are rounded is a way to run it: it is the catalogue's.
-        let mut around =
-            json!(Around { norm: self.norm.is_some(), activation: self.activation, activations: as_trained() });
-        around.as_object_mut().expect("a struct is an object").remove("activations");
-        parts.config = with_entries(parts.config, around);
+        // How inputs are rounded is a setting of running, which the catalogue keeps.
+        let mut own =
+            json!(OwnConfig { norm: self.norm.is_some(), activation: self.activation, activations: int8_absmax() });
+        own.as_object_mut().expect("a struct is an object").remove("activations");
+        parts.config = with_entries(parts.config, own);
         let norm = self.norm.as_deref();
         for (name, array) in [("norm_gain", norm.and_then(RmsNorm::gain)), ("norm_bias", norm.and_then(RmsNorm::bias))]
         {
@@ -306,7 +309,8 @@ impl Layer for TernaryLayer {
     fn memory_bytes(&self) -> usize {
         let norm = self.norm.as_deref();
         let numbers = |array: Option<&Array2<f32>>| array.map_or(0, Array2::len);
-        self.core.memory_bytes() + 4 * (numbers(norm.and_then(RmsNorm::gain)) + numbers(norm.and_then(RmsNorm::bias)))
+        self.low_rank.memory_bytes()
+            + 4 * (numbers(norm.and_then(RmsNorm::gain)) + numbers(norm.and_then(RmsNorm::bias)))
     }
 }
 
