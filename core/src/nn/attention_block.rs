@@ -4,7 +4,7 @@ use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 
 use crate::attention::Past;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, SharedLayer, VqAttentionLayer, batch_in_heads};
+use crate::layer::{Accuracy, Layer, SharedLayer, VqAttentionLayer, batch_in_heads};
 
 /// A multi-head attention block.
 #[derive(Debug, Clone)]
@@ -68,7 +68,7 @@ impl AttentionBlock {
     /// Returns queries, keys and values of inputs `q`, `k` and `v`, a row a token each.
     ///
     /// # Errors
-    /// As [`Layer::forward`](crate::layer::Layer::forward).
+    /// As [`Layer::forward`].
     pub fn project(
         &self,
         q: ArrayView2<f32>,
@@ -86,7 +86,7 @@ impl AttentionBlock {
     /// `past` are [`VqAttentionLayer::attend`]'s.
     ///
     /// # Errors
-    /// As [`Layer::forward`](crate::layer::Layer::forward) and [`VqAttentionLayer::attend`].
+    /// As [`Layer::forward`] and [`VqAttentionLayer::attend`].
     pub fn attend(
         &self,
         q: ArrayView3<f32>,
