@@ -11,14 +11,14 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo compare test lint bench doc clean
+.PHONY: demo compare test lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --bins --examples
 	scripts/demo.sh $(TARGET)/debug $(BIN)/python
 
 # The demo's model under other rules: make compare RULES="a.toml b.toml"
-RULES ?= examples/rules/minilm-int4.toml examples/rules/minilm-int2.toml $(wildcard examples/rules/minilm-ternary*.toml)
+RULES ?= $(wildcard examples/rules/minilm-*.toml)
 compare: $(VENV)/.ready
 	$(CARGO) build --bins --examples
 	scripts/compare_rules.sh $(TARGET)/debug $(RULES)
@@ -37,6 +37,11 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(CARGO) build --release --manifest-path benches/peers/Cargo.toml --target-dir $(TARGET)/peers
 	LAYERSTORE_PEERS=$(abspath $(TARGET)/peers/release/peers) $(CARGO) bench
+
+# That the kernels' loops call nothing under any of three profiles; with KERNELS=--speed, that all three are about as fast.
+KERNELS ?=
+check-kernels:
+	CARGO=$(CARGO) $(PYTHON) scripts/check_kernels.py $(KERNELS)
 
 doc: $(VENV)/.ready
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps

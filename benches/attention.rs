@@ -14,7 +14,9 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use layerstore_core::attention::{Attended, Codebook, Hyper, Past, Quantized, Visible, exact};
+use layerstore_core::attention::{
+    AttentionCodebook, AttentionMask, AttentionOutput, CompressedCache, HyperAttention, VqAttention, exact,
+};
 use layerstore_core::linalg::matmul;
 use ndarray::{Array4, ArrayView4, s};
 
@@ -75,8 +77,12 @@ fn main() -> Result<()> {
     let rate = 2048f64.powi(3) / seconds(|| black_box(matmul(black_box(a.view()), b.view())));
     // Threads that are started once are not of any call.
     let small = clustered(1, 2048, 64, 5);
-    exact(small.view(), small.view(), small.view(), 0.1, &Visible::default())?;
-    println!("matrix product: {:.1} GFLOP/s. {CODES} codes, blocks of {BLOCK}; {:?}", 2e-9 * rate, Hyper::default());
+    exact(small.view(), small.view(), small.view(), 0.1, &AttentionMask::default())?;
+    println!(
+        "matrix product: {:.1} GFLOP/s. {CODES} codes, blocks of {BLOCK}; {:?}",
+        2e-9 * rate,
+        HyperAttention::default()
+    );
     println!(
         "{:>30} | {:>30} | codes of queries and keys{:14} | codes of keys{:26} | HyperAttention",
         "", "exact", "", ""
@@ -126,10 +132,10 @@ fn clustered(heads: usize, tokens: usize, dim: usize, seed: u64) -> Array4<f32> 
     })
 }
 
-fn book(x: ArrayView4<f32>) -> Result<Codebook> {
+fn book(x: ArrayView4<f32>) -> Result<AttentionCodebook> {
     let step = (x.dim().2 / 4096).max(1);
     let some = x.slice(s![0, .., ..;step, ..]);
-    Ok(Codebook::by_kmeans(some, CODES.min(some.dim().1), 0)?)
+    Ok(AttentionCodebook::by_kmeans(some, CODES.min(some.dim().1), 0)?)
 }
 
 /// Exact outputs of some queries, and which they are.
@@ -145,13 +151,13 @@ fn measured(
     let one = |place: usize| {
         let seen = if causal { place + 1 } else { tokens };
         let (k, v) = (k.slice(s![.., .., ..seen, ..]), v.slice(s![.., .., ..seen, ..]));
-        let found = exact(q.slice(s![.., .., place..=place, ..]), k, v, scale, &Visible::default())?;
+        let found = exact(q.slice(s![.., .., place..=place, ..]), k, v, scale, &AttentionMask::default())?;
         Ok((place, found.output))
     };
     places.map(one).collect()
 }
 
-fn error(found: &Attended, expected: &[(usize, Array4<f32>)]) -> f64 {
+fn error(found: &AttentionOutput, expected: &[(usize, Array4<f32>)]) -> f64 {
     let (mut off, mut all) = (0f64, 0f64);
     for (place, expected) in expected {
         for (found, expected) in found.output.slice(s![.., .., *place..=*place, ..]).iter().zip(expected) {
@@ -175,10 +181,10 @@ fn row(
         Array4::from_shape_vec((1, heads, tokens, dim), matrix(heads * tokens, dim, 3).into_raw_vec_and_offset().0)?;
     let scale = 1.0 / (dim as f32).sqrt();
     let (of_queries, of_keys) = (book(q.view())?, book(k.view())?);
-    let visible = Visible { causal, ..Visible::default() };
+    let mask = AttentionMask { causal, ..AttentionMask::default() };
     let mut line = format!("{heads:>5} {dim:>3} {causal:>6} {tokens:>13} |");
     let of_exact = if tokens <= EXACT_UP_TO {
-        let run = || exact(q.view(), k.view(), v.view(), scale, &visible);
+        let run = || exact(q.view(), k.view(), v.view(), scale, &mask);
         let (found, most) = memory(run);
         found?;
         let time = seconds(run);
@@ -194,15 +200,20 @@ fn row(
         time
     };
     let expected = measured(q.view(), k.view(), v.view(), scale, causal)?;
-    let hyper = Hyper::default();
+    let hyper = HyperAttention::default();
     let coded = |queries| {
-        let attention = Quantized::new(&of_keys, queries, scale, BLOCK);
+        let attention = VqAttention::new(&of_keys, queries, scale, BLOCK);
         match causal {
-            true => attention.causal(q.view(), k.view(), v.view(), &mut Past::new(1, heads, of_keys.codes(), dim)),
-            false => attention.all(q.view(), k.view(), v.view(), &visible),
+            true => attention.causal(
+                q.view(),
+                k.view(),
+                v.view(),
+                &mut CompressedCache::new(1, heads, of_keys.codes(), dim),
+            ),
+            false => attention.bidirectional(q.view(), k.view(), v.view(), &mask),
         }
     };
-    let runs: [&dyn Fn() -> layerstore_core::Result<Attended>; 3] =
+    let runs: [&dyn Fn() -> layerstore_core::Result<AttentionOutput>; 3] =
         [&|| coded(Some(&of_queries)), &|| coded(None), &|| hyper.attend(q.view(), k.view(), v.view(), scale, causal)];
     for run in runs {
         let (found, most) = memory(run);

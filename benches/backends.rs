@@ -10,11 +10,11 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use layerstore::layer::{Accuracy, KeyValueConfig, KeyValueLayer, Layer, Limit, compress};
-use layerstore::linalg::{matmul_nt, relative_error};
 use layerstore::Calibration;
 use layerstore::compress::ActivationsFile;
 use layerstore::formats;
+use layerstore::layer::{Accuracy, KeyValueConfig, KeyValueLayer, Layer, Limit, compress};
+use layerstore::linalg::{matmul_nt, relative_error};
 use ndarray::{Array2, ArrayView2, Axis, s};
 use serde_json::json;
 
@@ -77,7 +77,8 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let (checkpoint, calibration) = (formats::open(checkpoint)?, ActivationsFile::open(calibration)?);
-    let evaluation = std::env::var_os("LAYERSTORE_EVALUATION").map(PathBuf::from).map(ActivationsFile::open).transpose()?;
+    let evaluation =
+        std::env::var_os("LAYERSTORE_EVALUATION").map(PathBuf::from).map(ActivationsFile::open).transpose()?;
     let cases = LAYERS.iter().map(|name| {
         let tensor = checkpoint.tensor(&format!("{name}.weight")).ok_or("a layer is not in the checkpoint")?;
         let weight = checkpoint.matrix(tensor)?;

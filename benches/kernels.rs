@@ -13,7 +13,7 @@ use std::ffi::OsStr;
 use std::hint::black_box;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use layerstore_core::layer::parts::{Codes, Parts, WeightRows};
 use layerstore_core::layer::{Accuracy, RowType, SharedLayer, configured, layer_from_parts};
@@ -56,6 +56,9 @@ fn main() -> Result<()> {
     // `cargo test` also runs bench targets: measuring is for `cargo bench` alone.
     if !std::env::args().any(|a| a == "--bench") {
         return Ok(());
+    }
+    if std::env::args().any(|a| a == "--speed") {
+        return speeds();
     }
     let named: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let wanted = |name: &str| named.is_empty() || named.iter().any(|n| name.contains(n.as_str()));
@@ -109,6 +112,36 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// Layers whose products `scripts/check_kernels.py` compares among builds: name, format, inputs and batch.
+const CORE: [(&str, &str, &str, usize); 8] = [
+    ("int4 g64", r#"{"type": "int4", "group": 64}"#, "f32", 1),
+    ("int4 g64", r#"{"type": "int4", "group": 64}"#, "f32", 4),
+    ("int4 g64", r#"{"type": "int4", "group": 64}"#, "int8", 1),
+    ("nf4 g64", r#"{"type": "nf4", "group": 64}"#, "f32", 1),
+    ("int3 g64", r#"{"type": "int3", "group": 64}"#, "int8", 1),
+    ("int8 channel", r#"{"type": "int8", "group": "channel", "symmetric": true}"#, "int8", 32),
+    ("ternary channel", r#"{"type": "ternary", "group": "channel"}"#, "int8_absmax", 4),
+    ("bf16", r#"{"type": "bf16"}"#, "f32", 1),
+];
+
+/// Prints the microseconds of each of [`CORE`], behind a tab: the least of many runs, which what else a machine does troubles
+/// least.
+fn speeds() -> Result<()> {
+    let weight = matrix(2048, 4096, 1);
+    for (name, format, activations, batch) in CORE {
+        let layer = layer(weight.view(), serde_json::from_str(format)?, activations)?;
+        let x = matrix(batch, 4096, 2);
+        let (start, mut least) = (Instant::now(), Duration::MAX);
+        while start.elapsed() < TURN {
+            let run = Instant::now();
+            black_box(layer.forward(black_box(x.view()), Accuracy::Approximate)?);
+            least = least.min(run.elapsed());
+        }
+        println!("{name}, {activations}, 2048 × 4096, batch {batch}\t{:.1}", micros(least));
+    }
+    Ok(())
+}
+
 /// The median.
 fn middle(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
@@ -156,7 +189,7 @@ fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Re
         rows: out,
         packed: packed.stored_codes(),
         scales: packed.scale_bytes().into(),
-        zeros: packed.zeros.clone().into(),
+        zeros: packed.zeros().to_vec().into(),
     });
     let factor = |length: usize, seed: u64| -> Result<Array2<u8>> {
         Ok(RowMatrix::new(matrix(RANK, length, seed) * 0.01, RowType::F16)?.bytes())

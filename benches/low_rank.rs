@@ -10,11 +10,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use layerstore::layer::{Accuracy, Layer, LowRankConfig, compress};
-use layerstore::linalg::{Sketch, Svd, leading_svd, matmul_nt, randomized_svd, relative_error};
 use layerstore::Calibration;
 use layerstore::compress::ActivationsFile;
 use layerstore::formats;
+use layerstore::layer::{Accuracy, Layer, LowRankConfig, compress};
+use layerstore::linalg::{SketchOptions, Svd, leading_svd, matmul_nt, randomized_svd, relative_error};
 use layerstore::quant::{Clipping, PackedMatrix, WeightFormat};
 use ndarray::{Array2, Axis};
 use serde_json::{Value, json};
@@ -162,7 +162,7 @@ fn decompositions() -> Result<()> {
         let squared: f64 = error.iter().map(|&v| f64::from(v).powi(2)).sum();
         let left = |kept: &Svd| (squared - kept.s.iter().map(|s| s * s).sum::<f64>()).sqrt();
         let started = Instant::now();
-        let sketched = randomized_svd(&error.view(), 32, Sketch::default())?;
+        let sketched = randomized_svd(&error.view(), 32, SketchOptions::default())?;
         let fast = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let full = leading_svd(error.mapv(f64::from).view(), 32)?;

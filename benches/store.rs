@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SharedLayer};
 use layerstore::compress::{ImportOptions, Rules, import};
 use layerstore::formats;
-use layerstore::store::{ErrorBasis, LayerRecord, Made, Places, Source, Store};
+use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SharedLayer};
+use layerstore::store::{ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store};
 use ndarray::{Array1, Array2};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -62,8 +62,8 @@ fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
     })
 }
 
-fn made(recipe: u8) -> Made {
-    Made { recipe: [recipe; 32], relative_error: Some(0.0), error_basis: ErrorBasis::Weights }
+fn made(recipe: u8) -> Provenance {
+    Provenance { recipe: [recipe; 32], relative_error: Some(0.0), error_basis: ErrorBasis::Weights }
 }
 
 fn name(i: usize) -> String {
@@ -94,7 +94,7 @@ async fn store_as(store: &Store, model: &str, layers: &[SharedLayer], recipe: u8
             config: layer.config(),
             source: Source::default(),
             created_at: Utc::now(),
-            places: Places::default(),
+            locations: RowLocations::default(),
         }
     };
     writer.commit(model, &(0..names).map(record).collect::<Vec<_>>(), None).await?;

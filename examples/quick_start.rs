@@ -5,12 +5,11 @@
 //! ```
 
 use std::path::Path;
-use std::sync::Arc;
 
-use layerstore::layer::Accuracy;
-use layerstore::linalg::relative_error;
 use layerstore::compress::{ImportOptions, Rules, import};
 use layerstore::formats;
+use layerstore::layer::Accuracy;
+use layerstore::linalg::relative_error;
 use layerstore::store::Store;
 use ndarray::Array2;
 use safetensors::Dtype;

@@ -7,7 +7,6 @@
 mod synthetic;
 
 use std::path::Path;
-use std::sync::Arc;
 
 use layerstore::compress::{CalibrationFile, ImportOptions, Rules, SharedOptions, import, shared_directions};
 use layerstore::formats;
@@ -74,7 +73,7 @@ async fn main() -> Result<()> {
 fn write_child(parent: &Path, child: &Path) -> Result<()> {
     let parent = formats::open(parent)?;
     let mut tensors = vec![];
-    for entry in parent.tensors() {
+    for entry in parent.tensors().values() {
         if entry.shape.len() != 2 {
             continue;
         }

@@ -7,12 +7,11 @@
 mod synthetic;
 
 use std::path::Path;
-use std::sync::Arc;
 
-use layerstore::layer::Accuracy;
-use layerstore::linalg::relative_error;
 use layerstore::compress::{CalibrationFile, ImportOptions, ImportReport, Rules, import};
 use layerstore::formats;
+use layerstore::layer::Accuracy;
+use layerstore::linalg::relative_error;
 use layerstore::store::{Diff, State, Store};
 use ndarray::Array2;
 

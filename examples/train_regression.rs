@@ -8,9 +8,7 @@
 //! the keys follow the weight. The same is done with a dense layer, for comparison.
 
 use layerstore::Calibration;
-use layerstore::layer::{
-    Accuracy, Dense, KeyValueConfig, KeyValueLayer, Layer, Refit, SharedLayer, compress,
-};
+use layerstore::layer::{Accuracy, Dense, KeyValueConfig, KeyValueLayer, Layer, Refit, SharedLayer, compress};
 use ndarray::{Array2, ArrayView2};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;

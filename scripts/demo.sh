@@ -21,10 +21,10 @@ step "import all-MiniLM-L6-v2 as it is"
 layerstore --quiet import "$checkpoint" --model minilm-f32 --message "the checkpoint as it is" | tail -n 1
 
 step "capture calibration inputs: this project's documents, through the model from the store"
-grep -hE '^[A-Z].{60,}' docs/*.md CONTRIBUTING.md > "$out/calibration.txt"
+cp examples/minilm_embeddings/calibration.txt "$out/calibration.txt"
 embed --model minilm-f32 --sentences "$out/calibration.txt" --capture "$out/calibration.safetensors" > /dev/null
 
-for name in int4 small mixed keys ternary attention; do
+for name in int4 small keys; do
     step "import it under examples/rules/minilm-$name.toml"
     layerstore --quiet import "$checkpoint" --model "minilm-$name" --rules "examples/rules/minilm-$name.toml" \
         --calibration "$out/calibration.safetensors" --message "rules: minilm-$name" | tail -n 1
@@ -35,6 +35,5 @@ step "what the store holds"
 layerstore models
 layerstore log
 
-step "sentences through each model, every linear layer run from the store at snapshot 'demo'"
-embed --at demo --model minilm-f32 --model minilm-int4 --model minilm-small --model minilm-mixed --model minilm-keys --model minilm-ternary \
-    --model minilm-attention
+step "sentences through each model, every layer run from the store at snapshot 'demo'"
+embed --at demo --model minilm-f32 --model minilm-int4 --model minilm-small --model minilm-keys

@@ -1,168 +1,490 @@
-//! The store without async: the same types, run on a runtime of its own.
+//! The store without async: the same types and verbs, each run to its end on a runtime of the store's own.
 //!
 //! ```no_run
 //! use layerstore::blocking::Store;
 //! use layerstore::layer::Accuracy;
 //! # fn main() -> layerstore::Result<()> {
 //! let store = Store::open("./layers")?;
-//! let layer = store.layer("my-model", "encoder.dense")?;
-//! let y = store.run(layer.forward(ndarray::Array2::zeros((1, 384)).view(), Accuracy::Approximate))?.y;
+//! let layer = store.latest()?.layer("my-model", "encoder.dense")?;
+//! let y = layer.forward(ndarray::Array2::zeros((1, 384)).view(), Accuracy::Approximate)?.y;
 //! # Ok(()) }
 //! ```
+//!
+//! None of it may be called inside a tokio runtime.
 
+use std::collections::BTreeMap;
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use ndarray::{Array1, Array2, ArrayView2};
 use tokio::runtime::{Builder, Runtime};
 
+use crate::compress::{
+    self, ActivationsFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, Progress, SharedDirections,
+    SharedOptions, Training, TrainingReport,
+};
 use crate::error::{Error, Result};
-use crate::layer::{Layer, SharedLayer};
+use crate::formats::TensorSource;
+use crate::layer::{Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer};
 use crate::nn::{AttentionBlock, Module};
-use crate::store::{LayerHandle, Snapshot, SnapshotInfo, StoreOptions, VersionInfo};
+use crate::store::{
+    self, ArtifactInfo, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary, NearKey, Provenance, SnapshotInfo,
+    Stats, StoreOptions, VerifyReport, VersionInfo,
+};
 
-/// A [`crate::store::Store`] for callers that are not async. Not for use inside a tokio runtime.
+/// Defines methods that run those of the same name of the async type to their ends.
+macro_rules! run_to_end {
+    ($type:literal, $self:ident => $inner:expr; $($(#[$doc:meta])* fn $name:ident($($arg:ident: $kind:ty),*) -> $out:ty;)+) => {
+        $(
+            $(#[$doc])*
+            ///
+            /// # Errors
+            #[doc = concat!("As [`", $type, "::", stringify!($name), "`](crate::store::", $type, "::", stringify!($name), ").")]
+            pub fn $name(&$self, $($arg: $kind),*) -> Result<$out> {
+                $self.runtime.block_on($inner.$name($($arg),*))
+            }
+        )+
+    };
+}
+
+/// An open store: [`store::Store`]. Cloning shares it.
 #[derive(Debug, Clone)]
 pub struct Store {
-    store: crate::store::Store,
+    store: store::Store,
     runtime: Arc<Runtime>,
 }
 
 impl Store {
-    /// See [`crate::store::Store::open`].
+    /// Opens a store.
     ///
     /// # Errors
-    /// As there.
+    /// As [`store::Store::open`].
     pub fn open(uri: &str) -> Result<Self> {
-        Self::with(crate::store::Store::open(uri))
+        Self::with(store::Store::open(uri))
     }
 
-    /// See [`crate::store::Store::create`].
+    /// Opens a store with options.
     ///
     /// # Errors
-    /// As there.
-    pub fn create(uri: &str) -> Result<Self> {
-        Self::with(crate::store::Store::create(uri))
-    }
-
-    /// See [`crate::store::Store::open_with`].
-    ///
-    /// # Errors
-    /// As there.
+    /// As [`store::Store::open_with`].
     pub fn open_with(uri: &str, options: StoreOptions) -> Result<Self> {
-        Self::with(crate::store::Store::open_with(uri, options))
+        Self::with(store::Store::open_with(uri, options))
     }
 
-    fn with(opening: impl Future<Output = Result<crate::store::Store>>) -> Result<Self> {
+    /// Opens a store, or makes an empty one.
+    ///
+    /// # Errors
+    /// As [`store::Store::create`].
+    pub fn create(uri: &str) -> Result<Self> {
+        Self::with(store::Store::create(uri))
+    }
+
+    /// Opens a store, or makes an empty one, with options.
+    ///
+    /// # Errors
+    /// As [`store::Store::create_with`].
+    pub fn create_with(uri: &str, options: StoreOptions) -> Result<Self> {
+        Self::with(store::Store::create_with(uri, options))
+    }
+
+    fn with(opening: impl Future<Output = Result<store::Store>>) -> Result<Self> {
         let runtime = runtime()?;
         let store = runtime.block_on(opening)?;
         Ok(Store { store, runtime: Arc::new(runtime) })
     }
 
-    /// The async store.
-    pub fn inner(&self) -> &crate::store::Store {
+    /// Returns the async store.
+    pub fn inner(&self) -> &store::Store {
         &self.store
     }
 
-    /// Runs any of the async operations to its end: `store.run(compress::import(store.inner(), …))`.
+    /// Runs an async operation on the store's runtime to its end: `store.run(store.inner().lancedb())`.
     pub fn run<T>(&self, work: impl Future<Output = T>) -> T {
         self.runtime.block_on(work)
     }
 
-    /// See [`crate::store::Store::latest`].
+    /// Returns the store's address: an absolute path, or a URI.
+    pub fn uri(&self) -> &str {
+        self.store.uri()
+    }
+
+    /// Opens the latest version.
     ///
     /// # Errors
-    /// As there.
+    /// As [`store::Store::latest`].
     pub fn latest(&self) -> Result<Snapshot> {
-        self.run(self.store.latest())
+        Ok(Snapshot { snapshot: self.run(self.store.latest())?, runtime: self.runtime.clone() })
     }
 
-    /// See [`crate::store::Store::at`].
+    /// Opens the version that a snapshot's name, or a version's number, stands for.
     ///
     /// # Errors
-    /// As there.
+    /// As [`store::Store::at`].
     pub fn at(&self, name: &str) -> Result<Snapshot> {
-        self.run(self.store.at(name))
+        Ok(Snapshot { snapshot: self.run(self.store.at(name))?, runtime: self.runtime.clone() })
     }
 
-    /// A layer of the latest version.
+    /// Begins a change of a model. gc waits until it is committed or dropped.
     ///
     /// # Errors
-    /// As [`Snapshot::layer`].
-    pub fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
-        self.run(async { self.store.latest().await?.layer(model, layer).await })
+    /// As [`store::Store::writer`].
+    pub fn writer(&self) -> Result<Writer> {
+        Ok(Writer { writer: self.run(self.store.writer())?, runtime: self.runtime.clone() })
     }
 
-    /// See [`LayerHandle::load`].
+    /// Reads every artifact and holds it against its name. `seen` is told how many of how many are done.
     ///
     /// # Errors
-    /// As there.
-    pub fn load(&self, handle: &LayerHandle) -> Result<SharedLayer> {
-        self.run(handle.load())
+    /// As [`store::Store::verify`].
+    pub fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
+        self.run(self.store.verify(seen))
     }
 
-    /// An attention block of the latest version, its projections included.
+    /// Makes the index of every table of keys that has enough of them, or makes it anew. `progress` is told of each table
+    /// before its index is made.
     ///
     /// # Errors
-    /// As [`Snapshot::attention`] and [`AttentionHandle::load`](crate::store::AttentionHandle::load).
-    pub fn attention(&self, model: &str, layer: &str) -> Result<AttentionBlock> {
-        self.run(async { self.store.latest().await?.attention(model, layer).await?.load().await })
+    /// As [`store::Store::index_keys`].
+    pub fn index_keys(&self, progress: impl Fn(&str, usize)) -> Result<Vec<KeyIndexReport>> {
+        self.run(self.store.index_keys(progress))
     }
 
-    /// A module of the latest version, with all that it is made of.
+    /// Reads layers into the cache ahead of their use, several at a time.
     ///
     /// # Errors
-    /// As [`Snapshot::module`] and [`ModuleHandle::load`](crate::store::ModuleHandle::load).
-    pub fn module(&self, model: &str, name: &str) -> Result<Module> {
-        self.run(async { self.store.latest().await?.module(model, name).await?.load().await })
+    /// As [`store::Store::prefetch`].
+    pub fn prefetch(&self, handles: &[LayerHandle]) -> Result<()> {
+        let handles: Vec<store::LayerHandle> = handles.iter().map(|handle| handle.handle.clone()).collect();
+        self.run(self.store.prefetch(&handles))
     }
 
-    /// See [`crate::store::Store::save_module`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn save_module(&self, model: &str, name: &str, module: &Module, message: Option<&str>) -> Result<u64> {
-        self.run(self.store.save_module(model, name, module, message))
+    /// Returns the bytes of loaded layers held now.
+    pub fn cached_bytes(&self) -> u64 {
+        self.run(self.store.cached_bytes())
     }
 
-    /// See [`crate::store::Store::create_snapshot`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn create_snapshot(&self, name: &str) -> Result<SnapshotInfo> {
-        self.run(self.store.create_snapshot(name))
-    }
-
-    /// See [`crate::store::Store::restore`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn restore(&self, name: &str) -> Result<SnapshotInfo> {
-        self.run(self.store.restore(name))
-    }
-
-    /// See [`crate::store::Store::log`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn log(&self) -> Result<Vec<VersionInfo>> {
-        self.run(self.store.log())
+    run_to_end! { "Store", self => self.store;
+        /// Names the latest version.
+        fn create_snapshot(name: &str) -> SnapshotInfo;
+        /// Returns all snapshots, by version.
+        fn snapshots() -> Vec<SnapshotInfo>;
+        /// Deletes a snapshot's name; its version stays until gc.
+        fn delete_snapshot(name: &str) -> SnapshotInfo;
+        /// Makes an older version the latest, as a new version.
+        fn restore(name: &str) -> SnapshotInfo;
+        /// Returns all versions, newest first.
+        fn log() -> Vec<VersionInfo>;
+        /// Removes rows and files that nothing reaches that is kept; only counts them unless `apply`.
+        fn gc(older_than: Duration, apply: bool) -> GcReport;
+        /// Returns the store's format version.
+        fn format() -> u32;
+        /// Brings the store to the newest format version that this build knows, and returns it.
+        fn upgrade() -> u32;
+        /// Saves a module as layers of `model`, in the place of whatever was there under its name, as one new version.
+        fn save_module(model: &str, name: &str, module: &Module, message: Option<&str>) -> u64;
+        /// Saves layers by name, in the place of the layer `prefix` and of those behind it, as one new version.
+        fn save_layers(model: &str, prefix: &str, layers: &[(String, SharedLayer)], message: Option<&str>) -> u64;
     }
 }
 
-/// See [`crate::store::save_backend`].
+/// A version of the store, open for reading: [`store::Snapshot`].
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    snapshot: store::Snapshot,
+    runtime: Arc<Runtime>,
+}
+
+impl Snapshot {
+    /// Returns the async snapshot.
+    pub fn inner(&self) -> &store::Snapshot {
+        &self.snapshot
+    }
+
+    /// Returns the version's number.
+    pub fn version(&self) -> u64 {
+        self.snapshot.version()
+    }
+
+    /// Returns a layer by name, to be loaded when it is used.
+    ///
+    /// # Errors
+    /// As [`store::Snapshot::layer`].
+    pub fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
+        Ok(self.wrapped(self.runtime.block_on(self.snapshot.layer(model, layer))?))
+    }
+
+    /// Returns all layers of a model, by name, to be loaded when they are used.
+    ///
+    /// # Errors
+    /// As [`store::Snapshot::handles`].
+    pub fn handles(&self, model: &str) -> Result<Vec<LayerHandle>> {
+        let handles = self.runtime.block_on(self.snapshot.handles(model))?;
+        Ok(handles.into_iter().map(|handle| self.wrapped(handle)).collect())
+    }
+
+    /// Returns the layer of a row of this snapshot.
+    pub fn handle(&self, record: LayerRecord) -> LayerHandle {
+        self.wrapped(self.snapshot.handle(record))
+    }
+
+    fn wrapped(&self, handle: store::LayerHandle) -> LayerHandle {
+        LayerHandle { handle, runtime: self.runtime.clone() }
+    }
+
+    /// Returns the attention block of that name, and the layers that it names.
+    ///
+    /// # Errors
+    /// As [`store::Snapshot::attention`].
+    pub fn attention(&self, model: &str, layer: &str) -> Result<AttentionHandle> {
+        let handle = self.runtime.block_on(self.snapshot.attention(model, layer))?;
+        Ok(AttentionHandle { handle, runtime: self.runtime.clone() })
+    }
+
+    /// Returns the module of that name with all that is behind it.
+    ///
+    /// # Errors
+    /// As [`store::Snapshot::module`].
+    pub fn module(&self, model: &str, name: &str) -> Result<ModuleHandle> {
+        let handle = self.runtime.block_on(self.snapshot.module(model, name))?;
+        Ok(ModuleHandle { handle, runtime: self.runtime.clone() })
+    }
+
+    /// Compares this version with a `newer` one, layer by layer.
+    ///
+    /// # Errors
+    /// As [`store::Snapshot::diff`].
+    pub fn diff(&self, newer: &Snapshot) -> Result<Diff> {
+        self.runtime.block_on(self.snapshot.diff(&newer.snapshot))
+    }
+
+    run_to_end! { "Snapshot", self => self.snapshot;
+        /// Returns every layer, by model and name.
+        fn records() -> Vec<LayerRecord>;
+        /// Returns every model, by name.
+        fn models() -> Vec<ModelSummary>;
+        /// Returns the layers of a model, by name.
+        fn layers(model: &str) -> Vec<LayerRecord>;
+        /// Counts what the store holds, as this version tells.
+        fn stats() -> Stats;
+        /// Finds, for each of some directions `[directions, length]`, the `count` keys that point most nearly along it.
+        fn nearest_keys(directions: ArrayView2<'_, f32>, count: usize, models: Option<&[String]>) -> Vec<Vec<NearKey>>;
+    }
+}
+
+/// A layer by name: [`store::LayerHandle`].
+#[derive(Debug, Clone)]
+pub struct LayerHandle {
+    handle: store::LayerHandle,
+    runtime: Arc<Runtime>,
+}
+
+impl LayerHandle {
+    /// Returns the async handle.
+    pub fn inner(&self) -> &store::LayerHandle {
+        &self.handle
+    }
+
+    /// Returns the layer's row of the catalogue.
+    pub fn record(&self) -> &LayerRecord {
+        self.handle.record()
+    }
+
+    run_to_end! { "LayerHandle", self => self.handle;
+        /// Returns the layer in memory: from the store's cache, or read now.
+        fn load() -> SharedLayer;
+        /// Runs the layer, loaded where it is not yet.
+        fn forward(x: ArrayView2<'_, f32>, accuracy: Accuracy) -> Output;
+        /// Finds the hits of each row of `x` `[batch, in_features]` without the layer being loaded.
+        fn search_on_disk(x: ArrayView2<'_, f32>, limit: Option<Limit>) -> Vec<QueryHits>;
+        /// Reads one f32 key of the layer, `[in_features]`, by itself.
+        fn key(key: u32) -> Array1<f32>;
+        /// Copies this layer, with its names, into a store of its own at `uri`.
+        fn copy_to(uri: &str) -> ();
+    }
+}
+
+/// An attention block by name: [`store::AttentionHandle`].
+#[derive(Debug, Clone)]
+pub struct AttentionHandle {
+    handle: store::AttentionHandle,
+    runtime: Arc<Runtime>,
+}
+
+impl AttentionHandle {
+    /// Returns the async handle, which has those of the block's layers.
+    pub fn inner(&self) -> &store::AttentionHandle {
+        &self.handle
+    }
+
+    run_to_end! { "AttentionHandle", self => self.handle;
+        /// Loads codebooks and settings.
+        fn load_attention() -> VqAttentionLayer;
+        /// Loads the block, ready to run.
+        fn load() -> AttentionBlock;
+    }
+}
+
+/// A module by name: [`store::ModuleHandle`].
+#[derive(Debug, Clone)]
+pub struct ModuleHandle {
+    handle: store::ModuleHandle,
+    runtime: Arc<Runtime>,
+}
+
+impl ModuleHandle {
+    /// Returns the async handle.
+    pub fn inner(&self) -> &store::ModuleHandle {
+        &self.handle
+    }
+
+    /// Returns the layers that it is made of, by name.
+    pub fn layers(&self) -> &BTreeMap<String, store::LayerHandle> {
+        self.handle.layers()
+    }
+
+    run_to_end! { "ModuleHandle", self => self.handle;
+        /// Loads the module, ready to run.
+        fn load() -> Module;
+    }
+}
+
+/// One change of a model, from its first artifact to its commit: [`store::Writer`].
+#[derive(Debug)]
+pub struct Writer {
+    writer: store::Writer,
+    runtime: Arc<Runtime>,
+}
+
+impl Writer {
+    /// Returns the artifact that was made by this recipe, if the store has it.
+    pub fn made_by(&self, recipe: &[u8; 32]) -> Option<&ArtifactInfo> {
+        self.writer.made_by(recipe)
+    }
+
+    /// Returns the bytes of parts written so far; what the store held already is not counted.
+    pub fn written_bytes(&self) -> u64 {
+        self.writer.written_bytes()
+    }
+
+    /// Adds an artifact, unless the store has it. Returns its name, and whether it was new.
+    ///
+    /// # Errors
+    /// As [`store::Writer::add`].
+    pub fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
+        self.runtime.block_on(self.writer.add(parts, provenance))
+    }
+
+    /// Writes what was gathered.
+    ///
+    /// # Errors
+    /// As [`store::Writer::flush`].
+    pub fn flush(&mut self) -> Result<()> {
+        self.runtime.block_on(self.writer.flush())
+    }
+
+    /// Makes `records` all that the store holds of `model`, as one new version, and returns its number.
+    ///
+    /// # Errors
+    /// As [`store::Writer::commit`].
+    pub fn commit(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
+        self.runtime.block_on(self.writer.commit(model, records, message))
+    }
+}
+
+/// Imports a source as a model, as one new version: [`compress::import`].
+///
+/// # Errors
+/// As there.
+pub fn import(
+    store: &Store,
+    source: Arc<dyn TensorSource>,
+    model: &str,
+    options: ImportOptions,
+) -> Result<ImportReport> {
+    store.run(compress::import(&store.store, source, model, options))
+}
+
+/// Writes a model as a safetensors checkpoint: [`compress::export`].
+///
+/// # Errors
+/// As there.
+pub fn export(
+    snapshot: &Snapshot,
+    model: &str,
+    output: &Path,
+    progress: Arc<dyn Progress>,
+    cancel: Cancel,
+) -> Result<ExportReport> {
+    snapshot.runtime.block_on(compress::export(&snapshot.snapshot, model, output, progress, cancel))
+}
+
+/// Measures a model's layers on inputs, against their dense weights: [`compress::evaluate`].
+///
+/// # Errors
+/// As there.
+pub fn evaluate(
+    snapshot: &Snapshot,
+    model: &str,
+    activations: ActivationsFile,
+    checkpoint: Option<Arc<dyn TensorSource>>,
+) -> Result<Evaluation> {
+    snapshot.runtime.block_on(compress::evaluate(&snapshot.snapshot, model, activations, checkpoint))
+}
+
+/// Returns a layer as exact as the snapshot has it: [`compress::exact_layer`].
+///
+/// # Errors
+/// As there.
+pub fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<SharedLayer> {
+    snapshot.runtime.block_on(compress::exact_layer(&snapshot.snapshot, &handle.handle))
+}
+
+/// Trains the codebooks of an attention block from inputs of its projections, queries' and keys':
+/// [`compress::train_codebooks`].
+///
+/// # Errors
+/// As there.
+pub fn train_codebooks(
+    store: &Store,
+    model: &str,
+    layer: &str,
+    inputs: (Array2<f32>, Array2<f32>),
+    training: Training,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<TrainingReport> {
+    store.run(compress::train_codebooks(&store.store, model, layer, inputs, training, progress, cancel))
+}
+
+/// Finds which layers of two models share directions: [`compress::shared_directions`].
+///
+/// # Errors
+/// As there.
+pub fn shared_directions(
+    snapshot: &Snapshot,
+    model: &str,
+    other: &str,
+    options: SharedOptions,
+) -> Result<Vec<SharedDirections>> {
+    snapshot.runtime.block_on(compress::shared_directions(&snapshot.snapshot, model, other, options))
+}
+
+/// Writes a layer into a store of its own at `uri`: [`store::save_backend`].
 ///
 /// # Errors
 /// As there.
 pub fn save_backend(layer: &dyn Layer, uri: &str) -> Result<()> {
-    runtime()?.block_on(crate::store::save_backend(layer, uri))
+    runtime()?.block_on(store::save_backend(layer, uri))
 }
 
-/// See [`crate::store::load_backend`].
+/// Loads the layer of a store that [`save_backend`] made: [`store::load_backend`].
 ///
 /// # Errors
 /// As there.
 pub fn load_backend(uri: &str) -> Result<SharedLayer> {
-    runtime()?.block_on(crate::store::load_backend(uri))
+    runtime()?.block_on(store::load_backend(uri))
 }
 
 fn runtime() -> Result<Runtime> {

@@ -44,8 +44,11 @@ pub mod blocking;
 pub mod cli;
 pub mod compress;
 pub mod formats;
+mod staged;
 pub mod store;
+mod tasks;
 
 pub use layerstore_core::{
-    Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment, attention, error, index, layer, linalg, nn, quant,
+    Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment, attention, error, index, layer, linalg,
+    nn, quant,
 };

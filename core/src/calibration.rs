@@ -234,7 +234,8 @@ impl Calibration {
             SecondMoments::OfSample { second, .. } => match second.get() {
                 Some(second) => second.diag().to_owned(),
                 None => {
-                    let square = |c: ndarray::ArrayView1<f32>| c.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+                    let square =
+                        |c: ndarray::ArrayView1<f32>| c.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
                     self.sample.columns().into_iter().map(|c| square(c) / self.tokens as f64).collect()
                 }
             },
@@ -546,13 +547,8 @@ mod tests {
             let message = Calibration::from_moments(tokens, two(), mean_abs, second, sample).unwrap_err().to_string();
             assert!(message.contains(expected), "{message}");
         }
-        let diagonal = Calibration::from_moments(
-            3,
-            two(),
-            two(),
-            SecondMoment::Diagonal(Array1::from(vec![4.0, 5.0])),
-            none(),
-        );
+        let diagonal =
+            Calibration::from_moments(3, two(), two(), SecondMoment::Diagonal(Array1::from(vec![4.0, 5.0])), none());
         let diagonal = diagonal.unwrap();
         assert_eq!(diagonal.second_diagonal().to_vec(), [4.0, 5.0]);
         assert!(diagonal.second_moment().unwrap_err().to_string().contains("diagonal alone"));

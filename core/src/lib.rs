@@ -4,7 +4,8 @@
 //! and is optimised in every profile; depend on `layerstore`, which re-exports what is meant for users. What is public here and
 //! not there may change in any version.
 //!
-//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, then [`calibration`], [`index`] and [`attention`], then [`layer`], then
+//! Dependencies point one way: [`linalg`] knows of nothing, then the kernels, [`quant`], [`calibration`], then [`index`] and
+//! [`attention`], then [`layer`], then
 //! [`nn`].
 
 #[cfg(target_endian = "big")]
@@ -14,6 +15,7 @@ pub mod attention;
 pub mod calibration;
 pub mod error;
 pub mod index;
+mod kernels;
 pub mod layer;
 pub mod linalg;
 pub mod nn;

@@ -9,7 +9,6 @@ mod peer;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use layerstore::compress::{CalibrationFile, ImportOptions, Rules, import};
 use layerstore::formats;

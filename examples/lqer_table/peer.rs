@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use layerstore::layer::{Accuracy, Layer, SharedLayer};
+use layerstore::layer::{Accuracy, SharedLayer};
 use layerstore::store::Snapshot;
 use ndarray::{Array1, Array2, Array3, Axis, s};
 

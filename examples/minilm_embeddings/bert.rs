@@ -1,10 +1,8 @@
 //! The encoder of all-MiniLM-L6-v2 in plain ndarray. Every weight comes from a snapshot of the store; the linear layers
 //! run as what they were compressed to.
 
-use std::f32::consts::FRAC_1_SQRT_2;
-
 use layerstore::ErrorKind;
-use layerstore::layer::{Accuracy, Layer, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer};
+use layerstore::layer::{Accuracy, Activation, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer};
 use layerstore::nn::AttentionBlock;
 use layerstore::store::{LayerHandle, Snapshot};
 use ndarray::{Array1, Array2, ArrayView2, Axis};
@@ -60,11 +58,6 @@ impl Bert {
             .collect()
     }
 
-    /// Blocks whose attention the model stores.
-    pub fn stored_attention(&self) -> usize {
-        self.blocks.iter().filter(|b| b.stored_attention).count()
-    }
-
     /// The sentence's embedding, `[HIDDEN]`, of length 1.
     pub async fn embed(&self, tokens: &Tokens, watch: &mut Watch<'_>) -> Result<Array1<f32>> {
         let positions: Vec<usize> = (0..tokens.ids.len()).collect();
@@ -86,8 +79,6 @@ struct Block {
     key: LayerHandle,
     value: LayerHandle,
     attention: AttentionBlock,
-    /// Whether the model stores its attention.
-    stored_attention: bool,
     attention_output: LayerHandle,
     attention_norm: Norm,
     intermediate: LayerHandle,
@@ -99,10 +90,9 @@ impl Block {
     async fn open(snapshot: &Snapshot, model: &str, number: usize) -> Result<Self> {
         let name = |part: &str| format!("encoder.layer.{number}.{part}");
         let square = (HIDDEN, HIDDEN);
-        let (attention, stored_attention) = attention(snapshot, model, &name("attention")).await?;
+        let attention = attention(snapshot, model, &name("attention")).await?;
         Ok(Block {
             attention,
-            stored_attention,
             query: linear(snapshot, model, &name("attention.self.query"), square).await?,
             key: linear(snapshot, model, &name("attention.self.key"), square).await?,
             value: linear(snapshot, model, &name("attention.self.value"), square).await?,
@@ -125,7 +115,8 @@ impl Block {
         let attended = run(&self.attention_output, &attended.index_axis_move(Axis(0), 0), watch).await?;
         let x = self.attention_norm.apply(x + attended);
         let mut inner = run(&self.intermediate, &x, watch).await?;
-        inner.mapv_inplace(gelu);
+        // With the exact error function, as the model was trained.
+        Activation::Gelu.apply(inner.view_mut());
         let inner = run(&self.output, &inner, watch).await?;
         Ok(self.output_norm.apply(x + inner))
     }
@@ -153,9 +144,9 @@ fn check_shape(name: &str, found: (usize, usize), expected: (usize, usize)) -> R
 }
 
 /// What is between a block's projections: what the model stores for it, or the exact attention that it was trained with.
-async fn attention(snapshot: &Snapshot, model: &str, name: &str) -> Result<(AttentionBlock, bool)> {
-    let (attention, stored) = match snapshot.attention(model, name).await {
-        Ok(handle) => (handle.load_attention().await?, true),
+async fn attention(snapshot: &Snapshot, model: &str, name: &str) -> Result<AttentionBlock> {
+    let attention = match snapshot.attention(model, name).await {
+        Ok(handle) => handle.load_attention().await?,
         Err(e) if e.kind() == ErrorKind::NotFound => {
             let width = Some(HIDDEN / HEADS);
             let config = VqAttentionConfig {
@@ -167,16 +158,11 @@ async fn attention(snapshot: &Snapshot, model: &str, name: &str) -> Result<(Atte
                 causal: false,
                 ..VqAttentionConfig::default()
             };
-            (VqAttentionLayer::new(config, None, None, None)?, false)
+            VqAttentionLayer::new(config, None, None, None)?
         }
         Err(e) => return Err(e.into()),
     };
-    Ok((AttentionBlock::new(attention, None, None)?, stored))
-}
-
-/// The exact one, as the model was trained with; the tanh formula is an approximation of it.
-fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + libm::erff(x * FRAC_1_SQRT_2))
+    Ok(AttentionBlock::new(attention, None, None)?)
 }
 
 /// A table of embeddings, one a row.

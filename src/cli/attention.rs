@@ -9,11 +9,12 @@ use serde::Serialize;
 use super::Context;
 use super::import::cancel_on_interrupt;
 use super::output::bytes;
-use crate::error::{Error, Result};
-use crate::layer::Accuracy;
 use crate::compress::{self, Training};
+use crate::error::{Error, Result};
 use crate::formats;
-use crate::store::{Store, check_model_name, joined};
+use crate::layer::Accuracy;
+use crate::store::{Store, check_model_name};
+use crate::tasks::unwrap_join;
 
 #[derive(Debug, Args)]
 pub struct AttendArgs {
@@ -74,7 +75,7 @@ pub struct TrainArgs {
 }
 
 #[derive(Serialize)]
-struct Attended {
+struct AttendReport {
     shape: Vec<usize>,
 }
 
@@ -89,11 +90,11 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         false => (block, Accuracy::Approximate),
     };
     // What was stored with the block came before, unless a file says otherwise.
-    let stored = || block.attention().past().cloned();
+    let stored = || block.attention().cache().cloned();
     let mut before = match &args.state {
         None => stored(),
-        Some(path) if path.exists() => Some(formats::read_attention_state(path)?),
-        Some(_) => Some(stored().or_else(|| block.attention().no_past(1)).ok_or_else(|| {
+        Some(path) if path.exists() => Some(formats::read_attention_cache(path)?),
+        Some(_) => Some(stored().or_else(|| block.attention().empty_cache(1)).ok_or_else(|| {
             Error::expected("--state", "a block without one", "a causal block with codebooks of keys")
         })?),
     };
@@ -102,14 +103,14 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         let y = block.attend(q.view(), k.view(), v.view(), None, before.as_mut(), accuracy)?;
         Ok::<_, Error>((y.index_axis_move(Axis(0), 0), before))
     });
-    let (y, past) = joined(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
+    let (y, cache) = unwrap_join(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
         formats::write_array(path, y.view(), false)?;
     }
-    if let (Some(path), Some(past)) = (&args.state, &past) {
-        formats::write_attention_state(path, past)?;
+    if let (Some(path), Some(cache)) = (&args.state, &cache) {
+        formats::write_attention_cache(path, cache)?;
     }
-    context.output.result(&Attended { shape: y.shape().to_vec() }, |r| {
+    context.output.result(&AttendReport { shape: y.shape().to_vec() }, |r| {
         let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
         let preview = if args.output.is_some() { String::new() } else { format!("\n{y:.4}") };
         format!("output of shape {:?}{place}{preview}", r.shape)

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::output::{bytes, error, ratio, table};
 use super::{Context, ImportArgs};
-use crate::error::Result;
 use crate::compress::{self, CalibrationFile, Cancel, ImportOptions, ImportReport, Plan, Rules};
+use crate::error::Result;
 use crate::formats;
 use crate::store::{Store, check_model_name};
 

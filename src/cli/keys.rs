@@ -4,8 +4,8 @@ use serde::Serialize;
 
 use super::output::table;
 use super::{Context, NearestArgs, SharedArgs};
-use crate::error::{Error, Result};
 use crate::compress::{self, SharedOptions};
+use crate::error::{Error, Result};
 use crate::formats;
 use crate::store::NearKey;
 

@@ -255,7 +255,7 @@ pub fn main() -> u8 {
         Err(e) => {
             eprintln!("error: {e}");
             // An option that a command has no use for is wrong usage, like those that the parser finds.
-            if matches!(&e, Error::Expected { what, .. } if what == "--at") { 2 } else { 1 }
+            if matches!(e, Error::Usage { .. }) { 2 } else { 1 }
         }
     };
     // Work that was cancelled may still be at its last layer: do not wait for it.
@@ -315,9 +315,11 @@ impl Context {
     /// Refuses --at for a command that it means nothing to.
     fn refuse_at(&self, command: &str) -> Result<()> {
         match &self.at {
-            Some(at) => {
-                Err(Error::expected("--at", format!("'{at}' with {command}"), "a command that reads a version"))
-            }
+            Some(at) => Err(Error::Usage {
+                option: "--at".into(),
+                found: format!("'{at}' with {command}"),
+                expected: "a command that reads a version".into(),
+            }),
             None => Ok(()),
         }
     }

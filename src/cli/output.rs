@@ -7,8 +7,8 @@ use comfy_table::{Table, presets::NOTHING};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use crate::error::{Error, Result};
 use crate::compress::Progress;
+use crate::error::{Error, Result};
 
 /// Where results and notes go.
 #[derive(Debug, Clone, Copy)]

@@ -4,11 +4,12 @@ use serde::Serialize;
 
 use super::output::{bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
-use crate::error::{Error, Result};
-use crate::layer::{Accuracy, KeyValueLayer, Limit, ModuleLayer, QueryHits};
 use crate::compress::{self, ActivationsFile};
+use crate::error::{Error, Result};
 use crate::formats;
-use crate::store::{Snapshot, joined};
+use crate::layer::{Accuracy, KeyValueLayer, Limit, ModuleLayer, QueryHits};
+use crate::store::Snapshot;
+use crate::tasks::unwrap_join;
 
 /// Hits of a query that a table shows; JSON has them all.
 const SHOWN_HITS: usize = 5;
@@ -33,7 +34,7 @@ pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
         (handle.load().await?, Accuracy::Approximate)
     };
     let done = tokio::task::spawn_blocking(move || layer.forward(x.view(), accuracy)).await;
-    let answer = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
+    let answer = unwrap_join(done)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
         formats::write_array(path, answer.y.view(), is_vector)?;
     }
@@ -54,7 +55,7 @@ async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArg
     let x = formats::read_any_array(&args.input)?;
     let accuracy = if args.exact { Accuracy::Full } else { Accuracy::Approximate };
     let done = tokio::task::spawn_blocking(move || module.forward(x.view(), accuracy)).await;
-    let y = joined(done)?.map_err(|e| e.in_layer(&args.layer))?;
+    let y = unwrap_join(done)?.map_err(|e| e.in_layer(&args.layer))?;
     if let Some(path) = &args.output {
         formats::write_any_array(path, y.view())?;
     }
@@ -94,7 +95,7 @@ pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
             ));
         };
         let answers = tokio::task::spawn_blocking(move || layer.search(x.view(), limit)).await;
-        joined(answers)?.map_err(|e| e.in_layer(&args.layer))?
+        unwrap_join(answers)?.map_err(|e| e.in_layer(&args.layer))?
     };
     let results: Vec<Searched> =
         answers.into_iter().enumerate().map(|(query, answer)| Searched { query, answer }).collect();

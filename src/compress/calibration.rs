@@ -21,8 +21,10 @@ use ndarray::{Array1, Array2};
 use safetensors::tensor::TensorView;
 
 use crate::error::{Error, Result};
-use crate::formats::{SafetensorsSource, TensorInfo, TensorSource, whole};
-use crate::layer::{DType, f32_bytes, to_f32};
+use crate::formats::{SafetensorsSource, TensorInfo, TensorSource};
+use crate::layer::parts::f32_bytes;
+use crate::layer::{DType, to_f32};
+use crate::staged;
 use crate::{Calibration, SecondMoment};
 
 const MARK: &str = "layerstore:statistics";
@@ -199,10 +201,16 @@ impl StatisticsFile {
         let mut layers = BTreeMap::new();
         for tensor in file.tensors().keys() {
             let Some((name, part)) = tensor.rsplit_once('.') else {
-                return Err(Error::file(file.path(), format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER."))));
+                return Err(Error::file(
+                    file.path(),
+                    format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER.")),
+                ));
             };
             if !PARTS.contains(&part) {
-                return Err(Error::file(file.path(), format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER."))));
+                return Err(Error::file(
+                    file.path(),
+                    format!("tensor '{tensor}' is none of LAYER.{}", PARTS.join(", LAYER.")),
+                ));
             }
             layers.insert(name.to_owned(), name.to_owned());
         }
@@ -211,7 +219,8 @@ impl StatisticsFile {
                 .map_err(|e| Error::file(file.path(), format!("{SHARED} is no JSON object of names: {e}")))?;
             for (layer, of) in shared {
                 if !layers.contains_key(&of) {
-                    let reason = format!("{SHARED} says that '{layer}' shares the statistics of '{of}', which has none");
+                    let reason =
+                        format!("{SHARED} says that '{layer}' shares the statistics of '{of}', which has none");
                     return Err(Error::file(file.path(), reason));
                 }
                 layers.insert(layer, of);
@@ -279,7 +288,8 @@ impl StatisticsFile {
         };
         let count = self.file.bytes(self.required(layer, "count")?)?;
         let count = count.first_chunk::<8>().map(|b| i64::from_le_bytes(*b)).unwrap_or_default();
-        let count = u64::try_from(count).map_err(|_| Error::expected(format!("'{layer}.count'"), count, "at least 1"))?;
+        let count =
+            u64::try_from(count).map_err(|_| Error::expected(format!("'{layer}.count'"), count, "at least 1"))?;
         let n = in_features;
         let shaped = |e: ndarray::ShapeError| Error::Numeric(e.to_string());
         let second = wide("second_moment")?;
@@ -340,9 +350,10 @@ pub fn write_statistics(path: &Path, layers: &[(String, Calibration)]) -> Result
         })
         .collect::<Result<_>>()?;
     let metadata = HashMap::from([(MARK.to_owned(), VERSION.to_owned())]);
-    whole(path, |staged| {
+    staged::write(path, |staged| {
         safetensors::serialize_to_file(views, Some(metadata), staged).map_err(|e| Error::file(path, e.to_string()))
-    })
+    })?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -365,8 +376,7 @@ mod tests {
     fn activations_are_checked() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
-        let tensors =
-            [("a", DType::F32, vec![2, 3], f32s(&[0.0; 6])), ("b", DType::F32, vec![3], f32s(&[0.0; 3]))];
+        let tensors = [("a", DType::F32, vec![2, 3], f32s(&[0.0; 6])), ("b", DType::F32, vec![3], f32s(&[0.0; 3]))];
         write(&path, &tensors, &[]);
         let activations = ActivationsFile::open(&path).unwrap();
         assert_eq!(activations.get("a", 3).unwrap().unwrap().dim(), (2, 3));

@@ -8,8 +8,9 @@ use serde::Serialize;
 
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Layer, Method, Step, VqAttentionConfig, VqAttentionLayer};
-use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Made, Places, Source, Store, joined};
+use crate::layer::{Accuracy, CodebookStep, Layer, Method, VqAttentionConfig, VqAttentionLayer};
+use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Provenance, RowLocations, Source, Store};
+use crate::tasks::unwrap_join;
 
 /// How codebooks are trained.
 #[derive(Debug, Clone)]
@@ -115,7 +116,7 @@ pub async fn train_codebooks(
     progress.finished();
     let Trained { attention, queries, keys, revived, steps } = trained?;
     let parts = attention.to_parts();
-    let made = Made { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
+    let made = Provenance { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
     writer.add(&parts, made).await?;
     let record = LayerRecord {
         model: model.to_owned(),
@@ -131,7 +132,7 @@ pub async fn train_codebooks(
         config: attention.config(),
         source: Source::default(),
         created_at: Utc::now(),
-        places: Places::default(),
+        locations: RowLocations::default(),
     };
     // As they are now: training took a while.
     let latest = store.latest().await?;
@@ -176,7 +177,7 @@ async fn learn(
         None => {
             let (q, k) = (q.clone(), k.clone());
             let made = tokio::task::spawn_blocking(move || VqAttentionLayer::by_kmeans(config, q.view(), k.view()));
-            joined(made.await)??
+            unwrap_join(made.await)??
         }
     };
     progress.layer_done(0, false);
@@ -200,7 +201,7 @@ async fn learn(
                 };
                 attention.learn(part(&q, &orders[0]).view(), part(&k, &orders[1]).view(), step)
             });
-            let (after, step): (_, Step) = joined(learned.await)??;
+            let (after, step): (_, CodebookStep) = unwrap_join(learned.await)??;
             attention = after;
             for (loss, learned) in losses.iter_mut().zip([&step.queries, &step.keys]) {
                 if let Some(learned) = learned {

@@ -12,7 +12,8 @@ use super::plan::bits_per_weight;
 use crate::error::{Error, Result};
 use crate::formats::TensorSource;
 use crate::layer::{CorrectionReport, ExactSource, MethodName, SearchReport, SharedLayer};
-use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot, joined};
+use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot};
+use crate::tasks::unwrap_join;
 
 /// One layer's error.
 #[derive(Debug, Clone, Serialize)]
@@ -87,8 +88,9 @@ pub async fn evaluate(
         };
         let handle = snapshot.handle(record.clone());
         let layer = handle.load().await?;
-        let measured = tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, weight.view(), inputs.view())).await;
-        layers.push(joined(measured)?.map_err(|e| e.in_layer(&handle.record().layer))?);
+        let measured =
+            tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, weight.view(), inputs.view())).await;
+        layers.push(unwrap_join(measured)?.map_err(|e| e.in_layer(&handle.record().layer))?);
     }
     let errors: Vec<f64> = layers.iter().filter_map(|l| l.relative_error).collect();
     let mean_relative_error = (!errors.is_empty()).then(|| errors.iter().sum::<f64>() / errors.len() as f64);

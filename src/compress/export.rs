@@ -11,7 +11,9 @@ use serde::Serialize;
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
 use crate::layer::{DType, dtype_named, from_f32};
-use crate::store::{LayerHandle, Snapshot, joined};
+use crate::staged;
+use crate::store::{LayerHandle, Snapshot};
+use crate::tasks::unwrap_join;
 
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -73,7 +75,7 @@ pub async fn export(
     let output = output.to_owned();
     let written = tokio::task::spawn_blocking(move || write(&output, tensors, metadata, &failure)).await;
     progress.finished();
-    Ok(ExportReport { layers, bytes: joined(written)?? })
+    Ok(ExportReport { layers, bytes: unwrap_join(written)?? })
 }
 
 fn write(
@@ -82,30 +84,15 @@ fn write(
     metadata: HashMap<String, String>,
     failure: &Mutex<Option<Error>>,
 ) -> Result<u64> {
-    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = output.file_name().unwrap_or_default().to_string_lossy();
-    let staged = parent.join(format!(".{name}.{}.partial", std::process::id()));
-    let remove = || {
-        let _ = std::fs::remove_file(&staged);
-    };
     let metadata = (!metadata.is_empty()).then_some(metadata);
-    let written = safetensors::serialize_to_file(tensors, metadata, &staged);
-    // A layer that could not be read left its reason here and zeros in the file.
-    if let Some(failure) = failure.lock().unwrap_or_else(|e| e.into_inner()).take() {
-        remove();
-        return Err(failure);
-    }
-    let finish = || -> std::io::Result<u64> {
-        let file = std::fs::File::open(&staged)?;
-        file.sync_all()?;
-        let bytes = file.metadata()?.len();
-        std::fs::rename(&staged, output)?;
-        Ok(bytes.to_vec())
-    };
-    written
-        .map_err(|e| Error::file(output, e.to_string()))
-        .and_then(|()| finish().map_err(|e| Error::io(output, e)))
-        .inspect_err(|_| remove())
+    staged::write(output, |staged| {
+        let written = safetensors::serialize_to_file(tensors, metadata, staged);
+        // A layer that could not be read left its reason here and zeros in the file.
+        match failure.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            Some(failure) => Err(failure),
+            None => written.map_err(|e| Error::file(output, e.to_string())),
+        }
+    })
 }
 
 /// What a tensor is of its layer, where it is none of [`Layer::own_tensors`](crate::layer::Layer::own_tensors).

@@ -19,10 +19,12 @@ use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
-use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodConfig, MethodName, Parts, dtype_name, registry};
+use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts, dtype_name, registry};
 use crate::store::{
-    ErrorBasis, LayerRecord, Made, Places, Source, Store, Stored, Writer, check_model_name, joined, source_tensors,
+    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
+    source_tensors,
 };
+use crate::tasks::unwrap_join;
 
 /// How a model is imported.
 pub struct ImportOptions {
@@ -247,7 +249,12 @@ impl Planned {
                 let bias = bias.as_ref().map(|b| {
                     source.refuse_nan(b)?;
                     let data = source.bytes(b)?.into_owned().into();
-                    Ok::<_, Error>(Tensor { name: "bias".into(), dtype: dtype_name(b.dtype), shape: b.shape.clone(), data })
+                    Ok::<_, Error>(Tensor {
+                        name: "bias".into(),
+                        dtype: dtype_name(b.dtype),
+                        shape: b.shape.clone(),
+                        data,
+                    })
                 });
                 source.refuse_nan(weight)?;
                 let data = source.bytes(weight)?.into_owned().into();
@@ -312,8 +319,7 @@ impl<'a> ImportSession<'a> {
         progress: &'a Arc<dyn Progress>,
         cancel: &'a Cancel,
     ) -> Result<ImportSession<'a>> {
-        let mut session =
-            ImportSession { model, progress, cancel, writer: None, layers: vec![], records: vec![] };
+        let mut session = ImportSession { model, progress, cancel, writer: None, layers: vec![], records: vec![] };
         session.writer = Some(store.writer().await?);
         Ok(session)
     }
@@ -336,7 +342,7 @@ impl<'a> ImportSession<'a> {
                 };
                 let made = work.map_err(|e| e.in_layer(item.name()))?;
                 let Compressed { parts, correction, relative_error, error_basis } = made;
-                let (_, new) = writer.add(&parts, Made { recipe, relative_error, error_basis }).await?;
+                let (_, new) = writer.add(&parts, Provenance { recipe, relative_error, error_basis }).await?;
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
                 (stored, correction, !new)
             }
@@ -395,7 +401,7 @@ struct Done {
     in_features: u64,
     out_features: u64,
     dense_bytes: u64,
-    stored: Stored,
+    stored: ArtifactInfo,
     config: Value,
     correction: CorrectionReport,
     reused: bool,
@@ -441,7 +447,7 @@ impl Done {
             config: self.config,
             source: self.source,
             created_at: Utc::now(),
-            places: Places::default(),
+            locations: RowLocations::default(),
         }
     }
 }
@@ -455,7 +461,7 @@ async fn unless_cancelled<T: Send + 'static>(
         return Err(Error::Cancelled);
     }
     tokio::select! {
-        done = tokio::task::spawn_blocking(work) => joined(done)?,
+        done = tokio::task::spawn_blocking(work) => unwrap_join(done)?,
         () = cancel.cancelled() => Err(Error::Cancelled),
     }
 }

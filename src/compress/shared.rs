@@ -6,7 +6,8 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 use crate::layer::{KeyValueConfig, KeyValueLayer, Method};
 use crate::linalg::matmul_nt;
-use crate::store::{Snapshot, joined};
+use crate::store::Snapshot;
+use crate::tasks::unwrap_join;
 
 /// What is compared.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -71,7 +72,7 @@ pub async fn shared_directions(
         all.sort_by(|a, b| b.mean_cosine.total_cmp(&a.mean_cosine));
         all
     });
-    let compared = joined(compared.await)?;
+    let compared = unwrap_join(compared.await)?;
     if compared.is_empty() {
         return Err(Error::expected(
             format!("layers of '{model}' and '{other}'"),

@@ -13,6 +13,7 @@ use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
 use crate::error::{Error, Result};
 use crate::layer::{DType, to_f32};
+use crate::staged;
 
 /// Reads an array of any number of dimensions.
 ///
@@ -77,20 +78,11 @@ pub fn write_any_array(location: &str, array: ArrayViewD<f32>) -> Result<()> {
         Ok(Location::Safetensors(path, name)) => (path, Some(name.unwrap_or("output"))),
         Err(e) => return Err(e),
     };
-    whole(path, |staged| match name {
+    staged::write(path, |staged| match name {
         None => write_npy(staged, &shape, values),
         Some(name) => write_tensor(staged, name, shape, values),
-    })
-}
-
-/// Has a file written beside its place, and moved there when it is whole.
-pub fn whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let staged = parent.join(format!(".{name}.{}.partial", std::process::id()));
-    write(&staged).and_then(|()| std::fs::rename(&staged, path).map_err(|e| Error::io(path, e))).inspect_err(|_| {
-        let _ = std::fs::remove_file(&staged);
-    })
+    })?;
+    Ok(())
 }
 
 enum Location<'a> {

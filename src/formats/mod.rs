@@ -3,7 +3,7 @@
 //! [`open`] opens a model as a [`TensorSource`], whatever its format; [`FORMATS`] lists the formats.
 
 mod arrays;
-mod attention_state;
+mod attention_cache;
 mod keras;
 mod safetensors;
 mod source;
@@ -12,12 +12,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use arrays::{read_any_array, read_array, write_any_array, write_array};
-pub use attention_state::{read_attention_state, write_attention_state};
+pub use attention_cache::{read_attention_cache, write_attention_cache};
 pub use keras::{KERAS_ROOT, KerasSource};
 pub use safetensors::SafetensorsSource;
 pub use source::{SourceContent, SourceLayer, TensorInfo, TensorSource};
-
-pub(crate) use arrays::whole;
 
 use crate::error::Result;
 

@@ -109,7 +109,11 @@ impl TensorSource for SafetensorsSource {
 
     fn bytes(&self, tensor: &TensorInfo) -> Result<Cow<'_, [u8]>> {
         let Some(Place { file, bytes }) = self.places.get(&tensor.name) else {
-            return Err(Error::expected("tensor", format!("'{}'", tensor.name), format!("one of {}", self.path.display())));
+            return Err(Error::expected(
+                "tensor",
+                format!("'{}'", tensor.name),
+                format!("one of {}", self.path.display()),
+            ));
         };
         Ok(self.files[*file].map[bytes.clone()].into())
     }

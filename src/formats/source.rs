@@ -97,7 +97,7 @@ pub trait TensorSource: fmt::Debug + Send + Sync {
     }
 }
 
-impl dyn TensorSource {
+impl dyn TensorSource + '_ {
     /// The tensor of that name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors().get(name)

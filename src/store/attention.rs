@@ -1,6 +1,7 @@
-//! An attention block of a snapshot, opened when it is first used.
+//! An attention block of a snapshot, loaded when it is first used.
 
-use super::{LayerHandle, Snapshot};
+use super::handle::LayerHandle;
+use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
 use crate::layer::{Method, VqAttentionConfig, VqAttentionLayer};
 use crate::nn::AttentionBlock;
@@ -15,7 +16,7 @@ pub struct AttentionHandle {
 }
 
 impl Snapshot {
-    /// The attention block of that name, and the layers of the same model that it names, all of this snapshot.
+    /// Returns the attention block of that name, and the layers of the same model that it names, all of this snapshot.
     ///
     /// # Errors
     /// When there is no such model or layer, the layer is no attention block, or one that it names is not there.
@@ -32,7 +33,7 @@ impl Snapshot {
         Ok(AttentionHandle { attention, projections, output })
     }
 
-    /// The layers that a block's settings name: Wq, Wk and Wv, and Wo.
+    /// Returns the layers that a block's settings name: Wq, Wk and Wv, and Wo.
     pub(crate) async fn projections(
         &self,
         model: &str,
@@ -54,7 +55,7 @@ impl Snapshot {
         Ok((projections, output))
     }
 
-    /// A block's layer: behind the block's own name, or by its name in full.
+    /// Returns a block's layer: behind the block's own name, or by its name in full.
     async fn named(&self, model: &str, block: &str, name: &str) -> Result<LayerHandle> {
         match self.layer(model, &format!("{block}.{name}")).await {
             Ok(handle) => Ok(handle),
@@ -64,22 +65,22 @@ impl Snapshot {
 }
 
 impl AttentionHandle {
-    /// The handle of codebooks and settings.
+    /// Returns the layer that holds codebooks and settings.
     pub fn attention(&self) -> &LayerHandle {
         &self.attention
     }
 
-    /// Those of Wq, Wk and Wv, where the block has them.
+    /// Returns Wq, Wk and Wv, where the block has them.
     pub fn projections(&self) -> Option<&[LayerHandle; 3]> {
         self.projections.as_ref()
     }
 
-    /// That of Wo, where the block has it.
+    /// Returns Wo, where the block has it.
     pub fn output(&self) -> Option<&LayerHandle> {
         self.output.as_ref()
     }
 
-    /// Codebooks and settings, in memory.
+    /// Loads codebooks and settings.
     ///
     /// # Errors
     /// As [`LayerHandle::load`].
@@ -89,7 +90,7 @@ impl AttentionHandle {
         attention.ok_or_else(|| Error::expected("layer to attend with", layer.method(), VqAttentionConfig::NAME))
     }
 
-    /// The block in memory, ready to run.
+    /// Loads the block, ready to run.
     ///
     /// # Errors
     /// As [`LayerHandle::load`], and when layers do not fit each other.

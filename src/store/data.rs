@@ -1,4 +1,4 @@
-//! Reading artifacts: their records, and their rows.
+//! Artifacts, read: their records, and their rows put together as parts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -7,15 +7,15 @@ use arrow::array::RecordBatch;
 use futures::TryStreamExt;
 use lance::Dataset;
 
-use super::files::{Files, Run};
-use super::joined;
-use super::location::{Location, readable, storage_error};
-use super::record::{ArtifactRecord, LayerRecord, Places, Rows, read_artifacts};
+use super::format::Formats;
+use super::location::{Location, reason, storage_error};
+use super::reader::{FileRows, Files, Reader};
+use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows, read_artifacts};
 use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
 use crate::error::{Error, Result};
-use crate::layer::MethodName;
 use crate::layer::parts::{ArtifactId, Parts};
+use crate::tasks::unwrap_join;
 
 /// The data side of a store, for reading.
 #[derive(Debug)]
@@ -25,11 +25,12 @@ pub struct Data {
 }
 
 impl Data {
-    pub fn new(location: Location) -> Self {
-        Data { files: Arc::new(Files::new(location.clone())), location }
+    /// Returns the data of a store, whose local files are read by `reader`.
+    pub fn new(location: Location, reader: Reader) -> Self {
+        Data { files: Arc::new(Files::new(location.clone(), reader)), location }
     }
 
-    /// The artifact's record.
+    /// Reads an artifact's record.
     async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
         let filter = format!("artifact = X'{id}'");
         self.listed(Some(&filter)).await?.into_values().next().ok_or_else(|| Error::Corrupt {
@@ -38,7 +39,10 @@ impl Data {
         })
     }
 
-    /// All records, an artifact that was written twice once.
+    /// Reads all records; of an artifact that was written twice, the first.
+    ///
+    /// # Errors
+    /// When the storage refuses.
     pub async fn records(&self) -> Result<Vec<ArtifactRecord>> {
         Ok(self.listed(None).await?.into_values().collect())
     }
@@ -49,8 +53,10 @@ impl Data {
             Err(lance::Error::DatasetNotFound { .. }) => return Ok(BTreeMap::new()),
             Err(e) => return Err(storage_error("opening the table of artifacts")(e)),
         };
+        let formats = self.location.formats();
         let read = async {
             let mut scan = dataset.scan();
+            scan.project(&formats.known_columns(ARTIFACTS, &dataset))?;
             if let Some(filter) = filter {
                 scan.filter(filter)?;
             }
@@ -58,8 +64,10 @@ impl Data {
         };
         let batches: Vec<RecordBatch> = read.await.map_err(storage_error("reading the table of artifacts"))?;
         let mut records = BTreeMap::new();
-        for batch in &batches {
-            for record in read_artifacts(batch)? {
+        for batch in batches {
+            let completed = formats.completed(ARTIFACTS, batch);
+            let batch = completed.map_err(|e| Error::storage("reading the table of artifacts", e))?;
+            for record in read_artifacts(&batch)? {
                 records.entry(record.artifact).or_insert(record);
             }
         }
@@ -67,57 +75,70 @@ impl Data {
     }
 
     /// Opens the files that these layers lie in, so that their first loads find them open.
+    ///
+    /// # Errors
+    /// When the runtime is shutting down.
     pub async fn open_ahead(&self, layers: &[LayerRecord]) -> Result<()> {
-        let tables = layers.iter().flat_map(|layer| &layer.places.0);
-        let named = tables.flat_map(|(table, rows)| rows.runs.iter().map(move |run| (table.clone(), run.file.clone())));
+        let tables = layers.iter().flat_map(|layer| &layer.locations.0);
+        let named =
+            tables.flat_map(|(table, rows)| rows.ranges.iter().map(move |range| (table.clone(), range.file.clone())));
         let wanted: BTreeSet<(String, String)> = named.collect();
         if self.files.are_open(&wanted) {
             return Ok(());
         }
         let files = self.files.clone();
-        joined(tokio::task::spawn_blocking(move || files.open_ahead(&wanted)).await)
+        unwrap_join(tokio::task::spawn_blocking(move || files.open_ahead(&wanted)).await)
     }
 
-    /// The parts of a layer's artifact, read by this thread from where the catalogue says that they are, in files on
-    /// the local file system. None if they are not to be had like this: [`Data::layer_parts`] says why, or gets them.
+    /// Reads the parts of a layer's artifact on this thread, from where the catalogue says that they are, in files on the
+    /// local file system. `None` if they cannot be read like this: [`Data::layer_parts`] says why, or reads them.
     pub fn local_parts(&self, layer: &LayerRecord) -> Option<Parts> {
-        // None known: the artifact was there before.
-        if layer.places.0.is_empty() {
+        // Nothing known: the artifact was there before.
+        if layer.locations.0.is_empty() {
             return None;
         }
-        let found = self.files.local_rows(&runs(&layer.places)).ok()??;
-        let found = by_table(&layer.places, found.into_iter().map(|batch| vec![batch]).collect());
-        complete(layer.artifact, &layer.places, &found)
-            .then(|| assembled(layer.artifact, layer.method, &layer.config, &layer.places, found).ok())?
+        let found = self.files.direct_rows(&file_rows(&layer.locations)).ok()??;
+        let found = by_table(&layer.locations, found.into_iter().map(|batch| vec![batch]).collect());
+        complete(layer.artifact, &layer.locations, &found).then(|| self.layer_of(layer, found).ok())?
     }
 
-    /// The parts of a layer's artifact: from where the catalogue says they are, or, where they have been moved, from
+    /// Reads the parts of a layer's artifact: from where the catalogue says they are, or, where they have been moved, from
     /// where the table of artifacts says.
     ///
     /// # Errors
     /// As [`Data::parts`], and when no such artifact is listed.
     pub async fn layer_parts(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
-        if !layer.places.0.is_empty()
-            && let Ok(found) = self.at_places(&layer.places).await
-            && complete(layer.artifact, &layer.places, &found)
-            && let Ok(parts) = assembled(layer.artifact, layer.method, &layer.config, &layer.places, found)
+        if !layer.locations.0.is_empty()
+            && let Ok(found) = self.at_locations(&layer.locations).await
+            && complete(layer.artifact, &layer.locations, &found)
+            && let Ok(parts) = self.layer_of(layer, found)
         {
             return Ok(parts);
         }
         self.parts(&self.record(layer.artifact).await?).await
     }
 
-    /// The parts of an artifact.
+    fn layer_of(&self, layer: &LayerRecord, found: Vec<Vec<RecordBatch>>) -> Result<Parts> {
+        let formats = self.location.formats();
+        assembled(
+            layer.artifact,
+            Parts::new(layer.method.clone(), layer.config.clone()),
+            (formats, &layer.locations),
+            found,
+        )
+    }
+
+    /// Reads the parts of an artifact.
     ///
     /// # Errors
     /// When its rows are missing or are not what was written, as far as can be told without hashing them.
     pub async fn parts(self: &Arc<Self>, record: &ArtifactRecord) -> Result<Parts> {
-        let (id, places) = (record.artifact, &record.places);
-        let found = match self.at_places(places).await {
-            Ok(found) if complete(id, places, &found) => found,
+        let (id, locations) = (record.artifact, &record.locations);
+        let found = match self.at_locations(locations).await {
+            Ok(found) if complete(id, locations, &found) => found,
             _ => {
-                let mut found = Vec::with_capacity(places.0.len());
-                for (name, rows) in &places.0 {
+                let mut found = Vec::with_capacity(locations.0.len());
+                for (name, rows) in &locations.0 {
                     let (data, name, rows) = (self.clone(), name.to_owned(), rows.clone());
                     let read = tokio::spawn(async move { data.rows(id, &name, &rows).await });
                     // Decoding damaged bytes may panic in Lance.
@@ -126,22 +147,28 @@ impl Data {
                 found
             }
         };
-        assembled(id, record.method, &record.config, places, found)
+        assembled(
+            id,
+            Parts::new(record.method.clone(), record.config.clone()),
+            (self.location.formats(), locations),
+            found,
+        )
     }
 
-    /// One table's rows of an artifact: where they were written if they are still there, else by search.
-    async fn rows(&self, id: ArtifactId, table: &str, rows: &Rows) -> Result<Vec<RecordBatch>> {
+    /// Reads one table's rows of an artifact: where they were written if they are still there, else by search.
+    async fn rows(&self, id: ArtifactId, table: &str, rows: &TableRows) -> Result<Vec<RecordBatch>> {
         let unreadable =
-            |e: &lance::Error| corrupt(id, format!("its rows in table '{table}' cannot be read: {}", readable(e)));
-        let place = Places([(table.to_owned(), rows.clone())].into());
-        let failure = match self.at_places(&place).await {
-            Ok(found) if complete(id, &place, &found) => return Ok(found.into_iter().flatten().collect()),
+            |e: &lance::Error| corrupt(id, format!("its rows in table '{table}' cannot be read: {}", reason(e)));
+        let locations = RowLocations([(table.to_owned(), rows.clone())].into());
+        let failure = match self.at_locations(&locations).await {
+            Ok(found) if complete(id, &locations, &found) => return Ok(found.into_iter().flatten().collect()),
             Ok(_) => None,
             Err(e) => Some(e),
         };
         let found = async {
             let dataset = self.location.open_table(table, None).await?;
-            by_search(&dataset, id, rows.rows as usize).await
+            let columns = self.location.formats().known_columns(table, &dataset);
+            by_search(&dataset, id, &columns, rows.rows as usize).await
         };
         match found.await {
             Ok(batches) if all_of(&batches, id, rows.rows) => Ok(batches),
@@ -156,20 +183,20 @@ impl Data {
         }
     }
 
-    /// Rows from where they were written: those of each table.
-    async fn at_places(&self, places: &Places) -> lance::Result<Vec<Vec<RecordBatch>>> {
+    /// Reads rows from where they were written: those of each table.
+    async fn at_locations(&self, locations: &RowLocations) -> lance::Result<Vec<Vec<RecordBatch>>> {
         let files = self.files.clone();
-        let runs = runs(places);
+        let wanted = file_rows(locations);
         let local = tokio::task::spawn_blocking({
-            let runs = runs.clone();
-            move || files.local_rows(&runs)
+            let wanted = wanted.clone();
+            move || files.direct_rows(&wanted)
         });
-        let local = local.await.map_err(|e| lance::Error::io(e.to_string()))?;
-        let found = match local.map_err(|e| lance::Error::io(e.to_string()))? {
+        let local = local.await.map_err(|e| lance::Error::wrapped(Box::new(e)))?;
+        let found = match local.map_err(|e| lance::Error::io_source(Box::new(e)))? {
             Some(batches) => batches.into_iter().map(|batch| vec![batch]).collect(),
-            None => self.files.rows(&runs).await?,
+            None => self.files.decoded_rows(&wanted).await?,
         };
-        Ok(by_table(places, found))
+        Ok(by_table(locations, found))
     }
 }
 
@@ -177,52 +204,58 @@ fn corrupt(id: ArtifactId, reason: String) -> Error {
     Error::Corrupt { artifact: id.to_string(), reason }
 }
 
-/// All runs of rows, table by table.
-fn runs(places: &Places) -> Vec<Run> {
-    let run = |table: &String, run: &super::record::Run| Run {
+/// Returns all ranges of rows, table by table.
+pub fn file_rows(locations: &RowLocations) -> Vec<FileRows> {
+    let tables = locations.0.iter().flat_map(|(table, rows)| rows.ranges.iter().map(move |range| (table, range)));
+    let rows = tables.map(|(table, range)| FileRows {
         table: table.clone(),
-        file: run.file.clone(),
-        rows: run.offset..run.offset.saturating_add(run.rows),
-    };
-    places.0.iter().flat_map(|(table, rows)| rows.runs.iter().map(move |r| run(table, r))).collect()
+        file: range.file.clone(),
+        rows: range.offset..range.offset.saturating_add(range.rows),
+    });
+    rows.collect()
 }
 
-/// The batches of all runs, as one list a table.
-fn by_table(places: &Places, runs: Vec<Vec<RecordBatch>>) -> Vec<Vec<RecordBatch>> {
-    let mut runs = runs.into_iter();
-    places.0.values().map(|rows| runs.by_ref().take(rows.runs.len()).flatten().collect()).collect()
+/// The batches of all ranges, as one list a table.
+fn by_table(locations: &RowLocations, ranges: Vec<Vec<RecordBatch>>) -> Vec<Vec<RecordBatch>> {
+    let mut ranges = ranges.into_iter();
+    locations.0.values().map(|rows| ranges.by_ref().take(rows.ranges.len()).flatten().collect()).collect()
 }
 
 /// Whether these are all rows of an artifact, table by table, and no others.
-fn complete(id: ArtifactId, places: &Places, found: &[Vec<RecordBatch>]) -> bool {
-    found.len() == places.0.len() && found.iter().zip(places.0.values()).all(|(f, rows)| all_of(f, id, rows.rows))
+fn complete(id: ArtifactId, locations: &RowLocations, found: &[Vec<RecordBatch>]) -> bool {
+    found.len() == locations.0.len() && found.iter().zip(locations.0.values()).all(|(f, rows)| all_of(f, id, rows.rows))
 }
 
-/// The parts that rows make up.
+/// Adds to parts what the rows of each table make up.
 fn assembled(
     id: ArtifactId,
-    method: MethodName,
-    config: &serde_json::Value,
-    places: &Places,
+    mut parts: Parts,
+    (formats, locations): (&Formats, &RowLocations),
     found: Vec<Vec<RecordBatch>>,
 ) -> Result<Parts> {
     let mut tables = Vec::with_capacity(found.len());
-    for (name, batches) in places.0.keys().zip(found) {
+    for (name, batches) in locations.0.keys().zip(found) {
         let unknown = || corrupt(id, format!("it has rows in '{name}', which is no table of this format"));
+        let completed = batches.into_iter().map(|batch| formats.completed(name, batch));
+        let batches = completed.collect::<arrow::error::Result<Vec<_>>>().map_err(|e| corrupt(id, e.to_string()))?;
         tables.push((Table::named(name).ok_or_else(unknown)?, batches));
     }
     tables.sort_by_key(|(table, _)| *table);
-    let mut parts = Parts::new(method, config.clone());
     for (table, batches) in tables {
         add_rows(&mut parts, table, batches).map_err(|reason| corrupt(id, reason))?;
     }
     Ok(parts)
 }
 
-/// The first `count` rows of an artifact, in the order they were written; a second copy lies behind the first.
-async fn by_search(dataset: &Dataset, id: ArtifactId, count: usize) -> lance::Result<Vec<RecordBatch>> {
+/// Reads the first `count` rows of an artifact, in the order they were written; a second copy lies behind the first.
+async fn by_search(
+    dataset: &Dataset,
+    id: ArtifactId,
+    columns: &[String],
+    count: usize,
+) -> lance::Result<Vec<RecordBatch>> {
     let mut scan = dataset.scan();
-    scan.filter(&format!("artifact = X'{id}'"))?.scan_in_order(true);
+    scan.project(columns)?.filter(&format!("artifact = X'{id}'"))?.scan_in_order(true);
     let batches: Vec<RecordBatch> = scan.try_into_stream().await?.try_collect().await?;
     let mut left = count;
     let cut = batches.into_iter().map(|batch| {

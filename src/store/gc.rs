@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{AsArray, RecordBatch};
+use arrow::array::{AsArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, UInt64Type};
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
@@ -14,12 +14,13 @@ use lance::dataset::optimize::{CompactionOptions, compact_files};
 use lance::dataset::{MergeInsertBuilder, WhenMatched, WhenNotMatched};
 use serde::Serialize;
 
-use super::catalog;
-use super::location::{Location, storage_error};
+use super::catalogue;
+use super::listing::{data_tables, disk_bytes};
+use super::location::{Location, Place, storage_error};
 use super::lock;
-use super::record::{ArtifactRecord, Rows, Run, artifacts_batch, read_artifacts};
+use super::record::{ArtifactRecord, LOCATIONS, RowRange, TableRows, read_artifacts};
 use super::schema::{ARTIFACTS, LAYERS, Table};
-use super::stats::{data_tables, disk_bytes};
+use super::versions;
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
 
@@ -52,14 +53,27 @@ struct Span {
     rows: u64,
 }
 
-/// What to do in one table.
-struct Plan {
-    table: String,
-    garbage: Vec<Span>,
+/// What there is to remove.
+struct Survey {
+    /// Versions of the catalogue that nobody may restore once their artifacts are gone.
+    old_versions: Vec<u64>,
+    /// The list of artifacts, where there is one.
+    list: Option<Dataset>,
+    /// Rows of that list: of artifacts that nothing reaches, and second copies.
+    unlisted: Vec<Span>,
+    /// The records of the artifacts that stay.
+    kept: BTreeMap<ArtifactId, ArtifactRecord>,
+    /// Rows to remove of each data table.
+    garbage: Vec<(String, Vec<Span>)>,
+    report: GcReport,
 }
 
+/// Removes what nothing reaches; only counts it unless `apply`. What was replaced no longer than `older_than` ago stays.
+///
+/// # Errors
+/// [`Error::Busy`] when an import does not finish in time; and when the storage refuses, or has no locks.
 pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> Result<GcReport> {
-    if location.local().is_none() && apply {
+    if matches!(location.place(), Place::Remote) && apply {
         return Err(Error::expected(
             "store to collect",
             location.uri(),
@@ -67,80 +81,83 @@ pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> 
         ));
     }
     // A dry run only reads, and may be done on a store that cannot be written.
-    let _guards = if apply {
-        Some((lock::collecting(location.local(), PATIENCE).await?, lock::committing(location.local()).await?))
-    } else {
-        None
+    let _guards = match apply {
+        true => Some((lock::collecting(location, PATIENCE).await?, lock::committing(location).await?)),
+        false => None,
     };
     let age = chrono::Duration::from_std(older_than).unwrap_or(chrono::Duration::MAX);
     let cutoff = Utc::now().checked_sub_signed(age).unwrap_or(DateTime::<Utc>::MIN_UTC);
-    let (reached, unneeded_versions) = reachable(location, cutoff).await?;
-    let mut report = GcReport { applied: apply, ..GcReport::default() };
-    let before = disk_bytes(location);
+    let survey = survey(location, cutoff, apply).await?;
+    if !apply {
+        return Ok(survey.report);
+    }
+    let before = disk_bytes(location).await;
+    let mut report = survey.report.clone();
+    remove(location, survey).await?;
+    report.applied = true;
+    report.removed_bytes = before.unwrap_or_default().saturating_sub(disk_bytes(location).await.unwrap_or_default());
+    Ok(report)
+}
 
-    let artifacts = open(location, ARTIFACTS, apply).await?;
-    let (mut kept, dead) = match &artifacts {
-        Some(dataset) => sort_out(dataset, &reached, cutoff).await?,
+/// Looks for what nothing reaches. Tables are opened for writing if what is found is to be removed.
+async fn survey(location: &Location, cutoff: DateTime<Utc>, write: bool) -> Result<Survey> {
+    let (reached, old_versions) = reachable(location, cutoff).await?;
+    let list = open(location, ARTIFACTS, write).await?;
+    let (kept, unlisted) = match &list {
+        Some(dataset) => sort_out(location, dataset, &reached, cutoff).await?,
         None => (BTreeMap::new(), vec![]),
     };
-    let listed: HashSet<ArtifactId> = dead.iter().map(|d| d.artifact).filter(|a| !kept.contains_key(a)).collect();
-    report.artifacts = listed.len() as u64;
-    let mut plans = vec![];
+    let dead: HashSet<ArtifactId> = unlisted.iter().map(|d| d.artifact).filter(|a| !kept.contains_key(a)).collect();
+    let mut report = GcReport { artifacts: dead.len() as u64, ..GcReport::default() };
+    let mut garbage = vec![];
     for (name, table) in data_tables(location).await? {
-        let Some(dataset) = open(location, &name, apply).await? else { continue };
-        let garbage = unneeded(&dataset, &name, &kept).await?;
-        for span in &garbage {
+        let Some(dataset) = open(location, &name, write).await? else { continue };
+        let spans = unneeded(&dataset, &name, &kept).await?;
+        for span in &spans {
             report.reclaimable_bytes += span_bytes(&dataset, table, span).await?;
-            if !listed.contains(&span.artifact) {
+            if !dead.contains(&span.artifact) {
                 report.stray_rows += span.rows;
             }
         }
         report.reclaimable_bytes += unreferenced_bytes(&dataset).await?;
-        plans.push(Plan { table: name, garbage });
+        garbage.push((name, spans));
     }
-    if !apply {
-        return Ok(report);
-    }
+    Ok(Survey { old_versions, list, unlisted, kept, garbage, report })
+}
 
+/// Removes what a survey found, in an order that leaves a store whole wherever it ends.
+async fn remove(location: &Location, survey: Survey) -> Result<()> {
+    let Survey { old_versions, list, unlisted, mut kept, garbage, .. } = survey;
     // First the old versions, which nobody may restore once their artifacts are gone.
-    let catalogue = location.open_for_write(LAYERS).await.map_err(storage_error("opening the catalogue"))?;
-    let policy = CleanupPolicyBuilder::default().error_if_tagged_old_versions(false).delete_unverified(true);
-    let policy = if unneeded_versions.is_empty() {
-        None
-    } else {
-        Some(policy.versions(unneeded_versions).map_err(storage_error("naming old versions"))?)
-    };
-    if let Some(policy) = policy {
+    if !old_versions.is_empty() {
+        let catalogue = location.open_for_write(LAYERS).await.map_err(storage_error("opening the catalogue"))?;
+        let policy = CleanupPolicyBuilder::default().error_if_tagged_old_versions(false).delete_unverified(true);
+        let policy = policy.versions(old_versions).map_err(storage_error("naming old versions"))?;
         catalogue.cleanup_with_policy(policy.build()).await.map_err(storage_error("collecting old versions"))?;
     }
     // Then the list, so that no later import takes what is about to go for complete.
-    if let Some(dataset) = artifacts
-        && !dead.is_empty()
-    {
-        delete(dataset, &dead).await.map_err(storage_error("removing artifacts from the list"))?;
+    if let Some(dataset) = list.filter(|_| !unlisted.is_empty()) {
+        delete(dataset, &unlisted).await.map_err(storage_error("removing artifacts from the list"))?;
     }
     let mut moved = HashSet::new();
-    for plan in plans {
-        let action = format!("collecting table '{}'", plan.table);
-        let Some(dataset) = open(location, &plan.table, true).await? else { continue };
-        if !plan.garbage.is_empty() {
-            let dataset = delete(dataset, &plan.garbage).await.map_err(storage_error(action.clone()))?;
-            moved.extend(compacted(dataset, &plan.table, &mut kept).await.map_err(storage_error(action.clone()))?);
+    for (table, spans) in garbage {
+        let action = || storage_error(format!("collecting table '{table}'"));
+        let Some(dataset) = open(location, &table, true).await? else { continue };
+        if !spans.is_empty() {
+            let dataset = delete(dataset, &spans).await.map_err(action())?;
+            moved.extend(compacted(dataset, &table, &mut kept).await?);
         }
-        if let Some(dataset) = open(location, &plan.table, true).await? {
-            dataset.cleanup_with_policy(all_but_latest()).await.map_err(storage_error(action))?;
+        if let Some(dataset) = open(location, &table, true).await? {
+            dataset.cleanup_with_policy(all_but_latest()).await.map_err(action())?;
         }
     }
     if let Some(dataset) = open(location, ARTIFACTS, true).await? {
-        let places: Vec<ArtifactRecord> = kept.into_values().filter(|r| moved.contains(&r.artifact)).collect();
-        let dataset = relist(dataset, places).await?;
-        dataset
-            .cleanup_with_policy(all_but_latest())
-            .await
-            .map_err(storage_error("collecting the list of artifacts"))?;
+        kept.retain(|artifact, _| moved.contains(artifact));
+        let dataset = relist(dataset, &kept).await?;
+        let cleaned = dataset.cleanup_with_policy(all_but_latest()).await;
+        cleaned.map_err(storage_error("collecting the list of artifacts"))?;
     }
-    report.removed_bytes = before.unwrap_or_default().saturating_sub(disk_bytes(location).unwrap_or_default());
-    Ok(report)
+    Ok(())
 }
 
 async fn open(location: &Location, table: &str, write: bool) -> Result<Option<Dataset>> {
@@ -155,17 +172,17 @@ async fn open(location: &Location, table: &str, write: bool) -> Result<Option<Da
 /// Artifacts of the latest version, of every snapshot, and of every version that was the latest at `cutoff` or later;
 /// and the versions that are none of these.
 async fn reachable(location: &Location, cutoff: DateTime<Utc>) -> Result<(HashSet<ArtifactId>, Vec<u64>)> {
-    let latest = catalog::open(location, None).await?;
-    let tagged: HashSet<u64> = catalog::tags(&latest).await?.into_iter().map(|(_, version)| version).collect();
+    let latest = catalogue::open(location, None).await?;
+    let tagged: HashSet<u64> = versions::tags(&latest).await?.into_iter().map(|(_, version)| version).collect();
     let mut reached = HashSet::new();
     let mut unneeded = vec![];
     // Newest first, so the one seen before is what replaced it.
     let mut replaced = None;
-    for version in catalog::log(&latest).await? {
+    for version in versions::log(&latest).await? {
         let recent = replaced.replace(version.time).is_none_or(|time| time >= cutoff);
         if recent || tagged.contains(&version.version) {
-            let dataset = catalog::open(location, Some(version.version)).await?;
-            reached.extend(catalog::artifacts(&dataset).await?);
+            let dataset = catalogue::open(location, Some(version.version)).await?;
+            reached.extend(catalogue::artifacts(&dataset).await?);
         } else {
             unneeded.push(version.version);
         }
@@ -175,14 +192,19 @@ async fn reachable(location: &Location, cutoff: DateTime<Utc>) -> Result<(HashSe
 
 /// Splits the list of artifacts into one row for each that stays, and the rows that go.
 async fn sort_out(
+    location: &Location,
     dataset: &Dataset,
     reached: &HashSet<ArtifactId>,
     cutoff: DateTime<Utc>,
 ) -> Result<(BTreeMap<ArtifactId, ArtifactRecord>, Vec<Span>)> {
     let mut kept = BTreeMap::new();
     let mut dead = vec![];
-    for batch in scan(dataset, None).await.map_err(storage_error("reading the table of artifacts"))? {
+    let action = "reading the table of artifacts";
+    let formats = location.formats();
+    let columns = formats.known_columns(ARTIFACTS, dataset);
+    for batch in scan(dataset, Some(&columns)).await.map_err(storage_error(action))? {
         let addresses = addresses(&batch)?;
+        let batch = formats.completed(ARTIFACTS, batch).map_err(|e| Error::storage(action, e))?;
         for (record, start) in read_artifacts(&batch)?.into_iter().zip(addresses) {
             let stays = reached.contains(&record.artifact) || record.created_at >= cutoff;
             if stays && !kept.contains_key(&record.artifact) {
@@ -195,7 +217,7 @@ async fn sort_out(
     Ok((kept, dead))
 }
 
-async fn scan(dataset: &Dataset, columns: Option<&[&str]>) -> lance::Result<Vec<RecordBatch>> {
+async fn scan(dataset: &Dataset, columns: Option<&[String]>) -> lance::Result<Vec<RecordBatch>> {
     let mut scan = dataset.scan();
     if let Some(columns) = columns {
         scan.project(columns)?;
@@ -209,10 +231,12 @@ fn addresses(batch: &RecordBatch) -> Result<Vec<u64>> {
     column.map(|c| c.values().to_vec()).ok_or_else(|| Error::expected("row addresses", "none", "one a row"))
 }
 
-/// Runs of rows of one artifact, in the table's order.
+/// Consecutive rows of one artifact each, in the table's order.
 async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
     let mut spans: Vec<Span> = vec![];
-    for batch in scan(dataset, Some(&["artifact"])).await.map_err(storage_error("reading the rows' artifacts"))? {
+    for batch in
+        scan(dataset, Some(&["artifact".into()])).await.map_err(storage_error("reading the rows' artifacts"))?
+    {
         let addresses = addresses(&batch)?;
         let names = batch
             .column(0)
@@ -239,7 +263,7 @@ async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
 /// Rows that no kept artifact needs: of others, or beyond the first copy.
 async fn unneeded(dataset: &Dataset, table: &str, kept: &BTreeMap<ArtifactId, ArtifactRecord>) -> Result<Vec<Span>> {
     let mut wanted: HashMap<ArtifactId, u64> =
-        kept.iter().filter_map(|(id, record)| Some((*id, record.places.0.get(table)?.rows))).collect();
+        kept.iter().filter_map(|(id, record)| Some((*id, record.locations.0.get(table)?.rows))).collect();
     let mut garbage = vec![];
     for span in spans(dataset).await? {
         let left = wanted.entry(span.artifact).or_default();
@@ -252,7 +276,7 @@ async fn unneeded(dataset: &Dataset, table: &str, kept: &BTreeMap<ArtifactId, Ar
     Ok(garbage)
 }
 
-/// Bytes of a run's columns; rows of fixed width are counted, others are looked at.
+/// Bytes of a span's columns: of fixed width by their number, of others by looking at them.
 async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64> {
     let schema = table.schema();
     let mut width = 0;
@@ -286,7 +310,7 @@ async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64>
     Ok(bytes)
 }
 
-/// For tables of data, whose older versions nobody opens.
+/// The policy for tables of data, whose older versions nobody opens.
 fn all_but_latest() -> CleanupPolicy {
     // Unverified files are those of writers that died: the exclusive lock says that no other writer is at work.
     CleanupPolicyBuilder::default()
@@ -311,12 +335,12 @@ async fn delete(mut dataset: Dataset, spans: &[Span]) -> lance::Result<Dataset> 
     Ok(dataset)
 }
 
-/// Writes fragments with deleted rows anew without them, and gives the artifacts whose places have changed.
+/// Writes fragments with deleted rows anew without them, and gives the artifacts whose rows have moved.
 async fn compacted(
     mut dataset: Dataset,
     table: &str,
     kept: &mut BTreeMap<ArtifactId, ArtifactRecord>,
-) -> lance::Result<HashSet<ArtifactId>> {
+) -> Result<HashSet<ArtifactId>> {
     let whole = dataset.fragments().iter().filter(|f| f.deletion_file.is_none()).map(|f| f.id as u32).collect();
     let options = CompactionOptions {
         // Only what has deletions: merging small fragments would move every artifact for nothing.
@@ -325,36 +349,69 @@ async fn compacted(
         num_threads: Some(1),
         ..CompactionOptions::default()
     };
-    compact_files(&mut dataset, options, None).await?;
+    let compaction = compact_files(&mut dataset, options, None).await;
+    compaction.map_err(storage_error(format!("compacting table '{table}'")))?;
+    // The first file of a fragment holds the columns that it was written with.
     let files: HashMap<u64, String> =
         dataset.fragments().iter().filter_map(|f| Some((f.id, f.files.first()?.path.clone()))).collect();
-    let mut runs: HashMap<ArtifactId, Vec<Run>> = HashMap::new();
-    for span in spans(&dataset).await.map_err(|e| lance::Error::internal(e.to_string()))? {
+    let mut ranges: HashMap<ArtifactId, Vec<RowRange>> = HashMap::new();
+    for span in spans(&dataset).await? {
         let Some(file) = files.get(&(span.start >> 32)) else { continue };
         let offset = span.start & u64::from(u32::MAX);
-        runs.entry(span.artifact).or_default().push(Run { file: file.clone(), offset, rows: span.rows });
+        ranges.entry(span.artifact).or_default().push(RowRange { file: file.clone(), offset, rows: span.rows });
     }
     let mut moved = HashSet::new();
-    for (artifact, runs) in runs {
-        let Some(place) = kept.get_mut(&artifact).and_then(|r| r.places.0.get_mut(table)) else { continue };
-        let now = Rows { rows: place.rows, runs };
-        if *place != now {
-            *place = now;
+    for (artifact, ranges) in ranges {
+        let Some(known) = kept.get_mut(&artifact).and_then(|r| r.locations.0.get_mut(table)) else { continue };
+        let now = TableRows { rows: known.rows, ranges };
+        if *known != now {
+            *known = now;
             moved.insert(artifact);
         }
     }
     Ok(moved)
 }
 
-/// Writes the new places into the list of artifacts.
-async fn relist(dataset: Dataset, records: Vec<ArtifactRecord>) -> Result<Dataset> {
-    let action = || storage_error("writing the artifacts' new places");
-    if records.is_empty() {
+/// Writes the locations of these artifacts' rows into the list of artifacts; all other columns stay as they are, also
+/// those that are not known here.
+async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, ArtifactRecord>) -> Result<Dataset> {
+    let action = || storage_error("writing where the artifacts' rows are");
+    if moved.is_empty() {
         return Ok(dataset);
     }
-    let batch = artifacts_batch(&records)?;
+    let mut batches = vec![];
+    let mut all = dataset.scan();
+    all.scan_in_order(true);
+    let rows = async { all.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await };
+    for batch in rows.await.map_err(action())? {
+        batches.extend(relocated(&batch, moved).ok_or_else(|| {
+            Error::expected(
+                "columns 'artifact' and 'places' of the list of artifacts",
+                "another type",
+                "hashes and texts",
+            )
+        })?);
+    }
+    if batches.is_empty() {
+        return Ok(dataset);
+    }
     let mut merge = MergeInsertBuilder::try_new(Arc::new(dataset), vec!["artifact".into()]).map_err(action())?;
     merge.when_matched(WhenMatched::UpdateAll).when_not_matched(WhenNotMatched::DoNothing).use_index(false);
-    let (dataset, _) = merge.try_build().map_err(action())?.execute_batches(vec![batch]).await.map_err(action())?;
+    let (dataset, _) = merge.try_build().map_err(action())?.execute_batches(batches).await.map_err(action())?;
     Ok(Arc::unwrap_or_clone(dataset))
+}
+
+/// The rows of a batch of the list whose artifacts have moved, with their new locations.
+fn relocated(batch: &RecordBatch, moved: &BTreeMap<ArtifactId, ArtifactRecord>) -> Option<Vec<RecordBatch>> {
+    let names = batch.column_by_name("artifact")?.as_fixed_size_binary_opt()?;
+    let place = batch.schema().index_of(LOCATIONS).ok()?;
+    let mut rows = vec![];
+    for row in 0..batch.num_rows() {
+        let Some(record) = moved.get(&ArtifactId(names.value(row).try_into().ok()?)) else { continue };
+        let one = batch.slice(row, 1);
+        let mut columns = one.columns().to_vec();
+        columns[place] = Arc::new(StringArray::from(vec![serde_json::to_string(&record.locations).ok()?]));
+        rows.push(RecordBatch::try_new(one.schema(), columns).ok()?);
+    }
+    Some(rows)
 }

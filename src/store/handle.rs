@@ -1,49 +1,53 @@
-//! A layer of a snapshot, opened when it is first used.
+//! A layer of a snapshot, loaded when it is first used.
 
 use std::sync::Arc;
 
 use ndarray::ArrayView2;
 
-use super::Store;
 use super::record::LayerRecord;
+use super::shared::Shared;
 use crate::error::Result;
 use crate::layer::{Accuracy, Output, SharedLayer, configured};
+use crate::tasks::unwrap_join;
 
 /// A layer by name. Making one reads a row of the catalogue; the first use reads the layer's arrays.
 #[derive(Debug, Clone)]
 pub struct LayerHandle {
-    store: Store,
+    shared: Arc<Shared>,
     record: Arc<LayerRecord>,
 }
 
 impl LayerHandle {
-    pub(super) fn new(store: Store, record: LayerRecord) -> Self {
-        LayerHandle { store, record: Arc::new(record) }
+    /// Returns the handle of a row of the catalogue.
+    pub(super) fn new(shared: Arc<Shared>, record: LayerRecord) -> Self {
+        LayerHandle { shared, record: Arc::new(record) }
     }
 
-    pub(super) fn store(&self) -> &Store {
-        &self.store
+    /// Returns what the handle shares with its store.
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
+    /// Returns the layer's row of the catalogue, to be kept.
     pub(super) fn shared_record(&self) -> &Arc<LayerRecord> {
         &self.record
     }
 
-    /// The catalogue's row.
+    /// Returns the layer's row of the catalogue.
     pub fn record(&self) -> &LayerRecord {
         &self.record
     }
 
-    /// The layer in memory: from the store's cache, or read now. Handles of the same artifact share the arrays.
+    /// Returns the layer in memory: from the store's cache, or read now. Handles of the same artifact share the arrays.
     ///
     /// # Errors
     /// When the artifact cannot be read.
     pub async fn load(&self) -> Result<SharedLayer> {
-        let shared = self.store.load(&self.record).await?;
+        let shared = self.shared.load(&self.record).await?;
         configured(&shared, &self.record.config).map_err(|e| e.in_layer(&self.record.layer))
     }
 
-    /// [`Layer::forward`](crate::layer::Layer::forward) on the loaded layer, on a thread for blocking work.
+    /// Runs the layer, loaded where it is not yet, on a thread for blocking work: [`Layer::forward`](crate::layer::Layer::forward).
     ///
     /// # Errors
     /// As [`LayerHandle::load`] and [`Layer::forward`](crate::layer::Layer::forward).
@@ -51,6 +55,6 @@ impl LayerHandle {
         let layer = self.load().await?;
         let x = x.to_owned();
         let done = tokio::task::spawn_blocking(move || layer.forward(x.view(), accuracy)).await;
-        super::joined(done)?.map_err(|e| e.in_layer(&self.record.layer))
+        unwrap_join(done)?.map_err(|e| e.in_layer(&self.record.layer))
     }
 }

@@ -1,8 +1,10 @@
 //! Where a store lies, and how Lance is asked to read and write there.
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures::FutureExt;
 use lance::Dataset;
 use lance::dataset::builder::DatasetBuilder;
 use lance::dataset::{WriteMode, WriteParams};
@@ -12,6 +14,9 @@ use object_store::ObjectStore;
 use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
 
+use super::format::{Format, Formats};
+use super::memory::Memory;
+use super::testing::Hooks;
 use crate::error::{Error, Result};
 
 /// Lance's own caches default to 7 GiB; a store that serves layers keeps its memory for layers.
@@ -22,87 +27,109 @@ const METADATA_CACHE_BYTES: usize = 64 << 20;
 #[derive(Clone)]
 pub struct Location {
     uri: String,
-    /// The directory, for a store on the local file system.
-    local: Option<PathBuf>,
+    place: Place,
     session: Arc<Session>,
+    /// Replaces the storage that is written to.
     storage: Option<Arc<dyn WrappingObjectStore>>,
+    formats: &'static Formats,
+}
+
+/// Where a store's files lie.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// In this directory of the local file system.
+    Local(PathBuf),
+    /// In the memory of this process.
+    Memory(Arc<Memory>),
+    /// On an object store, which has no locks.
+    Remote,
 }
 
 impl std::fmt::Debug for Location {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Location").field("uri", &self.uri).finish_non_exhaustive()
+        f.debug_struct("Location").field("uri", &self.uri).field("place", &self.place).finish_non_exhaustive()
     }
 }
 
 impl Location {
-    /// A local path or an object-store URI. `storage` replaces the file system that writes go to.
-    pub fn new(uri: &str, storage: Option<Arc<dyn WrappingObjectStore>>) -> Result<Self> {
-        let session =
-            Arc::new(Session::new(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES, Arc::new(ObjectStoreRegistry::default())));
-        if let Some((scheme, rest)) = uri.split_once("://")
-            && scheme != "file"
-        {
-            if !matches!(scheme, "s3" | "gs" | "az" | "abfss" | "memory") || rest.is_empty() {
-                return Err(Error::NotAStore {
-                    path: uri.into(),
-                    reason: format!(
-                        "'{scheme}://' is no storage that a store can lie on: use a path, s3://, gs:// or az://"
-                    ),
-                });
+    /// Returns the location at a local path or an object-store URI. `hooks` replaces the storage that is written to, and
+    /// the formats that are known.
+    ///
+    /// # Errors
+    /// When nothing can lie at such an address, or a file lies there.
+    pub fn new(uri: &str, hooks: &Hooks) -> Result<Self> {
+        let registry = ObjectStoreRegistry::default();
+        let (uri, place) = match uri.split_once("://") {
+            Some((scheme, rest)) if scheme != "file" => {
+                (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, rest)?)
             }
-            return Ok(Location { uri: uri.trim_end_matches('/').to_owned(), local: None, session, storage });
+            _ => local(uri)?,
+        };
+        if let Place::Memory(memory) = &place {
+            registry.insert("memory", memory.provider());
         }
-        let path = Path::new(uri.strip_prefix("file://").unwrap_or(uri));
-        if path.as_os_str().is_empty() {
-            return Err(Error::NotAStore { path: uri.into(), reason: "the path is empty".into() });
+        let mut storage = hooks.storage.clone();
+        if let Place::Local(_) = place {
+            // One wrapper for the location: Lance shares connections by the wrapper's identity.
+            storage = storage.or_else(|| Some(Arc::new(Durable::new())));
         }
-        // Lance takes a relative name that starts with 'db' for a cloud address.
-        let absolute = std::path::absolute(path).map_err(|e| Error::io(path, e))?;
-        if absolute.exists() && !absolute.is_dir() {
-            return Err(Error::NotAStore {
-                path: absolute.display().to_string(),
-                reason: "it is a file; a store is a directory".into(),
-            });
-        }
-        let text = absolute.to_str().ok_or_else(|| Error::NotAStore {
-            path: absolute.display().to_string(),
-            reason: "the path is not UTF-8".into(),
-        })?;
-        let uri = text.to_owned();
-        // One wrapper for the location: Lance shares connections by the wrapper's identity.
-        let storage = storage.unwrap_or_else(|| Arc::new(Durable::new()));
-        Ok(Location { uri, local: Some(absolute), session, storage: Some(storage) })
+        let session = Arc::new(Session::new(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES, Arc::new(registry)));
+        Ok(Location { uri, place, session, storage, formats: hooks.formats })
     }
 
+    /// Returns the address: an absolute path, or a URI.
     pub fn uri(&self) -> &str {
         &self.uri
     }
 
-    pub fn local(&self) -> Option<&Path> {
-        self.local.as_deref()
+    /// Returns where the files lie.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
+    /// Returns the directory of a store on the local file system.
+    pub fn local(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Local(path) => Some(path),
+            Place::Memory(_) | Place::Remote => None,
+        }
+    }
+
+    /// Returns Lance's session, whose caches all tables share.
     pub fn session(&self) -> &Arc<Session> {
         &self.session
     }
 
-    /// The address that a table is read by.
+    /// Returns the format versions that can be read here.
+    pub fn formats(&self) -> &'static Formats {
+        self.formats
+    }
+
+    /// Returns the format version that the store's catalogue names.
+    ///
+    /// # Errors
+    /// As [`Formats::of`].
+    pub fn format_of(&self, catalogue: &Dataset) -> Result<&'static Format> {
+        self.formats.of(&self.uri, catalogue)
+    }
+
+    /// Returns the address that a table is read by.
     pub fn table_uri(&self, table: &str) -> String {
         format!("{}/{table}.lance", self.uri)
     }
 
-    /// The address that a table is written by: for local stores one that sends every byte through [`Durable`].
+    /// Returns the address that a table is written by: for local stores one that sends every byte through [`Durable`].
     fn write_uri(&self, table: &str) -> String {
-        match &self.local {
+        match &self.place {
             // Lance's own writer for plain paths passes the wrapper by, and does not sync.
-            Some(path) => {
+            Place::Local(path) => {
                 let table = path.join(format!("{table}.lance"));
                 // As a URL, since a path may hold '#', '?' or '%'. An absolute path always makes one.
                 let url = url::Url::from_file_path(&table)
                     .map_or_else(|()| table.display().to_string(), |u| u.path().to_owned());
                 format!("file-object-store://{url}")
             }
-            None => self.table_uri(table),
+            Place::Memory(_) | Place::Remote => self.table_uri(table),
         }
     }
 
@@ -116,19 +143,18 @@ impl Location {
         if let Some(version) = version {
             builder = builder.with_version(version);
         }
-        builder.load().await
+        whatever_it_holds(table, builder.load()).await
     }
 
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to.
     pub async fn open_for_write(&self, table: &str) -> lance::Result<Dataset> {
-        DatasetBuilder::from_uri(self.write_uri(table))
+        let builder = DatasetBuilder::from_uri(self.write_uri(table))
             .with_session(self.session.clone())
-            .with_store_params(self.store_params())
-            .load()
-            .await
+            .with_store_params(self.store_params());
+        whatever_it_holds(table, builder.load()).await
     }
 
-    /// The parameters to create a table with, and its address.
+    /// Returns the address of a table to be made, and the parameters to make it with.
     pub fn create_params(&self, table: &str) -> (String, WriteParams) {
         let params = WriteParams {
             mode: WriteMode::Create,
@@ -140,6 +166,44 @@ impl Location {
     }
 }
 
+/// The place behind an address with a scheme.
+fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
+    match scheme {
+        "s3" | "gs" | "az" | "abfss" if !rest.is_empty() => Ok(Place::Remote),
+        "memory" if !rest.starts_with('/') && !rest.is_empty() => {
+            Ok(Place::Memory(Memory::named(rest.trim_end_matches('/'))))
+        }
+        _ => Err(Error::NotAStore {
+            path: format!("{scheme}://{rest}"),
+            reason: format!(
+                "'{scheme}://' is no storage that a store can lie on: use a path, s3://BUCKET, gs://BUCKET, \
+                 az://CONTAINER or memory://NAME"
+            ),
+        }),
+    }
+}
+
+/// The directory of a path, and the path in full.
+fn local(uri: &str) -> Result<(String, Place)> {
+    let path = Path::new(uri.strip_prefix("file://").unwrap_or(uri));
+    if path.as_os_str().is_empty() {
+        return Err(Error::NotAStore { path: uri.into(), reason: "the path is empty".into() });
+    }
+    // Lance takes a relative name that starts with 'db' for a cloud address.
+    let absolute = std::path::absolute(path).map_err(|e| Error::io(path, e))?;
+    if absolute.exists() && !absolute.is_dir() {
+        return Err(Error::NotAStore {
+            path: absolute.display().to_string(),
+            reason: "it is a file; a store is a directory".into(),
+        });
+    }
+    let text = absolute.to_str().ok_or_else(|| Error::NotAStore {
+        path: absolute.display().to_string(),
+        reason: "the path is not UTF-8".into(),
+    })?;
+    Ok((text.to_owned(), Place::Local(absolute)))
+}
+
 /// A local file system that syncs every file, and its directory, before a write returns. Lance and object_store leave
 /// that out by default, and a power cut could then lose what a commit refers to.
 #[derive(Debug)]
@@ -148,6 +212,7 @@ pub struct Durable {
 }
 
 impl Durable {
+    /// Returns one for the whole file system.
     pub fn new() -> Self {
         Durable { files: Arc::new(LocalFileSystem::new().with_fsync(true)) }
     }
@@ -167,15 +232,89 @@ impl WrappingObjectStore for Durable {
     }
 }
 
-/// Lance's errors as ours: what was being done, and the storage's own reason.
+/// Returns what turns an error of Lance into an [`Error::Storage`] of this action.
 pub fn storage_error(action: impl Into<String>) -> impl FnOnce(lance::Error) -> Error {
     let action = action.into();
-    move |e| Error::Storage { action, message: readable(&e) }
+    move |e| Error::Storage { action, message: reason(&e), source: Some(Box::new(e)) }
 }
 
-/// Lance appends where in its own source an error arose; nobody who runs a store can use that.
-pub fn readable(e: &lance::Error) -> String {
-    let text = e.to_string();
-    let first = text.split(", /").next().unwrap_or(&text);
-    first.split(", object-store-").next().unwrap_or(first).to_owned()
+/// Returns why Lance failed: the error that it passes on, or its own message, without the lines of its source that its
+/// own text ends with.
+pub fn reason(e: &lance::Error) -> String {
+    use lance::Error as E;
+    match e {
+        E::Shared { source } => reason(source),
+        E::External { source } => foreign_reason(&**source),
+        E::Internal { message, .. }
+        | E::TooMuchWriteContention { message, .. }
+        | E::Timeout { message, .. }
+        | E::PrerequisiteFailed { message, .. }
+        | E::Unprocessable { message, .. }
+        | E::Arrow { message, .. }
+        | E::Schema { message, .. }
+        | E::Index { message, .. }
+        | E::Cloned { message, .. }
+        | E::Execution { message, .. }
+        | E::VersionConflict { message, .. }
+        | E::Fenced { message, .. }
+        | E::Backpressure { message, .. } => message.clone(),
+        E::SchemaMismatch { difference, .. } => format!("the table has other columns: {difference}"),
+        E::DatasetAlreadyExists { uri, .. } => format!("there is a table at {uri}"),
+        E::NotFound { uri, .. } => format!("{uri} is not there"),
+        E::CorruptFile { path, source, .. } => format!("file {path} is corrupt: {source}"),
+        other => std::error::Error::source(other).map_or_else(|| other.to_string(), foreign_reason),
+    }
+}
+
+/// The reason that an error of another library gives: that of an error of Lance within it, if there is one.
+fn foreign_reason(e: &(dyn std::error::Error + 'static)) -> String {
+    let mut next = Some(e);
+    while let Some(error) = next {
+        if let Some(lance) = error.downcast_ref::<lance::Error>() {
+            return reason(lance);
+        }
+        next = error.source();
+    }
+    e.to_string()
+}
+
+/// Returns what opening a table gives. Lance believes the lengths in a manifest and panics where they lead out of the file: that
+/// is an error here, as for any other file that is not what was written.
+async fn whatever_it_holds(
+    table: &str,
+    opening: impl Future<Output = lance::Result<Dataset>>,
+) -> lance::Result<Dataset> {
+    let damaged =
+        |_| lance::Error::corrupt_file_named(table, "Lance cannot read the manifest: it is not what was written");
+    AssertUnwindSafe(opening).catch_unwind().await.unwrap_or_else(|panic| Err(damaged(panic)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_the_innermost() {
+        let full = || std::io::Error::from_raw_os_error(28);
+        assert_eq!(reason(&lance::Error::from(full())), full().to_string());
+        let inner = lance::Error::internal("the page is short");
+        assert_eq!(reason(&inner), "the page is short");
+        let outer = lance::Error::wrapped(Box::new(inner));
+        assert_eq!(reason(&outer), "the page is short");
+        let error = storage_error("reading")(outer);
+        assert_eq!(error.to_string(), "reading: the page is short");
+        assert!(std::error::Error::source(&error).unwrap().is::<lance::Error>());
+    }
+
+    #[test]
+    fn addresses_that_no_store_lies_at() {
+        for bad in ["", "ftp://a", "s3://", "memory://", "memory:///a", "file://"] {
+            let error = Location::new(bad, &Hooks::default()).unwrap_err();
+            assert!(matches!(error, Error::NotAStore { .. }), "{bad}: {error}");
+        }
+        let place = |uri: &str| Location::new(uri, &Hooks::default()).unwrap().place().clone();
+        assert!(matches!(place("memory://addresses/sub"), Place::Memory(_)));
+        assert!(matches!(place("s3://bucket/models"), Place::Remote));
+        assert!(matches!(place("models"), Place::Local(path) if path.is_absolute()));
+    }
 }

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 
 use chrono::Utc;
 
-use super::record::{ErrorBasis, LayerRecord, Places, Source, SourceTensor};
-use super::writer::Made;
-use super::{LayerHandle, Snapshot, Store};
+use super::handle::LayerHandle;
+use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
+use super::root::Store;
+use super::snapshot::Snapshot;
+use super::writer::{Provenance, check_layer_name, check_model_name};
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, Layer, SharedLayer, registry};
 use crate::nn::Module;
@@ -20,7 +22,7 @@ pub struct ModuleHandle {
 }
 
 impl Snapshot {
-    /// The module of that name with all that is behind it, such as `block.ffn` behind `block`: a model, or a part of one. A
+    /// Returns the module of that name with all that is behind it, such as `block.ffn` behind `block`: a model, or a part of one. A
     /// linear layer is a module, too.
     ///
     /// # Errors
@@ -30,19 +32,19 @@ impl Snapshot {
         let mut layers = BTreeMap::from([(name.to_owned(), own)]);
         let parts = self.layers(model).await?.into_iter().filter(|r| r.layer != name && is_part(&r.layer, name));
         let parts: Vec<LayerRecord> = parts.collect();
-        self.store().inner.data.open_ahead(&parts).await?;
+        self.shared().data.open_ahead(&parts).await?;
         layers.extend(parts.into_iter().map(|record| (record.layer.clone(), self.handle(record))));
         Ok(ModuleHandle { name: name.to_owned(), layers })
     }
 }
 
 impl ModuleHandle {
-    /// The layers that it is made of, by name.
+    /// Returns the layers that it is made of, by name.
     pub fn layers(&self) -> &BTreeMap<String, LayerHandle> {
         &self.layers
     }
 
-    /// The module in memory, ready to run. Layers come from the store's cache, or are read now.
+    /// Loads the module, ready to run. Layers come from the store's cache, or are read now.
     ///
     /// # Errors
     /// As [`LayerHandle::load`], and when layers do not fit each other.
@@ -76,8 +78,8 @@ impl Store {
         layers: &[(String, SharedLayer)],
         message: Option<&str>,
     ) -> Result<u64> {
-        super::writer::check_model_name(model)?;
-        super::writer::check_layer_name(prefix)?;
+        check_model_name(model)?;
+        check_layer_name(prefix)?;
         if let Some((name, _)) = layers.iter().find(|(name, _)| !is_part(name, prefix)) {
             return Err(Error::expected("layer to save", format!("'{name}'"), format!("'{prefix}', or one behind it")));
         }
@@ -89,8 +91,8 @@ impl Store {
         for (name, layer) in layers {
             let parts = layer.to_parts();
             let id = parts.id();
-            let made = Made { recipe: id.0, relative_error: None, error_basis: ErrorBasis::Weights };
-            writer.add(&parts, made).await?;
+            let provenance = Provenance { recipe: id.0, relative_error: None, error_basis: ErrorBasis::Weights };
+            writer.add(&parts, provenance).await?;
             let tensors = source_tensors(name, &**layer, id)?;
             records.push(LayerRecord {
                 model: model.to_owned(),
@@ -106,7 +108,7 @@ impl Store {
                 config: layer.config(),
                 source: Source { tensors, ..Source::default() },
                 created_at: Utc::now(),
-                places: Places::default(),
+                locations: RowLocations::default(),
             });
         }
         writer.commit(model, &records, message).await
@@ -117,7 +119,7 @@ fn is_part(layer: &str, name: &str) -> bool {
     layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// The tensors that an export makes of a layer that came from no checkpoint: as if it had come from one of f32.
+/// Returns the tensors that an export makes of a layer that came from no checkpoint: as if it had come from one of f32.
 pub fn source_tensors(name: &str, layer: &dyn Layer, id: ArtifactId) -> Result<Vec<SourceTensor>> {
     let tensor = |part: &str, shape: Vec<usize>| {
         let tensor = format!("{name}.{part}");

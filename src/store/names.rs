@@ -1,4 +1,4 @@
-//! Which row of the catalogue has which name.
+//! The names of the catalogue's rows.
 
 use arrow::array::{Array, AsArray, StringArray};
 use futures::{StreamExt, TryStreamExt};
@@ -8,10 +8,12 @@ use lance::dataset::fragment::FileFragment;
 /// Fragments read at once.
 const AT_ONCE: usize = 4;
 
-/// A row of the catalogue: rows are counted within their fragment, deleted ones left out.
+/// Where a row of the catalogue is: rows are counted within their fragment, deleted ones left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct RowPosition {
+    /// The number of the row's fragment.
     pub fragment: usize,
+    /// The rows of the fragment that come before it.
     pub row: u32,
 }
 
@@ -24,12 +26,13 @@ pub struct Names {
 
 #[derive(Debug)]
 struct Piece {
-    first: Place,
+    first: RowPosition,
     models: StringArray,
     layers: StringArray,
 }
 
 impl Names {
+    /// Reads the names of a version.
     pub async fn read(dataset: &Dataset) -> lance::Result<Self> {
         let columns = dataset.schema().project(&["model", "layer"])?;
         let pieces = futures::stream::iter(dataset.get_fragments())
@@ -40,23 +43,23 @@ impl Names {
         Ok(Names { pieces: pieces.into_iter().flatten().collect() })
     }
 
-    /// The row of a layer.
-    pub fn find(&self, model: &str, layer: &str) -> Option<Place> {
+    /// Finds the row of a layer.
+    pub fn find(&self, model: &str, layer: &str) -> Option<RowPosition> {
         self.pieces.iter().find_map(|piece| {
             let row =
                 (0..piece.layers.len()).find(|&i| piece.layers.value(i) == layer && piece.models.value(i) == model)?;
-            Some(Place { row: piece.first.row + row as u32, ..piece.first })
+            Some(RowPosition { row: piece.first.row + row as u32, ..piece.first })
         })
     }
 
-    /// The names of a model's layers.
+    /// Returns the names of a model's layers.
     pub fn layers_of<'a>(&'a self, model: &'a str) -> impl Iterator<Item = &'a str> {
         self.pieces.iter().flat_map(move |piece| {
             (0..piece.layers.len()).filter(move |&i| piece.models.value(i) == model).map(|i| piece.layers.value(i))
         })
     }
 
-    /// The names of all models.
+    /// Returns the names of all models.
     pub fn models(&self) -> Vec<String> {
         let mut models: Vec<&str> = self.pieces.iter().flat_map(|p| p.models.iter().flatten()).collect();
         models.sort_unstable();
@@ -76,7 +79,7 @@ async fn read_fragment(fragment: FileFragment, columns: &lance::datatypes::Schem
             column.ok_or_else(|| lance::Error::internal(format!("the catalogue's column '{name}' holds no text")))
         };
         pieces.push(Piece {
-            first: Place { fragment: fragment.id(), row },
+            first: RowPosition { fragment: fragment.id(), row },
             models: text("model")?,
             layers: text("layer")?,
         });

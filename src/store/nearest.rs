@@ -13,14 +13,18 @@ use lance_linalg::distance::DistanceType;
 use ndarray::{Array1, ArrayView2};
 use serde::Serialize;
 
+use super::handle::LayerHandle;
+use super::listing::data_tables;
 use super::location::storage_error;
+use super::lock;
 use super::record::LayerRecord;
+use super::root::Store;
 use super::schema::Table;
-use super::stats::data_tables;
+use super::snapshot::Snapshot;
 use super::verify::LayerName;
-use super::{LayerHandle, Snapshot, Store, lock};
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, require_finite};
+use crate::layer::ArtifactId;
+use crate::linalg::require_finite;
 
 /// The name of the index on a table's keys.
 const INDEX: &str = "key_directions";
@@ -45,23 +49,27 @@ const REFINED: u32 = 8;
 pub struct NearKey {
     /// The layers that it is a key of: several where they share an artifact.
     pub layers: Vec<LayerName>,
+    /// The key's number within its layer.
     pub key: u32,
+    /// The key's scale.
     pub scale: f32,
-    /// Between the key and the direction.
+    /// The cosine of the angle between the key and the direction.
     pub cosine: f32,
 }
 
 /// A table's index.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct KeyIndexReport {
+    /// The table of keys.
     pub table: String,
+    /// How many keys it has, those of unused artifacts too.
     pub keys: u64,
     /// Partitions of the index; `None` where there are too few keys for one, and a search looks at all of them.
     pub partitions: Option<usize>,
 }
 
 impl Snapshot {
-    /// For each of some directions `[directions, length]`, the `count` keys of this snapshot's layers that point most
+    /// Finds, for each of some directions `[directions, length]`, the `count` keys of this snapshot's layers that point most
     /// nearly along it or against it, nearest first: of layers with `length` inputs that keep their keys as f32. Of
     /// `models`, or of all.
     ///
@@ -91,7 +99,7 @@ impl Snapshot {
         }
         let width = directions.ncols();
         let table = Table::Keys(width).name();
-        let dataset = match self.store().inner.location.open_table(&table, None).await {
+        let dataset = match self.shared().location.open_table(&table, None).await {
             Ok(dataset) => dataset,
             Err(lance::Error::DatasetNotFound { .. }) => return Err(self.no_such_width(width).await?),
             Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
@@ -124,7 +132,7 @@ impl Snapshot {
     }
 
     async fn no_such_width(&self, width: usize) -> Result<Error> {
-        let tables = data_tables(&self.store().inner.location).await?;
+        let tables = data_tables(&self.shared().location).await?;
         let mut widths: Vec<usize> =
             tables.into_iter().filter_map(|(_, t)| if let Table::Keys(d) = t { Some(d) } else { None }).collect();
         widths.sort_unstable();
@@ -157,8 +165,8 @@ impl Store {
     /// # Errors
     /// When the storage refuses, or gc is at work.
     pub async fn index_keys(&self, progress: impl Fn(&str, usize)) -> Result<Vec<KeyIndexReport>> {
-        let location = &self.inner.location;
-        let _guard = lock::importing(location.local()).await?;
+        let location = &self.shared().location;
+        let _guard = lock::importing(location).await?;
         let mut reports = vec![];
         for (name, table) in data_tables(location).await? {
             let Table::Keys(width) = table else { continue };
@@ -180,15 +188,15 @@ impl Store {
 }
 
 impl LayerHandle {
-    /// One f32 key of the layer, `[in_features]`, read by itself.
+    /// Reads one f32 key of the layer, `[in_features]`, by itself.
     ///
     /// # Errors
     /// When the layer keeps no f32 keys, or has no such key.
     pub async fn key(&self, key: u32) -> Result<Array1<f32>> {
         let layer = self.record();
         let table = Table::Keys(layer.in_features as usize).name();
-        let kept = layer.places.0.get(&table).ok_or_else(|| no_float_keys(layer))?;
-        let dataset = self.store().inner.location.open_table(&table, None).await;
+        let kept = layer.locations.0.get(&table).ok_or_else(|| no_float_keys(layer))?;
+        let dataset = self.shared().location.open_table(&table, None).await;
         let dataset = dataset.map_err(storage_error(format!("opening table '{table}'")))?;
         let read = async {
             let mut scan = dataset.scan();
@@ -206,7 +214,7 @@ impl LayerHandle {
     }
 }
 
-/// The error of a layer whose keys Lance cannot search.
+/// Returns the error of a layer whose keys Lance cannot search.
 pub fn no_float_keys(layer: &LayerRecord) -> Error {
     Error::expected(
         format!("keys of layer '{}'", layer.layer),
@@ -219,7 +227,8 @@ pub fn no_float_keys(layer: &LayerRecord) -> Error {
 }
 
 fn unreadable(table: &str) -> Error {
-    Error::Storage { action: format!("searching table '{table}'"), message: "its columns are of other types".into() }
+    let message = "its columns are of other types".into();
+    Error::Storage { action: format!("searching table '{table}'"), message, source: None }
 }
 
 async fn nearest(dataset: &Dataset, direction: &Float32Array, count: usize) -> lance::Result<Vec<RecordBatch>> {

@@ -1,5 +1,4 @@
-//! A key–value layer searched where it lies: Lance's range search over its keys, and nothing of it loaded but what is
-//! small.
+//! A key–value layer searched where it lies, by Lance's range search over its keys: only its small arrays are loaded.
 
 use arrow::array::{AsArray, Float32Array, RecordBatch};
 use arrow::datatypes::{Float32Type, UInt32Type};
@@ -8,7 +7,7 @@ use lance::Dataset;
 use lance_linalg::distance::DistanceType;
 use ndarray::ArrayView2;
 
-use super::LayerHandle;
+use super::handle::LayerHandle;
 use super::location::storage_error;
 use super::nearest::no_float_keys;
 use super::schema::{TENSORS, Table};
@@ -22,7 +21,7 @@ use crate::layer::{KeyValueConfig, Limit, Method, QueryHits, StoredSearch};
 const SLACK: f32 = 1e-4;
 
 impl LayerHandle {
-    /// The hits of each row of `x` `[batch, in_features]` without the layer being loaded: Lance's range search over the
+    /// Finds the hits of each row of `x` `[batch, in_features]` without the layer being loaded: Lance's range search over the
     /// table of keys, for layers that keep their keys as f32. The same hits as
     /// [`KeyValueLayer::search`](crate::layer::KeyValueLayer::search) finds, but for scores that differ in their last
     /// bits, and without a certified error.
@@ -32,9 +31,9 @@ impl LayerHandle {
     /// refuses.
     pub async fn search_on_disk(&self, x: ArrayView2<'_, f32>, limit: Option<Limit>) -> Result<Vec<QueryHits>> {
         let record = self.record();
-        let location = &self.store().inner.location;
+        let location = &self.shared().location;
         let table = Table::Keys(record.in_features as usize).name();
-        if record.method != KeyValueConfig::NAME || !record.places.0.contains_key(&table) {
+        if record.method != KeyValueConfig::NAME || !record.locations.0.contains_key(&table) {
             return Err(no_float_keys(record));
         }
         let opened = |name: String| async move {
@@ -48,7 +47,7 @@ impl LayerHandle {
             artifact: record.artifact.to_string(),
             reason: format!("its keys in '{table}' are not 0, 1, 2 …"),
         })?;
-        let mut small = Parts::new(record.method, record.config.clone());
+        let mut small = Parts::new(record.method.clone(), record.config.clone());
         let batches = small_tensors(&opened(TENSORS.into()).await?, &mine).await;
         add_rows(&mut small, Table::Tensors, batches.map_err(storage_error("reading table 'tensors'"))?)
             .map_err(|reason| Error::Corrupt { artifact: record.artifact.to_string(), reason })?;

@@ -16,6 +16,9 @@ use super::schema;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName};
 
+/// The column of both tables that holds an artifact's [`RowLocations`], as JSON.
+pub const LOCATIONS: &str = "places";
+
 /// What a relative error was measured over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -27,7 +30,7 @@ pub enum ErrorBasis {
 }
 
 impl ErrorBasis {
-    /// The name in tables and JSON.
+    /// Returns the name in tables and JSON.
     pub fn as_str(self) -> &'static str {
         match self {
             ErrorBasis::Activations => "activations",
@@ -43,6 +46,7 @@ pub struct SourceTensor {
     pub tensor: String,
     /// Its safetensors dtype.
     pub dtype: String,
+    /// Its dimensions.
     pub shape: Vec<usize>,
     /// BLAKE3 of dtype, shape and bytes, in hex.
     pub hash: String,
@@ -63,24 +67,36 @@ pub struct Source {
 /// One row of the catalogue: a layer of a model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerRecord {
+    /// The model that the layer belongs to.
     pub model: String,
+    /// The layer's name within its model.
     pub layer: String,
+    /// How the layer is compressed.
     pub method: MethodName,
+    /// Inputs of the layer: the product of all dimensions of its tensor but the first.
     pub in_features: u64,
+    /// Outputs of the layer: the first dimension of its tensor.
     pub out_features: u64,
+    /// The artifact that holds the layer's arrays.
     #[serde(serialize_with = "hex")]
     pub artifact: ArtifactId,
-    /// `null` where no finite number describes it.
+    /// How far the layer is from the dense one; `None` where no finite number describes it.
     pub relative_error: Option<f64>,
+    /// What the error was measured over.
     pub error_basis: ErrorBasis,
+    /// Bytes of the layer's tensors in its checkpoint.
     pub dense_bytes: u64,
+    /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
+    /// The artifact's settings, and how the layer runs.
     pub config: Value,
+    /// The checkpoint and the tensors that the layer came from.
     pub source: Source,
+    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// Filled in by the store when the row is committed.
+    /// Where the artifact's rows are. The store fills this in when the row is committed.
     #[serde(skip)]
-    pub places: Places,
+    pub locations: RowLocations,
 }
 
 fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Result<S::Ok, S::Error> {
@@ -88,51 +104,62 @@ fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Res
 }
 
 impl LayerRecord {
-    /// Whether both say the same of the layer, time and places aside.
+    /// Returns whether both say the same of the layer, time and row locations aside.
     pub(crate) fn same_as(&self, other: &LayerRecord) -> bool {
-        *self == LayerRecord { created_at: self.created_at, places: self.places.clone(), ..other.clone() }
+        *self == LayerRecord { created_at: self.created_at, locations: self.locations.clone(), ..other.clone() }
     }
 }
 
 /// Where an artifact's rows were written, table by table: a reader that finds them there needs no search, and no look at
 /// a table's versions.
 ///
-/// gc may move rows, so a place is a hint: every row that is read there is held against the artifact's name, and rows
+/// gc may move rows, so a location is a hint: every row that is read there is held against the artifact's name, and rows
 /// that are not there any more are looked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Places(pub(super) BTreeMap<String, Rows>);
+pub struct RowLocations(pub(super) BTreeMap<String, TableRows>);
 
-/// Consecutive rows of one data file, deleted ones counted.
+/// The rows of one table that belong to an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Run {
-    /// Its name in the table's folder of data files.
-    pub file: String,
-    pub offset: u64,
+pub(super) struct TableRows {
+    /// How many rows there are.
     pub rows: u64,
+    /// Where they were written, in their order.
+    #[serde(rename = "runs")]
+    pub ranges: Vec<RowRange>,
 }
 
-/// The rows of one table that belong to an artifact: how many, and where they were written.
-///
-/// Fragments are renamed by a compaction, so the place is a hint: a reader checks the rows and falls back to a search.
+/// Consecutive rows of one data file; deleted rows are counted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rows {
+pub(super) struct RowRange {
+    /// The file's name in the table's folder of data files.
+    pub file: String,
+    /// The rows of the file that come before these.
+    pub offset: u64,
+    /// How many rows there are.
     pub rows: u64,
-    pub runs: Vec<Run>,
 }
 
 /// One row of the table of artifacts: its data rows are all there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ArtifactRecord {
+    /// The artifact's name.
     pub artifact: ArtifactId,
+    /// How it is compressed.
     pub method: MethodName,
+    /// What is needed to read its arrays.
     pub config: Value,
-    pub places: Places,
+    /// Where its rows are.
+    pub locations: RowLocations,
+    /// Bytes of its arrays.
     pub stored_bytes: u64,
     /// What it was made from and how: BLAKE3 of source, settings and calibration inputs.
     pub recipe: [u8; 32],
+    /// How far it is from its source, as measured when it was made.
     pub relative_error: Option<f64>,
+    /// What the error was measured over.
     pub error_basis: ErrorBasis,
+    /// When it was written.
     pub created_at: DateTime<Utc>,
 }
 
@@ -165,7 +192,7 @@ fn json_texts<'a, T: Serialize + 'a>(values: impl Iterator<Item = &'a T>) -> Res
         .map_err(|e| Error::Numeric(format!("the record is no JSON: {e}")))
 }
 
-/// Catalogue rows as a batch.
+/// Returns catalogue rows as a batch.
 pub fn layers_batch(records: &[LayerRecord]) -> Result<RecordBatch> {
     let columns = vec![
         ids(records.iter().map(|r| r.artifact.0.as_slice()))?,
@@ -181,18 +208,18 @@ pub fn layers_batch(records: &[LayerRecord]) -> Result<RecordBatch> {
         Arc::new(Float64Array::from_iter(records.iter().map(|r| r.relative_error))),
         strings(records.iter().map(|r| r.error_basis.as_str())),
         times(records.iter().map(|r| r.created_at)),
-        json_texts(records.iter().map(|r| &r.places))?,
+        json_texts(records.iter().map(|r| &r.locations))?,
     ];
     RecordBatch::try_new(schema::layers(), columns).map_err(|e| Error::Numeric(e.to_string()))
 }
 
-/// Rows of the table of artifacts as a batch.
+/// Returns rows of the table of artifacts as a batch.
 pub fn artifacts_batch(records: &[ArtifactRecord]) -> Result<RecordBatch> {
     let columns = vec![
         ids(records.iter().map(|r| r.artifact.0.as_slice()))?,
         strings(records.iter().map(|r| r.method.as_str())),
         json_texts(records.iter().map(|r| &r.config))?,
-        json_texts(records.iter().map(|r| &r.places))?,
+        json_texts(records.iter().map(|r| &r.locations))?,
         numbers(records.iter().map(|r| r.stored_bytes)),
         ids(records.iter().map(|r| r.recipe.as_slice()))?,
         Arc::new(Float64Array::from_iter(records.iter().map(|r| r.relative_error))),
@@ -202,13 +229,13 @@ pub fn artifacts_batch(records: &[ArtifactRecord]) -> Result<RecordBatch> {
     RecordBatch::try_new(schema::artifacts(), columns).map_err(|e| Error::Numeric(e.to_string()))
 }
 
-/// Reads typed columns of one table's batch; a column of another type is a table of another program.
-struct Reader<'a> {
+/// The columns of a batch of one table, by name and type; a column of another type is one of another program's table.
+struct Columns<'a> {
     table: &'static str,
     batch: &'a RecordBatch,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> Columns<'a> {
     fn wrong(&self, column: &str, found: impl ToString) -> Error {
         Error::expected(format!("column '{column}' of the {} table", self.table), found, "what this version writes")
     }
@@ -262,15 +289,15 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Catalogue rows of a batch.
+/// Reads the catalogue rows of a batch; columns that are not known are left alone.
 pub fn read_layers(batch: &RecordBatch) -> Result<Vec<LayerRecord>> {
-    let r = Reader { table: schema::LAYERS, batch };
+    let r = Columns { table: schema::LAYERS, batch };
     (0..batch.num_rows())
         .map(|row| {
             Ok(LayerRecord {
                 model: r.text("model", row)?.to_owned(),
                 layer: r.text("layer", row)?.to_owned(),
-                method: r.text("method", row)?.parse()?,
+                method: r.text("method", row)?.to_owned().into(),
                 in_features: r.number("in_features", row)?,
                 out_features: r.number("out_features", row)?,
                 artifact: ArtifactId(r.hash("artifact", row)?),
@@ -281,22 +308,22 @@ pub fn read_layers(batch: &RecordBatch) -> Result<Vec<LayerRecord>> {
                 config: r.parsed("config", row)?,
                 source: r.parsed("source", row)?,
                 created_at: r.time(row)?,
-                places: r.parsed("places", row)?,
+                locations: r.parsed(LOCATIONS, row)?,
             })
         })
         .collect()
 }
 
-/// Rows of the table of artifacts in a batch.
+/// Reads the rows of the table of artifacts in a batch.
 pub fn read_artifacts(batch: &RecordBatch) -> Result<Vec<ArtifactRecord>> {
-    let r = Reader { table: schema::ARTIFACTS, batch };
+    let r = Columns { table: schema::ARTIFACTS, batch };
     (0..batch.num_rows())
         .map(|row| {
             Ok(ArtifactRecord {
                 artifact: ArtifactId(r.hash("artifact", row)?),
-                method: r.text("method", row)?.parse()?,
+                method: r.text("method", row)?.to_owned().into(),
                 config: r.parsed("config", row)?,
-                places: r.parsed("places", row)?,
+                locations: r.parsed(LOCATIONS, row)?,
                 stored_bytes: r.number("stored_bytes", row)?,
                 recipe: r.hash("recipe", row)?,
                 relative_error: r.error(row)?,

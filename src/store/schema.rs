@@ -1,19 +1,17 @@
-//! The tables: their names, and their Arrow schemas as `schemas/*.json` releases them.
+//! The tables: their names, and their Arrow schemas in format version 1. What later versions add is in `format.rs`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 
-/// The format that this build writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
-
-/// Where the catalogue's schema metadata keeps the format version.
-pub const FORMAT_KEY: &str = "layerstore:format";
-
+/// The catalogue: which artifact is which model's which layer.
 pub const LAYERS: &str = "layers";
+/// The list of complete artifacts.
 pub const ARTIFACTS: &str = "artifacts";
+/// Rows of weight matrices.
 pub const WEIGHTS: &str = "weights";
+/// Small arrays by name.
 pub const TENSORS: &str = "tensors";
 
 /// A data table, by what its rows are.
@@ -29,12 +27,14 @@ pub enum Table {
     Codes(usize),
     /// Components of this length.
     Factors(usize),
+    /// Rows of weight matrices.
     Weights,
+    /// Small arrays by name.
     Tensors,
 }
 
 impl Table {
-    /// The table's name: its directory less `.lance`.
+    /// Returns the table's name: its directory less `.lance`.
     pub fn name(self) -> String {
         match self {
             Table::Keys(d) => format!("keys_d{d}"),
@@ -47,7 +47,7 @@ impl Table {
         }
     }
 
-    /// The table of that name, if it is one.
+    /// Returns the table of that name, if it is one.
     pub fn named(name: &str) -> Option<Table> {
         match name {
             WEIGHTS => return Some(Table::Weights),
@@ -67,7 +67,7 @@ impl Table {
         (table.name() == name).then_some(table)
     }
 
-    /// The Arrow schema.
+    /// Returns the columns of format version 1.
     pub fn schema(self) -> SchemaRef {
         let mut fields = vec![plain(artifact())];
         fields.extend(match self {
@@ -94,7 +94,7 @@ impl Table {
     }
 }
 
-/// The catalogue's schema; its metadata names the format.
+/// Returns the catalogue's columns in format version 1.
 pub fn layers() -> SchemaRef {
     let key = |field: Field, position: &str| {
         let metadata =
@@ -117,11 +117,10 @@ pub fn layers() -> SchemaRef {
         required("created_at", time()),
         required("places", DataType::Utf8),
     ];
-    let metadata = HashMap::from([(FORMAT_KEY.to_owned(), FORMAT_VERSION.to_string())]);
-    Arc::new(Schema::new_with_metadata(fields, metadata))
+    Arc::new(Schema::new(fields))
 }
 
-/// The schema of the table of complete artifacts.
+/// Returns the columns of the list of complete artifacts in format version 1.
 pub fn artifacts() -> SchemaRef {
     Arc::new(Schema::new(vec![
         artifact(),
@@ -170,7 +169,7 @@ fn bytes(name: &str) -> Field {
     plain(required(name, DataType::Binary))
 }
 
-/// A column whose values lie one after another as they are, so that a layer's are one read. The vectors and packed
+/// Returns a column whose values lie one after another as they are, so that a layer's are one read. The vectors and packed
 /// numbers that make up nearly all of a table would not compress, and the rest is too small to matter.
 fn plain(field: Field) -> Field {
     let settings = [
@@ -186,52 +185,6 @@ fn plain(field: Field) -> Field {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
-    use std::collections::BTreeMap;
-
-    fn described(schema: &Schema) -> Value {
-        let fields: Vec<Value> = schema
-            .fields()
-            .iter()
-            .map(|f| {
-                let mut field =
-                    json!({"name": f.name(), "type": f.data_type().to_string(), "nullable": f.is_nullable()});
-                if !f.metadata().is_empty() {
-                    field["metadata"] = json!(f.metadata().iter().collect::<BTreeMap<_, _>>());
-                }
-                field
-            })
-            .collect();
-        json!({"metadata": schema.metadata(), "fields": fields})
-    }
-
-    /// A released schema is frozen: a change here needs a new format version and a new file.
-    #[test]
-    fn schemas_are_as_released() {
-        let tables = [
-            ("layers", layers()),
-            ("artifacts", artifacts()),
-            ("keys_d384", Table::Keys(384).schema()),
-            ("values_d384", Table::Values(384).schema()),
-            ("codebooks_d8", Table::Codebooks(8).schema()),
-            ("codes_m48", Table::Codes(48).schema()),
-            ("factors_d384", Table::Factors(384).schema()),
-            ("weights", Table::Weights.schema()),
-            ("tensors", Table::Tensors.schema()),
-        ];
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
-        for (name, schema) in &tables {
-            let path = folder.join(format!("{name}.v{FORMAT_VERSION}.json"));
-            let now = json!({"table": name, "format": FORMAT_VERSION, "schema": described(schema)});
-            if std::env::var_os("LAYERSTORE_WRITE_SCHEMAS").is_some() {
-                std::fs::write(&path, serde_json::to_string_pretty(&now).unwrap() + "\n").unwrap();
-            }
-            let released: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-            assert_eq!(released, now, "{name} is not what {} releases", path.display());
-        }
-        let files = std::fs::read_dir(&folder).unwrap().count();
-        assert_eq!(files, tables.len(), "schemas/ holds a file that no table of this format has");
-    }
 
     #[test]
     fn names_lead_back_to_tables() {

@@ -2,9 +2,10 @@
 
 use chrono::Utc;
 
-use super::record::{ErrorBasis, LayerRecord, Places, Source};
-use super::writer::Made;
-use super::{LayerHandle, Store};
+use super::handle::LayerHandle;
+use super::record::{ErrorBasis, LayerRecord, RowLocations, Source};
+use super::root::Store;
+use super::writer::Provenance;
 use crate::error::{Error, Result};
 use crate::layer::{Layer, Parts, SharedLayer};
 
@@ -32,12 +33,12 @@ pub async fn save_backend(layer: &dyn Layer, uri: &str) -> Result<()> {
         config: layer.config(),
         source: Source::default(),
         created_at: Utc::now(),
-        places: Places::default(),
+        locations: RowLocations::default(),
     };
     save(record, parts, uri).await
 }
 
-/// The layer of a store that [`save_backend`] or [`LayerHandle::copy_to`] made, as it was, settings included.
+/// Loads the layer of a store that [`save_backend`] or [`LayerHandle::copy_to`] made, as it was, settings included.
 ///
 /// # Errors
 /// When there is no store, it holds not exactly one layer, or the layer cannot be read.
@@ -61,7 +62,7 @@ impl LayerHandle {
     /// # Errors
     /// As [`save_backend`], and when the layer cannot be read.
     pub async fn copy_to(&self, uri: &str) -> Result<()> {
-        let record = LayerRecord { places: Places::default(), ..self.record().clone() };
+        let record = LayerRecord { locations: RowLocations::default(), ..self.record().clone() };
         save(record, self.load().await?.to_parts(), uri).await
     }
 }
@@ -78,8 +79,9 @@ async fn save(record: LayerRecord, parts: Parts, uri: &str) -> Result<()> {
     }
     let mut writer = store.writer().await?;
     // It was made elsewhere: its name says all that is known.
-    let made = Made { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
-    writer.add(&parts, made).await?;
+    let provenance =
+        Provenance { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
+    writer.add(&parts, provenance).await?;
     let model = record.model.clone();
     writer.commit(&model, &[record], None).await?;
     Ok(())

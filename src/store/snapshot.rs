@@ -1,15 +1,16 @@
 //! The store at one version: a consistent whole, whatever is committed meanwhile.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use lance::Dataset;
 use serde::Serialize;
 
-use super::Store;
-use super::catalog::{self, Catalogue, quoted};
+use super::catalogue::{self, Catalogue, quoted};
 use super::handle::LayerHandle;
 use super::record::LayerRecord;
+use super::shared::Shared;
 use super::stats::{self, Stats};
 use crate::error::{Error, Result, closest};
 use crate::layer::MethodName;
@@ -17,7 +18,7 @@ use crate::layer::MethodName;
 /// A version of the store, open for reading.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    store: Store,
+    shared: Arc<Shared>,
     catalogue: Catalogue,
     label: String,
 }
@@ -25,11 +26,15 @@ pub struct Snapshot {
 /// One model of a snapshot.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelSummary {
+    /// Its name.
     pub model: String,
+    /// How many layers it has.
     pub layers: u64,
-    /// Layers by method.
+    /// How many of them each method has.
     pub methods: BTreeMap<String, u64>,
+    /// Bytes of its layers in their checkpoints.
     pub dense_bytes: u64,
+    /// Bytes of its layers' artifacts; those of a shared artifact count for each layer.
     pub stored_bytes: u64,
     /// When its newest layer was stored.
     pub created_at: DateTime<Utc>,
@@ -38,16 +43,22 @@ pub struct ModelSummary {
 /// How two versions differ.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct Diff {
+    /// Layers of the newer version alone.
     pub added: Vec<LayerState>,
+    /// Layers of the older version alone.
     pub removed: Vec<LayerState>,
+    /// Layers of both that are not the same.
     pub changed: Vec<LayerChange>,
 }
 
 /// A layer as one version has it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerState {
+    /// The layer's model.
     pub model: String,
+    /// The layer's name.
     pub layer: String,
+    /// What is said of it.
     #[serde(flatten)]
     pub state: State,
 }
@@ -55,26 +66,35 @@ pub struct LayerState {
 /// A layer that both versions have, differently.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerChange {
+    /// The layer's model.
     pub model: String,
+    /// The layer's name.
     pub layer: String,
+    /// What the older version says of it.
     pub before: State,
+    /// What the newer version says of it.
     pub after: State,
 }
 
 /// What `diff` tells of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct State {
+    /// How it is compressed.
     pub method: MethodName,
+    /// The artifact's name.
     pub artifact: String,
+    /// How far it is from the dense layer; `None` where no finite number describes it.
     pub relative_error: Option<f64>,
+    /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
+    /// Its settings.
     pub config: serde_json::Value,
 }
 
 impl From<&LayerRecord> for State {
     fn from(r: &LayerRecord) -> Self {
         State {
-            method: r.method,
+            method: r.method.clone(),
             artifact: r.artifact.to_string(),
             relative_error: r.relative_error,
             stored_bytes: r.stored_bytes,
@@ -84,34 +104,37 @@ impl From<&LayerRecord> for State {
 }
 
 impl Snapshot {
-    pub(super) fn new(store: Store, catalogue: Catalogue, label: Option<&str>) -> Self {
+    /// Returns the snapshot of a catalogue; messages call it by `label`, or by its version.
+    pub(super) fn new(shared: Arc<Shared>, catalogue: Catalogue, label: Option<&str>) -> Self {
         let version = catalogue.dataset().version_id();
         let label = label.map_or_else(|| format!("version {version}"), |l| format!("'{l}'"));
-        Snapshot { store, catalogue, label }
+        Snapshot { shared, catalogue, label }
     }
 
-    /// The version's number.
+    /// Returns the version's number.
     pub fn version(&self) -> u64 {
         self.dataset().version_id()
     }
 
-    pub(super) fn store(&self) -> &Store {
-        &self.store
+    /// Returns what the snapshot shares with its store.
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
+    /// Returns the catalogue's table at this version.
     pub(super) fn dataset(&self) -> &Dataset {
         self.catalogue.dataset()
     }
 
-    /// Every layer, by model and name.
+    /// Returns every layer, by model and name.
     ///
     /// # Errors
     /// When the catalogue cannot be read.
     pub async fn records(&self) -> Result<Vec<LayerRecord>> {
-        catalog::rows(self.dataset(), None).await
+        catalogue::rows(&self.shared.location, self.dataset(), None).await
     }
 
-    /// Every model, by name.
+    /// Returns every model, by name.
     ///
     /// # Errors
     /// When the catalogue cannot be read.
@@ -135,27 +158,28 @@ impl Snapshot {
         Ok(models.into_values().collect())
     }
 
-    /// The layers of a model, by name.
+    /// Returns the layers of a model, by name.
     ///
     /// # Errors
     /// When there is no such model.
     pub async fn layers(&self, model: &str) -> Result<Vec<LayerRecord>> {
-        let rows = catalog::rows(self.dataset(), Some(&format!("model = {}", quoted(model)))).await?;
+        let rows =
+            catalogue::rows(&self.shared.location, self.dataset(), Some(&format!("model = {}", quoted(model)))).await?;
         if rows.is_empty() {
             return Err(self.unknown_model(model).await?);
         }
         Ok(rows)
     }
 
-    /// A layer, to be loaded when it is used. The files that it lies in are opened now.
+    /// Returns a layer by name, to be loaded when it is used. The files that it lies in are opened now.
     ///
     /// # Errors
     /// When there is no such model or layer: the message gives the closest names.
     pub async fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
         let names = self.catalogue.names().await?;
-        if let Some(place) = names.find(model, layer) {
-            let record = catalog::row(self.dataset(), place).await?;
-            self.store.inner.data.open_ahead(std::slice::from_ref(&record)).await?;
+        if let Some(position) = names.find(model, layer) {
+            let record = catalogue::row(&self.shared.location, self.dataset(), position).await?;
+            self.shared.data.open_ahead(std::slice::from_ref(&record)).await?;
             return Ok(self.handle(record));
         }
         let layers: Vec<&str> = names.layers_of(model).collect();
@@ -170,19 +194,19 @@ impl Snapshot {
         })
     }
 
-    /// Handles of all layers of a model, by name: one look at the catalogue for all of them.
+    /// Returns all layers of a model, by name, with one look at the catalogue for all of them.
     ///
     /// # Errors
     /// When there is no such model.
     pub async fn handles(&self, model: &str) -> Result<Vec<LayerHandle>> {
         let records = self.layers(model).await?;
-        self.store.inner.data.open_ahead(&records).await?;
+        self.shared.data.open_ahead(&records).await?;
         Ok(records.into_iter().map(|record| self.handle(record)).collect())
     }
 
-    /// A handle for a row of this snapshot.
+    /// Returns the layer of a row of this snapshot.
     pub fn handle(&self, record: LayerRecord) -> LayerHandle {
-        LayerHandle::new(self.store.clone(), record)
+        LayerHandle::new(self.shared.clone(), record)
     }
 
     async fn unknown_model(&self, model: &str) -> Result<Error> {
@@ -190,15 +214,15 @@ impl Snapshot {
         Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
     }
 
-    /// How much the store holds, as this version tells.
+    /// Counts what the store holds, as this version tells.
     ///
     /// # Errors
     /// When the storage refuses.
     pub async fn stats(&self) -> Result<Stats> {
-        stats::stats(&self.store, self).await
+        stats::stats(&self.shared, self.dataset(), &self.records().await?).await
     }
 
-    /// How `newer` differs from this version.
+    /// Compares this version with a `newer` one, layer by layer.
     ///
     /// # Errors
     /// When a catalogue cannot be read.

@@ -19,32 +19,22 @@ use crate::layer::parts::{ArtifactId, Codebook, Codes, Factor, Keys, Parts, Side
 /// Rows of `weights` go out in batches of about this many bytes, within what 32-bit offsets can address.
 const BATCH_BYTES: usize = 64 << 20;
 
-/// The rows that an artifact's parts come to, table by table, in the order they are to be stored.
+/// Returns the rows that an artifact's parts come to, table by table, in the order they are to be stored.
 ///
 /// # Errors
 /// When a vector is longer than an Arrow list can be, or there are more rows than a 32-bit number can count.
 pub fn to_batches(id: ArtifactId, parts: &Parts) -> Result<BTreeMap<Table, Vec<RecordBatch>>> {
-    let mut out: BTreeMap<Table, Vec<RecordBatch>> = BTreeMap::new();
-    let mut add = |table: Table, columns: Vec<ArrayRef>| -> Result<()> {
-        let rows = columns[0].len();
-        let names = std::iter::repeat_n(id.0.as_slice(), rows);
-        let mut all: Vec<ArrayRef> = vec![Arc::new(FixedSizeBinaryArray::try_from_iter(names).map_err(unstorable)?)];
-        all.extend(columns);
-        out.entry(table).or_default().push(RecordBatch::try_new(table.schema(), all).map_err(unstorable)?);
-        Ok(())
-    };
-    if let Some(keys) = &parts.keys
-        && !keys.scales.is_empty()
-    {
+    let mut out = Batches { id, tables: BTreeMap::new() };
+    if let Some(keys) = parts.keys.as_ref().filter(|keys| !keys.scales.is_empty()) {
         let columns: Vec<ArrayRef> = vec![
             counted(keys.scales.len())?,
             Arc::new(Float32Array::from(keys.scales.clone())),
             vectors(&keys.vectors)?,
         ];
-        add(Table::Keys(keys.vectors.ncols()), columns)?;
+        out.add(Table::Keys(keys.vectors.ncols()), columns)?;
     }
     if let Some(values) = parts.values.as_ref().filter(|v| v.nrows() > 0) {
-        add(Table::Values(values.ncols()), vec![counted(values.nrows())?, vectors(values)?])?;
+        out.add(Table::Values(values.ncols()), vec![counted(values.nrows())?, vectors(values)?])?;
     }
     for book in parts.codebooks.iter().filter(|b| b.vectors.nrows() > 0) {
         let rows = book.vectors.nrows();
@@ -54,16 +44,13 @@ pub fn to_batches(id: ArtifactId, parts: &Parts) -> Result<BTreeMap<Table, Vec<R
             counted(rows)?,
             vectors(&book.vectors)?,
         ];
-        add(Table::Codebooks(book.vectors.ncols()), columns)?;
+        out.add(Table::Codebooks(book.vectors.ncols()), columns)?;
     }
     for codes in parts.codes.iter().filter(|c| c.codes.nrows() > 0) {
-        let rows = codes.codes.nrows();
-        let list = fixed_list(
-            UInt8Array::from(codes.codes.iter().copied().collect::<Vec<_>>()),
-            DataType::UInt8,
-            codes.codes.ncols(),
-        )?;
-        add(Table::Codes(codes.codes.ncols()), vec![repeated(&codes.role, rows), counted(rows)?, list])?;
+        let (rows, length) = codes.codes.dim();
+        let numbers = UInt8Array::from(codes.codes.iter().copied().collect::<Vec<_>>());
+        let list = fixed_list(numbers, DataType::UInt8, length)?;
+        out.add(Table::Codes(length), vec![repeated(&codes.role, rows), counted(rows)?, list])?;
     }
     for factor in parts.factors.iter().filter(|f| f.vectors.nrows() > 0) {
         let rows = factor.vectors.nrows();
@@ -73,9 +60,42 @@ pub fn to_batches(id: ArtifactId, parts: &Parts) -> Result<BTreeMap<Table, Vec<R
             Arc::new(Float32Array::from(factor.singular_values.clone())),
             vectors(&factor.vectors)?,
         ];
-        add(Table::Factors(factor.vectors.ncols()), columns)?;
+        out.add(Table::Factors(factor.vectors.ncols()), columns)?;
     }
     if let Some(weights) = parts.weights.as_ref().filter(|w| w.rows > 0) {
+        out.add_weights(weights)?;
+    }
+    for tensor in &parts.tensors {
+        let columns: Vec<ArrayRef> = vec![
+            repeated(&tensor.name, 1),
+            repeated(&tensor.dtype, 1),
+            repeated(&serde_json::json!(tensor.shape).to_string(), 1),
+            Arc::new(LargeBinaryArray::from_vec(vec![&tensor.data])),
+        ];
+        out.add(Table::Tensors, columns)?;
+    }
+    Ok(out.tables)
+}
+
+/// The rows of one artifact.
+struct Batches {
+    id: ArtifactId,
+    tables: BTreeMap<Table, Vec<RecordBatch>>,
+}
+
+impl Batches {
+    /// Adds rows of these columns, which follow the column `artifact`.
+    fn add(&mut self, table: Table, columns: Vec<ArrayRef>) -> Result<()> {
+        let names = std::iter::repeat_n(self.id.0.as_slice(), columns[0].len());
+        let mut all: Vec<ArrayRef> = vec![Arc::new(FixedSizeBinaryArray::try_from_iter(names).map_err(unstorable)?)];
+        all.extend(columns);
+        let batch = RecordBatch::try_new(table.schema(), all).map_err(unstorable)?;
+        self.tables.entry(table).or_default().push(batch);
+        Ok(())
+    }
+
+    /// Adds the rows of a weight matrix, in batches of [`BATCH_BYTES`].
+    fn add_weights(&mut self, weights: &WeightRows) -> Result<()> {
         let rows = weights.rows;
         let row_bytes = (weights.packed.len() + weights.scales.len() + weights.zeros.len()) / rows;
         let batch_rows = (BATCH_BYTES / row_bytes.max(1)).max(1);
@@ -88,19 +108,10 @@ pub fn to_batches(id: ArtifactId, parts: &Parts) -> Result<BTreeMap<Table, Vec<R
                 byte_rows(&weights.scales, rows, start, end)?,
                 byte_rows(&weights.zeros, rows, start, end)?,
             ];
-            add(Table::Weights, columns)?;
+            self.add(Table::Weights, columns)?;
         }
+        Ok(())
     }
-    for tensor in &parts.tensors {
-        let columns: Vec<ArrayRef> = vec![
-            repeated(&tensor.name, 1),
-            repeated(&tensor.dtype, 1),
-            repeated(&serde_json::json!(tensor.shape).to_string(), 1),
-            Arc::new(LargeBinaryArray::from_vec(vec![&tensor.data])),
-        ];
-        add(Table::Tensors, columns)?;
-    }
-    Ok(out)
 }
 
 fn unstorable(e: arrow::error::ArrowError) -> Error {
@@ -145,7 +156,7 @@ fn byte_rows(bytes: &Bytes, rows: usize, start: usize, end: usize) -> Result<Arr
     Ok(Arc::new(array.map_err(unstorable)?))
 }
 
-/// Whether these are so many rows, all of this artifact.
+/// Returns whether these are so many rows, all of this artifact.
 pub fn all_of(batches: &[RecordBatch], id: ArtifactId, rows: u64) -> bool {
     batches.iter().map(|b| b.num_rows() as u64).sum::<u64>() == rows
         && batches.iter().all(|batch| {
@@ -168,12 +179,7 @@ pub fn add_rows(parts: &mut Parts, table: Table, batches: Vec<RecordBatch>) -> s
             in_order(&batches, "key")?;
             let mut scales = Vec::new();
             for batch in &batches {
-                scales.extend_from_slice(
-                    column(batch, "scale")?
-                        .as_primitive_opt::<Float32Type>()
-                        .ok_or("scale is of another type")?
-                        .values(),
-                );
+                scales.extend_from_slice(floats(batch, "scale")?);
             }
             parts.keys = Some(Keys { vectors: gather_vectors(batches, d)?, scales });
         }
@@ -181,17 +187,7 @@ pub fn add_rows(parts: &mut Parts, table: Table, batches: Vec<RecordBatch>) -> s
             in_order(&batches, "key")?;
             parts.values = Some(gather_vectors(batches, d)?);
         }
-        Table::Codebooks(d) => {
-            let same = |b: &RecordBatch, i| {
-                Ok(text(b, "role", i)? == text(b, "role", i - 1)?
-                    && number(b, "subspace", i)? == number(b, "subspace", i - 1)?)
-            };
-            for rows in runs(batches, same)? {
-                in_order(std::slice::from_ref(&rows), "code")?;
-                let (role, subspace) = (text(&rows, "role", 0)?.to_owned(), number(&rows, "subspace", 0)?);
-                parts.codebooks.push(Codebook { role, subspace, vectors: gather_vectors(vec![rows], d)? });
-            }
-        }
+        Table::Codebooks(d) => add_codebooks(parts, d, batches)?,
         Table::Codes(m) => {
             for rows in runs(batches, |b, i| Ok(text(b, "role", i)? == text(b, "role", i - 1)?))? {
                 in_order(std::slice::from_ref(&rows), "key")?;
@@ -199,23 +195,7 @@ pub fn add_rows(parts: &mut Parts, table: Table, batches: Vec<RecordBatch>) -> s
                 parts.codes.push(Codes { role, codes: gather_codes(rows, m)? });
             }
         }
-        Table::Factors(d) => {
-            for rows in runs(batches, |b, i| Ok(text(b, "side", i)? == text(b, "side", i - 1)?))? {
-                in_order(std::slice::from_ref(&rows), "component")?;
-                let side = match text(&rows, "side", 0)? {
-                    "a" => Side::A,
-                    "b" => Side::B,
-                    other => return Err(format!("a factor's side is '{other}'")),
-                };
-                let singular = column(&rows, "singular_value")?
-                    .as_primitive_opt::<Float32Type>()
-                    .ok_or("singular_value is of another type")?;
-                let singular_values = singular.values().to_vec();
-                parts.factors.push(Factor { side, singular_values, vectors: gather_vectors(vec![rows], d)? });
-                // Sides of different lengths come from different tables, in no fixed order.
-                parts.factors.sort_by_key(|f| f.side.as_str());
-            }
-        }
+        Table::Factors(d) => add_factors(parts, d, batches)?,
         Table::Weights => {
             in_order(&batches, "row")?;
             parts.weights = Some(WeightRows {
@@ -225,20 +205,51 @@ pub fn add_rows(parts: &mut Parts, table: Table, batches: Vec<RecordBatch>) -> s
                 zeros: gather_bytes(&batches, "zeros")?,
             });
         }
-        Table::Tensors => {
-            for batch in &batches {
-                let data = column(batch, "data")?.as_binary_opt::<i64>().ok_or("data is of another type")?;
-                for i in 0..batch.num_rows() {
-                    let shape = text(batch, "shape", i)?;
-                    let shape = serde_json::from_str(shape).map_err(|e| format!("shape '{shape}': {e}"))?;
-                    parts.tensors.push(Tensor {
-                        name: text(batch, "name", i)?.to_owned(),
-                        dtype: text(batch, "dtype", i)?.to_owned(),
-                        shape,
-                        data: Bytes::copy_from_slice(data.value(i)),
-                    });
-                }
-            }
+        Table::Tensors => add_tensors(parts, &batches)?,
+    }
+    Ok(())
+}
+
+fn add_codebooks(parts: &mut Parts, length: usize, batches: Vec<RecordBatch>) -> std::result::Result<(), String> {
+    let same = |b: &RecordBatch, i| {
+        Ok(text(b, "role", i)? == text(b, "role", i - 1)? && number(b, "subspace", i)? == number(b, "subspace", i - 1)?)
+    };
+    for rows in runs(batches, same)? {
+        in_order(std::slice::from_ref(&rows), "code")?;
+        let (role, subspace) = (text(&rows, "role", 0)?.to_owned(), number(&rows, "subspace", 0)?);
+        parts.codebooks.push(Codebook { role, subspace, vectors: gather_vectors(vec![rows], length)? });
+    }
+    Ok(())
+}
+
+fn add_factors(parts: &mut Parts, length: usize, batches: Vec<RecordBatch>) -> std::result::Result<(), String> {
+    for rows in runs(batches, |b, i| Ok(text(b, "side", i)? == text(b, "side", i - 1)?))? {
+        in_order(std::slice::from_ref(&rows), "component")?;
+        let side = match text(&rows, "side", 0)? {
+            "a" => Side::A,
+            "b" => Side::B,
+            other => return Err(format!("a factor's side is '{other}'")),
+        };
+        let singular_values = floats(&rows, "singular_value")?.to_vec();
+        parts.factors.push(Factor { side, singular_values, vectors: gather_vectors(vec![rows], length)? });
+        // Sides of different lengths come from different tables, in no fixed order.
+        parts.factors.sort_by_key(|f| f.side.as_str());
+    }
+    Ok(())
+}
+
+fn add_tensors(parts: &mut Parts, batches: &[RecordBatch]) -> std::result::Result<(), String> {
+    for batch in batches {
+        let data = column(batch, "data")?.as_binary_opt::<i64>().ok_or("data is of another type")?;
+        for i in 0..batch.num_rows() {
+            let shape = text(batch, "shape", i)?;
+            let shape = serde_json::from_str(shape).map_err(|e| format!("shape '{shape}': {e}"))?;
+            parts.tensors.push(Tensor {
+                name: text(batch, "name", i)?.to_owned(),
+                dtype: text(batch, "dtype", i)?.to_owned(),
+                shape,
+                data: Bytes::copy_from_slice(data.value(i)),
+            });
         }
     }
     Ok(())
@@ -259,7 +270,12 @@ fn number(batch: &RecordBatch, name: &str, row: usize) -> std::result::Result<u3
     Ok(array.value(row))
 }
 
-/// That a column counts 0, 1, 2 … over all batches.
+fn floats<'a>(batch: &'a RecordBatch, name: &str) -> std::result::Result<&'a [f32], String> {
+    let array = column(batch, name)?.as_primitive_opt::<Float32Type>();
+    Ok(array.ok_or_else(|| format!("{name} is of another type"))?.values())
+}
+
+/// Checks that a column counts 0, 1, 2 … over all batches.
 fn in_order(batches: &[RecordBatch], name: &str) -> std::result::Result<(), String> {
     let mut expected = 0u32;
     for batch in batches {
@@ -276,29 +292,29 @@ fn in_order(batches: &[RecordBatch], name: &str) -> std::result::Result<(), Stri
     Ok(())
 }
 
-/// Consecutive rows that are each the `same` as the one before, over all batches joined.
+/// Splits all rows where one is not the `same` as the one before.
 fn runs(
     mut batches: Vec<RecordBatch>,
     same: impl Fn(&RecordBatch, usize) -> std::result::Result<bool, String>,
 ) -> std::result::Result<Vec<RecordBatch>, String> {
-    let joined = match batches.len() {
+    let all = match batches.len() {
         0 => return Ok(vec![]),
         1 => batches.remove(0),
         _ => arrow::compute::concat_batches(&batches[0].schema(), &batches).map_err(|e| e.to_string())?,
     };
     drop(batches);
     let mut starts = vec![0];
-    for row in 1..joined.num_rows() {
-        if !same(&joined, row)? {
+    for row in 1..all.num_rows() {
+        if !same(&all, row)? {
             starts.push(row);
         }
     }
     // One run is handed on as it is: nobody else holds its arrays.
     if let [_] = starts[..] {
-        return Ok(vec![joined]);
+        return Ok(vec![all]);
     }
-    let ends = starts.iter().skip(1).copied().chain([joined.num_rows()]);
-    Ok(starts.iter().zip(ends).map(|(&start, end)| joined.slice(start, end - start)).collect())
+    let ends = starts.iter().skip(1).copied().chain([all.num_rows()]);
+    Ok(starts.iter().zip(ends).map(|(&start, end)| all.slice(start, end - start)).collect())
 }
 
 /// All rows' vectors as one matrix; without a copy where one batch holds them all and nobody else holds it.
@@ -426,14 +442,14 @@ mod tests {
         #[test]
         fn rows_become_the_same_parts(parts in any_parts(), split in 1usize..4) {
             let id = parts.id();
-            let mut back = Parts::new(parts.method, parts.config.clone());
+            let mut back = Parts::new(parts.method.clone(), parts.config.clone());
             for (table, batches) in to_batches(id, &parts).unwrap() {
                 for batch in &batches {
                     prop_assert_eq!(batch.schema(), table.schema());
                 }
                 // As a reader may get them: in slices of other sizes.
-                let joined = arrow::compute::concat_batches(&table.schema(), &batches).unwrap();
-                let slices: Vec<_> = (0..joined.num_rows()).step_by(split).map(|i| joined.slice(i, split.min(joined.num_rows() - i))).collect();
+                let all = arrow::compute::concat_batches(&table.schema(), &batches).unwrap();
+                let slices: Vec<_> = (0..all.num_rows()).step_by(split).map(|i| all.slice(i, split.min(all.num_rows() - i))).collect();
                 add_rows(&mut back, table, slices).unwrap();
             }
             prop_assert_eq!(back.id(), id);

@@ -1,4 +1,4 @@
-//! Writing artifacts: gathered, then appended table by table in few large fragments, then listed as complete.
+//! Artifacts, written: gathered, then appended table by table in few large fragments, then listed as complete.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -10,12 +10,13 @@ use lance::dataset::transaction::Operation;
 use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
 use serde_json::Value;
 
-use super::catalog::{create_table, replace_model};
+use super::catalogue::{self, create_table, replace_model};
 use super::data::Data;
+use super::format::{Format, without_missing};
 use super::location::{Location, storage_error};
 use super::lock::{self, Guard};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, Places, Rows, Run, artifacts_batch};
-use super::schema::{self, ARTIFACTS, Table};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
+use super::schema::{ARTIFACTS, Table};
 use super::tables::to_batches;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
@@ -25,22 +26,29 @@ const PENDING_BYTES: u64 = 256 << 20;
 
 /// What an artifact was made from, and how well it stands for it.
 #[derive(Debug, Clone, Copy)]
-pub struct Made {
+pub struct Provenance {
     /// BLAKE3 of source, settings and calibration inputs.
     pub recipe: [u8; 32],
+    /// How far the artifact is from its source; `None` where no finite number describes it.
     pub relative_error: Option<f64>,
+    /// What the error was measured over.
     pub error_basis: ErrorBasis,
 }
 
 /// An artifact that the store holds already.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Stored {
+pub struct ArtifactInfo {
+    /// Its name.
     pub artifact: ArtifactId,
+    /// How it is compressed.
     pub method: MethodName,
     /// The parts' config.
     pub config: Value,
+    /// Bytes of its arrays.
     pub stored_bytes: u64,
+    /// How far it is from its source, as measured when it was made.
     pub relative_error: Option<f64>,
+    /// What the error was measured over.
     pub error_basis: ErrorBasis,
 }
 
@@ -50,26 +58,33 @@ pub struct Stored {
 pub struct Writer {
     location: Location,
     _guard: Guard,
+    /// The store's format, which does not change while the guard is held.
+    format: &'static Format,
     /// Artifacts that are complete in the store, by recipe.
-    recipes: HashMap<[u8; 32], Stored>,
-    known: HashMap<ArtifactId, Places>,
+    recipes: HashMap<[u8; 32], ArtifactInfo>,
+    known: HashMap<ArtifactId, RowLocations>,
     pending: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
     pending_bytes: u64,
     written_bytes: u64,
-    /// Set while rows are on their way: what was gathered is gone if that fails or is given up.
+    /// Set while rows are being written: what was gathered is gone if that fails or is given up.
     broken: bool,
 }
 
 impl Writer {
+    /// Takes the lock of imports, and reads which artifacts the store has.
+    ///
+    /// # Errors
+    /// When the storage refuses.
     pub(super) async fn begin(location: &Location, data: &Data) -> Result<Self> {
-        let guard = lock::importing(location.local()).await?;
+        let guard = lock::importing(location).await?;
+        let format = location.format_of(&catalogue::open(location, None).await?)?;
         let mut recipes = HashMap::new();
         let mut known = HashMap::new();
         for record in data.records().await? {
-            known.insert(record.artifact, record.places);
-            let stored = Stored {
+            known.insert(record.artifact, record.locations);
+            let stored = ArtifactInfo {
                 artifact: record.artifact,
-                method: record.method,
+                method: record.method.clone(),
                 config: record.config,
                 stored_bytes: record.stored_bytes,
                 relative_error: record.relative_error,
@@ -81,6 +96,7 @@ impl Writer {
         Ok(Writer {
             location,
             _guard: guard,
+            format,
             recipes,
             known,
             pending: vec![],
@@ -90,44 +106,44 @@ impl Writer {
         })
     }
 
-    /// The artifact that was made by this recipe, if the store has it.
-    pub fn made_by(&self, recipe: &[u8; 32]) -> Option<&Stored> {
+    /// Returns the artifact that was made by this recipe, if the store has it.
+    pub fn made_by(&self, recipe: &[u8; 32]) -> Option<&ArtifactInfo> {
         self.recipes.get(recipe)
     }
 
-    /// Bytes of parts written so far; what the store held already is not counted.
+    /// Returns the bytes of parts written so far; what the store held already is not counted.
     pub fn written_bytes(&self) -> u64 {
         self.written_bytes + self.pending_bytes
     }
 
-    /// Adds an artifact, unless the store has it. Says whether it was new.
+    /// Adds an artifact, unless the store has it. Returns its name, and whether it was new.
     ///
     /// # Errors
     /// When the parts do not fit the tables, or writing a full buffer fails.
-    pub async fn add(&mut self, parts: &Parts, made: Made) -> Result<(ArtifactId, bool)> {
+    pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
         let id = parts.id();
         let stored_bytes = parts.stored_bytes();
-        let stored = Stored {
+        let stored = ArtifactInfo {
             artifact: id,
-            method: parts.method,
+            method: parts.method.clone(),
             config: parts.config.clone(),
             stored_bytes,
-            relative_error: made.relative_error,
-            error_basis: made.error_basis,
+            relative_error: provenance.relative_error,
+            error_basis: provenance.error_basis,
         };
-        self.recipes.insert(made.recipe, stored);
-        if self.known.insert(id, Places::default()).is_some() {
+        self.recipes.insert(provenance.recipe, stored);
+        if self.known.insert(id, RowLocations::default()).is_some() {
             return Ok((id, false));
         }
         let record = ArtifactRecord {
             artifact: id,
-            method: parts.method,
+            method: parts.method.clone(),
             config: parts.config.clone(),
-            places: Places::default(),
+            locations: RowLocations::default(),
             stored_bytes,
-            recipe: made.recipe,
-            relative_error: made.relative_error,
-            error_basis: made.error_basis,
+            recipe: provenance.recipe,
+            relative_error: provenance.relative_error,
+            error_basis: provenance.error_basis,
             created_at: Utc::now(),
         };
         self.pending.push((record, to_batches(id, parts)?));
@@ -147,46 +163,54 @@ impl Writer {
             return Err(Error::Storage {
                 action: "writing artifacts".into(),
                 message: "an earlier write of this writer failed; begin again with a new one".into(),
+                source: None,
             });
         }
         if self.pending.is_empty() {
             return Ok(());
         }
         self.broken = true;
-        let mut pending = std::mem::take(&mut self.pending);
-        let mut by_table: BTreeMap<Table, Vec<(usize, Vec<RecordBatch>)>> = BTreeMap::new();
-        for (place, (_, tables)) in pending.iter_mut().enumerate() {
-            for (table, batches) in std::mem::take(tables) {
-                by_table.entry(table).or_default().push((place, batches));
-            }
-        }
-        for (table, owned) in by_table {
-            let name = table.name();
-            let counts: Vec<(usize, u64)> = owned
-                .iter()
-                .map(|(place, batches)| (*place, batches.iter().map(|b| b.num_rows() as u64).sum()))
-                .collect();
-            let batches = owned.into_iter().flat_map(|(_, batches)| batches).collect();
-            let written = append(&self.location, &name, table.schema(), batches).await?;
-            let mut places = Written::new(written);
-            for (place, rows) in counts {
-                let runs = places.take(rows).ok_or_else(|| Error::Storage {
-                    action: format!("appending to table '{name}'"),
-                    message: "fewer rows were written than given".into(),
-                })?;
-                pending[place].0.places.0.insert(name.clone(), Rows { rows, runs });
-            }
-        }
-        let records: Vec<ArtifactRecord> = pending.into_iter().map(|(record, _)| record).collect();
-        append(&self.location, ARTIFACTS, schema::artifacts(), vec![artifacts_batch(&records)?]).await?;
-        self.known.extend(records.into_iter().map(|r| (r.artifact, r.places)));
+        let pending = std::mem::take(&mut self.pending);
+        let records = self.write_rows(pending).await?;
+        append((&self.location, self.format), ARTIFACTS, vec![artifacts_batch(&records)?]).await?;
+        self.known.extend(records.into_iter().map(|r| (r.artifact, r.locations)));
         self.written_bytes += std::mem::take(&mut self.pending_bytes);
         self.broken = false;
         Ok(())
     }
 
-    /// Makes `records` all that the store holds of `model`, as one new version, and gives its number. Where that is so
-    /// already, no version is made and the latest one's number is given.
+    /// Appends the rows of artifacts to their tables, and notes in the records where they are.
+    async fn write_rows(
+        &self,
+        artifacts: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
+    ) -> Result<Vec<ArtifactRecord>> {
+        let (mut records, mut by_table) = (vec![], BTreeMap::<Table, Vec<(usize, Vec<RecordBatch>)>>::new());
+        for (owner, (record, tables)) in artifacts.into_iter().enumerate() {
+            records.push(record);
+            for (table, batches) in tables {
+                by_table.entry(table).or_default().push((owner, batches));
+            }
+        }
+        for (table, owned) in by_table {
+            let name = table.name();
+            let rows = |batches: &[RecordBatch]| batches.iter().map(|b| b.num_rows() as u64).sum();
+            let counts: Vec<(usize, u64)> = owned.iter().map(|(owner, batches)| (*owner, rows(batches))).collect();
+            let batches = owned.into_iter().flat_map(|(_, batches)| batches).collect();
+            let mut written = Written::new(append((&self.location, self.format), &name, batches).await?);
+            for (owner, rows) in counts {
+                let ranges = written.take(rows).ok_or_else(|| Error::Storage {
+                    action: format!("appending to table '{name}'"),
+                    message: "fewer rows were written than given".into(),
+                    source: None,
+                })?;
+                records[owner].locations.0.insert(name.clone(), TableRows { rows, ranges });
+            }
+        }
+        Ok(records)
+    }
+
+    /// Makes `records` all that the store holds of `model`, as one new version, and returns its number. Where that is so
+    /// already, no version is made and the latest one's number is returned.
     ///
     /// # Errors
     /// When a record names an artifact that is not in the store, or the storage refuses: then nothing has changed.
@@ -214,18 +238,21 @@ impl Writer {
         let operation = if records.is_empty() { "remove" } else { "import" };
         let mut records = records.to_vec();
         for record in &mut records {
-            record.places = self.known.get(&record.artifact).cloned().unwrap_or_default();
+            record.locations = self.known.get(&record.artifact).cloned().unwrap_or_default();
         }
         replace_model(&self.location, model, &records, operation, message).await
     }
 }
 
-/// Refuses names that would be trouble in a table, a shell or a log.
+/// Checks a model's name: 1 to 256 bytes, no control characters, no space at either end.
+///
+/// # Errors
+/// [`Error::InvalidName`] when it is not so.
 pub fn check_model_name(name: &str) -> Result<()> {
     check_name("model", name)
 }
 
-/// The same, for layers that are named by whoever saves them.
+/// Checks a layer's name, of those that are given by whoever saves them, as [`check_model_name`].
 pub(super) fn check_layer_name(name: &str) -> Result<()> {
     check_name("layer", name)
 }
@@ -243,29 +270,36 @@ fn check_name(what: &'static str, name: &str) -> Result<()> {
     Err(Error::InvalidName { what, name: name.escape_debug().to_string(), reason })
 }
 
-/// Appends to a table, made first where it is missing, and gives the new data files with their rows, in order.
+/// Appends to a table, made first in the store's format where it is missing, and returns the new data files with their
+/// rows, in order.
 pub(super) async fn append(
-    location: &Location,
+    (location, format): (&Location, &Format),
     table: &str,
-    schema: arrow::datatypes::SchemaRef,
     batches: Vec<RecordBatch>,
 ) -> Result<Vec<(String, u64)>> {
+    let action = || format!("opening table '{table}'");
     let dataset = match location.open_for_write(table).await {
         Ok(dataset) => dataset,
         Err(lance::Error::DatasetNotFound { .. }) => {
-            create_table(location, table, schema.clone()).await?;
-            location.open_for_write(table).await.map_err(storage_error(format!("opening table '{table}'")))?
+            let schema = location.formats().schema(table, format.version);
+            create_table(
+                location,
+                table,
+                schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?,
+            )
+            .await?;
+            location.open_for_write(table).await.map_err(storage_error(action()))?
         }
-        Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
+        Err(e) => return Err(storage_error(action())(e)),
     };
-    append_to(Arc::new(dataset), schema, batches).await.map_err(storage_error(format!("appending to table '{table}'")))
+    let fitted = |batch| without_missing(batch, (table, &dataset), (location.uri(), format));
+    let batches = batches.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
+    append_to(Arc::new(dataset), batches).await.map_err(storage_error(format!("appending to table '{table}'")))
 }
 
-async fn append_to(
-    dataset: Arc<Dataset>,
-    schema: arrow::datatypes::SchemaRef,
-    batches: Vec<RecordBatch>,
-) -> lance::Result<Vec<(String, u64)>> {
+/// Columns of the table that the batches do not have, which take nulls, are left out of the new files.
+async fn append_to(dataset: Arc<Dataset>, batches: Vec<RecordBatch>) -> lance::Result<Vec<(String, u64)>> {
+    let Some(schema) = batches.first().map(RecordBatch::schema) else { return Ok(vec![]) };
     let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
     let reader = RecordBatchIterator::new(batches.into_iter().map(Ok), schema);
     let transaction =
@@ -296,13 +330,13 @@ impl Written {
         Written { files: files.into_iter(), current: None, offset: 0 }
     }
 
-    fn take(&mut self, mut rows: u64) -> Option<Vec<Run>> {
-        let mut runs = Vec::new();
+    fn take(&mut self, mut rows: u64) -> Option<Vec<RowRange>> {
+        let mut ranges = Vec::new();
         while rows > 0 {
             match &self.current {
                 Some((file, size)) if self.offset < *size => {
                     let taken = rows.min(size - self.offset);
-                    runs.push(Run { file: file.clone(), offset: self.offset, rows: taken });
+                    ranges.push(RowRange { file: file.clone(), offset: self.offset, rows: taken });
                     self.offset += taken;
                     rows -= taken;
                 }
@@ -312,7 +346,7 @@ impl Written {
                 }
             }
         }
-        Some(runs)
+        Some(ranges)
     }
 }
 
@@ -321,8 +355,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_go_on_in_the_next_file() {
-        let run = |file: &str, offset, rows| Run { file: file.into(), offset, rows };
+    fn ranges_go_on_in_the_next_file() {
+        let run = |file: &str, offset, rows| RowRange { file: file.into(), offset, rows };
         let mut written = Written::new(vec![("a".into(), 3), ("b".into(), 0), ("c".into(), 10)]);
         assert_eq!(written.take(2).unwrap(), [run("a", 0, 2)]);
         assert_eq!(written.take(4).unwrap(), [run("a", 2, 1), run("c", 0, 3)]);

@@ -1,19 +1,19 @@
 //! The command line, by its contract.
 
-use layerstore::linalg::{matmul_nt, relative_error};
 use layerstore::compress::ActivationsFile;
 use layerstore::formats;
 use layerstore::formats::{read_array, write_array};
+use layerstore::linalg::{matmul_nt, relative_error};
 use ndarray::s;
 
-use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, field};
 
 #[test]
 fn import_lists_and_shows() {
     let place = Place::new();
     let dense = place.import("f32", None);
     assert_eq!((dense["model"].as_str(), dense["version"].as_u64()), (Some("f32"), Some(2)));
-    assert_eq!(dense["dense_bytes"], dense["stored_bytes"]);
+    assert_eq!(field(&dense, "dense_bytes"), field(&dense, "stored_bytes"));
     let int4 = place.import("int4", Some(INT4));
     let layer = |report: &serde_json::Value, name: &str| {
         report["layers"].as_array().unwrap().iter().find(|l| l["layer"] == name).unwrap().clone()
@@ -22,7 +22,7 @@ fn import_lists_and_shows() {
     assert_eq!((up["method"].as_str(), up["error_basis"].as_str()), (Some("low_rank"), Some("activations")));
     assert_eq!((up["out_features"].as_u64(), up["in_features"].as_u64()), (Some(96), Some(48)));
     assert!(up["relative_error"].as_f64().unwrap() < 0.08);
-    assert!(up["stored_bytes"].as_u64() < up["dense_bytes"].as_u64());
+    assert!(up["stored_bytes"].as_u64().unwrap() < up["dense_bytes"].as_u64().unwrap());
     let embedding = layer(&int4, "embedding");
     assert_eq!((embedding["method"].as_str(), embedding["reused"].as_bool()), (Some("dense"), Some(true)));
 
@@ -32,7 +32,7 @@ fn import_lists_and_shows() {
     assert_eq!(layers.as_array().unwrap().len(), int4["layers"].as_array().unwrap().len());
     let shown = place.json(&["show", "int4", "blocks.0.up"]);
     assert_eq!(shown["config"]["rank"], 8);
-    assert_eq!(shown["artifact"], up["artifact"]);
+    assert_eq!(field(&shown, "artifact"), field(&up, "artifact"));
     assert_eq!(shown["source"]["tensors"][0]["tensor"], "blocks.0.up.weight");
     // The tables for people hold the same names.
     assert!(place.run(&["layers", "int4"]).out.contains("blocks.1.down"));
@@ -75,12 +75,14 @@ fn a_dry_run_says_what_an_import_does() {
     let (plan, done) = (plan["layers"].as_array().unwrap(), done["layers"].as_array().unwrap());
     assert_eq!(plan.len(), done.len());
     for (expected, found) in plan.iter().zip(done) {
-        assert_eq!((&expected["layer"], &expected["method"]), (&found["layer"], &found["method"]));
+        for same in ["layer", "method"] {
+            assert_eq!(field(expected, same), field(found, same));
+        }
         let by_error = found["layer"] == "blocks.1.up";
         assert_eq!(expected["expected_bytes"].is_null(), by_error);
         if !by_error {
-            assert_eq!(expected["expected_bytes"], found["stored_bytes"], "{found}");
-            assert_eq!(expected["bits_per_weight"], found["bits_per_weight"]);
+            assert_eq!(field(expected, "expected_bytes"), field(found, "stored_bytes"), "{found}");
+            assert_eq!(field(expected, "bits_per_weight"), field(found, "bits_per_weight"));
         }
     }
     let rule_of = |layer: &str| plan.iter().find(|l| l["layer"] == layer).unwrap()["rule"].clone();
@@ -89,12 +91,14 @@ fn a_dry_run_says_what_an_import_does() {
     let human = place.run(&[&args[..], &["--dry-run"]].concat());
     assert!(human.out.contains("nothing has been stored") && human.out.contains("by its numbers"), "{}", human.out);
     let measured = place.json(&["evaluate", "m", "--activations", INPUTS, "--checkpoint", CHECKPOINT]);
-    for layer in measured["layers"].as_array().unwrap().iter().filter(|l| l["method"] == "low_rank") {
+    let measured = measured["layers"].as_array().unwrap();
+    assert_eq!(measured.iter().filter(|l| l["method"] == "low_rank").count(), 6);
+    for layer in measured.iter().filter(|l| l["method"] == "low_rank") {
         let error = |name: &str| layer[name].as_f64().unwrap();
         assert!(error("relative_error") < error("uncorrected_error"), "{layer}");
         let values: Vec<f64> =
             layer["singular_values"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
-        assert!(values.is_sorted_by(|a, b| a >= b), "{layer}");
+        assert!(values.is_sorted_by(|a, b| a >= b) && !values.is_empty(), "{layer}");
         assert!(error("bits_per_weight") > 2.0);
     }
 }
@@ -111,10 +115,12 @@ fn a_second_import_writes_nothing() {
                 .collect()
         };
         let before = data();
+        assert!(!before.is_empty());
         let second = place.import("m", Some(rules));
         assert_eq!(second["written_bytes"], 0);
-        assert_eq!(second["version"], first["version"]);
-        assert!(second["layers"].as_array().unwrap().iter().all(|l| l["reused"] == true));
+        assert_eq!(field(&second, "version"), field(&first, "version"));
+        let layers = second["layers"].as_array().unwrap();
+        assert!(layers.len() == 10 && layers.iter().all(|l| l["reused"] == true));
         assert_eq!(data(), before);
     }
 }
@@ -132,18 +138,22 @@ fn export_gives_the_checkpoint_back() {
         assert_eq!(report["bytes"].as_u64().unwrap(), path.metadata().unwrap().len());
         let back = formats::open(&path).unwrap();
         assert_eq!(back.metadata(), original.metadata());
-        assert_eq!(back.tensors().count(), original.tensors().count());
-        for tensor in original.tensors() {
+        assert!(!original.tensors().is_empty());
+        assert_eq!(back.tensors().len(), original.tensors().len());
+        let mut lossy = 0;
+        for tensor in original.tensors().values() {
             let found = back.tensor(&tensor.name).unwrap();
             assert_eq!((found.dtype, &found.shape), (tensor.dtype, &tensor.shape), "{}", tensor.name);
             let compressed = model != "f32" && tensor.name.starts_with("blocks") && tensor.shape.len() == 2;
             if compressed {
                 let error = relative_error(back.matrix(found).unwrap().view(), original.matrix(tensor).unwrap().view());
                 assert!(error < tolerance, "{model} {}: {error}", tensor.name);
+                lossy += 1;
             } else {
-                assert_eq!(back.bytes(found), original.bytes(tensor), "{model} {}", tensor.name);
+                assert_eq!(back.bytes(found).unwrap(), original.bytes(tensor).unwrap(), "{model} {}", tensor.name);
             }
         }
+        assert_eq!(lossy, if model == "f32" { 0 } else { 6 }, "{model}");
     }
 }
 
@@ -183,6 +193,7 @@ fn forward_search_and_evaluate() {
     }
     let (report, (y, _)) = run("keys", "x.npy", &[]);
     let bound = report["relative_error_bound"].as_f64().unwrap();
+    assert_eq!(y.dim(), exact.dim());
     for (y, e) in y.rows().into_iter().zip(exact.rows()) {
         let bare = &e - &b;
         let error = (&y - &e).mapv(|v| v * v).sum().sqrt() / bare.mapv(|v| v * v).sum().sqrt();
@@ -195,11 +206,13 @@ fn forward_search_and_evaluate() {
     };
     assert!(hits(&search(&["--keys", "4"])) < hits(&search(&["--keys", "24"])));
     assert_eq!(hits(&search(&["--threshold", "0"])), 12 * 48);
-    for query in search(&["--max-error", "0.2"]).as_array().unwrap() {
+    let within = search(&["--max-error", "0.2"]);
+    assert_eq!(within.as_array().unwrap().len(), 12);
+    for query in within.as_array().unwrap() {
         assert!(query["certified_error"].as_f64().unwrap() <= 0.2);
         let contribution = |h: &serde_json::Value| h["contribution"].as_f64().unwrap().abs();
         let found = query["hits"].as_array().unwrap();
-        assert!(found.windows(2).all(|w| contribution(&w[0]) >= contribution(&w[1])));
+        assert!(found.len() > 1 && found.windows(2).all(|w| contribution(&w[0]) >= contribution(&w[1])));
     }
 
     let stored = place.json(&["evaluate", "int4", "--activations", INPUTS]);
@@ -301,15 +314,15 @@ fn wrong_use_and_unknown_names() {
     write_array(&place.path("narrow.npy").display().to_string(), ndarray::Array2::zeros((2, 7)).view(), false).unwrap();
     let x = place.path("x.npy").display().to_string();
     let narrow = place.path("narrow.npy").display().to_string();
-    for args in [
-        vec!["nonsense"],
-        vec!["import", CHECKPOINT],
-        vec!["forward", "m", "blocks.0.up"],
-        vec!["search", "m", "l", "--input", "x", "--keys", "1", "--threshold", "1"],
-        vec!["--at", "1", "import", CHECKPOINT, "--model", "x"],
-        vec!["gc", "--older-than", "soon"],
+    for (args, says) in [
+        (vec!["nonsense"], "nonsense"),
+        (vec!["import", CHECKPOINT], "--model"),
+        (vec!["forward", "m", "blocks.0.up"], "--input"),
+        (vec!["search", "m", "l", "--input", "x", "--keys", "1", "--threshold", "1"], "cannot be used with"),
+        (vec!["--at", "1", "import", CHECKPOINT, "--model", "x"], "a command that reads a version"),
+        (vec!["gc", "--older-than", "soon"], "soon"),
     ] {
-        assert_eq!(place.run(&args).code, 2, "{args:?}");
+        place.fails(2, &[says], &args);
     }
     place.fails(1, &["no model named 'n'", "m, q"], &["layers", "n"]);
     place.fails(1, &["no model named 'n'"], &["show", "n", "blocks.0.up"]);
@@ -337,15 +350,16 @@ fn shards_are_one_checkpoint() {
     let mut map = serde_json::Map::new();
     for half in 0..2usize {
         let file = format!("model-{:05}-of-00002.safetensors", half + 1);
-        let tensors: Vec<_> = original
-            .tensors()
-            .enumerate()
-            .filter(|(i, _)| i % 2 == half)
-            .map(|(_, t)| {
-                let view = safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), original.bytes(t));
+        let of_half = original.tensors().values().enumerate().filter(|(i, _)| i % 2 == half);
+        let bytes: Vec<_> = of_half.map(|(_, t)| (t, original.bytes(t).unwrap())).collect();
+        let tensors: Vec<_> = bytes
+            .iter()
+            .map(|(t, bytes)| {
+                let view = safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), bytes);
                 (t.name.clone(), view.unwrap())
             })
             .collect();
+        assert!(!tensors.is_empty());
         map.extend(tensors.iter().map(|(name, _)| (name.clone(), file.clone().into())));
         safetensors::serialize_to_file(tensors, None, &folder.join(&file)).unwrap();
     }
@@ -354,13 +368,16 @@ fn shards_are_one_checkpoint() {
     let whole = place.import("whole", None);
     for (model, path) in [("folder", &folder), ("index", &index)] {
         let report = place.json(&["import", path.to_str().unwrap(), "--model", model]);
-        assert_eq!((&report["written_bytes"], &report["dense_bytes"]), (&serde_json::json!(0), &whole["dense_bytes"]));
+        assert_eq!(report["written_bytes"], 0);
+        assert_eq!(field(&report, "dense_bytes"), field(&whole, "dense_bytes"));
     }
     let output = place.path("back.safetensors");
     place.json(&["export", "index", "--output", output.to_str().unwrap()]);
     let back = formats::open(&output).unwrap();
-    for tensor in original.tensors() {
-        assert_eq!(back.bytes(back.tensor(&tensor.name).unwrap()), original.bytes(tensor), "{}", tensor.name);
+    assert_eq!(back.tensors().len(), original.tensors().len());
+    for tensor in original.tensors().values() {
+        let found = back.bytes(back.tensor(&tensor.name).unwrap()).unwrap();
+        assert_eq!(found, original.bytes(tensor).unwrap(), "{}", tensor.name);
     }
     // A shard that is missing is named.
     std::fs::remove_file(folder.join("model-00002-of-00002.safetensors")).unwrap();

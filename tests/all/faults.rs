@@ -8,8 +8,8 @@ use futures::stream::BoxStream;
 use layerstore::ErrorKind;
 use layerstore::compress::{ImportOptions, import};
 use layerstore::formats;
-use layerstore::store::{Store, StoreOptions, WrappingObjectStore};
-use object_store::list::PaginatedListStore;
+use layerstore::store::testing::Hooks;
+use layerstore::store::{Store, StoreOptions};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
@@ -58,7 +58,7 @@ fn bad_inputs_leave_no_store_behind() {
     // Calibration for another shape, and of numbers that are none.
     let wide = place.path("wide.safetensors").display().to_string();
     let x = ndarray::Array2::from_elem((3, 5), 1.0);
-    layerstore::formats::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
+    formats::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
     place.fails(
         1,
         &["blocks.0.up", "[3, 5]", "48"],
@@ -67,14 +67,14 @@ fn bad_inputs_leave_no_store_behind() {
     assert!(!place.path("layers").exists());
 
     let x = ndarray::Array2::from_elem((3, 48), f32::NAN);
-    layerstore::formats::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
+    formats::write_array(&format!("{wide}:blocks.0.up"), x.view(), false).unwrap();
     place.fails(
         1,
         &["blocks.0.up", "NaN"],
         &["import", CHECKPOINT, "--model", "m", "--rules", KEYS, "--calibration", &wide],
     );
     let nan = place.path("nan.safetensors").display().to_string();
-    layerstore::formats::write_array(&format!("{nan}:a.weight"), x.view(), false).unwrap();
+    formats::write_array(&format!("{nan}:a.weight"), x.view(), false).unwrap();
     place.fails(1, &["a.weight", "NaN", "index 0"], &["import", &nan, "--model", "m"]);
     assert_eq!(place.json(&["models"]), serde_json::json!([]));
 }
@@ -174,19 +174,6 @@ impl std::fmt::Display for Failing {
     }
 }
 
-impl WrappingObjectStore for Failing {
-    fn wrap(&self, _prefix: &str, _original: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
-        Arc::new(self.clone())
-    }
-    fn wrap_paginated(
-        &self,
-        _prefix: &str,
-        _original: Arc<dyn PaginatedListStore>,
-    ) -> Option<Arc<dyn PaginatedListStore>> {
-        None
-    }
-}
-
 #[async_trait::async_trait]
 impl ObjectStore for Failing {
     async fn put_opts(&self, p: &Path, d: PutPayload, o: PutOptions) -> object_store::Result<PutResult> {
@@ -229,6 +216,14 @@ impl ObjectStore for Failing {
     }
 }
 
+/// The number of the system's error behind an error, found by type.
+fn raw_os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    match error.downcast_ref::<std::io::Error>() {
+        Some(system) if system.raw_os_error().is_some() => system.raw_os_error(),
+        _ => raw_os_error(error.source()?),
+    }
+}
+
 /// Wherever the disk fills up during an import, what was committed stays, and a later import completes the work.
 #[tokio::test]
 async fn a_full_disk_loses_nothing() {
@@ -239,13 +234,11 @@ async fn a_full_disk_loses_nothing() {
     let mut failures = 0;
     for allowed in 0..200 {
         left.store(allowed, Ordering::SeqCst);
-        let options = StoreOptions { storage: Some(Arc::new(storage.clone())), ..StoreOptions::default() };
+        let options = StoreOptions { hooks: Hooks::writing_to(Arc::new(storage.clone())), ..StoreOptions::default() };
+        let store = Store::open_with(&place.store(), options).await.unwrap();
         let checkpoint = formats::open(CHECKPOINT).unwrap();
         let options = ImportOptions::from_files(Some(INT4.as_ref()), Some(INPUTS.as_ref())).unwrap();
-        let store = Store::open_with(&place.store(), options).await.unwrap();
-        let done =
-            import(&store, checkpoint, "m", options)
-                .await;
+        let done = import(&store, checkpoint, "m", options).await;
         let models: Vec<String> = Store::open(&place.store())
             .await
             .unwrap()
@@ -263,6 +256,7 @@ async fn a_full_disk_loses_nothing() {
                 failures += 1;
                 assert_eq!(e.kind(), ErrorKind::Storage, "{e}");
                 assert!(e.to_string().contains("os error 28"), "{e}");
+                assert_eq!(raw_os_error(&e), Some(28), "{e:?}");
                 assert_eq!(models, ["before"]);
             }
             Ok(_) => {

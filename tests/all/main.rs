@@ -1,11 +1,14 @@
 //! Everything that needs a store on disk, in one binary: each one links LanceDB.
 
 mod attention;
+mod calibration;
 mod cli;
 mod faults;
 mod golden;
 mod keys;
 mod matmul_free;
+mod method;
+mod mutations;
 mod processes;
 mod store;
 mod support;

@@ -1,34 +1,91 @@
 //! Several processes on one store, and processes that die.
 
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
+use std::path::Path;
+use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use layerstore::layer::Accuracy;
 use layerstore::compress::{ImportOptions, import};
 use layerstore::formats;
+use layerstore::layer::Accuracy;
 use layerstore::store::Store;
 use ndarray::Array2;
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, wait_until};
+
+/// Files under a folder, some of which may come and go meanwhile.
+fn count_files(folder: &Path) -> usize {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    let count = |path: &Path| if path.is_dir() { count_files(path) } else { 1 };
+    entries.flatten().map(|entry| count(&entry.path())).sum()
+}
+
+/// Whether an import holds the store's lock.
+fn is_importing(store: &Path) -> bool {
+    File::open(store.join("layerstore.lock")).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
+fn is_running(child: &mut Child) -> bool {
+    child.try_wait().unwrap().is_none()
+}
+
+/// When a running import is ended.
+#[derive(Clone, Copy)]
+enum Moment {
+    /// As soon as there is a process.
+    Start,
+    /// When it has begun to look at the store.
+    Import,
+    /// When it has written so many files.
+    Files(usize),
+}
+
+impl Moment {
+    /// Waits for it, or for the end of the process.
+    fn wait(self, child: &mut Child, store: &Path, files_before: usize) {
+        wait_until("an import to get so far", || {
+            let there = match self {
+                Moment::Start => true,
+                Moment::Import => is_importing(store),
+                Moment::Files(count) => count_files(store) >= files_before + count,
+            };
+            there || !is_running(child)
+        });
+    }
+}
 
 /// An import that is killed at any moment leaves the store as it was, and can be run again.
 #[test]
 fn killed_imports_leave_nothing_half_done() {
     let place = Place::new();
+    let store = place.path("layers");
     place.import("before", None);
-    let mut killed = 0;
-    for step in 0..12u64 {
-        let rules = if step % 2 == 0 { INT4 } else { KEYS };
+    let moments = [Moment::Start, Moment::Import].into_iter().chain((1..24).step_by(2).map(Moment::Files));
+    let (mut killed, mut killed_writing) = (0, 0);
+    for (step, moment) in moments.enumerate() {
+        // Other settings each time, so that there is work to do.
+        let (rules, from, to) = match step % 2 {
+            0 => (INT4, "rank = 8", format!("rank = {}", step + 1)),
+            _ => (KEYS, "expected_keys_per_query = 12", format!("energy_keep = {}", 0.99 - 0.02 * step as f64)),
+        };
+        let text = std::fs::read_to_string(rules).unwrap();
+        assert!(text.contains(from));
+        let path = place.path("rules.toml");
+        std::fs::write(&path, text.replace(from, &to)).unwrap();
+        let path = path.display().to_string();
+        let files = count_files(&store);
         let mut child =
-            place.spawn(&["--quiet", "import", CHECKPOINT, "--model", "m", "--rules", rules, "--calibration", INPUTS]);
-        std::thread::sleep(Duration::from_millis(15 + 45 * step));
-        let running = child.try_wait().unwrap().is_none();
+            place.spawn(&["--quiet", "import", CHECKPOINT, "--model", "m", "--rules", &path, "--calibration", INPUTS]);
+        moment.wait(&mut child, &store, files);
+        let running = is_running(&mut child);
         child.kill().unwrap();
         child.wait().unwrap();
         killed += usize::from(running);
+        killed_writing += usize::from(running && matches!(moment, Moment::Files(_)));
         let models = place.json(&["models"]);
         for model in models.as_array().unwrap() {
             assert_eq!(model["layers"], 10, "{models}");
@@ -37,7 +94,7 @@ fn killed_imports_leave_nothing_half_done() {
         }
         assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
     }
-    assert!(killed > 0);
+    assert!(killed >= 4 && killed_writing >= 2, "{killed}, of which {killed_writing} while it wrote");
     place.json(&["gc", "--older-than", "0s", "--apply"]);
     assert_eq!(place.import("m", Some(INT4))["layers"].as_array().unwrap().len(), 10);
     assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
@@ -65,9 +122,13 @@ fn writers_do_not_mix() {
         let own = format!("own-{round}");
         children.push(place.spawn(&["--quiet", "import", CHECKPOINT, "--model", &own]));
     }
-    // Readers beside them, at any state the store is in.
+    // Readers beside them, from when there is a store on: whatever has been committed is whole.
+    wait_until("a store", || place.run(&["models"]).code == 0);
     for _ in 0..5 {
-        let _ = place.run(&["models"]);
+        let models = place.json(&["models"]);
+        for model in models.as_array().unwrap() {
+            assert_eq!(model["layers"], 10, "{models}");
+        }
     }
     for child in children {
         let done = child.wait_with_output().unwrap();
@@ -138,17 +199,20 @@ fn an_interrupted_import_leaves_the_store_as_it_was() {
     let rules = place.path("rules.toml");
     std::fs::write(&rules, "[[rule]]\nlayers = '.*'\nmethod = 'key_value'\n").unwrap();
     let (checkpoint, rules) = (checkpoint.display().to_string(), rules.display().to_string());
+    let store = place.path("layers");
     let mut interrupted = 0;
-    for delay in [50, 200, 400] {
+    for moment in [Moment::Start, Moment::Import, Moment::Import, Moment::Import] {
+        let files = count_files(&store);
         let mut child = place.spawn(&["import", &checkpoint, "--model", "m", "--rules", &rules]);
-        std::thread::sleep(Duration::from_millis(delay));
-        let running = child.try_wait().unwrap().is_none();
+        moment.wait(&mut child, &store, files);
+        let running = is_running(&mut child);
         assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
         let done = child.wait_with_output().unwrap();
         let said = String::from_utf8_lossy(&done.stderr);
         // Before the first layer there is nobody to ask, and the signal ends the process.
         let asked = done.status.code() == Some(1) && said.contains("cancelled");
-        assert!(!running || asked || done.status.code().is_none(), "{:?} {said}", done.status);
+        assert!(running, "the import was over before it could be interrupted: {said}");
+        assert!(asked || done.status.code().is_none(), "{:?} {said}", done.status);
         interrupted += usize::from(asked);
         let models = place.json(&["models"]);
         assert_eq!((models.as_array().unwrap().len(), &models[0]["model"]), (1, &serde_json::json!("before")));
@@ -164,7 +228,7 @@ async fn gc_beside_readers() {
     let bring = async |store: &Store, model: &str, rules: &str| {
         let checkpoint = formats::open(CHECKPOINT).unwrap();
         let options = ImportOptions::from_files(Some(rules.as_ref()), Some(INPUTS.as_ref())).unwrap();
-        import(store, checkpoint, model, options).await.unwrap();
+        import(store, checkpoint, model, options).await.unwrap()
     };
     let store = Store::create(&place.store()).await.unwrap();
     bring(&store, "kept", KEYS).await;
@@ -194,12 +258,16 @@ async fn gc_beside_readers() {
             // Written into the same tables, then replaced and collected.
             let narrow = place.path("rules.toml");
             let text = std::fs::read_to_string(rules).unwrap();
-            let text =
+            let narrower =
                 text.replace("rank = 8", "rank = 5").replace("expected_keys_per_query = 12", "energy_keep = 0.9");
-            std::fs::write(&narrow, text).unwrap();
-            bring(&store, "passing", narrow.to_str().unwrap()).await;
+            assert_ne!(narrower, text);
+            std::fs::write(&narrow, narrower).unwrap();
+            let report = bring(&store, "passing", narrow.to_str().unwrap()).await;
+            // The last of a round is what gc leaves.
+            assert!(rules == KEYS || report.written_bytes > 0);
         }
-        store.gc(Duration::ZERO, true).await.unwrap();
+        let collected = store.gc(Duration::ZERO, true).await.unwrap();
+        assert!(collected.artifacts > 0, "{collected:?}");
     }
     stop.store(true, Ordering::SeqCst);
     for reader in readers {

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
+use layerstore::{Error, ErrorKind};
 use serde_json::Value;
 
 pub const CHECKPOINT: &str = "tests/fixtures/small.safetensors";
@@ -77,6 +79,44 @@ impl Place {
             args.extend(["--rules", rules, "--calibration", INPUTS]);
         }
         self.json(&args)
+    }
+}
+
+/// Asserts that an error is of a kind, and that its message says all of this.
+#[track_caller]
+pub fn assert_error(error: &Error, kind: ErrorKind, says: &[&str]) {
+    let message = error.to_string();
+    assert_eq!(error.kind(), kind, "{message}");
+    for part in says {
+        assert!(message.contains(part), "'{message}' does not say '{part}'");
+    }
+}
+
+/// Asserts that something is refused with an error of a kind, whose message says all of this.
+#[track_caller]
+pub fn refused<T>(result: layerstore::Result<T>, kind: ErrorKind, says: &[&str]) {
+    match result {
+        Ok(_) => panic!("nothing was refused; expected {kind:?}: {says:?}"),
+        Err(error) => assert_error(&error, kind, says),
+    }
+}
+
+/// The entry of that name in a JSON object; fails where there is none, or it is `null`.
+#[track_caller]
+pub fn field<'a>(object: &'a Value, name: &str) -> &'a Value {
+    match object.get(name) {
+        None | Some(Value::Null) => panic!("no {name} in {object}"),
+        Some(value) => value,
+    }
+}
+
+/// Waits until something holds, and fails where it does not within two minutes.
+#[track_caller]
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited two minutes for {what}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -9,56 +9,56 @@ use crate::error::{Error, Result};
 use crate::linalg::require_finite;
 use crate::quant::{kmeans, nearest_rows};
 
-/// No count is taken to be less where a sum is divided by it.
+/// A sum is divided by its count, and by no less than this.
 const LEAST_COUNT: f32 = 0.01;
 
 /// Vectors that a thread takes.
 const SHARE: usize = 4096;
 
-/// Codewords of each head, as running means of the vectors that had them: `sum / max(count, 0.01)`.
+/// Codewords of each head, as running means of the vectors assigned to them: `sum / max(count, 0.01)`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Codebook {
+pub struct AttentionCodebook {
     /// `[heads, codes, dim]`
-    words: Array3<f32>,
+    codewords: Array3<f32>,
     /// `[heads, codes]`
     counts: Array2<f32>,
 }
 
-/// What a step of learning saw.
+/// Statistics of one update of a codebook.
 #[derive(Debug, Clone)]
-pub struct Learned {
-    /// Codes of the vectors `[heads, n]`, by the codewords before the step.
+pub struct CodebookUpdate {
+    /// Codes of the vectors `[heads, n]`, by the codewords before the update.
     pub codes: Array2<u32>,
-    /// Squared distances to those codewords `[heads, n]`, of vectors that were left out, too.
+    /// Squared distances to those codewords `[heads, n]`, of masked vectors, too.
     pub squared_errors: Array2<f32>,
-    /// The commitment loss: the mean over all vectors of their squared distances, summed over heads; 0 for a vector that
-    /// was left out.
+    /// The commitment loss: the mean over all vectors of their squared distances, summed over heads; a masked vector counts as 0.
     pub commitment: f32,
 }
 
-impl Codebook {
-    /// From codewords `[heads, codes, dim]` and how many vectors, in the running mean, have them, `[heads, codes]`.
+impl AttentionCodebook {
+    /// Makes a codebook of codewords `[heads, codes, dim]` and the number of vectors, in the running mean, that each of them stands
+    /// for, `[heads, codes]`.
     ///
     /// # Errors
     /// When shapes do not fit, there is no code, or a number is not finite or a count negative.
-    pub fn new(words: Array3<f32>, counts: Array2<f32>) -> Result<Self> {
-        let (heads, codes, _) = words.dim();
+    pub fn new(codewords: Array3<f32>, counts: Array2<f32>) -> Result<Self> {
+        let (heads, codes, _) = codewords.dim();
         if counts.dim() != (heads, codes) || codes == 0 {
-            let found = format!("{:?} for codewords {:?}", counts.shape(), words.shape());
+            let found = format!("{:?} for codewords {:?}", counts.shape(), codewords.shape());
             return Err(Error::expected("counts of codewords", found, "[heads, codes], at least one code"));
         }
-        require_finite("the codewords", words.iter())?;
+        require_finite("the codewords", codewords.iter())?;
         require_finite("the codewords' counts", counts.iter())?;
         match counts.iter().find(|count| **count < 0.0) {
             Some(count) => Err(Error::expected("a codeword's count", count, "at least 0")),
-            None => Ok(Codebook { words, counts }),
+            None => Ok(AttentionCodebook { codewords, counts }),
         }
     }
 
-    /// From running sums `[heads, codes, dim]` and counts `[heads, codes]`.
+    /// Makes a codebook of running sums `[heads, codes, dim]` and counts `[heads, codes]`.
     ///
     /// # Errors
-    /// As [`Codebook::new`].
+    /// As [`AttentionCodebook::new`].
     pub fn of_sums(mut sums: Array3<f32>, counts: Array2<f32>) -> Result<Self> {
         if counts.dim() == (sums.dim().0, sums.dim().1) {
             Zip::from(sums.lanes_mut(Axis(2))).and(&counts).for_each(|mut sum, count| sum /= count.max(LEAST_COUNT));
@@ -66,16 +66,16 @@ impl Codebook {
         Self::new(sums, counts)
     }
 
-    /// Codewords `[heads, codes, dim]` as they are, each as if one vector had had it.
+    /// Makes a codebook of codewords `[heads, codes, dim]` as they are, each with a count of 1.
     ///
     /// # Errors
-    /// As [`Codebook::new`].
-    pub fn of_codewords(words: Array3<f32>) -> Result<Self> {
-        let counts = Array2::ones((words.dim().0, words.dim().1));
-        Self::new(words, counts)
+    /// As [`AttentionCodebook::new`].
+    pub fn of_codewords(codewords: Array3<f32>) -> Result<Self> {
+        let counts = Array2::ones((codewords.dim().0, codewords.dim().1));
+        Self::new(codewords, counts)
     }
 
-    /// Codewords by k-means of the vectors `[heads, n, dim]`, always the same for a seed.
+    /// Finds codewords by k-means of the vectors `[heads, n, dim]`; the same seed gives the same codewords.
     ///
     /// # Errors
     /// When there are fewer vectors than codes, no codes are asked for, or a number is not finite.
@@ -87,66 +87,68 @@ impl Codebook {
         }
         let heads: Vec<ArrayView2<f32>> = x.outer_iter().collect();
         let weights = vec![1f32; x.dim().1];
-        let learn = |head: &ArrayView2<f32>| kmeans(head.as_standard_layout().view(), &weights, codes, seed);
-        let learned: Vec<Array2<f32>> = heads.par_iter().map(learn).collect();
+        let of_head = |head: &ArrayView2<f32>| kmeans(head.as_standard_layout().view(), &weights, codes, seed);
+        let found: Vec<Array2<f32>> = heads.par_iter().map(of_head).collect();
         let mut codewords = Array3::zeros((x.dim().0, codes, x.dim().2));
-        codewords.outer_iter_mut().zip(&learned).for_each(|(mut to, from)| to.assign(from));
+        codewords.outer_iter_mut().zip(&found).for_each(|(mut to, from)| to.assign(from));
         Self::of_codewords(codewords)
     }
 
+    /// Returns the number of heads.
     pub fn heads(&self) -> usize {
-        self.words.dim().0
+        self.codewords.dim().0
     }
 
+    /// Returns the number of codewords of each head.
     pub fn codes(&self) -> usize {
-        self.words.dim().1
+        self.codewords.dim().1
     }
 
-    /// Length of a codeword.
+    /// Returns the length of a codeword.
     pub fn dim(&self) -> usize {
-        self.words.dim().2
+        self.codewords.dim().2
     }
 
-    /// Running sums `[heads, codes, dim]`.
+    /// Returns the running sums `[heads, codes, dim]`.
     pub fn sums(&self) -> Array3<f32> {
-        let mut sums = self.words.clone();
+        let mut sums = self.codewords.clone();
         Zip::from(sums.lanes_mut(Axis(2))).and(&self.counts).for_each(|mut sum, count| sum *= count.max(LEAST_COUNT));
         sums
     }
 
-    /// Running counts `[heads, codes]`.
+    /// Returns the running counts `[heads, codes]`.
     pub fn counts(&self) -> ArrayView2<'_, f32> {
         self.counts.view()
     }
 
-    /// `[heads, codes, dim]`
+    /// Returns the codewords `[heads, codes, dim]`.
     pub fn codewords(&self) -> ArrayView3<'_, f32> {
-        self.words.view()
+        self.codewords.view()
     }
 
-    /// The nearest codeword of each vector `[heads, n, dim]`, the lowest of equally near ones: `[heads, n]`.
+    /// Returns the code of the nearest codeword of each vector `[heads, n, dim]`, the lowest of equally near ones: `[heads, n]`.
     ///
     /// # Errors
-    /// When heads or lengths are others, or a number is not finite.
+    /// When the number of heads or the length differs, or a number is not finite.
     pub fn assign(&self, x: ArrayView3<f32>) -> Result<Array2<u32>> {
         self.check(x)?;
         let mut codes = Array2::zeros((x.dim().0, x.dim().1));
         let mut shares = vec![];
-        for ((codes, words), x) in codes.outer_iter_mut().zip(self.words.outer_iter()).zip(x.outer_iter()) {
+        for ((codes, codewords), x) in codes.outer_iter_mut().zip(self.codewords.outer_iter()).zip(x.outer_iter()) {
             let codes = codes.into_slice().expect("rows of an owned array are contiguous");
             for (share, codes) in codes.chunks_mut(SHARE).enumerate() {
                 let first = share * SHARE;
-                shares.push((words, x.slice_move(s![first..first + codes.len(), ..]), codes));
+                shares.push((codewords, x.slice_move(s![first..first + codes.len(), ..]), codes));
             }
         }
-        shares.into_par_iter().for_each(|(words, x, codes)| nearest_rows(words, x, codes));
+        shares.into_par_iter().for_each(|(codewords, x, codes)| nearest_rows(codewords, x, codes));
         Ok(codes)
     }
 
-    /// [`Codebook::assign`] for vectors `[n, dim]` of one head, which have been checked.
+    /// Does what [`AttentionCodebook::assign`] does for vectors `[n, dim]` of one head that have been checked.
     pub(super) fn codes_of(&self, head: usize, x: ArrayView2<f32>) -> Vec<u32> {
         let mut codes = vec![0; x.nrows()];
-        nearest_rows(self.words.slice(s![head, .., ..]), x, &mut codes);
+        nearest_rows(self.codewords.slice(s![head, .., ..]), x, &mut codes);
         codes
     }
 
@@ -161,28 +163,25 @@ impl Codebook {
         require_finite("the vectors", x.iter())
     }
 
-    /// One step of learning from vectors `[heads, n, dim]`: running sums and counts become `γ` of what they were and
-    /// `1 − γ` of this step's (exponential moving averages, as in VQ-VAE and Transformer-VQ). Vectors where `there` `[n]` is
-    /// false are left out.
+    /// Updates the codewords from vectors `[heads, n, dim]` by exponential moving averages (as VQ-VAE and Transformer-VQ do): running
+    /// sums and counts become `gamma` of what they were and `1 − gamma` of these vectors'. Vectors where `mask` `[n]` is false are
+    /// left out.
     ///
     /// # Errors
-    /// As [`Codebook::assign`], when `γ` is not within 0 … 1, or `there` has another length.
-    pub fn learn(&mut self, x: ArrayView3<f32>, there: Option<ArrayView1<bool>>, gamma: f32) -> Result<Learned> {
+    /// As [`AttentionCodebook::assign`], when `gamma` is not within 0 … 1, or the mask has another length.
+    pub fn update(&mut self, x: ArrayView3<f32>, mask: Option<ArrayView1<bool>>, gamma: f32) -> Result<CodebookUpdate> {
         if !(0.0..=1.0).contains(&gamma) {
             return Err(Error::expected("gamma", gamma, "within 0 and 1"));
         }
         let n = x.dim().1;
-        if let Some(there) = there
-            && there.len() != n
+        if let Some(mask) = mask
+            && mask.len() != n
         {
-            return Err(Error::expected("mask of the vectors", there.len(), n));
+            return Err(Error::expected("mask of the vectors", mask.len(), n));
         }
         let codes = self.assign(x)?;
-        let counted = |i: usize| there.is_none_or(|there| there[i]);
-        let squared_errors = Array2::from_shape_fn(codes.dim(), |(h, i)| {
-            let (x, word) = (x.slice(s![h, i, ..]), self.words.slice(s![h, codes[[h, i]] as usize, ..]));
-            x.iter().zip(word).map(|(a, b)| (a - b) * (a - b)).sum::<f32>()
-        });
+        let squared_errors = self.squared_errors(x, &codes);
+        let counted = |i: usize| mask.is_none_or(|mask| mask[i]);
         let (mut sums, mut counts) = (self.sums() * gamma, &self.counts * gamma);
         let mut commitment = 0f64;
         for ((h, i), &code) in codes.indexed_iter().filter(|((_, i), _)| counted(*i)) {
@@ -191,26 +190,34 @@ impl Codebook {
             sums.slice_mut(s![h, code as usize, ..]).scaled_add(1.0 - gamma, &x.slice(s![h, i, ..]));
         }
         *self = Self::of_sums(sums, counts)?;
-        Ok(Learned { codes, squared_errors, commitment: (commitment / n.max(1) as f64) as f32 })
+        Ok(CodebookUpdate { codes, squared_errors, commitment: (commitment / n.max(1) as f64) as f32 })
     }
 
-    /// Gives codewords that hardly any vector has (a count below `least`) to vectors of `x` `[heads, n, dim]` drawn by the
-    /// seed, each as if one vector had had it. How many there were.
+    /// Returns the squared distances `[heads, n]` of vectors `[heads, n, dim]` to the codewords of their codes.
+    fn squared_errors(&self, x: ArrayView3<f32>, codes: &Array2<u32>) -> Array2<f32> {
+        Array2::from_shape_fn(codes.dim(), |(h, i)| {
+            let (x, codeword) = (x.slice(s![h, i, ..]), self.codewords.slice(s![h, codes[[h, i]] as usize, ..]));
+            x.iter().zip(codeword).map(|(a, b)| (a - b) * (a - b)).sum::<f32>()
+        })
+    }
+
+    /// Replaces dead codewords, those with a count below `least`, by vectors of `x` `[heads, n, dim]` drawn by the seed, with a count
+    /// of 1, and returns how many they were.
     ///
     /// # Errors
-    /// As [`Codebook::assign`].
+    /// As [`AttentionCodebook::assign`].
     pub fn revive(&mut self, x: ArrayView3<f32>, least: f32, seed: u64) -> Result<usize> {
         self.check(x)?;
         let n = x.dim().1 as u64;
-        let mut chance = ChaCha8Rng::seed_from_u64(seed);
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
         let dead: Vec<(usize, usize)> =
             self.counts.indexed_iter().filter(|(_, count)| **count < least).map(|(place, _)| place).collect();
         if n == 0 {
             return Ok(0);
         }
         for &(h, code) in &dead {
-            let drawn = (chance.next_u64() % n) as usize;
-            self.words.slice_mut(s![h, code, ..]).assign(&x.slice(s![h, drawn, ..]));
+            let drawn = (random.next_u64() % n) as usize;
+            self.codewords.slice_mut(s![h, code, ..]).assign(&x.slice(s![h, drawn, ..]));
             self.counts[[h, code]] = 1.0;
         }
         Ok(dead.len())

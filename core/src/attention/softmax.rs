@@ -1,54 +1,74 @@
-//! Softmaxes whose maximum is not known yet, some keys at a time.
+//! Softmaxes over keys that come a tile at a time (online softmax: Milakov and Gimelshein, 2018; FlashAttention).
 
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 use crate::linalg::product_into;
 
-/// The largest score so far, and Σ exp(score − largest).
+/// The state of one query's softmax over the scores so far.
 #[derive(Debug, Clone, Copy)]
-pub struct Running {
-    pub most: f32,
+pub struct OnlineSoftmax {
+    /// The largest score.
+    pub max: f32,
+    /// Σ exp(score − max).
     pub sum: f32,
 }
 
-impl Default for Running {
+impl Default for OnlineSoftmax {
     fn default() -> Self {
-        Running { most: f32::NEG_INFINITY, sum: 0.0 }
+        OnlineSoftmax { max: f32::NEG_INFINITY, sum: 0.0 }
     }
 }
 
-impl Running {
-    /// ln Σ exp(score) so far; NaN where a score was NaN or infinite.
+impl OnlineSoftmax {
+    /// Returns ln Σ exp(score) so far; NaN where a score was NaN or infinite.
     pub fn log_sum_exp(&self) -> f32 {
-        if self.sum == 0.0 { f32::NEG_INFINITY } else { self.most + self.sum.ln() }
+        if self.sum == 0.0 { f32::NEG_INFINITY } else { self.max + self.sum.ln() }
+    }
+
+    /// Turns further `scores` into exp(score − max), where max is the largest score by then, and returns the factor for everything
+    /// that was weighed before, since the largest score may be another now. Scores of −∞ become 0.
+    pub fn update(&mut self, scores: &mut [f32]) -> f32 {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                // SAFETY: the feature is there.
+                return unsafe { update_avx512(self, scores) };
+            }
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the feature is there.
+                return unsafe { update_avx2(self, scores) };
+            }
+        }
+        update_lanes(self, scores)
     }
 }
 
-/// Adds some keys' part to each query's: to `output` `[queries, value dim]` the values times exp(score − largest so far).
+/// Adds a tile of keys to each query's softmax, and to `output` `[queries, value dim]` the values times exp(score − max).
 ///
-/// `scores` `[queries, keys]` is room for them, and `change` may do as it likes with what comes into it.
-pub fn add_keys(
+/// `scores` `[queries, keys]` is scratch memory: it receives scale · q kᵀ, which `modify` may change, for a mask or a bias, before
+/// the softmax is taken.
+pub fn accumulate(
     (q, k, v): (ArrayView2<f32>, ArrayView2<f32>, ArrayView2<f32>),
     scale: f32,
     mut scores: ArrayViewMut2<f32>,
-    change: impl FnOnce(&mut ArrayViewMut2<f32>),
+    modify: impl FnOnce(&mut ArrayViewMut2<f32>),
     output: ArrayViewMut2<f32>,
-    running: &mut [Running],
+    softmax: &mut [OnlineSoftmax],
 ) {
     product_into(scores.view_mut(), q, k.reversed_axes(), scale, false);
-    change(&mut scores);
-    add_scored(scores, v, output, running);
+    modify(&mut scores);
+    accumulate_scores(scores, v, output, softmax);
 }
 
-/// [`add_keys`] where the scores are known: they are weights afterwards.
-pub fn add_scored(
+/// Does what [`accumulate`] does with scores that are known; they hold exp(score − max) afterwards.
+pub fn accumulate_scores(
     mut scores: ArrayViewMut2<f32>,
     v: ArrayView2<f32>,
     mut output: ArrayViewMut2<f32>,
-    running: &mut [Running],
+    softmax: &mut [OnlineSoftmax],
 ) {
-    for ((mut row, running), mut output) in scores.rows_mut().into_iter().zip(running).zip(output.rows_mut()) {
-        let before = take(running, row.as_slice_mut().expect("rows of a tile are contiguous"));
+    for ((mut row, softmax), mut output) in scores.rows_mut().into_iter().zip(softmax).zip(output.rows_mut()) {
+        let before = softmax.update(row.as_slice_mut().expect("rows of a tile are contiguous"));
         if before != 1.0 {
             output *= before;
         }
@@ -56,96 +76,94 @@ pub fn add_scored(
     product_into(output, scores.view(), v, 1.0, true);
 }
 
-/// Room for a tile of scores in memory that is used again and again.
-pub fn tile(room: &mut Vec<f32>, rows: usize, columns: usize) -> ArrayViewMut2<'_, f32> {
-    if room.len() < rows * columns {
-        room.resize(rows * columns, 0.0);
+/// Returns `[rows, columns]` of scratch memory, which grows where it is too small.
+pub fn scratch_tile(scratch: &mut Vec<f32>, rows: usize, columns: usize) -> ArrayViewMut2<'_, f32> {
+    if scratch.len() < rows * columns {
+        scratch.resize(rows * columns, 0.0);
     }
-    ArrayViewMut2::from_shape((rows, columns), &mut room[..rows * columns]).expect("as many as the shape has")
+    ArrayViewMut2::from_shape((rows, columns), &mut scratch[..rows * columns]).expect("as many as the shape has")
 }
 
-/// Divides what all keys gave by the sum of their weights; a query that has seen none gives zeros.
-pub fn finish(running: &[Running], mut output: ArrayViewMut2<f32>, mut lse: ArrayViewMut1<f32>) {
-    for ((running, mut output), lse) in running.iter().zip(output.rows_mut()).zip(&mut lse) {
-        if running.sum > 0.0 {
-            output /= running.sum;
+/// Divides each query's `output` by the sum of its weights and writes its ln Σ exp(score); a query that has seen no key has zeros
+/// and −∞.
+pub fn finish(softmax: &[OnlineSoftmax], mut output: ArrayViewMut2<f32>, mut log_sum_exp: ArrayViewMut1<f32>) {
+    for ((softmax, mut output), lse) in softmax.iter().zip(output.rows_mut()).zip(&mut log_sum_exp) {
+        if softmax.sum > 0.0 {
+            output /= softmax.sum;
         }
-        *lse = running.log_sum_exp();
+        *lse = softmax.log_sum_exp();
     }
 }
 
-/// Below this an exponential is nothing beside 1.
-const LEAST: f32 = -87.0;
+/// An exponential of less than this is nothing beside 1.
+const LEAST_EXPONENT: f32 = -87.0;
 
 /// Adding and subtracting it rounds to the nearest whole number.
 const TO_WHOLE: f32 = 12_582_912.0;
 
-/// Turns further `scores` into exp(score − largest), and gives what everything before has to be multiplied with: the
-/// largest score may be another now. Scores of −∞ become 0.
-pub fn take(running: &mut Running, scores: &mut [f32]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature is there.
-            return unsafe { take_avx512(running, scores) };
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature is there.
-            return unsafe { take_avx2(running, scores) };
-        }
-    }
-    taken(running, scores)
-}
+/// Scores that are taken at a time: one running sum would wait for itself.
+const LANES: usize = 16;
 
-/// The same, compiled for wider registers.
+/// [`update_lanes`], compiled for wider registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn take_avx512(running: &mut Running, scores: &mut [f32]) -> f32 {
-    taken(running, scores)
+fn update_avx512(softmax: &mut OnlineSoftmax, scores: &mut [f32]) -> f32 {
+    update_lanes(softmax, scores)
 }
 
-/// The same, compiled for wider registers.
+/// [`update_lanes`], compiled for wider registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn take_avx2(running: &mut Running, scores: &mut [f32]) -> f32 {
-    taken(running, scores)
+fn update_avx2(softmax: &mut OnlineSoftmax, scores: &mut [f32]) -> f32 {
+    update_lanes(softmax, scores)
 }
 
+/// The body of [`OnlineSoftmax::update`]. Its loops are plain, and what they call is inlined whatever the build's settings are.
 #[inline(always)]
-fn taken(running: &mut Running, scores: &mut [f32]) -> f32 {
-    // Sixteen at a time: one would wait for itself.
-    let (lines, rest) = scores.as_chunks_mut::<16>();
-    let mut most = [running.most; 16];
+fn update_lanes(softmax: &mut OnlineSoftmax, scores: &mut [f32]) -> f32 {
+    let (lines, rest) = scores.as_chunks_mut::<LANES>();
+    let mut maxima = [softmax.max; LANES];
     for line in &*lines {
-        most.iter_mut().zip(line).for_each(|(most, score)| *most = if *score > *most { *score } else { *most });
+        for lane in 0..LANES {
+            maxima[lane] = if line[lane] > maxima[lane] { line[lane] } else { maxima[lane] };
+        }
     }
-    let most = most.iter().chain(&*rest).fold(running.most, |most, score| most.max(*score));
-    if most == f32::NEG_INFINITY {
+    let mut max = softmax.max;
+    for lane in maxima {
+        max = max.max(lane);
+    }
+    for score in &*rest {
+        max = max.max(*score);
+    }
+    if max == f32::NEG_INFINITY {
         scores.fill(0.0);
         return 1.0;
     }
-    let before = if running.most == f32::NEG_INFINITY { 0.0 } else { exp(running.most - most) };
-    let mut sums = [0f32; 16];
+    let before = if softmax.max == f32::NEG_INFINITY { 0.0 } else { exp(softmax.max - max) };
+    let mut sums = [0f32; LANES];
     for line in lines {
-        for (score, sum) in line.iter_mut().zip(&mut sums) {
-            *score = exp(*score - most);
-            *sum += *score;
+        for lane in 0..LANES {
+            line[lane] = exp(line[lane] - max);
+            sums[lane] += line[lane];
         }
     }
-    let mut sum = sums.iter().sum::<f32>();
+    let mut sum = 0f32;
+    for lane in sums {
+        sum += lane;
+    }
     for score in rest {
-        *score = exp(*score - most);
+        *score = exp(*score - max);
         sum += *score;
     }
-    *running = Running { most, sum: running.sum * before + sum };
+    *softmax = OnlineSoftmax { max, sum: softmax.sum * before + sum };
     before
 }
 
-/// e^x for x ≤ 0, within two units of the last place; 0 below [`LEAST`]. Cephes' polynomial, without a branch.
+/// Returns e^x for x ≤ 0, within two units of the last place; 0 below [`LEAST_EXPONENT`]. Cephes' polynomial, without a branch.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     // NaN stays what it is.
-    let bounded = if x <= LEAST { LEAST } else { x };
+    let bounded = if x <= LEAST_EXPONENT { LEAST_EXPONENT } else { x };
     let shifted = bounded * std::f32::consts::LOG2_E + TO_WHOLE;
     let whole = shifted - TO_WHOLE;
     // ln 2 in two parts, the first of which has few bits.
@@ -156,7 +174,7 @@ fn exp(x: f32) -> f32 {
     let fraction = p * (r * r) + r + 1.0;
     // The lowest bits of the shifted number are the whole one, which goes into the exponent.
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    if x <= LEAST { 0.0 } else { fraction * power }
+    if x <= LEAST_EXPONENT { 0.0 } else { fraction * power }
 }
 
 #[cfg(test)]
@@ -185,14 +203,14 @@ mod tests {
             scores.iter_mut().step_by(hidden + 1).skip(1).for_each(|s| *s = f32::NEG_INFINITY);
             let cut = cut.min(scores.len());
             let (mut first, mut second) = (scores[..cut].to_vec(), scores[cut..].to_vec());
-            let mut running = Running::default();
-            let unused = take(&mut running, &mut first);
+            let mut softmax = OnlineSoftmax::default();
+            let unused = softmax.update(&mut first);
             prop_assert!(unused == 0.0 || unused == 1.0);
-            let before = take(&mut running, &mut second);
+            let before = softmax.update(&mut second);
             let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let sum: f64 = scores.iter().map(|s| f64::from(s - most).exp()).sum();
-            prop_assert!((f64::from(running.sum) - sum).abs() < 1e-5 * sum);
-            prop_assert!((f64::from(running.log_sum_exp()) - (f64::from(most) + sum.ln())).abs() < 1e-4);
+            prop_assert!((f64::from(softmax.sum) - sum).abs() < 1e-5 * sum);
+            prop_assert!((f64::from(softmax.log_sum_exp()) - (f64::from(most) + sum.ln())).abs() < 1e-4);
             let all = first.iter().map(|p| p * before).chain(second);
             for (found, score) in all.zip(&scores) {
                 prop_assert!((f64::from(found) - f64::from(score - most).exp()).abs() < 1e-6);

@@ -1,13 +1,13 @@
-//! Every key scanned: the right default for a layer's few thousand orthogonal keys.
+//! A scan of every key: the right default for a layer's few thousand orthogonal keys.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
-use super::{IndexInfo, SearchIndex};
+use super::search::{IndexInfo, SearchIndex};
 use crate::error::{Error, Result};
 use crate::linalg::dot_f64;
 use crate::quant::{RowFormat, RowMatrix, RowType};
 
-/// Keys as rows of one matrix: f32, f16, int8 with a scale per key, or product codes, whose scores are sums from a table
+/// An index that scores every key. Keys are rows of one matrix: f32, f16, int8 with a scale per key, or product codes, whose scores are sums from a table
 /// made once a query.
 ///
 /// A key of a whitened layer is long in the directions in which inputs vary little, so one scale for all its numbers
@@ -21,7 +21,7 @@ pub struct FlatIndex {
 }
 
 impl FlatIndex {
-    /// An index over `keys` `[len, dimension]`, kept in `units` `[dimension]` where these are given.
+    /// Makes an index of `keys` `[len, dimension]`, kept in `units` `[dimension]` where these are given.
     ///
     /// # Errors
     /// When the units' number is another, one of them is no positive number, or a number does not fit the type.
@@ -29,7 +29,7 @@ impl FlatIndex {
         Self::in_format(keys, RowFormat::Plain(kind), &[], units)
     }
 
-    /// An index over `keys` `[len, dimension]` in any format; `weights` `[len]` say how much each key's error counts
+    /// Makes an index of `keys` `[len, dimension]` in any format; `weights` `[len]` say how much each key's error counts
     /// where codewords are learned.
     ///
     /// # Errors
@@ -50,7 +50,7 @@ impl FlatIndex {
         Ok(FlatIndex { keys: RowMatrix::in_format(keys, format, weights)?, units })
     }
 
-    /// From what [`FlatIndex::rows`] and [`FlatIndex::units`] gave.
+    /// Makes an index of what [`FlatIndex::rows`] and [`FlatIndex::units`] returned.
     ///
     /// # Errors
     /// As [`FlatIndex::new`].
@@ -61,17 +61,17 @@ impl FlatIndex {
         Ok(FlatIndex { keys, units })
     }
 
-    /// The keys as they are kept, in their units.
+    /// Returns the keys as they are kept, in their units.
     pub fn rows(&self) -> &RowMatrix {
         &self.keys
     }
 
-    /// What each number of a key was multiplied with `[dimension]`.
+    /// Returns what each number of a key was multiplied with `[dimension]`.
     pub fn units(&self) -> Option<ArrayView1<'_, f32>> {
         self.units.as_ref().map(|u| u.view())
     }
 
-    /// A query's length in the units of the keys.
+    /// Returns a query's length in the units of the keys.
     pub fn length(&self, query: ArrayView1<f32>) -> f64 {
         let query = match &self.units {
             Some(units) => &query / units,
@@ -81,7 +81,7 @@ impl FlatIndex {
         dot_f64(query, query).sqrt()
     }
 
-    /// Memory that keys and units take.
+    /// Returns the bytes of memory of keys and units.
     pub fn memory_bytes(&self) -> usize {
         self.keys.memory_bytes() + self.units.as_ref().map_or(0, |u| 4 * u.len())
     }

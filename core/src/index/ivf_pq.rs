@@ -5,32 +5,34 @@
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
-use super::{FlatIndex, IndexInfo, Range, SearchIndex, Space};
+use super::flat::FlatIndex;
+use super::search::{ContributionRange, IndexInfo, SearchIndex};
+use super::space::{ContributionSpace, check_scales};
 use crate::error::{Error, Result};
 use crate::quant::{kmeans, nearest};
 
-/// Product codes, and the cells that their keys fall into.
+/// An index of product codes in cells, of which a search looks into some.
 #[derive(Debug, Clone, PartialEq)]
 pub struct IvfPqIndex {
     codes: FlatIndex,
-    space: Space,
+    space: ContributionSpace,
     /// `[clusters, dimension]`, of contributions in their units.
     centres: Array2<f32>,
-    /// By cell, how far its farthest key is from the centre `[clusters]`.
+    /// Distance of each cell's farthest key from the centre `[clusters]`.
     radii: Array1<f32>,
-    /// By key, its cell.
+    /// Each key's cell `[len]`.
     cells: Vec<u32>,
-    /// By cell, its keys.
+    /// Each cell's keys `[clusters]`.
     lists: Vec<Vec<u32>>,
     probes: usize,
 }
 
 impl IvfPqIndex {
-    /// Puts `keys` `[len, dimension]` of these `scales` `[len]` into `clusters` cells by k-means; `codes` are the same
+    /// Divides `keys` `[len, dimension]` of these `scales` `[len]` into `clusters` cells by k-means; `codes` are the same
     /// keys. `units` `[dimension]` say how much each input varies. A search looks into `probes` cells.
     ///
     /// # Errors
-    /// When there are fewer keys than cells, no cells, or more probes than cells.
+    /// When there are fewer keys than cells, no cells, or more probes than cells; when sizes do not fit each other.
     pub fn fit(
         codes: FlatIndex,
         keys: ArrayView2<f32>,
@@ -39,7 +41,12 @@ impl IvfPqIndex {
         (clusters, probes): (usize, usize),
         seed: u64,
     ) -> Result<Self> {
-        let space = Space { units };
+        let space = ContributionSpace::new(units, keys.ncols())?;
+        check_scales(keys, scales)?;
+        if keys.dim() != (codes.len(), codes.dimension()) {
+            let expected = format!("{:?}, as the codes are of", (codes.len(), codes.dimension()));
+            return Err(Error::expected("shape of the keys", format!("{:?}", keys.dim()), expected));
+        }
         if clusters == 0 || clusters > codes.len() {
             return Err(Error::expected("clusters", clusters, format!("1 to {}, the layer's keys", codes.len())));
         }
@@ -52,10 +59,10 @@ impl IvfPqIndex {
             cell as u32
         });
         let cells = cells.collect();
-        Self::from_cells(codes, centres, radii, cells, space.units, probes)
+        Self::assemble(codes, centres, radii, cells, space, probes)
     }
 
-    /// From what was fitted before.
+    /// Makes an index of what [`IvfPqIndex::rows`], [`IvfPqIndex::cells`] and [`IvfPqIndex::units`] returned.
     ///
     /// # Errors
     /// When shapes do not belong together, a cell is not there, or there are more probes than cells.
@@ -67,12 +74,23 @@ impl IvfPqIndex {
         units: Option<Array1<f32>>,
         probes: usize,
     ) -> Result<Self> {
-        let width = codes.dimension();
-        let found = (centres.ncols(), radii.len(), cells.len(), units.as_ref().map_or(width, Array1::len));
-        let expected = (width, centres.nrows(), codes.len(), width);
+        let space = ContributionSpace::new(units, codes.dimension())?;
+        Self::assemble(codes, centres, radii, cells, space, probes)
+    }
+
+    fn assemble(
+        codes: FlatIndex,
+        centres: Array2<f32>,
+        radii: Array1<f32>,
+        cells: Vec<u32>,
+        space: ContributionSpace,
+        probes: usize,
+    ) -> Result<Self> {
+        let found = (centres.ncols(), radii.len(), cells.len());
+        let expected = (codes.dimension(), centres.nrows(), codes.len());
         if found != expected {
             return Err(Error::expected(
-                "length of the cells' centres, number of radii, number of keys in cells, number of units",
+                "length of the cells' centres, number of radii, number of keys in cells",
                 format!("{found:?}"),
                 format!("{expected:?}"),
             ));
@@ -88,22 +106,22 @@ impl IvfPqIndex {
             return Err(Error::expected("probes", probes, format!("1 to {}, the number of cells", lists.len())));
         }
         let centres = centres.as_standard_layout().into_owned();
-        Ok(IvfPqIndex { codes, space: Space { units }, centres, radii, cells, lists, probes })
+        Ok(IvfPqIndex { codes, space, centres, radii, cells, lists, probes })
     }
 
-    /// The keys' codes.
+    /// Returns the keys' codes.
     pub fn rows(&self) -> &FlatIndex {
         &self.codes
     }
 
-    /// The cells' centres `[clusters, dimension]`, their radii `[clusters]`, and by key its cell `[len]`.
+    /// Returns the cells' centres `[clusters, dimension]`, their radii `[clusters]`, and each key's cell `[len]`.
     pub fn cells(&self) -> (ArrayView2<'_, f32>, ArrayView1<'_, f32>, &[u32]) {
         (self.centres.view(), self.radii.view(), &self.cells)
     }
 
-    /// What centres are in units of `[dimension]`.
+    /// Returns the units of the centres `[dimension]`.
     pub fn units(&self) -> Option<ArrayView1<'_, f32>> {
-        self.space.units.as_ref().map(|u| u.view())
+        self.space.units()
     }
 }
 
@@ -124,7 +142,7 @@ impl SearchIndex for IvfPqIndex {
         self.codes.scores_of(query, keys)
     }
 
-    fn candidates(&self, query: ArrayView1<f32>, range: Range) -> Option<Vec<u32>> {
+    fn candidates(&self, query: ArrayView1<f32>, range: ContributionRange) -> Option<Vec<u32>> {
         let query = Array1::from(self.space.query(query));
         // What a key at the centre adds, and what one at the rim may add by a direction of which the query has its usual
         // share: keys are orthogonal, so their centre says little of them, and their lengths say more.
@@ -173,7 +191,7 @@ mod tests {
         let (keys, scales) = (sample(60, 8, 1), vec![1.0; 60]);
         let rows = FlatIndex::new(keys.clone(), RowType::F32, None).unwrap();
         let fitted = |probes| IvfPqIndex::fit(rows.clone(), keys.view(), &scales, None, (12, probes), 0).unwrap();
-        let range = Range { least: 0.5, two_sided: true };
+        let range = ContributionRange { least: 0.5, two_sided: true };
         let mut last = 0;
         for probes in [1, 4, 12] {
             let index = fitted(probes);

@@ -6,6 +6,24 @@ use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::require_finite;
 
+/// Checks the lengths that a stored config says of a weight `[out_features, in_features]`: none is 0, and no arithmetic with
+/// them can overflow.
+///
+/// # Errors
+/// When that is not so.
+pub fn check_lengths(out_features: usize, in_features: usize) -> Result<()> {
+    // A number takes 16 bytes at most on the way.
+    let most = isize::MAX as usize / 16;
+    match out_features.checked_mul(in_features) {
+        Some(count) if count > 0 && count <= most => Ok(()),
+        _ => Err(Error::expected(
+            "lengths of a stored weight",
+            format!("{out_features} × {in_features}"),
+            format!("1 to {most} numbers"),
+        )),
+    }
+}
+
 /// Checks a weight `[out_features, in_features]`, its bias and its inputs' statistics against each other.
 ///
 /// # Errors

@@ -8,9 +8,9 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
 use super::method::{Method, read_config};
 use super::name::MethodName;
+use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
 use super::traits::{Accuracy, Gradients, Layer, Output, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -70,8 +70,10 @@ struct DenseConfig {
 impl DenseConfig {
     /// The bytes that dtype and shape call for; nothing where that overflows or is no whole number.
     fn byte_len(&self) -> Option<usize> {
-        let bits = self.shape.iter().try_fold(self.dtype.bitsize(), |n, &d| n.checked_mul(d))?;
-        bits.is_multiple_of(8).then_some(bits / 8)
+        // Lengths beside a 0 are multiplied as well, where rows are counted.
+        let most = self.shape.iter().try_fold(self.dtype.bitsize(), |n, &d| n.checked_mul(d.max(1)))?;
+        let bits = if self.shape.contains(&0) { 0 } else { most };
+        (most <= isize::MAX as usize && bits.is_multiple_of(8)).then_some(bits / 8)
     }
 
     /// Stored row by row, or as one small tensor.
@@ -85,9 +87,20 @@ impl DenseLayer {
     /// A layer of `raw` little-endian elements, row-major, with an optional bias kept in its own dtype.
     ///
     /// # Errors
-    /// When the number of bytes does not follow from dtype and shape.
+    /// When the number of bytes does not follow from dtype and shape, or the bias is no vector of one number an output.
     pub fn new(dtype: DType, shape: Vec<usize>, raw: Bytes, bias: Option<Tensor>) -> Result<Self> {
         let config = DenseConfig { dtype, shape };
+        if let Some(bias) = &bias {
+            let own = DenseConfig { dtype: dtype_named(&bias.dtype)?, shape: bias.shape.clone() };
+            let expected = config.shape.first().copied().unwrap_or(1);
+            if bias.shape != [expected] || own.byte_len() != Some(bias.data.len()) {
+                return Err(Error::expected(
+                    "bias of a dense layer",
+                    format!("{} {:?} in {} bytes", bias.dtype, bias.shape, bias.data.len()),
+                    format!("a vector of {expected}"),
+                ));
+            }
+        }
         match config.byte_len() {
             Some(expected) if expected == raw.len() => {}
             Some(expected) => {
@@ -332,6 +345,21 @@ mod tests {
     fn lengths_are_checked() {
         assert!(DenseLayer::new(DType::F32, vec![2, 2], Bytes::from_static(&[0; 15]), None).is_err());
         assert!(DenseLayer::new(DType::F32, vec![usize::MAX, 2], Bytes::new(), None).is_err());
+        // Rows without a number, or none of any length: still counted.
+        for shape in [vec![0, usize::MAX, 2], vec![0, usize::MAX], vec![1 << 62, 0]] {
+            let message = DenseLayer::new(DType::F32, shape, Bytes::new(), None).unwrap_err().to_string();
+            assert!(message.contains("bytes can be counted"), "{message}");
+        }
+        let two = || Bytes::from_static(&[0; 8]);
+        for (bias, found) in [
+            (Tensor::vector("bias", &[1.0]), "F32 [1] in 4 bytes"),
+            (Tensor { shape: vec![2, 1], ..Tensor::vector("bias", &[1.0, 2.0]) }, "F32 [2, 1] in 8 bytes"),
+            (Tensor { dtype: "F16".into(), ..Tensor::vector("bias", &[1.0, 2.0]) }, "F16 [2] in 8 bytes"),
+            (Tensor { dtype: "F17".into(), ..Tensor::vector("bias", &[1.0, 2.0]) }, "F17"),
+        ] {
+            let message = DenseLayer::new(DType::F32, vec![2, 1], two(), Some(bias)).unwrap_err().to_string();
+            assert!(message.contains(found), "{message}");
+        }
     }
 
     #[test]

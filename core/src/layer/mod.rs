@@ -40,9 +40,9 @@ pub use traits::{
     configured, no_weight,
 };
 pub(crate) use vq_attention::batch_in_heads;
-pub use vq_attention::{Mechanism, Step, VqAttentionConfig, VqAttentionLayer};
+pub use vq_attention::{CodebookStep, Mechanism, VqAttentionConfig, VqAttentionLayer};
 
-pub use crate::quant::{Activations, ProductFormat, RowFormat, RowType};
+pub use crate::quant::{ActivationFormat, ProductFormat, RowFormat, RowType};
 
 #[cfg(test)]
 mod tests;

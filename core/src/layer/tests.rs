@@ -10,9 +10,7 @@ use crate::layer::{
 use crate::linalg::relative_error;
 
 fn sample(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
-    Array2::from_shape_fn((rows, columns), |(i, j)| {
-        ((i * 7919 + j * 104_729 + seed * 31) % 1009) as f32 / 500.0 - 1.0
-    })
+    Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7919 + j * 104_729 + seed * 31) % 1009) as f32 / 500.0 - 1.0)
 }
 
 fn methods() -> [MethodConfig; 3] {

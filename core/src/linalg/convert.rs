@@ -1,25 +1,37 @@
-//! Conversions to and from `nalgebra`, for callers whose arrays are nalgebra's. Values are copied; shapes are kept.
+//! Conversions to and from [`nalgebra`], at the crate's edge: layers take and give `ndarray` arrays, and a caller whose matrices are
+//! nalgebra's converts them here. Values are copied; shapes are kept.
+//!
+//! ```
+//! use layerstore_core::linalg::{from_dmatrix, matmul_nt, to_dmatrix};
+//! use nalgebra::DMatrix;
+//!
+//! // A weight [out, in] and inputs [batch, in] that a program has as nalgebra matrices.
+//! let weight = DMatrix::from_fn(3, 4, |i, j| (i as f32 - j as f32) / 4.0);
+//! let inputs = DMatrix::from_fn(2, 4, |i, j| (1 + i + j) as f32);
+//! let y = matmul_nt(from_dmatrix(&inputs).view(), from_dmatrix(&weight).view());
+//! assert_eq!(to_dmatrix(y.view()), &inputs * weight.transpose());
+//! ```
 
-use nalgebra::{DMatrix, DVector};
+use nalgebra::{DMatrix, DVector, Scalar};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 
-/// A nalgebra matrix (column-major) as a row-major array of the same shape.
-pub fn from_dmatrix(matrix: &DMatrix<f32>) -> Array2<f32> {
+/// Copies a nalgebra matrix (column-major) into a row-major array of the same shape.
+pub fn from_dmatrix<T: Scalar + Copy>(matrix: &DMatrix<T>) -> Array2<T> {
     Array2::from_shape_fn(matrix.shape(), |(i, j)| matrix[(i, j)])
 }
 
-/// An array as a nalgebra matrix of the same shape.
-pub fn to_dmatrix(array: ArrayView2<f32>) -> DMatrix<f32> {
+/// Copies an array into a nalgebra matrix of the same shape.
+pub fn to_dmatrix<T: Scalar + Copy>(array: ArrayView2<T>) -> DMatrix<T> {
     DMatrix::from_fn(array.nrows(), array.ncols(), |i, j| array[[i, j]])
 }
 
-/// A nalgebra vector as a one-dimensional array.
-pub fn from_dvector(vector: &DVector<f32>) -> Array1<f32> {
+/// Copies a nalgebra vector into a one-dimensional array.
+pub fn from_dvector<T: Scalar + Copy>(vector: &DVector<T>) -> Array1<T> {
     Array1::from_iter(vector.iter().copied())
 }
 
-/// A one-dimensional array as a nalgebra vector.
-pub fn to_dvector(array: ArrayView1<f32>) -> DVector<f32> {
+/// Copies a one-dimensional array into a nalgebra vector.
+pub fn to_dvector<T: Scalar + Copy>(array: ArrayView1<T>) -> DVector<T> {
     DVector::from_iterator(array.len(), array.iter().copied())
 }
 

@@ -4,10 +4,11 @@ use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_uppe
 use faer::{MatMut, Side};
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 
-use super::product::{matmul_f64, parallelism, view};
+use super::finite::require_finite;
+use super::product::{gram, matmul_f64, parallelism, view};
 use crate::error::{Error, Result};
 
-/// `matrix = u · diag(s) · vt`, singular values descending.
+/// A singular value decomposition `matrix = u · diag(s) · vt`, singular values descending.
 #[derive(Debug, Clone)]
 pub struct Svd {
     /// Left singular vectors, one a column: `[rows, k]`.
@@ -18,12 +19,12 @@ pub struct Svd {
     pub vt: Array2<f64>,
 }
 
-/// The thin SVD, `k = min(rows, columns)`.
+/// Computes the thin SVD, `k = min(rows, columns)`.
 ///
 /// # Errors
 /// When the matrix holds a value that is not finite, or the iteration does not converge.
 pub fn svd(matrix: ArrayView2<f64>) -> Result<Svd> {
-    require_finite("the matrix to decompose", &matrix)?;
+    require_finite("the matrix to decompose", matrix.iter())?;
     if matrix.is_empty() {
         let (rows, columns) = matrix.dim();
         return Ok(Svd { u: Array2::zeros((rows, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, columns)) });
@@ -40,9 +41,9 @@ pub fn svd(matrix: ArrayView2<f64>) -> Result<Svd> {
     })
 }
 
-/// The `k` leading singular triplets, from the eigenvectors of the smaller Gram matrix.
+/// Computes the `k` leading singular triplets from the eigenvectors of the smaller Gram matrix.
 ///
-/// Much cheaper than [`svd`] for a rectangular matrix. Squaring costs half the digits: singular values below about
+/// Much cheaper than a whole SVD for a rectangular matrix. Squaring costs half the digits: singular values below about
 /// 1e-8 of the largest are noise, which is far below what a leading component is used for.
 ///
 /// # Errors
@@ -56,7 +57,7 @@ pub fn leading_svd(matrix: ArrayView2<f64>, k: usize) -> Result<Svd> {
             format!("at most {} for a {rows} × {columns} matrix", rows.min(columns)),
         ));
     }
-    require_finite("the matrix to decompose", &matrix)?;
+    require_finite("the matrix to decompose", matrix.iter())?;
     if k == 0 {
         return Ok(Svd { u: Array2::zeros((rows, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, columns)) });
     }
@@ -68,7 +69,7 @@ pub fn leading_svd(matrix: ArrayView2<f64>, k: usize) -> Result<Svd> {
             vt: t.u.reversed_axes().as_standard_layout().to_owned(),
         });
     }
-    let gram = matmul_f64(matrix, matrix.reversed_axes());
+    let gram = gram(matrix.reversed_axes());
     let gram_view = gram.view();
     let eigen = view(&gram_view).self_adjoint_eigen(Side::Lower).map_err(|e| {
         Error::Numeric(format!("the eigenvalues of a {rows} × {rows} Gram matrix did not converge: {e:?}"))
@@ -87,17 +88,17 @@ pub fn leading_svd(matrix: ArrayView2<f64>, k: usize) -> Result<Svd> {
     Ok(Svd { u, s, vt })
 }
 
-/// An orthonormal basis of the columns of `matrix` `[rows, k]`, k at most the rows: by Householder reflections.
+/// Returns an orthonormal basis of the columns of `matrix` `[rows, k]`, k at most the rows, by Householder reflections.
 ///
 /// # Errors
 /// When a value is not finite.
 pub(super) fn orthonormal(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
-    require_finite("the matrix to decompose", &matrix)?;
+    require_finite("the matrix to decompose", matrix.iter())?;
     let basis = view(&matrix).qr().compute_thin_Q();
     Ok(Array2::from_shape_fn(matrix.dim(), |(i, j)| basis[(i, j)]))
 }
 
-/// How many components to keep: enough for the share `energy_keep` of Σs², and none below `min_singular_value`
+/// Returns how many components to keep: enough for the share `energy_keep` of Σs², and none below `min_singular_value`
 /// (AXL's rule: the first component that passes the share is kept too).
 pub fn kept_rank(singular_values: &[f64], energy_keep: f64, min_singular_value: f64) -> usize {
     let total: f64 = singular_values.iter().map(|s| s * s).sum();
@@ -124,7 +125,8 @@ pub struct KeysValues {
     pub singular_values: Array1<f64>,
 }
 
-/// The SVD of `weight` `[out_features, in_features]` as keys and values, cut as [`kept_rank`] says.
+/// Computes the SVD of `weight` `[out_features, in_features]` as keys and values. Components are kept while their share of Σs² is
+/// within `energy_keep`, and the one that passes it; none below `min_singular_value` (AXL's rule).
 ///
 /// # Errors
 /// When a value is not finite, `energy_keep` is not in (0, 1] or `min_singular_value` is negative.
@@ -141,7 +143,7 @@ pub fn svd_keys_values(weight: ArrayView2<f64>, energy_keep: f64, min_singular_v
     Ok(KeysValues { keys: &kept.vt * &kept.s.view().insert_axis(Axis(1)), values: kept.u, singular_values: kept.s })
 }
 
-/// A number at least as large as the spectral norm of `matrix`, and at most k^(1/32) times as large for a smaller side
+/// Returns a number at least as large as the spectral norm of `matrix`, and at most k^(1/32) times as large for a smaller side
 /// of k: 1.2 for 384.
 ///
 /// The 32nd root of tr((E Eᵀ)¹⁶): of the sum of all singular values to the 32nd power, which the largest dominates.
@@ -152,7 +154,7 @@ pub fn spectral_norm_bound(matrix: ArrayView2<f64>) -> f64 {
     }
     let unit = &matrix / frobenius;
     let wide = unit.nrows() <= unit.ncols();
-    let mut power = if wide { matmul_f64(unit.view(), unit.t()) } else { matmul_f64(unit.t(), unit.view()) };
+    let mut power = gram(if wide { unit.t() } else { unit.view() });
     // Each product squares: (E Eᵀ)⁸, whose own squared Frobenius norm is the trace.
     for _ in 0..3 {
         power = matmul_f64(power.view(), power.view());
@@ -162,7 +164,7 @@ pub fn spectral_norm_bound(matrix: ArrayView2<f64>) -> f64 {
     if trace.is_normal() { frobenius * trace.powf(1.0 / 32.0) * (1.0 + 1e-9) } else { frobenius }
 }
 
-/// The inverse of a square matrix; where it is singular to working precision, that of `matrix + ridge · I`.
+/// Returns the inverse of a square matrix; where it is singular to working precision, that of `matrix + ridge · I`.
 ///
 /// # Errors
 /// When the matrix is not square, a value is not finite, or it is singular with the ridge too.
@@ -186,12 +188,12 @@ pub fn regularized_inverse(matrix: ArrayView2<f64>, ridge: f64) -> Result<Array2
         .ok_or_else(|| Error::Numeric(format!("the {n} × {n} matrix is singular, with a ridge of {ridge} too")))
 }
 
-/// The lower-triangular L with `matrix = L · Lᵀ`.
+/// Returns the lower-triangular L with `matrix = L · Lᵀ`.
 ///
 /// # Errors
 /// When the matrix is not symmetric positive definite: the message says at which row and what to do.
 pub fn cholesky(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
-    require_finite("the covariance matrix", &matrix)?;
+    require_finite("the covariance matrix", matrix.iter())?;
     let n = matrix.nrows();
     if n != matrix.ncols() {
         return Err(Error::expected(
@@ -212,7 +214,7 @@ pub fn cholesky(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
     Ok(Array2::from_shape_fn((n, n), |(i, j)| if j <= i { l[(i, j)] } else { 0.0 }))
 }
 
-/// `L⁻¹ · rhs` for a lower-triangular `l` `[n, n]` and `rhs` `[n, m]`.
+/// Returns `L⁻¹ · rhs` for a lower-triangular `l` `[n, n]` and `rhs` `[n, m]`.
 pub fn solve_lower(l: ArrayView2<f64>, rhs: ArrayView2<f64>) -> Array2<f64> {
     let mut out = rhs.as_standard_layout().to_owned();
     let (n, m) = out.dim();
@@ -221,7 +223,7 @@ pub fn solve_lower(l: ArrayView2<f64>, rhs: ArrayView2<f64>) -> Array2<f64> {
     out
 }
 
-/// `L⁻ᵀ · rhs` for a lower-triangular `l` `[n, n]` and `rhs` `[n, m]`.
+/// Returns `L⁻ᵀ · rhs` for a lower-triangular `l` `[n, n]` and `rhs` `[n, m]`.
 pub fn solve_lower_transposed(l: ArrayView2<f64>, rhs: ArrayView2<f64>) -> Array2<f64> {
     let mut out = rhs.as_standard_layout().to_owned();
     let (n, m) = out.dim();
@@ -231,24 +233,13 @@ pub fn solve_lower_transposed(l: ArrayView2<f64>, rhs: ArrayView2<f64>) -> Array
     out
 }
 
-/// `L⁻¹` for a lower-triangular `l`.
+/// Returns `L⁻¹` for a lower-triangular `l`.
 pub fn inverse_lower(l: ArrayView2<f64>) -> Array2<f64> {
     solve_lower(l, Array2::eye(l.nrows()).view())
 }
 
-fn require_finite(what: &str, matrix: &ArrayView2<f64>) -> Result<()> {
-    match matrix.iter().position(|v| !v.is_finite()) {
-        Some(index) => Err(Error::NotFinite {
-            what: what.to_owned(),
-            value: matrix.iter().nth(index).copied().unwrap_or(f64::NAN),
-            index,
-        }),
-        None => Ok(()),
-    }
-}
-
 impl Svd {
-    /// The first `k` triplets.
+    /// Returns the first `k` triplets.
     pub fn truncated(&self, k: usize) -> Svd {
         Svd {
             u: self.u.slice(s![.., ..k]).to_owned(),
@@ -257,7 +248,7 @@ impl Svd {
         }
     }
 
-    /// `u · diag(s) · vt`.
+    /// Returns `u · diag(s) · vt`.
     pub fn product(&self) -> Array2<f64> {
         let scaled = &self.u * &self.s.view().insert_axis(Axis(0));
         matmul_f64(scaled.view(), self.vt.view())
@@ -267,7 +258,7 @@ impl Svd {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::matmul_nt_f64;
+    use crate::linalg::{from_dmatrix, to_dmatrix};
     use proptest::prelude::*;
 
     fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
@@ -303,13 +294,42 @@ mod tests {
         #[test]
         fn cholesky_and_its_solves(n in 1usize..20, seed in 0u64..500) {
             let a = sample(n, n + 3, seed);
-            let spd = matmul_nt_f64(a.view(), a.view()) + Array2::<f64>::eye(n) * 0.1;
+            let spd = gram(a.t()) + Array2::<f64>::eye(n) * 0.1;
             let l = cholesky(spd.view()).unwrap();
-            prop_assert!(largest(&(matmul_nt_f64(l.view(), l.view()) - &spd)) < 1e-12);
+            prop_assert!(largest(&(gram(l.t()) - &spd)) < 1e-12);
             let b = sample(n, 4, seed + 1);
             prop_assert!(largest(&(matmul_f64(l.view(), solve_lower(l.view(), b.view()).view()) - &b)) < 1e-10);
             prop_assert!(largest(&(matmul_f64(l.t(), solve_lower_transposed(l.view(), b.view()).view()) - &b)) < 1e-10);
             prop_assert!(largest(&(matmul_f64(l.view(), inverse_lower(l.view()).view()) - Array2::<f64>::eye(n))) < 1e-10);
+        }
+    }
+
+    proptest! {
+        /// nalgebra's decompositions, which share no code with faer's, give the same.
+        #[test]
+        fn decompositions_are_those_of_nalgebra(rows in 1usize..20, columns in 1usize..20, seed in 0u64..500) {
+            let a = sample(rows, columns, seed);
+            let reference = to_dmatrix(a.view()).svd(true, true);
+            let found = svd(a.view()).unwrap();
+            prop_assert!(found.s.iter().zip(&reference.singular_values).all(|(a, b)| (a - b).abs() < 1e-12));
+            let rebuilt = from_dmatrix(&reference.clone().recompose().unwrap());
+            prop_assert!(largest(&(rebuilt - found.product())) < 1e-12);
+            let k = rows.min(columns);
+            let leading = leading_svd(a.view(), k).unwrap();
+            prop_assert!(leading.s.iter().zip(&reference.singular_values).all(|(a, b)| (a - b).abs() < 1e-7));
+            prop_assert!(spectral_norm_bound(a.view()) >= reference.singular_values[0]);
+            let spd = gram(a.t()) + Array2::<f64>::eye(rows) * 0.1;
+            let l = to_dmatrix(spd.view()).cholesky().unwrap().l();
+            prop_assert!(largest(&(cholesky(spd.view()).unwrap() - from_dmatrix(&l))) < 1e-12);
+            let inverse = from_dmatrix(&to_dmatrix(spd.view()).try_inverse().unwrap());
+            let found = regularized_inverse(spd.view(), 0.0).unwrap();
+            prop_assert!(largest(&(&found - &inverse)) < 1e-9 * (1.0 + largest(&inverse)));
+            let b = sample(rows, 3, seed + 1);
+            let solved = l.solve_lower_triangular(&to_dmatrix(b.view())).unwrap();
+            prop_assert!(largest(&(solve_lower(from_dmatrix(&l).view(), b.view()) - from_dmatrix(&solved))) < 1e-9);
+            let solved = l.tr_solve_lower_triangular(&to_dmatrix(b.view())).unwrap();
+            let found = solve_lower_transposed(from_dmatrix(&l).view(), b.view());
+            prop_assert!(largest(&(found - from_dmatrix(&solved))) < 1e-9);
         }
     }
 

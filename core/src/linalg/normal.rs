@@ -6,22 +6,22 @@ use ndarray::Array2;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// Density at `x`.
+/// Returns the density at `x`.
 pub fn normal_pdf(x: f64) -> f64 {
     (-0.5 * x * x).exp() / (2.0 * PI).sqrt()
 }
 
-/// P(X ≤ x).
+/// Returns P(X ≤ x).
 pub fn normal_cdf(x: f64) -> f64 {
     0.5 * libm::erfc(-x / SQRT_2)
 }
 
-/// P(X > x), which keeps its relative accuracy where `1 − cdf` would lose it.
+/// Returns P(X > x), which keeps its relative accuracy where `1 − cdf` would lose it.
 pub fn normal_survival(x: f64) -> f64 {
     0.5 * libm::erfc(x / SQRT_2)
 }
 
-/// The x with P(X ≤ x) = `p`: −∞ at 0, +∞ at 1, NaN outside `[0, 1]`.
+/// Returns the x with P(X ≤ x) = `p`: −∞ at 0, +∞ at 1, NaN outside `[0, 1]`.
 ///
 /// A rational start (Abramowitz and Stegun 26.2.23, error below 4.5e-4) polished by Halley steps on the tail's own
 /// probability, so that the relative accuracy of the tail is kept.
@@ -51,7 +51,7 @@ pub fn normal_quantile(p: f64) -> f64 {
     sign * x
 }
 
-/// Independent standard normal numbers, always the same for a seed.
+/// Draws independent standard normal numbers, always the same for a seed.
 pub fn normal_matrix(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     // Above 0, for the logarithm.

@@ -2,13 +2,14 @@
 
 use ndarray::Array3;
 
-/// Bytes of a large page: the system hands out one of them far faster than the 512 small ones.
+/// Bytes of a large page, which the system provides far faster than the 512 small ones.
 pub const LARGE_PAGE: usize = 2 << 20;
 
-/// Asks for large pages where `bytes` from `start` on hold whole ones. It may be of no avail, which is no failure.
+/// Asks the system for large pages where the `bytes` from `start` on hold whole ones. It is advice: the system may not follow it, and
+/// nothing fails then.
 ///
 /// # Safety
-/// The memory is the caller's.
+/// The `bytes` from `start` on are memory of the caller.
 pub unsafe fn ask_for_large_pages(start: *const u8, bytes: usize) {
     let skipped = start.align_offset(LARGE_PAGE);
     let whole = bytes.saturating_sub(skipped) / LARGE_PAGE * LARGE_PAGE;
@@ -21,7 +22,7 @@ pub unsafe fn ask_for_large_pages(start: *const u8, bytes: usize) {
     let _ = whole;
 }
 
-/// Zeros, in large pages where there are many.
+/// Returns zeros, in large pages where there are many.
 pub fn large_zeros(shape: (usize, usize, usize)) -> Array3<f32> {
     let zeros = Array3::<f32>::zeros(shape);
     let bytes = size_of::<f32>() * zeros.len();

@@ -7,18 +7,18 @@ use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 /// Below this many multiply-adds a product stays on one thread: starting threads would cost more than it saves.
 const PARALLEL_FROM: usize = 1 << 20;
 
-/// One thread for what is small, and for what is already one of rayon's tasks: the others have theirs.
+/// Returns one thread for what is small, and for what is already one of rayon's tasks: the others have theirs.
 pub(super) fn parallelism(operations: usize) -> Par {
     if operations >= PARALLEL_FROM && rayon::current_thread_index().is_none() { Par::rayon(0) } else { Par::Seq }
 }
 
-macro_rules! products {
-    ($t:ty, $plain:ident, $transposed:ident) => {
-        /// `a · b` for `a` `[m, k]` and `b` `[k, n]`.
+macro_rules! product {
+    ($t:ty, $name:ident) => {
+        /// Returns `a · b` for `a` `[m, k]` and `b` `[k, n]`.
         ///
         /// # Panics
         /// When the inner lengths differ, as `ndarray`'s own `dot` does.
-        pub fn $plain(a: ArrayView2<$t>, b: ArrayView2<$t>) -> Array2<$t> {
+        pub fn $name(a: ArrayView2<$t>, b: ArrayView2<$t>) -> Array2<$t> {
             assert_eq!(a.ncols(), b.nrows(), "inner lengths of a product");
             let (m, n) = (a.nrows(), b.ncols());
             let mut out = Array2::<$t>::zeros((m, n));
@@ -31,21 +31,26 @@ macro_rules! products {
             faer_matmul(target, Accum::Replace, view(&a), view(&b), 1.0, par);
             out
         }
-
-        /// `a · bᵀ` for `a` `[m, k]` and `b` `[n, k]`: the forward pass `x · Wᵀ` of a weight `[out, in]`.
-        ///
-        /// # Panics
-        /// When the inner lengths differ.
-        pub fn $transposed(a: ArrayView2<$t>, b: ArrayView2<$t>) -> Array2<$t> {
-            $plain(a, b.reversed_axes())
-        }
     };
 }
 
-products!(f32, matmul, matmul_nt);
-products!(f64, matmul_f64, matmul_nt_f64);
+product!(f32, matmul);
+product!(f64, matmul_f64);
 
-/// `out = alpha · a · b`, or that much more where `add`, on this thread.
+/// Returns `a · bᵀ` for `a` `[m, k]` and `b` `[n, k]`: the forward pass `x · Wᵀ` of a weight `[out, in]`.
+///
+/// # Panics
+/// When the inner lengths differ.
+pub fn matmul_nt(a: ArrayView2<f32>, b: ArrayView2<f32>) -> Array2<f32> {
+    matmul(a, b.reversed_axes())
+}
+
+/// Returns the Gram matrix `xᵀ · x` `[n, n]` of the columns of `x` `[m, n]`.
+pub fn gram(x: ArrayView2<f64>) -> Array2<f64> {
+    matmul_f64(x.t(), x)
+}
+
+/// Sets `out = alpha · a · b`, or adds that to it where `add`, on this thread.
 ///
 /// # Panics
 /// When the lengths do not fit.
@@ -58,7 +63,7 @@ pub fn product_into(mut out: ArrayViewMut2<f32>, a: ArrayView2<f32>, b: ArrayVie
     faer_matmul(target, accumulate, view(&a), view(&b), alpha, Par::Seq);
 }
 
-/// An ndarray view as faer sees it, without a copy, whatever its strides.
+/// Returns an ndarray view as faer sees it, without a copy, whatever its strides.
 pub(super) fn view<'a, T>(a: &'a ArrayView2<'_, T>) -> MatRef<'a, T> {
     let (rows, cols) = a.dim();
     let strides = a.strides();
@@ -66,7 +71,7 @@ pub(super) fn view<'a, T>(a: &'a ArrayView2<'_, T>) -> MatRef<'a, T> {
     unsafe { MatRef::from_raw_parts(a.as_ptr(), rows, cols, strides[0], strides[1]) }
 }
 
-/// Σ a_i b_i of f32 numbers in f64, in sixteen running sums: one would wait for itself.
+/// Returns Σ a_i b_i of f32 numbers in f64, in sixteen running sums: one would wait for itself.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -80,7 +85,7 @@ pub fn dot_f64(a: &[f32], b: &[f32]) -> f64 {
     dot_f64_lanes(a, b)
 }
 
-/// The same, compiled for wider registers.
+/// [`dot_f64_lanes`], compiled for wider registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn dot_f64_avx2(a: &[f32], b: &[f32]) -> f64 {
@@ -92,13 +97,21 @@ fn dot_f64_lanes(a: &[f32], b: &[f32]) -> f64 {
     let mut sums = [0f64; 16];
     let (a16, a_rest) = a.as_chunks::<16>();
     let (b16, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a16.iter().zip(b16) {
+    for line in 0..a16.len().min(b16.len()) {
+        let (a, b) = (&a16[line], &b16[line]);
         for lane in 0..16 {
             sums[lane] += f64::from(a[lane]) * f64::from(b[lane]);
         }
     }
-    let rest: f64 = a_rest.iter().zip(b_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-    sums.iter().sum::<f64>() + rest
+    let mut rest = 0f64;
+    for i in 0..a_rest.len().min(b_rest.len()) {
+        rest += f64::from(a_rest[i]) * f64::from(b_rest[i]);
+    }
+    let mut sum = 0f64;
+    for lane in sums {
+        sum += lane;
+    }
+    sum + rest
 }
 
 /// Adds `row` to every row of `out`.
@@ -108,7 +121,7 @@ pub fn add_outer(out: &mut Array2<f32>, row: ArrayView1<f32>) {
     }
 }
 
-/// `‖approx − exact‖_F / ‖exact‖_F`, summed in f64; 0 when both are zero, infinite when only `exact` is.
+/// Returns `‖approx − exact‖_F / ‖exact‖_F`, summed in f64; 0 when both are zero, infinite when only `exact` is.
 pub fn relative_error(approx: ArrayView2<f32>, exact: ArrayView2<f32>) -> f64 {
     let mut difference = 0f64;
     let mut norm = 0f64;

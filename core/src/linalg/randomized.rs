@@ -7,34 +7,35 @@ use super::normal::normal_matrix;
 use super::product::{matmul, matmul_f64};
 use crate::error::{Error, Result};
 
-/// How a sketch is taken.
+/// Settings of a randomised range finder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sketch {
-    /// Directions beyond those asked for.
+pub struct SketchOptions {
+    /// Number of random directions beyond those asked for.
     pub oversampling: usize,
-    /// Times that the sketch goes through the matrix and back: the more, the less a slow fall of the singular values
-    /// costs.
+    /// Number of power iterations, each a product with the matrix and its transpose: the more, the more accurate the result where
+    /// singular values fall slowly.
     pub power_iterations: usize,
+    /// Seed of the random directions.
     pub seed: u64,
 }
 
-impl Default for Sketch {
+impl Default for SketchOptions {
     fn default() -> Self {
-        Sketch { oversampling: 16, power_iterations: 3, seed: 0 }
+        SketchOptions { oversampling: 16, power_iterations: 3, seed: 0 }
     }
 }
 
-/// A matrix that is only ever multiplied.
-pub trait Operator {
-    /// Rows and columns.
+/// A matrix known by its products alone.
+pub trait LinearOperator {
+    /// Returns the number of rows and of columns.
     fn shape(&self) -> (usize, usize);
-    /// `M · x` for `x` `[columns, n]`.
+    /// Returns `M · x` for `x` `[columns, n]`.
     fn apply(&self, x: ArrayView2<f64>) -> Array2<f64>;
-    /// `Mᵀ · x` for `x` `[rows, n]`.
+    /// Returns `Mᵀ · x` for `x` `[rows, n]`.
     fn apply_transposed(&self, x: ArrayView2<f64>) -> Array2<f64>;
 }
 
-impl Operator for ArrayView2<'_, f64> {
+impl LinearOperator for ArrayView2<'_, f64> {
     fn shape(&self) -> (usize, usize) {
         self.dim()
     }
@@ -49,7 +50,7 @@ impl Operator for ArrayView2<'_, f64> {
 }
 
 /// Products in f32: the sketch is made orthonormal in f64 after each, so that its error does not grow.
-impl Operator for ArrayView2<'_, f32> {
+impl LinearOperator for ArrayView2<'_, f32> {
     fn shape(&self) -> (usize, usize) {
         self.dim()
     }
@@ -63,12 +64,12 @@ impl Operator for ArrayView2<'_, f32> {
     }
 }
 
-/// The `k` leading singular triplets, nearly: by a randomised range finder with power iterations (Halko, Martinsson and
+/// Approximates the `k` leading singular triplets by a randomised range finder with power iterations (Halko, Martinsson and
 /// Tropp, 2011, algorithms 4.4 and 5.1). The same seed gives the same triplets.
 ///
 /// # Errors
 /// When `k` exceeds the smaller side, or a value is not finite.
-pub fn randomized_svd(matrix: &dyn Operator, k: usize, sketch: Sketch) -> Result<Svd> {
+pub fn randomized_svd(matrix: &dyn LinearOperator, k: usize, sketch: SketchOptions) -> Result<Svd> {
     let (rows, columns) = matrix.shape();
     if k > rows.min(columns) {
         let most = format!("at most {} for a {rows} × {columns} matrix", rows.min(columns));
@@ -110,13 +111,13 @@ mod tests {
             let matrix = falling(rows, columns, seed);
             let left = |found: &Svd| (&matrix - &(&found.u * &found.s).dot(&found.vt)).mapv(|v| v * v).sum().sqrt();
             let full = svd(matrix.view()).unwrap().truncated(k);
-            let found = randomized_svd(&matrix.view(), k, Sketch::default()).unwrap();
+            let found = randomized_svd(&matrix.view(), k, SketchOptions::default()).unwrap();
             prop_assert!(left(&found) <= 1.01 * left(&full), "{} {}", left(&found), left(&full));
             let narrow = matrix.mapv(|v| v as f32);
-            let in_f32 = randomized_svd(&narrow.view(), k, Sketch::default()).unwrap();
+            let in_f32 = randomized_svd(&narrow.view(), k, SketchOptions::default()).unwrap();
             prop_assert!(left(&in_f32) <= 1.01 * left(&full));
             prop_assert!(found.s.iter().zip(&full.s).all(|(a, b)| (a - b).abs() <= 0.02 * b));
-            let again = randomized_svd(&matrix.view(), k, Sketch::default()).unwrap();
+            let again = randomized_svd(&matrix.view(), k, SketchOptions::default()).unwrap();
             prop_assert_eq!(again.vt, found.vt);
         }
     }
@@ -124,10 +125,12 @@ mod tests {
     #[test]
     fn bad_requests_are_refused() {
         let matrix = Array2::<f64>::eye(3);
-        assert!(randomized_svd(&matrix.view(), 4, Sketch::default()).unwrap_err().to_string().contains("at most 3"));
+        assert!(
+            randomized_svd(&matrix.view(), 4, SketchOptions::default()).unwrap_err().to_string().contains("at most 3")
+        );
         let nan = Array2::from_elem((3, 3), f64::NAN);
-        assert!(randomized_svd(&nan.view(), 1, Sketch::default()).is_err());
+        assert!(randomized_svd(&nan.view(), 1, SketchOptions::default()).is_err());
         let zero = Array2::<f64>::zeros((4, 3));
-        assert!(randomized_svd(&zero.view(), 2, Sketch::default()).unwrap().s.iter().all(|s| *s == 0.0));
+        assert!(randomized_svd(&zero.view(), 2, SketchOptions::default()).unwrap().s.iter().all(|s| *s == 0.0));
     }
 }

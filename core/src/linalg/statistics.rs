@@ -4,10 +4,10 @@ use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
 use super::finite::require_finite;
-use super::product::matmul_f64;
+use super::product::gram;
 use crate::error::{Error, Result};
 
-/// What is added to the diagonal of a covariance before it is factored: `absolute + relative · mean(diagonal)`.
+/// The ridge added to the diagonal of a covariance before it is factored: `absolute + relative · mean(diagonal)`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Ridge {
     /// Added as it is (AXL's `ridge_regularization`).
@@ -17,7 +17,7 @@ pub struct Ridge {
 }
 
 impl Ridge {
-    /// `matrix + ridge · I`.
+    /// Returns `matrix + ridge · I`.
     pub fn added_to(&self, mut matrix: Array2<f64>) -> Array2<f64> {
         let n = matrix.nrows();
         if n > 0 {
@@ -32,7 +32,7 @@ impl Ridge {
 /// E\[x xᵀ\] of inputs `[tokens, features]`, not centred, in f64: `[features, features]`. There is at least one token.
 pub fn second_moment_of(inputs: ArrayView2<f32>) -> Array2<f64> {
     let wide = inputs.mapv(f64::from);
-    matmul_f64(wide.t(), wide.view()) / inputs.nrows() as f64
+    gram(wide.view()) / inputs.nrows() as f64
 }
 
 /// The covariance of inputs `[tokens, features]`, centred and divided by `tokens − 1`, in f64: `[features, features]`, zeros
@@ -41,10 +41,10 @@ pub fn covariance_of(inputs: ArrayView2<f32>) -> Array2<f64> {
     let wide = inputs.mapv(f64::from);
     let mean = wide.mean_axis(Axis(0)).expect("at least one token");
     let centred = wide - &mean;
-    matmul_f64(centred.t(), centred.view()) / (inputs.nrows().max(2) - 1) as f64
+    gram(centred.view()) / (inputs.nrows().max(2) - 1) as f64
 }
 
-/// The covariance `[features, features]` of `inputs` `[samples, features]`, centred and divided by samples − 1, plus
+/// Computes the covariance `[features, features]` of `inputs` `[samples, features]`, centred and divided by samples − 1, plus
 /// `ridge · I`. One sample has none, so the ridge alone; without inputs it is taken to be I.
 ///
 /// # Errors

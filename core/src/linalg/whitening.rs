@@ -16,7 +16,7 @@ pub struct Whitening {
 }
 
 impl Whitening {
-    /// From a covariance `[n, n]`.
+    /// Makes the whitening of a covariance `[n, n]`.
     ///
     /// # Errors
     /// When it is not symmetric positive definite.
@@ -24,12 +24,12 @@ impl Whitening {
         Ok(Whitening { factor: cholesky(covariance)? })
     }
 
-    /// L `[n, n]`, lower triangular.
+    /// Returns L `[n, n]`, lower triangular.
     pub fn factor(&self) -> ArrayView2<'_, f64> {
         self.factor.view()
     }
 
-    /// Keys `[keys, n]` as unit vectors in whitened coordinates, and the lengths that they had there `[keys]`. A key of
+    /// Returns keys `[keys, n]` as unit vectors in whitened coordinates, and their lengths there `[keys]`. A key of
     /// length 0 stays 0.
     ///
     /// # Errors
@@ -46,7 +46,7 @@ impl Whitening {
         Ok((whitened, scales))
     }
 
-    /// Queries `[batch, n]` in whitened coordinates.
+    /// Returns queries `[batch, n]` in whitened coordinates.
     ///
     /// # Errors
     /// When the queries' length is another.

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 
-use crate::attention::Past;
+use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, Layer, SharedLayer, VqAttentionLayer, batch_in_heads};
 
@@ -10,7 +10,7 @@ use crate::layer::{Accuracy, Layer, SharedLayer, VqAttentionLayer, batch_in_head
 #[derive(Debug, Clone)]
 pub struct AttentionBlock {
     attention: VqAttentionLayer,
-    /// Wq, Wk and Wv; without, inputs are queries, keys and values already.
+    /// Wq, Wk and Wv; without them the inputs are queries, keys and values already.
     projections: Option<[SharedLayer; 3]>,
     output: Option<SharedLayer>,
 }
@@ -52,7 +52,7 @@ impl AttentionBlock {
         Ok(AttentionBlock { attention, projections, output })
     }
 
-    /// The attention without its projections.
+    /// Returns the attention without its projections.
     pub fn attention(&self) -> &VqAttentionLayer {
         &self.attention
     }
@@ -83,7 +83,7 @@ impl AttentionBlock {
     }
 
     /// Runs attention from `q` `[batch, queries, width]` to `k` and `v` `[batch, keys, width]`: `[batch, queries, width]`. `there` and
-    /// `past` are [`VqAttentionLayer::attend`]'s.
+    /// `cache` are [`VqAttentionLayer::attend`]'s.
     ///
     /// # Errors
     /// As [`Layer::forward`] and [`VqAttentionLayer::attend`].
@@ -93,7 +93,7 @@ impl AttentionBlock {
         k: ArrayView3<f32>,
         v: ArrayView3<f32>,
         there: Option<ArrayView2<bool>>,
-        past: Option<&mut Past>,
+        cache: Option<&mut CompressedCache>,
         accuracy: Accuracy,
     ) -> Result<Array3<f32>> {
         let (batch, queries, keys) = (q.dim().0, q.dim().1, k.dim().1);
@@ -122,7 +122,7 @@ impl AttentionBlock {
             heads(k, keys, config.kv_heads(), "keys")?,
             heads(v, keys, config.kv_heads(), "values")?,
         );
-        let found = self.attention.attend(q.view(), k.view(), v.view(), there, past)?.output;
+        let found = self.attention.attend(q.view(), k.view(), v.view(), there, cache)?.output;
         let (_, heads, _, dim) = found.dim();
         let joined = found.permuted_axes([0, 2, 1, 3]).as_standard_layout().into_owned();
         let shape = |e: ndarray::ShapeError| Error::Numeric(e.to_string());

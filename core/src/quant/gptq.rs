@@ -9,8 +9,9 @@ use rayon::prelude::*;
 
 use super::dual::column_scales;
 use super::format::{Group, WeightFormat};
-use super::packed::{PackedMatrix, check};
-use super::quantizer::{Clipping, Grid, Quantizer};
+use super::packed::PackedMatrix;
+use super::quantizer::{Clipping, QuantParams, Quantizer};
+use super::round::check;
 use crate::error::{Error, Result};
 use crate::linalg::{cholesky, inverse_lower, matmul};
 
@@ -78,19 +79,19 @@ impl PackedMatrix {
         let task = Task { quantizer: &*quantizer, format, clipping, upper, places, importance, group, fixed };
         let mut codes = vec![0u8; rows * columns];
         let shares: Vec<_> = weight.axis_chunks_iter(Axis(0), ROWS).collect();
-        let grids: Vec<Vec<Grid>> = shares
+        let group_params: Vec<Vec<QuantParams>> = shares
             .into_par_iter()
             .zip(codes.par_chunks_mut((ROWS * columns).max(1)))
             .enumerate()
             .map(|(share, (weight, codes))| {
-                let mut grids = task.round(share * ROWS, weight, codes);
+                let mut group_params = task.round(share * ROWS, weight, codes);
                 if how.sweeps > 0 {
-                    task.refine(weight, second.view(), how.sweeps, codes, &mut grids);
+                    task.refine(weight, second.view(), how.sweeps, codes, &mut group_params);
                 }
-                grids
+                group_params
             })
             .collect();
-        Ok(Self::from_codes(format, (rows, columns), &codes, grids.into_iter().flatten()))
+        Ok(Self::from_codes(format, (rows, columns), &codes, group_params.into_iter().flatten()))
     }
 }
 
@@ -112,25 +113,25 @@ struct Task<'a> {
     places: Vec<usize>,
     importance: Vec<f32>,
     group: usize,
-    /// Where grids do not follow from the columns as they are when their turn comes.
+    /// Where parameters do not follow from the columns as they are when their turn comes.
     fixed: Option<PackedMatrix>,
 }
 
 impl Task<'_> {
-    /// Rounds some rows from the `first` one on: their codes, `[rows, columns]`, and their grids.
-    fn round(&self, first: usize, weight: ArrayView2<f32>, codes: &mut [u8]) -> Vec<Grid> {
+    /// Rounds some rows from the `first` one on: their codes, `[rows, columns]`, and their parameters.
+    fn round(&self, first: usize, weight: ArrayView2<f32>, codes: &mut [u8]) -> Vec<QuantParams> {
         let (rows, columns) = weight.dim();
         let groups = columns.checked_div(self.group).unwrap_or(0);
         // Columns as rows: what is done at a time lies side by side.
         let mut w = Array2::from_shape_fn((columns, rows), |(j, r)| weight[[r, self.places[j]]]);
-        let mut grids = vec![Grid { scale: 1.0, zero: 0 }; rows * groups];
+        let mut group_params = vec![QuantParams { scale: 1.0, zero: 0 }; rows * groups];
         if let Some(fixed) = &self.fixed {
-            for (place, grid) in grids.iter_mut().enumerate() {
+            for (place, params) in group_params.iter_mut().enumerate() {
                 let at = first * groups + place;
-                *grid = Grid { scale: fixed.scales[at], zero: fixed.zeros.get(at).copied().unwrap_or(0) };
+                *params = QuantParams { scale: fixed.scales()[at], zero: fixed.zeros().get(at).copied().unwrap_or(0) };
             }
         }
-        // Whole groups, so that a grid is fitted to columns that have been told of every error before them.
+        // Whole groups, so that parameters are fitted to columns that every error before them has been propagated to.
         let block = if self.group <= BLOCK { self.group * (BLOCK / self.group) } else { BLOCK };
         let mut errors = Array2::<f32>::zeros((block, rows));
         for start in (0..columns).step_by(block) {
@@ -138,15 +139,15 @@ impl Task<'_> {
             for j in start..end {
                 let place = self.places[j];
                 if self.fixed.is_none() && j.is_multiple_of(self.group) {
-                    self.fit(&w, j, groups, &mut grids);
+                    self.fit(&w, j, groups, &mut group_params);
                 }
                 let divisor = self.upper[[j, j]];
                 for r in 0..rows {
                     let (from, mut level) = ([w[[j, r]]], [0f32]);
                     let code = &mut codes[r * columns + place..][..1];
-                    let grid = grids[r * groups + place / self.group];
-                    self.quantizer.encode(grid, &from, code);
-                    self.quantizer.decode(grid, code, &mut level);
+                    let params = group_params[r * groups + place / self.group];
+                    self.quantizer.encode(params, &from, code);
+                    self.quantizer.decode(params, code, &mut level);
                     errors[[j - start, r]] = (from[0] - level[0]) / divisor;
                 }
                 let error = errors.row(j - start);
@@ -156,11 +157,11 @@ impl Task<'_> {
             }
             if end < columns {
                 let share = self.upper.slice(s![start..end, end..]);
-                let told = matmul(share.t(), errors.slice(s![..end - start, ..]));
-                w.slice_mut(s![end.., ..]).scaled_add(-1.0, &told);
+                let propagated = matmul(share.t(), errors.slice(s![..end - start, ..]));
+                w.slice_mut(s![end.., ..]).scaled_add(-1.0, &propagated);
             }
         }
-        grids
+        group_params
     }
 
     /// Looks again at the scales, then at the codes, of some rows: each becomes the best for the others as they are.
@@ -170,7 +171,7 @@ impl Task<'_> {
         second: ArrayView2<f32>,
         sweeps: usize,
         codes: &mut [u8],
-        grids: &mut [Grid],
+        group_params: &mut [QuantParams],
     ) {
         let (rows, columns) = weight.dim();
         let groups = columns.checked_div(self.group).unwrap_or(0);
@@ -178,7 +179,7 @@ impl Task<'_> {
         let mut levels = Array2::<f32>::zeros((columns, rows));
         for ((j, r), level) in levels.indexed_iter_mut() {
             self.quantizer.decode(
-                grids[r * groups + j / self.group],
+                group_params[r * groups + j / self.group],
                 &[codes[r * columns + j]],
                 std::slice::from_mut(level),
             );
@@ -191,20 +192,20 @@ impl Task<'_> {
                     // The levels for a scale of 1.
                     let mut unit = Array2::<f32>::zeros((self.group, rows));
                     for ((j, r), unit) in unit.indexed_iter_mut() {
-                        let grid = Grid { scale: 1.0, ..grids[r * groups + group] };
-                        self.quantizer.decode(grid, &[codes[r * columns + at.start + j]], std::slice::from_mut(unit));
+                        let params = QuantParams { scale: 1.0, ..group_params[r * groups + group] };
+                        self.quantizer.decode(params, &[codes[r * columns + at.start + j]], std::slice::from_mut(unit));
                     }
-                    let bent = matmul(second.slice(s![at.clone(), at.clone()]), unit.view());
+                    let curved = matmul(second.slice(s![at.clone(), at.clone()]), unit.view());
                     let gain = (&unit * &slope.slice(s![at.clone(), ..])).sum_axis(Axis(0));
-                    let bend = (&unit * &bent).sum_axis(Axis(0));
+                    let curvature = (&unit * &curved).sum_axis(Axis(0));
                     for (r, mut unit) in unit.columns_mut().into_iter().enumerate() {
-                        let grid = &mut grids[r * groups + group];
-                        let better = self.format.stored_scale(grid.scale + gain[r] / bend[r]);
-                        let change = better - grid.scale;
+                        let params = &mut group_params[r * groups + group];
+                        let better = self.format.stored_scale(params.scale + gain[r] / curvature[r]);
+                        let change = better - params.scale;
                         // What is stored is rounded, a power of two for some: only where it gains.
-                        let gains = change * (change * bend[r] - 2.0 * gain[r]) < 0.0;
+                        let gains = change * (change * curvature[r] - 2.0 * gain[r]) < 0.0;
                         let change = if gains { change } else { 0.0 };
-                        grid.scale += change;
+                        params.scale += change;
                         unit *= change;
                     }
                     let mut part = levels.slice_mut(s![at.clone(), ..]);
@@ -216,13 +217,13 @@ impl Task<'_> {
                 let end = (start + BLOCK).min(columns);
                 let mut changes = Array2::<f32>::zeros((end - start, rows));
                 for j in start..end {
-                    let bend = second[[j, j]];
+                    let curvature = second[[j, j]];
                     for r in 0..rows {
-                        let grid = grids[r * groups + j / self.group];
-                        let wanted = [levels[[j, r]] + slope[[j, r]] / bend];
+                        let params = group_params[r * groups + j / self.group];
+                        let wanted = [levels[[j, r]] + slope[[j, r]] / curvature];
                         let (mut best, mut level) = ([0u8], [0f32]);
-                        self.quantizer.encode(grid, &wanted, &mut best);
-                        self.quantizer.decode(grid, &best, &mut level);
+                        self.quantizer.encode(params, &wanted, &mut best);
+                        self.quantizer.decode(params, &best, &mut level);
                         codes[r * columns + j] = best[0];
                         changes[[j - start, r]] = level[0] - levels[[j, r]];
                         levels[[j, r]] = level[0];
@@ -234,21 +235,22 @@ impl Task<'_> {
                 }
                 for others in [0..start, end..columns] {
                     if !others.is_empty() {
-                        let told = matmul(second.slice(s![others.clone(), start..end]), changes.view());
-                        slope.slice_mut(s![others, ..]).scaled_add(-1.0, &told);
+                        let propagated = matmul(second.slice(s![others.clone(), start..end]), changes.view());
+                        slope.slice_mut(s![others, ..]).scaled_add(-1.0, &propagated);
                     }
                 }
             }
         }
     }
 
-    /// The grids of the group that begins at column `j`, from the columns as they are now.
-    fn fit(&self, w: &Array2<f32>, j: usize, groups: usize, grids: &mut [Grid]) {
+    /// The parameters of the group that begins at column `j`, from the columns as they are now.
+    fn fit(&self, w: &Array2<f32>, j: usize, groups: usize, group_params: &mut [QuantParams]) {
         let part = w.slice(s![j..j + self.group, ..]);
         let importance = &self.importance[j..j + self.group];
         for (r, column) in part.columns().into_iter().enumerate() {
             let weights = column.to_vec();
-            grids[r * groups + j / self.group] = self.format.fit(self.quantizer, &weights, importance, self.clipping);
+            group_params[r * groups + j / self.group] =
+                self.format.fit(self.quantizer, &weights, importance, self.clipping);
         }
     }
 }
@@ -281,18 +283,18 @@ mod tests {
     }
 
     /// As the paper has it: one column after the other, with the inverse of what is left.
-    fn slow(w: &Array2<f32>, grids: &PackedMatrix, second: &Array2<f64>, group: usize) -> Array2<f32> {
+    fn slow(w: &Array2<f32>, group_params: &PackedMatrix, second: &Array2<f64>, group: usize) -> Array2<f32> {
         let (rows, n) = w.dim();
-        let quantizer = grids.format.quantizer().unwrap();
+        let quantizer = group_params.format().quantizer().unwrap();
         let mut w = w.mapv(f64::from);
         for j in 0..n {
             let rest = second.slice(s![j.., j..]);
             let inverse = crate::linalg::regularized_inverse(rest, 0.0).unwrap();
             for r in 0..rows {
                 let at = r * (n / group) + j / group;
-                let grid = Grid { scale: grids.scales[at], zero: grids.zeros[at] };
+                let params = QuantParams { scale: group_params.scales()[at], zero: group_params.zeros()[at] };
                 let mut level = [0f32];
-                quantizer.round(grid, &[w[[r, j]] as f32], &mut level);
+                quantizer.round(params, &[w[[r, j]] as f32], &mut level);
                 let share = (w[[r, j]] - f64::from(level[0])) / inverse[[0, 0]];
                 for k in j + 1..n {
                     w[[r, k]] -= share * inverse[[0, k - j]];
@@ -306,7 +308,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
 
-        /// What the paper's own formula gives, on the grids that were found, and no worse than the nearest codes.
+        /// What the paper's own formula gives, on the parameters that were found, and no worse than the nearest codes.
         #[test]
         fn rounds_as_the_paper_says(rows in 1usize..80, bits in 2u8..6, seed in 0u64..999, order in any::<bool>()) {
             let (w, second) = (sample(rows, 24, seed), second(24, seed));
@@ -379,6 +381,6 @@ mod tests {
         assert!(round(Array2::zeros((8, 8))).unwrap_err().to_string().contains("positive definite"));
         // Inputs that know nothing of each other: the nearest codes.
         let nearest = PackedMatrix::quantize(w.view(), format, Clipping::Mse, None).unwrap();
-        assert_eq!(round(Array2::eye(8)).unwrap().packed, nearest.packed);
+        assert_eq!(round(Array2::eye(8)).unwrap().packed(), nearest.packed());
     }
 }

@@ -6,7 +6,7 @@
 //! as it is; here zero points are whole numbers, as they are stored, and the scale is fitted, too.
 
 use super::format::WeightFormat;
-use super::quantizer::{Grid, Quantizer};
+use super::quantizer::{QuantParams, Quantizer};
 
 /// The p of the norm.
 const NORM: f32 = 0.7;
@@ -17,44 +17,49 @@ const TURNS: usize = 20;
 /// How much an error has to gain to be taken as one, in steps of the scale, and how that grows with each turn.
 const SHARPNESS: (f32, f32) = (1.0, 1.1);
 
-/// The grid that leaves the least Σ|w − ŵ|^p of those that the turns come by, from this one on.
-pub fn half_quadratic(format: &WeightFormat, quantizer: &dyn Quantizer, weights: &[f32], start: Grid) -> Grid {
+/// The parameters that leaves the least Σ|w − ŵ|^p of those that the turns come by, from this one on.
+pub fn half_quadratic(
+    format: &WeightFormat,
+    quantizer: &dyn Quantizer,
+    weights: &[f32],
+    start: QuantParams,
+) -> QuantParams {
     let top = f32::from(((1u16 << format.weight_type.bits()) - 1) as u8);
     let mut rounded = vec![0f32; weights.len()];
-    let (mut grid, mut best, mut least) = (start, start, f32::INFINITY);
+    let (mut params, mut best, mut least) = (start, start, f32::INFINITY);
     let mut sharpness = SHARPNESS.0;
     for _ in 0..TURNS {
-        quantizer.round(grid, weights, &mut rounded);
+        quantizer.round(params, weights, &mut rounded);
         let norm: f32 = weights.iter().zip(&rounded).map(|(w, r)| (w - r).abs().powf(NORM)).sum();
         if norm >= least || norm.is_nan() {
             break;
         }
-        (best, least) = (grid, norm);
+        (best, least) = (params, norm);
         let anyway = |error: f32| {
-            let steps = (error / grid.scale).abs();
+            let steps = (error / params.scale).abs();
             // Infinite, and so 0 in the end, for no error at all.
             let shrunk = (steps - steps.powf(NORM - 1.0) / sharpness).max(0.0);
-            (shrunk * grid.scale).copysign(error)
+            (shrunk * params.scale).copysign(error)
         };
         let (mut shift, mut across, mut square) = (0f32, 0f32, 0f32);
         for (&w, &r) in weights.iter().zip(&rounded) {
             let wanted = w - anyway(w - r);
-            shift += (r - wanted) / grid.scale;
+            shift += (r - wanted) / params.scale;
         }
-        let mut zero = grid.zero;
+        let mut zero = params.zero;
         if format.has_zeros() {
             zero = (f32::from(zero) + shift / weights.len().max(1) as f32).round_ties_even().clamp(0.0, top) as u8;
         }
-        quantizer.round(Grid { zero, ..grid }, weights, &mut rounded);
+        quantizer.round(QuantParams { zero, ..params }, weights, &mut rounded);
         for (&w, &r) in weights.iter().zip(&rounded) {
             across += (w - anyway(w - r)) * r;
             square += r * r;
         }
-        let scale = format.stored_scale(grid.scale * across / square);
+        let scale = format.stored_scale(params.scale * across / square);
         if !(scale.is_finite() && scale > 0.0) {
             break;
         }
-        grid = Grid { scale, zero };
+        params = QuantParams { scale, zero };
         sharpness *= SHARPNESS.1;
     }
     best
@@ -79,9 +84,9 @@ mod tests {
             let format = WeightFormat { weight_type, group: Group::Channel, symmetric, scales: ScaleType::F16 };
             let quantizer = format.quantizer().unwrap();
             let ones = vec![1.0; values.len()];
-            let norm = |grid: Grid| {
+            let norm = |params: QuantParams| {
                 let mut rounded = vec![0.0; values.len()];
-                quantizer.round(grid, &values, &mut rounded);
+                quantizer.round(params, &values, &mut rounded);
                 values.iter().zip(&rounded).map(|(w, r)| (w - r).abs().powf(NORM)).sum::<f32>()
             };
             let plain = format.fit(&*quantizer, &values, &ones, Clipping::Absmax);

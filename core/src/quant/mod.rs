@@ -1,29 +1,39 @@
-//! Quantisers: what a weight matrix, or the rows of keys and values, become when their numbers are kept in a few bits.
+//! Quantisers: weight matrices, and rows of keys and values, whose numbers are kept in a few bits.
+//!
+//! A [`WeightFormat`] says what a weight's code is and who shares a scale; its [`Quantizer`] rounds. A [`PackedMatrix`] holds
+//! the codes, and a [`RowMatrix`] rows that are used one by one. Products with both are the kernels'.
 
 mod dual;
+mod fit;
 mod format;
-mod fused;
 mod gptq;
 mod half_quadratic;
-mod kernels;
 mod kmeans;
 mod nearest;
 mod packed;
+mod packed_products;
 mod packing;
 mod product;
 mod quantizer;
+mod round;
+mod row_format;
+mod row_sums;
 mod rows;
 mod trits;
 
 pub use kmeans::{kmeans, nearest};
 pub use nearest::nearest_rows;
 
+pub use crate::kernels::ActivationFormat;
 pub use dual::column_scales;
 pub use format::{Group, ScaleType, WeightFormat, WeightType};
-pub use fused::Activations;
 pub use gptq::Calibrated;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};
 pub use product::{ProductFormat, ProductQuantizer};
-pub use quantizer::{Clipping, Grid, NORMAL_FLOAT, Quantizer};
-pub use rows::{RowFormat, RowMatrix, RowType};
+pub use quantizer::{Clipping, NORMAL_FLOAT, QuantParams, Quantizer};
+pub use row_format::{RowFormat, RowType};
+pub use rows::RowMatrix;
+
+#[cfg(test)]
+mod products_tests;

@@ -3,12 +3,13 @@
 //! After Jégou, Douze and Schmid, as in NanoPQ and FAISS. Codewords are learned by k-means, started by k-means++ from a
 //! seed, so the same rows give the same codes.
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, s};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::kmeans::{kmeans, nearest};
 use crate::error::{Error, Result};
+use crate::linalg::require_finite;
 
 /// Codewords that one byte can tell apart.
 pub const MAX_CODEWORDS: usize = 256;
@@ -57,14 +58,14 @@ impl ProductFormat {
         Ok(())
     }
 
-    /// The nearest format that fits `rows` rows of `width` numbers: the divisor of the width that is nearest to
+    /// Returns the nearest format that fits `rows` rows of `width` numbers: the divisor of the width that is nearest to
     /// `subvectors`, the larger of two; and no more codewords than rows.
     pub fn fitted(&self, rows: usize, width: usize) -> ProductFormat {
         let nearest = divisors(width).min_by_key(|d| (d.abs_diff(self.subvectors), usize::MAX - d));
         ProductFormat { subvectors: nearest.unwrap_or(1), codewords: self.codewords.min(rows.max(1)), seed: self.seed }
     }
 
-    /// That the format fits as it is.
+    /// Checks that the format fits as it is.
     ///
     /// # Errors
     /// When the width is no multiple of `subvectors`, or there are fewer rows than codewords: with what would fit.
@@ -91,7 +92,7 @@ fn divisors(n: usize) -> impl Iterator<Item = usize> {
 /// The codewords of each piece.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProductQuantizer {
-    /// By piece, `[codewords, width of a piece]`.
+    /// Returns the codewords by piece, `[codewords, width of a piece]`.
     codebooks: Vec<Array2<f32>>,
 }
 
@@ -106,9 +107,7 @@ impl ProductQuantizer {
         if weights.len() != rows.nrows() {
             return Err(Error::expected("weights of the rows to quantise", weights.len(), rows.nrows()));
         }
-        if let Some((index, value)) = rows.iter().enumerate().find(|(_, v)| !v.is_finite()) {
-            return Err(Error::NotFinite { what: "the rows to quantise".into(), value: f64::from(*value), index });
-        }
+        require_finite("the rows to quantise", rows.iter())?;
         let width = rows.ncols() / format.subvectors;
         let codebooks = (0..format.subvectors)
             .into_par_iter()
@@ -121,7 +120,7 @@ impl ProductQuantizer {
         Ok(ProductQuantizer { codebooks })
     }
 
-    /// From codebooks `[codewords, width]`, one a piece.
+    /// Wraps codebooks `[codewords, width]`, one a piece.
     ///
     /// # Errors
     /// When there are none, they are of different shapes, or of more codewords than a byte can tell apart.
@@ -139,27 +138,27 @@ impl ProductQuantizer {
         Ok(ProductQuantizer { codebooks })
     }
 
-    /// By piece, `[codewords, width of a piece]`.
+    /// Returns the codewords by piece, `[codewords, width of a piece]`.
     pub fn codebooks(&self) -> &[Array2<f32>] {
         &self.codebooks
     }
 
-    /// Codewords of each piece.
+    /// Returns the number of codewords of each piece.
     pub fn codewords(&self) -> usize {
         self.codebooks[0].nrows()
     }
 
-    /// Length of a piece.
+    /// Returns the length of a piece.
     pub fn piece(&self) -> usize {
         self.codebooks[0].ncols()
     }
 
-    /// Length of a whole row.
+    /// Returns the length of a whole row.
     pub fn width(&self) -> usize {
         self.codebooks.len() * self.codebooks[0].ncols()
     }
 
-    /// The nearest codewords of rows `[rows, width]`: `[rows, subvectors]`.
+    /// Returns the nearest codewords of rows `[rows, width]`: `[rows, subvectors]`.
     ///
     /// # Panics
     /// When the width is another.
@@ -173,7 +172,7 @@ impl ProductQuantizer {
         })
     }
 
-    /// The rows that codes `[rows, subvectors]` stand for.
+    /// Returns the rows that codes `[rows, subvectors]` stand for.
     ///
     /// # Panics
     /// When a code has no codeword: [`ProductQuantizer::check`] refuses those.
@@ -184,7 +183,7 @@ impl ProductQuantizer {
         })
     }
 
-    /// That codes `[rows, subvectors]` are of this quantiser.
+    /// Checks that codes `[rows, subvectors]` are of this quantiser.
     ///
     /// # Errors
     /// When there is another number of pieces, or a code has no codeword.
@@ -200,20 +199,33 @@ impl ProductQuantizer {
         }
     }
 
-    /// ⟨codeword, piece of the query⟩ for every codeword: `[subvectors · codewords]`. A row's inner product with the
+    /// Returns ⟨codeword, piece of the query⟩ for every codeword: `[subvectors · codewords]`. A row's inner product with the
     /// query is the sum over its codes.
     pub fn table(&self, query: &[f32]) -> Vec<f32> {
         let width = self.codebooks[0].ncols();
         let mut table = vec![0f32; self.codebooks.len() * self.codewords()];
         for ((book, part), out) in
-            self.codebooks.iter().zip(query.chunks(width)).zip(table.chunks_mut(self.codewords()))
+            self.codebooks.iter().zip(query.chunks(width.max(1))).zip(table.chunks_mut(self.codewords()))
         {
-            super::kernels::dots(book.as_slice().expect("standard layout"), part, out);
+            crate::kernels::dots(book.as_slice().expect("standard layout"), part, out);
         }
         table
     }
 
-    /// Memory that the codewords take.
+    /// Returns a row's inner product with the query of a [table](ProductQuantizer::table).
+    pub fn score(&self, table: &[f32], codes: ArrayView1<u8>) -> f32 {
+        let words = self.codewords();
+        codes.iter().enumerate().map(|(piece, &code)| table[piece * words + usize::from(code)]).sum()
+    }
+
+    /// Adds the row that codes stand for to `y`, times a weight.
+    pub fn add_row(&self, codes: ArrayView1<u8>, weight: f32, y: &mut [f32]) {
+        for ((book, &code), y) in self.codebooks.iter().zip(codes).zip(y.chunks_mut(self.piece().max(1))) {
+            y.iter_mut().zip(book.row(usize::from(code))).for_each(|(y, v)| *y += weight * v);
+        }
+    }
+
+    /// Returns the memory that the codewords take.
     pub fn memory_bytes(&self) -> usize {
         4 * self.codebooks.iter().map(Array2::len).sum::<usize>()
     }
@@ -256,7 +268,7 @@ mod tests {
             let query = sample(1, pieces * width, seed + 1);
             let table = quantizer.table(query.as_slice().unwrap());
             for (codes, decoded) in codes.rows().into_iter().zip(decoded.rows()) {
-                let score: f32 = codes.iter().enumerate().map(|(piece, &code)| table[piece * quantizer.codewords() + usize::from(code)]).sum();
+                let score = quantizer.score(&table, codes);
                 prop_assert!((score - decoded.dot(&query.row(0))).abs() < 1e-4);
             }
         }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::format::{WeightFormat, WeightType};
-use super::half_quadratic::half_quadratic;
+use crate::error::{Error, Result};
 
 /// How a group's scale (and zero point) is found.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
@@ -24,11 +24,31 @@ pub enum Clipping {
     Hqq,
 }
 
-/// What the codes of one group stand for.
+impl Clipping {
+    /// Checks the numbers by themselves, and that ternary clipping is for ternary weights.
+    ///
+    /// # Errors
+    /// When a percentile is not above 0 and at most 100, or the mean is to be the scale of other weights.
+    pub fn check(self, weight_type: WeightType) -> Result<()> {
+        match self {
+            Clipping::Percentile(percent) if !(percent > 0.0 && percent <= 100.0) => {
+                Err(Error::expected("percentile of clipping", percent, "above 0 and at most 100"))
+            }
+            Clipping::Absmean if weight_type != WeightType::Ternary => {
+                let found = format!("\"absmean\" for {weight_type}");
+                Err(Error::expected("clipping", found, "\"absmean\" for ternary weights alone"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The scale and zero point of a group: what its codes stand for.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Grid {
+pub struct QuantParams {
+    /// The number that levels are multiplied with.
     pub scale: f32,
-    /// Of asymmetric integers; else 0.
+    /// The code of 0, of asymmetric integers; else 0.
     pub zero: u8,
 }
 
@@ -37,12 +57,6 @@ const TO_WHOLE: f32 = 12_582_912.0;
 
 /// Spans tried for [`Clipping::Mse`].
 const SPANS: usize = 12;
-
-/// Numbers that are added up as f32 before they are f64: there are many where a tensor has one scale.
-const PART: usize = 256;
-
-/// Times that a scale is then fitted to its codes.
-const FITS: usize = 3;
 
 /// The levels of NF4: quantiles of a standard normal distribution, scaled to [−1, 1] (QLoRA, appendix E).
 pub const NORMAL_FLOAT: [f32; 16] = [
@@ -68,18 +82,19 @@ pub const NORMAL_FLOAT: [f32; 16] = [
 ///
 /// Weights are finite, and at most `LARGEST` in size.
 pub trait Quantizer: Send + Sync {
-    /// Grids worth trying for a group, the plain one first; for anything but [`Clipping::Mse`] it is the only one.
-    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid>;
-    /// The weights as they come back from their codes.
-    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]);
-    /// The weights' codes, in the low bits.
-    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]);
-    /// What codes stand for.
-    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]);
+    /// Returns parameters worth trying for a group, the plain ones first; for anything but [`Clipping::Mse`] (and ternary
+    /// weights) they are the only ones.
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams>;
+    /// Writes the weights as they come back from their codes.
+    fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]);
+    /// Writes the weights' codes, in the low bits.
+    fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]);
+    /// Writes the numbers that codes stand for.
+    fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]);
 }
 
 impl WeightFormat {
-    /// The quantiser of the format's codes; `None` for floats, which need none.
+    /// Returns the quantiser of the format's codes; `None` for floats, which need none.
     pub fn quantizer(&self) -> Option<Box<dyn Quantizer>> {
         match self.weight_type {
             WeightType::Int(bits) if self.symmetric => Some(Box::new(Symmetric { bits: bits.into() })),
@@ -89,61 +104,6 @@ impl WeightFormat {
             WeightType::Ternary => Some(Box::new(Ternary)),
             WeightType::F16 | WeightType::Bf16 => None,
         }
-    }
-
-    /// The grid for a group of weights, with a scale as it is stored.
-    pub(super) fn fit(
-        &self,
-        quantizer: &dyn Quantizer,
-        weights: &[f32],
-        importance: &[f32],
-        clipping: Clipping,
-    ) -> Grid {
-        let stored = |grid: Grid| Grid { scale: self.stored_scale(grid.scale), ..grid };
-        let candidates = quantizer.candidates(weights, clipping);
-        let mut best = stored(candidates[0]);
-        match clipping {
-            Clipping::Mse => {}
-            Clipping::Hqq => return half_quadratic(self, quantizer, weights, best),
-            Clipping::Absmax | Clipping::Absmean | Clipping::Percentile(_) => return best,
-        }
-        let mut rounded = vec![0f32; weights.len()];
-        let mut error = |grid: Grid| {
-            quantizer.round(grid, weights, &mut rounded);
-            let parts = weights.chunks(PART).zip(rounded.chunks(PART)).zip(importance.chunks(PART));
-            let sums = parts.map(|((weights, rounded), importance)| {
-                let (mut error, mut across, mut square) = (0f32, 0f32, 0f32);
-                for ((&w, &r), &i) in weights.iter().zip(rounded).zip(importance) {
-                    error += i * (r - w) * (r - w);
-                    across += i * r * w;
-                    square += i * r * r;
-                }
-                [error, across, square].map(f64::from)
-            });
-            let [error, across, square] = sums.fold([0f64; 3], |a, b| std::array::from_fn(|i| a[i] + b[i]));
-            (error, (across / square) as f32)
-        };
-        let (mut least, mut factor) = (f64::INFINITY, 1.0);
-        for grid in candidates {
-            let grid = stored(grid);
-            let (found, fitting) = error(grid);
-            if found < least {
-                (best, least, factor) = (grid, found, fitting);
-            }
-        }
-        // The scale that is best for the codes, then the codes for that scale, while it gains.
-        for _ in 0..FITS {
-            let grid = stored(Grid { scale: best.scale * factor, ..best });
-            if !(factor > 0.0 && grid.scale.is_finite()) {
-                break;
-            }
-            let (found, fitting) = error(grid);
-            if found >= least || found.is_nan() {
-                break;
-            }
-            (best, least, factor) = (grid, found, fitting);
-        }
-        best
     }
 }
 
@@ -177,9 +137,9 @@ fn shares(bits: u32) -> impl Iterator<Item = f32> {
     (0..SPANS).map(move |i| 1.0 - (1.0 - least) * i as f32 / (SPANS - 1) as f32)
 }
 
-fn spans(plain: f32, bits: u32, clipping: Clipping) -> Vec<Grid> {
-    let grid = |share: f32| Grid { scale: plain * share, zero: 0 };
-    if clipping == Clipping::Mse { shares(bits).map(grid).collect() } else { vec![grid(1.0)] }
+fn spans(plain: f32, bits: u32, clipping: Clipping) -> Vec<QuantParams> {
+    let params = |share: f32| QuantParams { scale: plain * share, zero: 0 };
+    if clipping == Clipping::Mse { shares(bits).map(params).collect() } else { vec![params(1.0)] }
 }
 
 /// The largest weight that is not clipped.
@@ -206,24 +166,24 @@ impl Symmetric {
 }
 
 impl Quantizer for Symmetric {
-    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
         // In LQER-Qwix's order of operations.
         spans(or_one(reach(weights, clipping) * (1.0 / (self.half() - 0.5))), self.bits, clipping)
     }
 
-    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
-        let (reciprocal, half) = (1.0 / grid.scale, self.half());
-        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -half, half - 1.0) * grid.scale);
+    fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
+        let (reciprocal, half) = (1.0 / params.scale, self.half());
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -half, half - 1.0) * params.scale);
     }
 
-    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
-        let (reciprocal, half) = (1.0 / grid.scale, self.half());
+    fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
+        let (reciprocal, half) = (1.0 / params.scale, self.half());
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = whole(w * reciprocal, -half, half - 1.0) as i8 as u8);
     }
 
-    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
+    fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
         let unused = 8 - self.bits;
-        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = f32::from((c << unused) as i8 >> unused) * grid.scale);
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = f32::from((c << unused) as i8 >> unused) * params.scale);
     }
 }
 
@@ -238,7 +198,7 @@ impl Asymmetric {
 }
 
 impl Quantizer for Asymmetric {
-    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
         let top = f64::from(self.top());
         let (lo, hi) = match clipping {
             Clipping::Percentile(percent) => {
@@ -249,43 +209,45 @@ impl Quantizer for Asymmetric {
         };
         let plain = (hi - lo) / top;
         if (plain as f32) < f32::MIN_POSITIVE {
-            return vec![Grid { scale: 1.0, zero: 0 }];
+            return vec![QuantParams { scale: 1.0, zero: 0 }];
         }
         let ideal = -lo / plain;
-        let grid = |scale: f64, zero: f64| Grid { scale: scale as f32, zero: zero.clamp(0.0, top) as u8 };
-        let mut grids = vec![grid(plain, ideal.round_ties_even())];
+        let params = |scale: f64, zero: f64| QuantParams { scale: scale as f32, zero: zero.clamp(0.0, top) as u8 };
+        let mut group_params = vec![params(plain, ideal.round_ties_even())];
         if clipping == Clipping::Mse {
             // Clipping the ends a little buys finer steps for the rest.
-            grids
-                .extend(shares(self.bits).skip(1).map(|share| grid(plain * f64::from(share), ideal.round_ties_even())));
-            // A rounded zero point pushes one end off the grid: let the step grow to reach both.
+            group_params.extend(
+                shares(self.bits).skip(1).map(|share| params(plain * f64::from(share), ideal.round_ties_even())),
+            );
+            // A rounded zero point pushes one end off the parameters: let the step grow to reach both.
             for zero in [ideal.floor(), ideal.ceil()] {
                 if (lo == 0.0 || zero > 0.0) && (hi == 0.0 || zero < top) {
                     let below = if zero > 0.0 { -lo / zero } else { 0.0 };
                     let above = if zero < top { hi / (top - zero) } else { 0.0 };
                     let wide = below.max(above);
-                    grids.extend(shares(self.bits).step_by(3).map(|share| grid(wide * f64::from(share), zero)));
+                    group_params
+                        .extend(shares(self.bits).step_by(3).map(|share| params(wide * f64::from(share), zero)));
                 }
             }
         }
-        grids
+        group_params
     }
 
-    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
-        let (reciprocal, zero) = (1.0 / grid.scale, f32::from(grid.zero));
+    fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
+        let (reciprocal, zero) = (1.0 / params.scale, f32::from(params.zero));
         let top = self.top();
-        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -zero, top - zero) * grid.scale);
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -zero, top - zero) * params.scale);
     }
 
-    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
-        let (reciprocal, zero) = (1.0 / grid.scale, f32::from(grid.zero));
+    fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
+        let (reciprocal, zero) = (1.0 / params.scale, f32::from(params.zero));
         let top = self.top();
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = (whole(w * reciprocal, -zero, top - zero) + zero) as u8);
     }
 
-    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
-        let zero = f32::from(grid.zero);
-        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = (f32::from(c) - zero) * grid.scale);
+    fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
+        let zero = f32::from(params.zero);
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = (f32::from(c) - zero) * params.scale);
     }
 }
 
@@ -297,22 +259,22 @@ fn normal_level(value: f32) -> usize {
 }
 
 impl Quantizer for NormalFloat {
-    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
         spans(or_one(reach(weights, clipping)), 4, clipping)
     }
 
-    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
-        let reciprocal = 1.0 / grid.scale;
-        out.iter_mut().zip(weights).for_each(|(o, w)| *o = NORMAL_FLOAT[normal_level(w * reciprocal)] * grid.scale);
+    fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
+        let reciprocal = 1.0 / params.scale;
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = NORMAL_FLOAT[normal_level(w * reciprocal)] * params.scale);
     }
 
-    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
-        let reciprocal = 1.0 / grid.scale;
+    fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
+        let reciprocal = 1.0 / params.scale;
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = normal_level(w * reciprocal) as u8);
     }
 
-    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
-        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = NORMAL_FLOAT[usize::from(c & 15)] * grid.scale);
+    fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = NORMAL_FLOAT[usize::from(c & 15)] * params.scale);
     }
 }
 
@@ -327,30 +289,30 @@ impl Microscaling {
 }
 
 impl Quantizer for Microscaling {
-    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
         let reach = reach(weights, clipping);
         if reach < f32::MIN_POSITIVE.sqrt() {
-            return vec![Grid { scale: 1.0, zero: 0 }];
+            return vec![QuantParams { scale: 1.0, zero: 0 }];
         }
         // The power of two that brings the largest weight just below 2^(b−1).
         let power = reach.log2().floor() as i32 - (self.bits as i32 - 2);
-        let grid = |power: i32| Grid { scale: 2f32.powi(power.clamp(-126, 127)), zero: 0 };
+        let params = |power: i32| QuantParams { scale: 2f32.powi(power.clamp(-126, 127)), zero: 0 };
         // Half of it clips the largest weights, and has finer steps for the others.
-        if clipping == Clipping::Mse { [power, power - 1, power + 1].map(grid).to_vec() } else { vec![grid(power)] }
+        if clipping == Clipping::Mse { [power, power - 1, power + 1].map(params).to_vec() } else { vec![params(power)] }
     }
 
-    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
-        let (reciprocal, top) = (1.0 / grid.scale, self.top());
-        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -top, top) * grid.scale);
+    fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
+        let (reciprocal, top) = (1.0 / params.scale, self.top());
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -top, top) * params.scale);
     }
 
-    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
-        let (reciprocal, top) = (1.0 / grid.scale, self.top());
+    fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
+        let (reciprocal, top) = (1.0 / params.scale, self.top());
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = whole(w * reciprocal, -top, top) as i8 as u8);
     }
 
-    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
-        Symmetric { bits: self.bits }.decode(grid, codes, out);
+    fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
+        Symmetric { bits: self.bits }.decode(params, codes, out);
     }
 }
 
@@ -363,33 +325,33 @@ const TIMES_MEAN: [f64; 7] = [1.5, 1.0, 1.25, 1.75, 2.0, 2.25, 2.5];
 const MEANS: std::ops::RangeInclusive<f64> = 1e-5..=1e9;
 
 impl Quantizer for Ternary {
-    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<Grid> {
-        let grid = |scale: f64| Grid { scale: scale as f32, zero: 0 };
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
+        let params = |scale: f64| QuantParams { scale: scale as f32, zero: 0 };
         let sum: f64 = weights.iter().map(|w| f64::from(w.abs())).sum();
         let mean = sum / weights.len().max(1) as f64;
         match clipping {
-            Clipping::Absmean => vec![grid(mean.clamp(*MEANS.start(), *MEANS.end()))],
+            Clipping::Absmean => vec![params(mean.clamp(*MEANS.start(), *MEANS.end()))],
             Clipping::Absmax | Clipping::Percentile(_) => {
-                vec![Grid { scale: or_one(reach(weights, clipping)), zero: 0 }]
+                vec![QuantParams { scale: or_one(reach(weights, clipping)), zero: 0 }]
             }
             Clipping::Mse | Clipping::Hqq => {
                 let mean = if (mean as f32) < f32::MIN_POSITIVE.sqrt() { 1.0 } else { mean };
-                TIMES_MEAN.map(|times| grid(times * mean)).to_vec()
+                TIMES_MEAN.map(|times| params(times * mean)).to_vec()
             }
         }
     }
 
-    fn round(&self, grid: Grid, weights: &[f32], out: &mut [f32]) {
-        let reciprocal = 1.0 / grid.scale;
-        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -1.0, 1.0) * grid.scale);
+    fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
+        let reciprocal = 1.0 / params.scale;
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -1.0, 1.0) * params.scale);
     }
 
-    fn encode(&self, grid: Grid, weights: &[f32], codes: &mut [u8]) {
-        let reciprocal = 1.0 / grid.scale;
+    fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
+        let reciprocal = 1.0 / params.scale;
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = (whole(w * reciprocal, -1.0, 1.0) + 1.0) as u8);
     }
 
-    fn decode(&self, grid: Grid, codes: &[u8], out: &mut [f32]) {
-        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = (f32::from(c & 3) - 1.0) * grid.scale);
+    fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = (f32::from(c & 3) - 1.0) * params.scale);
     }
 }

@@ -1,91 +1,15 @@
 //! A matrix whose rows are used one by one: keys and values in f32, f16, int8 with a scale per row, or product codes.
 
-use std::fmt;
-
 use half::f16;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{IntoDeserializer, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::kernels::{Element, Line, accumulate, dots, lines_of, sum_lines, widen};
-use super::product::{ProductFormat, ProductQuantizer};
+use super::product::ProductQuantizer;
+use super::row_format::{RowFormat, RowType};
+use super::row_sums::{by_columns, in_columns};
 use crate::error::{Error, Result};
+use crate::kernels::{SparseRow, accumulate, dots, widen};
 use crate::linalg::{matmul, matmul_nt};
-
-/// What the numbers of a row are kept as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RowType {
-    #[default]
-    F32,
-    F16,
-    /// −127 … 127, times a scale of the row's own.
-    Int8,
-}
-
-impl RowType {
-    /// Bytes of one number.
-    pub fn bytes(self) -> usize {
-        match self {
-            RowType::F32 => 4,
-            RowType::F16 => 2,
-            RowType::Int8 => 1,
-        }
-    }
-}
-
-/// What the rows of a matrix are kept as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RowFormat {
-    /// Each number by itself.
-    Plain(RowType),
-    /// Codes of a product quantiser.
-    Product(ProductFormat),
-}
-
-impl Default for RowFormat {
-    fn default() -> Self {
-        RowFormat::Plain(RowType::F32)
-    }
-}
-
-impl Serialize for RowFormat {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        match self {
-            RowFormat::Plain(kind) => kind.serialize(serializer),
-            RowFormat::Product(format) => TaggedFormat::Pq(*format).serialize(serializer),
-        }
-    }
-}
-
-/// A name, or `{ type = "pq", … }`.
-impl<'de> Deserialize<'de> for RowFormat {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = RowFormat;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(r#""f32", "f16", "int8" or a table { type = "pq" }"#)
-            }
-            fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<RowFormat, E> {
-                RowType::deserialize(name.into_deserializer()).map(RowFormat::Plain)
-            }
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<RowFormat, A::Error> {
-                TaggedFormat::deserialize(MapAccessDeserializer::new(map))
-                    .map(|TaggedFormat::Pq(format)| RowFormat::Product(format))
-            }
-        }
-        deserializer.deserialize_any(Either)
-    }
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
-enum TaggedFormat {
-    Pq(ProductFormat),
-}
 
 /// Queries below this many go row by row; from it on a block of rows is widened once for all of them.
 const PRODUCT_FROM: usize = 4;
@@ -95,15 +19,6 @@ const BLOCK_ROWS: usize = 64;
 
 /// From this batch on, threads share one product better than they do blocks of rows.
 const WHOLE_FROM: usize = 256;
-
-/// Bytes of rows that a batch's sums go over at a time: less than a core's second cache.
-const NEAR_BYTES: usize = 512 << 10;
-
-/// Floats of a cache line.
-const LINE: usize = 16;
-
-/// Lines that stay in the nearest cache while sums are taken of them.
-const NEAREST_BYTES: usize = 40 << 10;
 
 /// A matrix `[rows, columns]` in one of the [`RowFormat`]s.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,7 +38,7 @@ enum Data {
 }
 
 impl RowMatrix {
-    /// `matrix` in this format; `weights` `[rows]` say how much each row's error counts where codewords are learned.
+    /// Keeps `matrix` in this format; `weights` `[rows]` say how much each row's error counts where codewords are learned.
     ///
     /// # Errors
     /// As [`RowMatrix::new`] and [`ProductQuantizer::train`].
@@ -138,7 +53,7 @@ impl RowMatrix {
         }
     }
 
-    /// From what [`RowMatrix::quantizer`] and [`RowMatrix::bytes`] gave.
+    /// Builds a matrix from what [`RowMatrix::quantizer`] and [`RowMatrix::bytes`] gave.
     ///
     /// # Errors
     /// When the codes are not the quantiser's.
@@ -147,7 +62,7 @@ impl RowMatrix {
         Ok(RowMatrix { columns: quantizer.width(), data: Data::Product(quantizer, codes) })
     }
 
-    /// `matrix` as it is, or rounded to the nearest.
+    /// Keeps `matrix` as it is, or rounded to the nearest.
     ///
     /// # Errors
     /// When a number is beyond what f16 can hold.
@@ -182,7 +97,7 @@ impl RowMatrix {
         Ok(RowMatrix { columns, data })
     }
 
-    /// From what [`RowMatrix::bytes`] and [`RowMatrix::scales`] gave.
+    /// Builds a matrix from what [`RowMatrix::bytes`] and [`RowMatrix::scales`] gave.
     ///
     /// # Errors
     /// When the lengths do not fit.
@@ -207,7 +122,7 @@ impl RowMatrix {
         Ok(RowMatrix { columns, data })
     }
 
-    /// The quantiser of product codes.
+    /// Returns the quantiser of product codes.
     pub fn quantizer(&self) -> Option<&ProductQuantizer> {
         match &self.data {
             Data::Product(quantizer, _) => Some(quantizer),
@@ -215,6 +130,7 @@ impl RowMatrix {
         }
     }
 
+    /// Returns the number of rows.
     pub fn rows(&self) -> usize {
         match &self.data {
             Data::F32(m) => m.nrows(),
@@ -224,11 +140,12 @@ impl RowMatrix {
         }
     }
 
+    /// Returns the number of columns.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// The floats themselves, where they are kept as such.
+    /// Returns the floats themselves, where they are kept as such.
     pub fn floats(&self) -> Option<ArrayView2<'_, f32>> {
         match &self.data {
             Data::F32(m) => Some(m.view()),
@@ -236,7 +153,7 @@ impl RowMatrix {
         }
     }
 
-    /// Each row's scale; none unless int8.
+    /// Returns each row's scale; none unless int8.
     pub fn scales(&self) -> &[f32] {
         match &self.data {
             Data::Int8(_, scales) => scales,
@@ -244,7 +161,7 @@ impl RowMatrix {
         }
     }
 
-    /// The rows' numbers, little-endian, `[rows, columns · bytes of a number]`; or their codes, `[rows, subvectors]`.
+    /// Returns the rows' numbers, little-endian, `[rows, columns · bytes of a number]`; or their codes, `[rows, subvectors]`.
     pub fn bytes(&self) -> Array2<u8> {
         let (all, kind): (Vec<u8>, RowType) = match &self.data {
             Data::F32(m) => (m.iter().flat_map(|v| v.to_le_bytes()).collect(), RowType::F32),
@@ -255,7 +172,7 @@ impl RowMatrix {
         Array2::from_shape_vec((self.rows(), self.columns * kind.bytes()), all).expect("one row after another")
     }
 
-    /// All rows as floats.
+    /// Returns all rows as floats.
     pub fn to_f32(&self) -> Array2<f32> {
         self.block(0, self.rows())
     }
@@ -280,7 +197,7 @@ impl RowMatrix {
         }
     }
 
-    /// `queries · Mᵀ` for queries `[batch, columns]`: `[batch, rows]`.
+    /// Returns `queries · Mᵀ` `[batch, rows]` for queries `[batch, columns]`.
     ///
     /// # Panics
     /// When the queries' width is another.
@@ -320,18 +237,15 @@ impl RowMatrix {
                     out.iter_mut().zip(scales).for_each(|(o, scale)| *o *= scale);
                 }
                 Data::Product(quantizer, codes) => {
-                    let (table, words) = (quantizer.table(query), quantizer.codewords());
-                    for (codes, out) in codes.rows().into_iter().zip(out) {
-                        let pieces = codes.iter().enumerate();
-                        *out = pieces.map(|(piece, &code)| table[piece * words + usize::from(code)]).sum();
-                    }
+                    let table = quantizer.table(query);
+                    codes.rows().into_iter().zip(out).for_each(|(codes, out)| *out = quantizer.score(&table, codes));
                 }
             }
         }
         out
     }
 
-    /// Inner products of some rows with a query `[columns]`.
+    /// Returns inner products of some rows with a query `[columns]`.
     ///
     /// # Panics
     /// When a row is not there, or the query's length is another.
@@ -354,18 +268,16 @@ impl RowMatrix {
                 }
             }
             Data::Product(quantizer, codes) => {
-                let (table, words) = (quantizer.table(query), quantizer.codewords());
-                for (&row, out) in rows.iter().zip(&mut out) {
-                    let pieces = codes.row(row as usize);
-                    *out =
-                        pieces.iter().enumerate().map(|(piece, &code)| table[piece * words + usize::from(code)]).sum();
-                }
+                let table = quantizer.table(query);
+                rows.iter()
+                    .zip(&mut out)
+                    .for_each(|(&row, out)| *out = quantizer.score(&table, codes.row(row as usize)));
             }
         }
         out
     }
 
-    /// `weights · M` for weights `[batch, rows]`: `[batch, columns]`.
+    /// Returns `weights · M` `[batch, columns]` for weights `[batch, rows]`.
     ///
     /// # Panics
     /// When there are not as many weights as rows.
@@ -383,67 +295,60 @@ impl RowMatrix {
         out
     }
 
-    /// `y += Σ weight · row`, over pairs of a row's number and its weight.
+    /// Computes `y += Σ weight · row`, over pairs of a row's number and its weight.
     ///
     /// # Panics
     /// When a row is not there, or `y` has another length.
-    pub fn accumulate(&self, picks: &[(u32, f32)], y: &mut [f32]) {
+    pub fn accumulate(&self, sparse: &SparseRow, y: &mut [f32]) {
         assert_eq!(y.len(), self.columns, "length of a sum of rows");
         let (width, start) = (self.columns, 0);
         match &self.data {
-            Data::F32(m) => accumulate(m.as_slice().expect("standard layout"), width, start, picks, y),
-            Data::F16(v) => accumulate(v, width, start, picks, y),
-            Data::Int8(v, _) => accumulate(v, width, start, &self.scaled(picks), y),
+            Data::F32(m) => accumulate(m.as_slice().expect("standard layout"), width, start, sparse, y),
+            Data::F16(v) => accumulate(v, width, start, sparse, y),
+            Data::Int8(v, _) => accumulate(v, width, start, &self.scaled(sparse), y),
             Data::Product(quantizer, codes) => {
-                for &(row, weight) in picks {
-                    let pieces =
-                        quantizer.codebooks().iter().zip(codes.row(row as usize)).zip(y.chunks_mut(quantizer.piece()));
-                    for ((book, &code), y) in pieces {
-                        let word = book.row(usize::from(code));
-                        y.iter_mut().zip(word).for_each(|(y, v)| *y += weight * v);
-                    }
-                }
+                sparse.iter().for_each(|&(row, weight)| quantizer.add_row(codes.row(row as usize), weight, y));
             }
         }
     }
 
-    /// [`RowMatrix::accumulate`] for each row of `y` `[picks.len(), columns]`, on all threads: some columns of all rows at a
+    /// Does [`RowMatrix::accumulate`] for each row of `y` `[sparse.len(), columns]`, on all threads: some columns of all rows at a
     /// time, so that what the rows share comes from a near cache.
     ///
     /// # Panics
     /// When a row is not there, or `y` has another shape.
-    pub fn accumulate_batch(&self, picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
-        assert_eq!(y.dim(), (picks.len(), self.columns), "shape of sums of rows");
+    pub fn accumulate_batch(&self, sparse: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+        assert_eq!(y.dim(), (sparse.len(), self.columns), "shape of sums of rows");
         match &self.data {
-            Data::F32(m) => by_columns(m.as_slice().expect("standard layout"), picks, y),
-            Data::F16(v) => by_columns(v, picks, y),
+            Data::F32(m) => by_columns(m.as_slice().expect("standard layout"), sparse, y),
+            Data::F16(v) => by_columns(v, sparse, y),
             Data::Int8(v, _) => {
-                let scaled: Vec<Vec<(u32, f32)>> = picks.iter().map(|picks| self.scaled(picks)).collect();
+                let scaled: Vec<Vec<(u32, f32)>> = sparse.iter().map(|sparse| self.scaled(sparse)).collect();
                 by_columns(v, &scaled, y);
             }
             Data::Product(..) => {
-                let rows: Vec<_> = y.rows_mut().into_iter().zip(picks).collect();
-                rows.into_par_iter().for_each(|(mut y, picks)| {
+                let rows: Vec<_> = y.rows_mut().into_iter().zip(sparse).collect();
+                rows.into_par_iter().for_each(|(mut y, sparse)| {
                     let mut sum = y.to_vec();
-                    self.accumulate(picks, &mut sum);
+                    self.accumulate(sparse, &mut sum);
                     y.assign(&ArrayView1::from(&sum));
                 });
             }
         }
     }
 
-    /// [`RowMatrix::accumulate_batch`] on this thread.
+    /// Does [`RowMatrix::accumulate_batch`] on this thread.
     ///
     /// # Panics
     /// As it, and when rows are product codes.
-    pub fn accumulate_on_this_thread(&self, picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
-        assert_eq!(y.dim(), (picks.len(), self.columns), "shape of sums of rows");
+    pub fn accumulate_on_this_thread(&self, sparse: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
+        assert_eq!(y.dim(), (sparse.len(), self.columns), "shape of sums of rows");
         let width = self.columns;
         match &self.data {
-            Data::F32(m) => in_columns(m.as_slice().expect("standard layout"), width, 0, picks, &mut y),
-            Data::F16(v) => in_columns(v, width, 0, picks, &mut y),
+            Data::F32(m) => in_columns(m.as_slice().expect("standard layout"), width, 0, sparse, &mut y),
+            Data::F16(v) => in_columns(v, width, 0, sparse, &mut y),
             Data::Int8(v, _) => {
-                let scaled: Vec<Vec<(u32, f32)>> = picks.iter().map(|picks| self.scaled(picks)).collect();
+                let scaled: Vec<Vec<(u32, f32)>> = sparse.iter().map(|sparse| self.scaled(sparse)).collect();
                 in_columns(v, width, 0, &scaled, &mut y);
             }
             Data::Product(..) => panic!("product codes are not summed on one thread"),
@@ -451,14 +356,14 @@ impl RowMatrix {
     }
 
     /// Weights times the scales of their rows, for int8.
-    fn scaled(&self, picks: &[(u32, f32)]) -> Vec<(u32, f32)> {
+    fn scaled(&self, sparse: &SparseRow) -> Vec<(u32, f32)> {
         match &self.data {
-            Data::Int8(_, scales) => picks.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect(),
-            _ => picks.to_vec(),
+            Data::Int8(_, scales) => sparse.iter().map(|&(row, w)| (row, w * scales[row as usize])).collect(),
+            _ => sparse.to_vec(),
         }
     }
 
-    /// Memory that numbers, scales, codes and codewords take.
+    /// Returns the memory that numbers, scales, codes and codewords take.
     pub fn memory_bytes(&self) -> usize {
         match &self.data {
             Data::F32(m) => 4 * m.len(),
@@ -469,57 +374,10 @@ impl RowMatrix {
     }
 }
 
-/// Some columns of all rows of `y` at a time, on all threads.
-fn by_columns<T: Element>(rows: &[T], picks: &[Vec<(u32, f32)>], mut y: ArrayViewMut2<f32>) {
-    let width = y.ncols();
-    let blocks = std::mem::size_of_val(rows).div_ceil(NEAR_BYTES).max(1);
-    let blocks = blocks.next_multiple_of(rayon::current_num_threads());
-    let columns = width.div_ceil(blocks).next_multiple_of(LINE).max(4 * LINE);
-    let blocks: Vec<_> = y.axis_chunks_iter_mut(Axis(1), columns).enumerate().collect();
-    blocks.into_par_iter().for_each(|(block, mut y)| in_columns(rows, width, block * columns, picks, &mut y));
-}
-
-/// The columns of `rows` of `width` from `start` on, as many as `y` has.
-fn in_columns<T: Element>(
-    rows: &[T],
-    width: usize,
-    start: usize,
-    picks: &[Vec<(u32, f32)>],
-    y: &mut ArrayViewMut2<f32>,
-) {
-    let count = rows.len().checked_div(width).unwrap_or(0);
-    let used: usize = picks.iter().map(Vec::len).sum();
-    // Where rows are used again and again, their lines are laid side by side in the nearest cache.
-    if used >= 2 * count && count * size_of::<Line>() <= NEAREST_BYTES {
-        return by_lines(rows, width, start, picks, y);
-    }
-    let mut sum = vec![0f32; y.ncols()];
-    for (mut y, picks) in y.rows_mut().into_iter().zip(picks) {
-        sum.fill(0.0);
-        accumulate(rows, width, start, picks, &mut sum);
-        y += &ArrayView1::from(&sum);
-    }
-}
-
-/// The columns of `rows` from `start` on, as many as `y` has, sixteen at a time.
-fn by_lines<T: Element>(rows: &[T], width: usize, start: usize, picks: &[Vec<(u32, f32)>], y: &mut ArrayViewMut2<f32>) {
-    let mut lines = vec![Line([0.0; LINE]); rows.len() / width];
-    assert!(picks.iter().flatten().all(|&(row, _)| (row as usize) < lines.len()), "a row that is not there");
-    let mut sums = vec![Line([0.0; LINE]); picks.len()];
-    for (number, mut y) in y.axis_chunks_iter_mut(Axis(1), LINE).enumerate() {
-        lines_of(rows, width, start + number * LINE, &mut lines);
-        // SAFETY: there are as many lines as rows, and a sum for each list of picks.
-        unsafe { sum_lines(&lines, picks, &mut sums) };
-        for (mut y, sum) in y.rows_mut().into_iter().zip(&sums) {
-            let y = y.as_slice_mut().expect("rows of a standard layout");
-            y.iter_mut().zip(&sum.0).for_each(|(y, sum)| *y += sum);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::ProductFormat;
     use proptest::prelude::*;
 
     const KINDS: [RowType; 3] = [RowType::F32, RowType::F16, RowType::Int8];
@@ -554,11 +412,11 @@ mod tests {
                     let difference = kept.products(queries.view()) - queries.dot(&floats.t());
                     prop_assert!(difference.iter().all(|d| d.abs() < 1e-3));
                 }
-                let picks: Vec<(u32, f32)> = (0..rows as u32).step_by(3).map(|i| (i, i as f32 / 50.0 - 1.0)).collect();
+                let sparse: Vec<(u32, f32)> = (0..rows as u32).step_by(3).map(|i| (i, i as f32 / 50.0 - 1.0)).collect();
                 let mut y = vec![0.5; columns];
-                kept.accumulate(&picks, &mut y);
+                kept.accumulate(&sparse, &mut y);
                 for (j, y) in y.iter().enumerate() {
-                    let expected: f32 = 0.5 + picks.iter().map(|&(i, w)| w * floats[[i as usize, j]]).sum::<f32>();
+                    let expected: f32 = 0.5 + sparse.iter().map(|&(i, w)| w * floats[[i as usize, j]]).sum::<f32>();
                     prop_assert!((y - expected).abs() < 1e-3);
                 }
                 let weights = sample(3, rows, seed + 2);
@@ -576,39 +434,21 @@ mod tests {
         let plain = [RowType::F32, RowType::F16, RowType::Int8].map(RowFormat::Plain);
         for format in plain.into_iter().chain([product]) {
             let kept = RowMatrix::in_format(matrix.clone(), format, &[1.0; 3000]).unwrap();
-            let picks: Vec<Vec<(u32, f32)>> = (0..9)
+            let sparse: Vec<Vec<(u32, f32)>> = (0..9)
                 .map(|q| (0..q * 5).map(|i| ((i * 397 + q) as u32 % 3000, i as f32 * 0.1 - 1.0)).collect())
                 .collect();
             let mut together = sample(9, 203, 2);
             let mut alone = together.clone();
-            kept.accumulate_batch(&picks, together.view_mut());
-            for (mut y, picks) in alone.rows_mut().into_iter().zip(&picks) {
-                kept.accumulate(picks, y.as_slice_mut().unwrap());
+            kept.accumulate_batch(&sparse, together.view_mut());
+            for (mut y, sparse) in alone.rows_mut().into_iter().zip(&sparse) {
+                kept.accumulate(sparse, y.as_slice_mut().unwrap());
             }
             assert!((&together - &alone).iter().all(|d| d.abs() < 1e-4), "{format:?}");
             if !matches!(format, RowFormat::Product(_)) {
                 let mut here = sample(9, 203, 2);
-                kept.accumulate_on_this_thread(&picks, here.view_mut());
+                kept.accumulate_on_this_thread(&sparse, here.view_mut());
                 assert!((here - &alone).iter().all(|d| d.abs() < 1e-4), "{format:?}");
             }
-        }
-    }
-
-    #[test]
-    fn formats_are_names_or_tables() {
-        let read = |text: &str| serde_json::from_str::<RowFormat>(text);
-        assert_eq!(read(r#""int8""#).unwrap(), RowFormat::Plain(RowType::Int8));
-        let product = RowFormat::Product(ProductFormat { subvectors: 4, ..ProductFormat::default() });
-        assert_eq!(read(r#"{"type":"pq","subvectors":4}"#).unwrap(), product);
-        assert_eq!(read(&serde_json::to_string(&product).unwrap()).unwrap(), product);
-        for (text, says) in [
-            (r#""int3""#, "int8"),
-            (r#"{"type":"opq"}"#, "pq"),
-            (r#"{"type":"pq","words":3}"#, "codewords"),
-            ("7", "a table"),
-        ] {
-            let message = read(text).unwrap_err().to_string();
-            assert!(message.contains(says), "{message}");
         }
     }
 

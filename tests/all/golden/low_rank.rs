@@ -1,18 +1,16 @@
 //! LQER on Qwix, run; and LQER, L²QER, QERA-approx and QERA-exact by float64 formulas.
 
-use std::sync::Arc;
-
 use ndarray::{Array2, ArrayView2, s};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use layerstore::layer::{Correction, Layer, LowRankConfig, Rank, SvdMethod, Transform};
 use layerstore::compress::{ImportOptions, Rules, import};
 use layerstore::formats;
-use layerstore::quant::{Activations, Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
+use layerstore::layer::{Correction, LowRankConfig, Rank, SvdMethod, Transform};
+use layerstore::quant::{ActivationFormat, Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
 use layerstore::store::Store;
 
-use super::{Case, narrow};
+use super::{Case, Tally, narrow};
 
 #[path = "../../../examples/lqer_table/peer.rs"]
 mod peer;
@@ -29,15 +27,16 @@ fn all_components(out: usize, inputs: usize) -> LowRankConfig {
 }
 
 fn codes(q: &PackedMatrix) -> Array2<u8> {
-    let mut all = Array2::zeros((q.rows, q.columns));
+    let mut all = Array2::zeros((q.nrows(), q.ncols()));
     for (row, mut codes) in all.rows_mut().into_iter().enumerate() {
-        unpack(q.row(row), q.format.weight_type.bits(), codes.as_slice_mut().unwrap());
+        unpack(q.row_codes(row), q.format().weight_type.bits(), codes.as_slice_mut().unwrap());
     }
     all
 }
 
 #[test]
 fn golden_qera() {
+    let mut tally = Tally::default();
     for case in Case::of("qera") {
         let config = &case.index["config"];
         let number = |name: &str| config[name].as_u64().unwrap() as usize;
@@ -50,13 +49,20 @@ fn golden_qera() {
         };
         let packed = PackedMatrix::quantize(weight.view(), format, Clipping::Absmax, None).unwrap();
         assert_eq!(codes(&packed).mapv(f64::from).reversed_axes(), case.matrix("in.qvalue"), "{}", case.name);
-        let zeros = Array2::from_shape_vec((packed.rows, packed.zeros.len() / packed.rows), packed.zeros.clone());
+        let zeros =
+            Array2::from_shape_vec((packed.nrows(), packed.zeros().len() / packed.nrows()), packed.zeros().to_vec());
         assert_eq!(zeros.unwrap().mapv(f64::from).reversed_axes(), case.matrix("in.zero"), "{}", case.name);
 
         let dequantised = narrow(&case.matrix("in.w_dequant").reversed_axes());
         let error = &weight - &dequantised;
         let (x, second) = (case.matrix("in.x_eval"), case.matrix("in.R"));
         let exact = x.dot(&weight.t().mapv(f64::from));
+        let squares = |m: &Array2<f64>| m.iter().map(|v| v * v).sum::<f64>();
+        let scalar = |v: f64| ndarray::arr0(v).into_dyn();
+        let lost = error.mapv(f64::from);
+        let off = x.dot(&lost.t());
+        case.holds("out.uncorrected.err_eval_rms", scalar((squares(&off) / off.len() as f64).sqrt()));
+        case.holds("out.uncorrected.objective", scalar((lost.dot(&second) * &lost).sum()));
         let transforms = [
             ("lqer", Transform::Identity),
             ("l2qer", Transform::mean_abs(case.vector("in.abs_mean"))),
@@ -77,23 +83,26 @@ fn golden_qera() {
                 let name = |what: &str| format!("out.r{k}.{method}.{what}");
                 case.holds(&name("w_corrected"), corrected.t().to_owned().into_dyn());
                 let off = x.dot(&corrected.t()) - &exact;
-                let squares = |m: &Array2<f64>| m.iter().map(|v| v * v).sum::<f64>();
-                let scalar = |v: f64| ndarray::arr0(v).into_dyn();
                 case.holds(&name("err_eval_rms"), scalar((squares(&off) / off.len() as f64).sqrt()));
                 case.holds(&name("err_eval_rel"), scalar((squares(&off) / squares(&exact)).sqrt()));
                 let left = weight.mapv(f64::from) - &corrected;
                 case.holds(&name("objective"), scalar((left.dot(&second) * &left).sum()));
             }
         }
+        tally.ran(&case, "qera", &[]);
     }
+    tally.expect(&[("qera", 3)]);
 }
 
 #[test]
 fn golden_lqer_kernels() {
     let cases = Case::of("lqer_qwix");
+    let mut tally = Tally::default();
     for case in cases.iter().filter(|c| c.index.get("float_file").is_some()) {
         let float = float_of(&cases, case);
-        for (kernel, layer) in case.index["per_layer"].as_object().unwrap() {
+        let kernels = case.index["per_layer"].as_object().unwrap();
+        assert_eq!(kernels.len() as u64, case.index["quantised_layers"].as_u64().unwrap(), "{}", case.name);
+        for (kernel, layer) in kernels {
             let weight = narrow(&float.matrix(&format!("w.{kernel}")).reversed_axes());
             let (out, inputs) = weight.dim();
             let format = lqer_format(layer["bits"].as_u64().unwrap());
@@ -112,39 +121,53 @@ fn golden_lqer_kernels() {
             let allowed = case.index["tolerance"]["error_a @ error_b"]["abs"].as_f64().unwrap();
             assert!(off <= allowed, "{} {kernel}: {off}", case.name);
         }
+        tally.ran(case, case.index["model"].as_str().unwrap(), &["out.ptq", "out.lqer"]);
     }
+    tally.expect(&[("SimpleMLP", 2), ("SimpleTransformer", 4)]);
 }
 
 /// Weights and activations as int8: each product of integers, times both scales.
 #[test]
 fn golden_lqer_int8_activations() {
+    let mut tally = Tally::default();
     for case in Case::of("lqer_qwix").iter().filter(|c| c.has("out.act_qvalue/0")) {
         let mut x = narrow(&case.matrix("in.x"));
+        let mut float = case.matrix("in.x");
         for (place, kernel) in ["Dense_0/kernel", "Dense_1/kernel"].into_iter().enumerate() {
-            let weight = narrow(&case.matrix(&format!("w.{kernel}")).reversed_axes());
+            let weight = case.matrix(&format!("w.{kernel}"));
+            float = float.dot(&weight);
+            let weight = narrow(&weight.reversed_axes());
             let quantize =
                 |m: ArrayView2<f32>| PackedMatrix::quantize(m, lqer_format(8), Clipping::Absmax, None).unwrap();
             let (weight, inputs) = (quantize(weight.view()), quantize(x.view()));
             same_integers(case, kernel, &weight);
             let found = codes(&inputs).mapv(|c| f64::from(c as i8));
             assert_eq!(found, case.matrix(&format!("out.act_qvalue/{place}")), "{}", case.name);
+            let scales = inputs.scales().iter().map(|&scale| f64::from(scale)).collect();
+            let scales = Array2::from_shape_vec((inputs.nrows(), 1), scales).unwrap();
+            case.holds(&format!("out.act_scale/{place}"), scales.into_dyn());
             // The kernel on integers rounds its inputs as the peer does.
-            let product = weight.products(x.view(), Activations::Int8);
+            let product = weight.products(x.view(), ActivationFormat::Int8);
             x = inputs.dequantize().dot(&weight.dequantize().t());
             let off = (&product - &x).iter().fold(0f32, |most, v| most.max(v.abs()));
             assert!(off <= 1e-5, "{} {kernel}: {off}", case.name);
             if place == 0 {
                 x.mapv_inplace(|v| v.max(0.0));
+                float.mapv_inplace(|v| v.max(0.0));
             }
         }
         case.holds("out.ptq", x.mapv(f64::from).into_dyn());
+        case.holds("out.fp", float.into_dyn());
+        tally.ran(case, case.index["model"].as_str().unwrap(), &[]);
     }
+    tally.expect(&[("SimpleMLP", 1)]);
 }
 
 /// Whole models from a store: the checkpoint imported under rules, its layers opened from the snapshot, and run.
 #[tokio::test(flavor = "multi_thread")]
 async fn golden_lqer_models() {
     let cases = Case::of("lqer_qwix");
+    let mut tally = Tally::default();
     for case in cases.iter().filter(|c| c.index.get("float_file").is_some()) {
         let float = float_of(&cases, case);
         let folder = tempfile::tempdir().unwrap();
@@ -191,7 +214,11 @@ async fn golden_lqer_models() {
             };
             of.holds(expected, found.mapv(f64::from));
         }
+        // The integers, their scales and the correction are the kernels' test's.
+        let of_kernels = ["out.qvalue/", "out.scale/", "out.error_sigma/", "out.error_a/", "out.error_b/"];
+        tally.ran(case, case.index["model"].as_str().unwrap(), &of_kernels);
     }
+    tally.expect(&[("SimpleMLP", 2), ("SimpleTransformer", 4)]);
 }
 
 fn float_of<'a>(cases: &'a [Case], case: &Case) -> &'a Case {
@@ -205,10 +232,10 @@ fn lqer_format(bits: u64) -> WeightFormat {
 }
 
 fn same_integers(case: &Case, kernel: &str, packed: &PackedMatrix) {
-    let unused = 8 - packed.format.weight_type.bits();
+    let unused = 8 - packed.format().weight_type.bits();
     let found = codes(packed).mapv(|c| f64::from((c << unused) as i8 >> unused));
     assert_eq!(found.t(), case.matrix(&format!("out.qvalue/{kernel}")), "{} {kernel}", case.name);
-    let scales = Array2::from_shape_vec((1, packed.rows), packed.scales.iter().map(|&v| f64::from(v)).collect());
+    let scales = Array2::from_shape_vec((1, packed.nrows()), packed.scales().iter().map(|&v| f64::from(v)).collect());
     case.holds(&format!("out.scale/{kernel}"), scales.unwrap().into_dyn());
 }
 

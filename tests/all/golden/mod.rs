@@ -1,9 +1,10 @@
 //! Reference data: inputs, weights and outputs of other implementations, and of float64 formulas.
 //!
 //! Reads the folder that `LAYERSTORE_GOLDEN` names, or `tests/fixtures/golden`. In it each system has a folder with an
-//! `index.json` that lists its cases; every case is run.
+//! `index.json` that lists its cases; every case is run, every output of it is looked at, and what was run is counted.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -25,19 +26,57 @@ struct Case {
     /// What the folder's index says beside its cases.
     folder: Arc<Value>,
     tensors: BTreeMap<String, Tensor>,
+    /// Names of tensors that a test has looked at.
+    used: RefCell<BTreeSet<String>>,
+}
+
+/// The folder that `LAYERSTORE_GOLDEN` names.
+fn named_folder() -> Option<PathBuf> {
+    std::env::var_os("LAYERSTORE_GOLDEN").map(PathBuf::from)
+}
+
+/// What a test ran, by kind of case.
+#[derive(Default)]
+struct Tally(BTreeMap<String, usize>);
+
+impl Tally {
+    /// Counts a case that was run, and asserts that all outputs with a tolerance were looked at, but for those that `unused`
+    /// names: another test's, or what the other implementation is known to have wrong. A name with a dot or a slash at its end
+    /// stands for all that begin with it.
+    fn ran(&mut self, case: &Case, kind: &str, unused: &[&str]) {
+        let used = case.used.borrow();
+        let named = |name: &str| {
+            let group = |start: &str| start.ends_with(['.', '/']) && name.starts_with(start);
+            unused.iter().any(|entry| name == *entry || group(entry))
+        };
+        let judged = |name: &str| {
+            case.tolerance(name).is_some_and(|t| ["abs", "rel", "atol", "exact"].iter().any(|k| !t[k].is_null()))
+        };
+        let outputs = case.tensors.keys().filter(|name| name.starts_with("out."));
+        let missed: Vec<&String> =
+            outputs.filter(|name| judged(name) && !used.contains(*name) && !named(name)).collect();
+        assert!(missed.is_empty(), "{}: nothing looked at {missed:?}", case.name);
+        *self.0.entry(kind.to_owned()).or_default() += 1;
+    }
+
+    /// Asserts that so many cases of each kind were run; of another folder's cases, that there was one of each kind at least.
+    fn expect(self, expected: &[(&str, usize)]) {
+        let found: Vec<(&str, usize)> = self.0.iter().map(|(kind, &count)| (kind.as_str(), count)).collect();
+        let kinds = |of: &[(&str, usize)]| of.iter().map(|(kind, _)| (*kind).to_owned()).collect::<BTreeSet<String>>();
+        match named_folder() {
+            None => assert_eq!(found.into_iter().collect::<BTreeSet<_>>(), expected.iter().copied().collect()),
+            Some(folder) => assert_eq!(kinds(&found), kinds(expected), "{}", folder.display()),
+        }
+    }
 }
 
 impl Case {
-    /// The cases of a system; none where another folder was named and does not have it.
+    /// The cases of a system.
     fn of(system: &str) -> Vec<Case> {
-        let named = std::env::var_os("LAYERSTORE_GOLDEN").map(PathBuf::from);
-        let given = named.is_some();
-        let folder = named.unwrap_or_else(|| "tests/fixtures/golden".into()).join(system);
-        if given && !folder.is_dir() {
-            return vec![];
-        }
+        let folder = named_folder().unwrap_or_else(|| "tests/fixtures/golden".into()).join(system);
+        let index = folder.join("index.json");
         // Python writes numbers that are not finite, which JSON does not know.
-        let index = std::fs::read_to_string(folder.join("index.json")).unwrap();
+        let index = std::fs::read_to_string(&index).unwrap_or_else(|e| panic!("{}: {e}", index.display()));
         let index = ["-Infinity", "Infinity", "NaN"].iter().fold(index, |text, name| text.replace(name, "null"));
         let index: Value = serde_json::from_str(&index).unwrap();
         let index = Arc::new(index);
@@ -48,7 +87,8 @@ impl Case {
             let bytes = std::fs::read(folder.join(file)).unwrap();
             let tensors = SafeTensors::deserialize(&bytes).unwrap();
             let tensors = tensors.iter().map(|(name, view)| (name.to_owned(), wide(&view))).collect();
-            Case { name: format!("{system}/{file}"), index: case.clone(), folder: index.clone(), tensors }
+            let used = RefCell::default();
+            Case { name: format!("{system}/{file}"), index: case.clone(), folder: index.clone(), tensors, used }
         };
         cases.iter().map(read).collect()
     }
@@ -62,6 +102,7 @@ impl Case {
     }
 
     fn any(&self, tensor: &str) -> &Tensor {
+        self.used.borrow_mut().insert(tensor.to_owned());
         self.tensors.get(tensor).unwrap_or_else(|| panic!("{}: no tensor '{tensor}'", self.name))
     }
 

@@ -1,11 +1,11 @@
 use ndarray::{Array2, Array4, ArrayView2, Axis, s};
 use proptest::prelude::*;
 
-use super::super::{Codebook, Past, Quantized, RelativeBias, Visible};
+use super::super::{AttentionCodebook, AttentionMask, CompressedCache, RelativeBias, VqAttention};
 use super::{dot, naive, off, sample, three, weighed};
 
 /// The vectors' codewords in their place, by the definition: the first of the nearest.
-pub(super) fn replaced(book: &Codebook, x: &Array4<f32>) -> Array4<f32> {
+pub(super) fn replaced(book: &AttentionCodebook, x: &Array4<f32>) -> Array4<f32> {
     let words = book.codewords();
     let mut all = x.clone();
     for ((_, h, _), mut vector) in
@@ -43,21 +43,21 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let (q, k, v) = (sample((2, heads.0, tokens, 6), seed), sample((2, heads.1, tokens, 6), seed ^ 1), sample((2, heads.1, tokens, 5), seed ^ 2));
-        let of_queries = Codebook::of_codewords(three((heads.0, codes, 6), seed ^ 3)).unwrap();
-        let of_keys = Codebook::of_codewords(three((heads.1, codes, 6), seed ^ 4)).unwrap();
-        let attention = Quantized::new(&of_keys, quantized.then_some(&of_queries), scale, block_len);
+        let of_queries = AttentionCodebook::of_codewords(three((heads.0, codes, 6), seed ^ 3)).unwrap();
+        let of_keys = AttentionCodebook::of_codewords(three((heads.1, codes, 6), seed ^ 4)).unwrap();
+        let attention = VqAttention::new(&of_keys, quantized.then_some(&of_queries), scale, block_len);
         let (asked, near) = (if quantized { replaced(&of_queries, &q) } else { q.clone() }, replaced(&of_keys, &k));
         let allowed = 3e-5 * (1.0 + f64::from(scale));
         let there = Array2::from_shape_fn((2, tokens), |(b, j)| j == 0 || !(j + b).is_multiple_of(3));
-        let visible = Visible { keys: Some(there.view()), ..Visible::default() };
-        let found = attention.all(q.view(), k.view(), v.view(), &visible).unwrap();
-        prop_assert!(off(&found, &naive(&asked, &near, &v, scale, &visible)) <= allowed);
-        let past = || Past::new(2, heads.1, codes, 5);
-        let mut whole = past();
+        let mask = AttentionMask { keys: Some(there.view()), ..AttentionMask::default() };
+        let found = attention.bidirectional(q.view(), k.view(), v.view(), &mask).unwrap();
+        prop_assert!(off(&found, &naive(&asked, &near, &v, scale, &mask)) <= allowed);
+        let cache = || CompressedCache::new(2, heads.1, codes, 5);
+        let mut whole = cache();
         let found = attention.causal(q.view(), k.view(), v.view(), &mut whole).unwrap();
-        let causal = Visible { causal: true, ..Visible::default() };
+        let causal = AttentionMask { causal: true, ..AttentionMask::default() };
         prop_assert!(off(&found, &naive(&asked, &near, &v, scale, &causal)) <= allowed);
-        let (mut pieces, middle) = (past(), (cut * tokens as f64) as usize);
+        let (mut pieces, middle) = (cache(), (cut * tokens as f64) as usize);
         for range in [0..middle, middle..tokens] {
             let part = |x: &Array4<f32>| x.slice(s![.., .., range.clone(), ..]).to_owned();
             let piece = attention.causal(part(&q).view(), part(&k).view(), part(&v).view(), &mut pieces).unwrap();
@@ -84,14 +84,14 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let (q, k, v) = (sample((2, heads.0, tokens, 6), seed), sample((2, heads.1, tokens, 6), seed ^ 1), sample((2, heads.1, tokens, 5), seed ^ 2));
-        let book = Codebook::of_codewords(three((heads.1, 8, 6), seed ^ 4)).unwrap();
+        let book = AttentionCodebook::of_codewords(three((heads.1, 8, 6), seed ^ 4)).unwrap();
         let (u, w, r) = (three((1, heads.0, 6), seed ^ 5), three((1, heads.0, 6), seed ^ 6), three((heads.0, mem_len + 1, 6), seed ^ 7));
         fn rows(x: &ndarray::Array3<f32>) -> ArrayView2<'_, f32> {
             x.index_axis(Axis(0), 0)
         }
         let bias = positions.then(|| RelativeBias { u: rows(&u), w: rows(&w), r: r.view() });
         // Without positions, what is behind the window does not count; a window goes back from its block's first token.
-        let attention = Quantized { mem_len, bias, agg_cache: positions, ..Quantized::new(&book, None, 0.7, block_len) };
+        let attention = VqAttention { mem_len, bias, agg_cache: positions, ..VqAttention::new(&book, None, 0.7, block_len) };
         let (near, shared) = (replaced(&book, &k), heads.0 / heads.1);
         let score = |b: usize, h: usize, i: usize, j: usize| {
             let (query, key) = (q.slice(s![b, h, i, ..]), near.slice(s![b, h / shared, j, ..]));
@@ -107,21 +107,21 @@ proptest! {
             (j <= i && reached).then_some(0.7 * content)
         };
         let expected = weighed(&q, &v, score);
-        let mut whole = Past::new(2, heads.1, 8, 5);
+        let mut whole = CompressedCache::new(2, heads.1, 8, 5);
         let found = attention.causal(q.view(), k.view(), v.view(), &mut whole).unwrap();
         prop_assert!(off(&found, &expected) <= 3e-5);
         prop_assert_eq!(whole.recent_codes.dim().2, mem_len.min(tokens));
         if positions {
             let mut ends: Vec<usize> = cuts.iter().map(|cut| (cut * tokens as f64) as usize).chain([tokens]).collect();
             ends.sort_unstable();
-            let (mut past, mut start) = (Past::new(2, heads.1, 8, 5), 0);
+            let (mut cache, mut start) = (CompressedCache::new(2, heads.1, 8, 5), 0);
             for end in ends {
                 let part = |x: &Array4<f32>| x.slice(s![.., .., start..end, ..]).to_owned();
-                let piece = attention.causal(part(&q).view(), part(&k).view(), part(&v).view(), &mut past).unwrap();
+                let piece = attention.causal(part(&q).view(), part(&k).view(), part(&v).view(), &mut cache).unwrap();
                 prop_assert!(piece.output.iter().zip(&part(&found.output)).all(|(a, b)| (a - b).abs() <= 3e-5));
                 start = end;
             }
-            prop_assert_eq!((&past.counts, &past.recent_codes), (&whole.counts, &whole.recent_codes));
+            prop_assert_eq!((&cache.counts, &cache.recent_codes), (&whole.counts, &whole.recent_codes));
         }
     }
 }
@@ -129,40 +129,43 @@ proptest! {
 #[test]
 fn codebooks_learn_and_do_not_die() {
     let x = three((2, 200, 4), 5);
-    let mut book = Codebook::by_kmeans(x.view(), 8, 1).unwrap();
-    let error = |book: &mut Codebook| book.clone().learn(x.view(), None, 0.9).unwrap().commitment;
+    let mut book = AttentionCodebook::by_kmeans(x.view(), 8, 1).unwrap();
+    let error = |book: &mut AttentionCodebook| book.clone().update(x.view(), None, 0.9).unwrap().commitment;
     let first = error(&mut book);
-    let mut far = Codebook::of_codewords(three((2, 8, 4), 6) * 50.0).unwrap();
+    let mut far = AttentionCodebook::of_codewords(three((2, 8, 4), 6) * 50.0).unwrap();
     let start = error(&mut far);
     for step in 0..60 {
-        far.learn(x.view(), None, 0.8).unwrap();
+        far.update(x.view(), None, 0.8).unwrap();
         far.revive(x.view(), 0.2, step).unwrap();
     }
     let end = error(&mut far);
     assert!(end < 0.5 * start && end < 1.6 * first, "{start} {end} {first}");
-    assert_eq!(Codebook::by_kmeans(x.view(), 8, 1).unwrap(), book);
-    assert!(Codebook::by_kmeans(x.view(), 201, 1).is_err() && Codebook::by_kmeans(x.view(), 0, 1).is_err());
-    assert!(book.assign(three((1, 3, 4), 1).view()).is_err() && book.learn(x.view(), None, 1.5).is_err());
-    let words = Codebook::of_codewords(ndarray::Array3::zeros((2, 0, 4)));
+    assert_eq!(AttentionCodebook::by_kmeans(x.view(), 8, 1).unwrap(), book);
+    assert!(
+        AttentionCodebook::by_kmeans(x.view(), 201, 1).is_err()
+            && AttentionCodebook::by_kmeans(x.view(), 0, 1).is_err()
+    );
+    assert!(book.assign(three((1, 3, 4), 1).view()).is_err() && book.update(x.view(), None, 1.5).is_err());
+    let words = AttentionCodebook::of_codewords(ndarray::Array3::zeros((2, 0, 4)));
     assert!(words.unwrap_err().to_string().contains("at least one code"));
 }
 
 #[test]
 fn codes_that_do_not_fit_are_refused() {
-    let book = Codebook::of_codewords(three((2, 3, 4), 1)).unwrap();
-    let attention = Quantized::new(&book, None, 1.0, 8);
+    let book = AttentionCodebook::of_codewords(three((2, 3, 4), 1)).unwrap();
+    let attention = VqAttention::new(&book, None, 1.0, 8);
     let x = |heads: usize, tokens: usize, dim: usize| sample((1, heads, tokens, dim), 2);
-    let mut past = Past::new(1, 2, 3, 4);
-    let mut refuse = |attention: &Quantized, q: Array4<f32>, k: Array4<f32>, expected: &str| {
-        let message = attention.causal(q.view(), k.view(), k.view(), &mut past).unwrap_err().to_string();
+    let mut cache = CompressedCache::new(1, 2, 3, 4);
+    let mut refuse = |attention: &VqAttention, q: Array4<f32>, k: Array4<f32>, expected: &str| {
+        let message = attention.causal(q.view(), k.view(), k.view(), &mut cache).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     };
     refuse(&attention, x(1, 5, 4), x(1, 5, 4), "codewords of keys");
     refuse(&attention, x(2, 4, 4), x(2, 5, 4), "a key for each query");
-    refuse(&Quantized { block_len: 0, ..attention }, x(2, 5, 4), x(2, 5, 4), "at least 1");
-    let mut small = Past::new(1, 2, 2, 4);
+    refuse(&VqAttention { block_len: 0, ..attention }, x(2, 5, 4), x(2, 5, 4), "at least 1");
+    let mut small = CompressedCache::new(1, 2, 2, 4);
     let found = attention.causal(x(2, 5, 4).view(), x(2, 5, 4).view(), x(2, 5, 4).view(), &mut small);
-    assert!(found.unwrap_err().to_string().contains("shapes of the past"));
-    let causal = Visible { causal: true, ..Visible::default() };
-    assert!(attention.all(x(2, 5, 4).view(), x(2, 5, 4).view(), x(2, 5, 4).view(), &causal).is_err());
+    assert!(found.unwrap_err().to_string().contains("shapes of the cache"));
+    let causal = AttentionMask { causal: true, ..AttentionMask::default() };
+    assert!(attention.bidirectional(x(2, 5, 4).view(), x(2, 5, 4).view(), x(2, 5, 4).view(), &causal).is_err());
 }

@@ -1,7 +1,7 @@
 use ndarray::{Array2, Array4};
 use proptest::prelude::*;
 
-use super::super::{Visible, exact};
+use super::super::{AttentionMask, exact};
 use super::{naive, off, sample};
 
 proptest! {
@@ -27,13 +27,13 @@ proptest! {
         let there = Array2::from_shape_fn((batch, keys), |(b, j)| !(j + b + seed as usize).is_multiple_of(3));
         let of = |tokens: usize| Array2::from_shape_fn((batch, tokens), |(b, j)| ((j + 40 * b) / 90) as u32);
         let (of_queries, of_keys) = (of(queries), of(keys));
-        let visible = Visible {
+        let mask = AttentionMask {
             causal,
             keys: masked.then(|| there.view()),
             segments: documents.then(|| (of_queries.view(), of_keys.view())),
         };
-        let found = exact(q.view(), k.view(), v.view(), scale, &visible).unwrap();
-        let off = off(&found, &naive(&q, &k, &v, scale, &visible));
+        let found = exact(q.view(), k.view(), v.view(), scale, &mask).unwrap();
+        let off = off(&found, &naive(&q, &k, &v, scale, &mask));
         prop_assert!(off <= 2e-5 * (1.0 + f64::from(scale)), "{}", off);
     }
 }
@@ -42,17 +42,17 @@ proptest! {
 fn what_does_not_fit_is_refused() {
     let zeros = |shape: (usize, usize, usize, usize)| Array4::<f32>::zeros(shape);
     let q = zeros((1, 4, 3, 8));
-    let refuse = |k: Array4<f32>, v: Array4<f32>, visible: &Visible, expected: &str| {
-        let message = exact(q.view(), k.view(), v.view(), 1.0, visible).unwrap_err().to_string();
+    let refuse = |k: Array4<f32>, v: Array4<f32>, mask: &AttentionMask, expected: &str| {
+        let message = exact(q.view(), k.view(), v.view(), 1.0, mask).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     };
-    let all = Visible::default();
+    let all = AttentionMask::default();
     refuse(zeros((1, 3, 5, 8)), zeros((1, 3, 5, 8)), &all, "divisor of 4");
     refuse(zeros((1, 4, 5, 7)), zeros((1, 4, 5, 8)), &all, "shape of the keys");
     refuse(zeros((1, 2, 5, 8)), zeros((1, 2, 6, 8)), &all, "shape of the values");
     refuse(zeros((1, 2, 5, 8)), Array4::from_elem((1, 2, 5, 8), f32::NAN), &all, "the values");
     let short = Array2::from_elem((1, 4), true);
-    let masked = Visible { keys: Some(short.view()), ..all };
+    let masked = AttentionMask { keys: Some(short.view()), ..all };
     refuse(zeros((1, 2, 5, 8)), zeros((1, 2, 5, 8)), &masked, "mask");
     let huge = Array4::from_elem((1, 1, 2, 4), 1e30f32);
     let found = exact(huge.view(), huge.view(), huge.view(), 1e9, &all).unwrap_err().to_string();

@@ -1,14 +1,14 @@
 use ndarray::{Array2, Array4, s};
 use proptest::prelude::*;
 
-use super::super::{Hyper, Visible, exact};
+use super::super::{AttentionMask, HyperAttention, exact};
 use super::{dot, naive, off, sample};
 
 /// One part of HyperAttention by its definition, in f64: the scores of a query's own block, and of the samples of others.
-fn estimated(hyper: &Hyper, q: &Array4<f32>, k: &Array4<f32>, v: &Array4<f32>, scale: f32) -> Array4<f64> {
-    let draws = hyper.draws(q.view(), k.view(), false).unwrap();
+fn estimated(hyper: &HyperAttention, q: &Array4<f32>, k: &Array4<f32>, v: &Array4<f32>, scale: f32) -> Array4<f64> {
+    let sample = hyper.sample(q.view(), k.view(), false).unwrap();
     let (queries, keys, shared) = (q.dim().2, k.dim().2, q.dim().1 / k.dim().1);
-    let (of_queries, of_keys) = (draws.hashes(q.view()), draws.hashes(k.view()));
+    let (of_queries, of_keys) = (sample.hashes(q.view()), sample.hashes(k.view()));
     let blocks = keys.div_ceil(hyper.block_size).max(1);
     let block = |place: usize, tokens: usize| (0..blocks).find(|b| place < (b + 1) * tokens / blocks).unwrap();
     let mut output = Array4::zeros((q.dim().0, q.dim().1, queries, v.dim().3));
@@ -24,7 +24,7 @@ fn estimated(hyper: &Hyper, q: &Array4<f32>, k: &Array4<f32>, v: &Array4<f32>, s
             let mut seen: Vec<(usize, f64)> = (0..keys).filter(|&p| block(p, keys) == own).map(|p| (p, 1.0)).collect();
             if blocks > 1 {
                 let weight = keys as f64 / hyper.sample_size as f64;
-                let sampled = draws.samples[0].slice(s![b, h, ..]);
+                let sampled = sample.keys[0].slice(s![b, h, ..]);
                 let others = sampled.iter().map(|&p| p as usize).filter(|&p| block(p, keys) != own);
                 seen.extend(others.map(|p| (p, weight)));
             }
@@ -60,7 +60,7 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let (q, k, v) = (sample((2, heads.0, queries, 6), seed), sample((2, heads.1, keys, 6), seed ^ 1), sample((2, heads.1, keys, 5), seed ^ 2));
-        let hyper = Hyper { block_size, sample_size, projections, min_seq_len: 1, seed };
+        let hyper = HyperAttention { block_size, sample_size, projections, min_seq_len: 1, seed };
         let found = hyper.attend(q.view(), k.view(), v.view(), 0.6, false).unwrap();
         let expected = estimated(&hyper, &q, &k, &v, 0.6);
         for (found, expected) in found.output.iter().zip(&expected) {
@@ -78,9 +78,9 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let (q, k, v) = (sample((2, 4, tokens, 6), seed), sample((2, 2, tokens, 6), seed ^ 1), sample((2, 2, tokens, 5), seed ^ 2));
-        let hyper = Hyper { block_size: 512, sample_size: 8, projections: 5, min_seq_len, seed };
+        let hyper = HyperAttention { block_size: 512, sample_size: 8, projections: 5, min_seq_len, seed };
         let found = hyper.attend(q.view(), k.view(), v.view(), scale, causal).unwrap();
-        let off = off(&found, &naive(&q, &k, &v, scale, &Visible { causal, ..Visible::default() }));
+        let off = off(&found, &naive(&q, &k, &v, scale, &AttentionMask { causal, ..AttentionMask::default() }));
         prop_assert!(off < 2e-5 * (1.0 + f64::from(scale)), "{}", off);
     }
 }
@@ -88,10 +88,11 @@ proptest! {
 #[test]
 fn samples_come_nearer_the_more_there_are() {
     let (q, k, v) = (sample((1, 1, 700, 8), 1), sample((1, 1, 700, 8), 2), sample((1, 1, 700, 8), 3));
-    let reference = exact(q.view(), k.view(), v.view(), 1.0, &Visible { causal: true, ..Visible::default() }).unwrap();
+    let reference =
+        exact(q.view(), k.view(), v.view(), 1.0, &AttentionMask { causal: true, ..AttentionMask::default() }).unwrap();
     let error = |sample_size: usize| {
         let of_seed = |seed: u64| {
-            let hyper = Hyper { block_size: 32, sample_size, projections: 6, min_seq_len: 64, seed };
+            let hyper = HyperAttention { block_size: 32, sample_size, projections: 6, min_seq_len: 64, seed };
             let found = hyper.attend(q.view(), k.view(), v.view(), 1.0, true).unwrap();
             assert_eq!(found.output, hyper.attend(q.view(), k.view(), v.view(), 1.0, true).unwrap().output);
             (&found.output - &reference.output).iter().map(|d| d * d).sum::<f32>()
@@ -105,21 +106,21 @@ fn samples_come_nearer_the_more_there_are() {
 #[test]
 fn settings_and_draws_that_do_not_fit_are_refused() {
     let x = sample((1, 2, 40, 4), 1);
-    let hyper = Hyper { block_size: 8, sample_size: 4, projections: 3, min_seq_len: 4, seed: 0 };
-    let refuse = |hyper: Hyper, keys: usize, expected: &str| {
+    let hyper = HyperAttention { block_size: 8, sample_size: 4, projections: 3, min_seq_len: 4, seed: 0 };
+    let refuse = |hyper: HyperAttention, keys: usize, expected: &str| {
         let k = x.slice(s![.., .., ..keys, ..]);
         let message = hyper.attend(x.view(), k, k, 1.0, true).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     };
-    refuse(Hyper { block_size: 0, ..hyper }, 40, "at least 1");
-    refuse(Hyper { projections: 25, ..hyper }, 40, "24 projections");
-    refuse(Hyper { min_seq_len: 0, ..hyper }, 40, "min_seq_len");
+    refuse(HyperAttention { block_size: 0, ..hyper }, 40, "at least 1");
+    refuse(HyperAttention { projections: 25, ..hyper }, 40, "24 projections");
+    refuse(HyperAttention { min_seq_len: 0, ..hyper }, 40, "min_seq_len");
     refuse(hyper, 39, "a key for each query");
-    let mut draws = hyper.draws(x.view(), x.view(), false).unwrap();
-    let run = |draws: &_| hyper.attend_with(x.view(), x.view(), x.view(), 1.0, false, draws);
-    assert!(run(&draws).is_ok());
-    draws.samples[0][[0, 1, 2]] = 40;
-    assert!(run(&draws).unwrap_err().to_string().contains("found 40, expected below 40"));
-    draws.directions = Array2::zeros((4, 2));
-    assert!(run(&draws).unwrap_err().to_string().contains("shapes of what was drawn"));
+    let mut sample = hyper.sample(x.view(), x.view(), false).unwrap();
+    let run = |sample: &_| hyper.attend_with(x.view(), x.view(), x.view(), 1.0, false, sample);
+    assert!(run(&sample).is_ok());
+    sample.keys[0][[0, 1, 2]] = 40;
+    assert!(run(&sample).unwrap_err().to_string().contains("found 40, expected below 40"));
+    sample.directions = Array2::zeros((4, 2));
+    assert!(run(&sample).unwrap_err().to_string().contains("shapes of the random sample"));
 }

@@ -21,13 +21,13 @@ fn naive(
     k: &Array4<f32>,
     v: &Array4<f32>,
     scale: f32,
-    visible: &Visible,
+    mask: &AttentionMask,
 ) -> (Array4<f64>, Array3<f64>) {
     let shared = q.dim().1 / k.dim().1;
     weighed(q, v, |b, h, i, j| {
-        let sees = (!visible.causal || j <= i)
-            && visible.keys.is_none_or(|there| there[[b, j]])
-            && visible.segments.is_none_or(|(q, k)| q[[b, i]] == k[[b, j]]);
+        let sees = (!mask.causal || j <= i)
+            && mask.keys.is_none_or(|there| there[[b, j]])
+            && mask.segments.is_none_or(|(q, k)| q[[b, i]] == k[[b, j]]);
         let (q, k) = (q.slice(s![b, h, i, ..]), k.slice(s![b, h / shared, j, ..]));
         sees.then(|| f64::from(scale) * dot(q, k))
     })
@@ -71,7 +71,7 @@ fn three(shape: (usize, usize, usize), seed: u64) -> Array3<f32> {
 }
 
 /// How far the outputs and log-sum-exps are off, at most.
-fn off(found: &Attended, expected: &(Array4<f64>, Array3<f64>)) -> f64 {
+fn off(found: &AttentionOutput, expected: &(Array4<f64>, Array3<f64>)) -> f64 {
     let pairs = found.output.iter().zip(&expected.0).chain(found.log_sum_exp.iter().zip(&expected.1));
     pairs.map(|(f, e)| if f64::from(*f) == *e { 0.0 } else { (f64::from(*f) - e).abs() }).fold(0.0, f64::max)
 }

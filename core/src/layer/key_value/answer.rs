@@ -7,7 +7,7 @@ use super::config::SearchSettings;
 use super::layer::Core;
 use super::limit::{Ranking, Sides};
 use super::search::{Certificate, Hit, Scored, SelectLimit, rank_value};
-use crate::index::Range;
+use crate::index::ContributionRange;
 use crate::linalg::{dot_f64, matmul_nt};
 
 /// Scores are recomputed from float keys down to this share below the threshold.
@@ -60,19 +60,25 @@ impl Core {
     }
 
     /// Returns the range of contributions to ask the index for; `None` where it has to score every key.
-    fn range(&self, settings: &SearchSettings, limit: SelectLimit) -> Option<Range> {
+    fn range(&self, settings: &SearchSettings, limit: SelectLimit) -> Option<ContributionRange> {
         match (limit, settings.ranking) {
             (SelectLimit::Threshold(least), Ranking::Contribution)
                 if !self.config.settings.backend.scores_every_key() =>
             {
-                Some(Range { least, two_sided: settings.sides == Sides::Both })
+                Some(ContributionRange { least, two_sided: settings.sides == Sides::Both })
             }
             _ => None,
         }
     }
 
     /// Returns the answer among the keys that the index proposes.
-    fn proposed(&self, x: ArrayView1<f32>, range: Range, settings: &SearchSettings, limit: SelectLimit) -> Answer {
+    fn proposed(
+        &self,
+        x: ArrayView1<f32>,
+        range: ContributionRange,
+        settings: &SearchSettings,
+        limit: SelectLimit,
+    ) -> Answer {
         let index = self.index.as_search_index();
         let keys = index.candidates(x, range).unwrap_or_else(|| (0..self.scales.len() as u32).collect());
         let mut scores = index.scores_of(x, &keys);

@@ -22,6 +22,7 @@ use super::layer::{Core, KeyValueLayer, StoredConfig};
 use super::threshold::Curves;
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex};
+use crate::layer::check::check_lengths;
 use crate::layer::method::{Method, read_config};
 use crate::layer::parts::{Codebook, Codes, Keys, Parts, Tensor, bytes_f32};
 use crate::quant::{ProductQuantizer, RowFormat, RowMatrix, RowType};
@@ -97,8 +98,11 @@ impl KeyValueLayer {
     pub(super) fn read_parts(mut parts: Parts) -> Result<Self> {
         let config: StoredConfig = read_config(KeyValueConfig::NAME, &parts.config)?;
         let (rank, inputs, outputs) = (config.rank, config.in_features, config.out_features);
+        check_lengths(outputs, inputs)?;
         let exact = RowFormat::Plain(RowType::F32);
         let (backend, value_format) = (config.settings.backend, config.settings.values);
+        // What an index is made and searched with is taken from the config as it is.
+        backend.validate()?;
         let (floats, scales) = match parts.keys.take() {
             Some(keys) => (Some(keys.vectors), keys.scales),
             None => (None, vector(&parts, "scales")?.to_vec()),

@@ -1,10 +1,11 @@
-use ndarray::{Array1, Array2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, Axis, s};
 use proptest::prelude::*;
 
 use super::forward::PRODUCT_FROM;
 use super::*;
-use crate::index::GraphType;
 use crate::calibration::Calibration;
+use crate::error::{Error, ErrorKind};
+use crate::index::GraphType;
 use crate::layer::{Accuracy, Layer, MethodConfig, SharedLayer, compress, configured, layer_from_parts};
 use crate::linalg::relative_error;
 use crate::quant::RowFormat;
@@ -16,6 +17,15 @@ fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
         // Columns of different spread and a common offset, so that whitening has something to do.
         ((state >> 33) as f32 / (1u32 << 31) as f32 * 2.0 - 1.0) * (1.0 + (j % 5) as f32) + 0.3
     })
+}
+
+/// Asserts that an error is about input, and that its message says all of this.
+#[track_caller]
+fn refused<T>(result: Result<T, Error>, says: &[&str]) {
+    let Err(error) = result else { panic!("nothing was refused; expected {says:?}") };
+    let message = error.to_string();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{message}");
+    assert!(says.iter().all(|part| message.contains(part)), "'{message}' does not say {says:?}");
 }
 
 fn configs() -> impl Strategy<Value = KeyValueConfig> {
@@ -109,6 +119,7 @@ proptest! {
                 if accuracy == Accuracy::Full && config.energy_keep == 1.0 && !coarse {
                     let exact = exact.slice(s![..batch, ..]).mapv(|v| v as f32);
                     prop_assert!(relative_error(out.y.view(), exact.view()) < 0.15);
+                    prop_assert!(out.relative_error_bound.is_some());
                 }
             }
         }
@@ -130,6 +141,10 @@ proptest! {
             let out = layer.linear(x.view(), Accuracy::Approximate).unwrap();
             let exact = x.mapv(f64::from).dot(&w.mapv(f64::from).t());
             let hits = layer.search(x.view(), None).unwrap();
+            prop_assert_eq!(hits.len(), batch);
+            // Every key is looked at: where nothing was cut off, the output's length is known, and so is a bound.
+            let bounded = hits.iter().filter(|answer| answer.certified_error.is_some()).count();
+            prop_assert!(config.energy_keep < 1.0 || bounded == batch, "{} of {}", bounded, batch);
             for (i, answer) in hits.iter().enumerate() {
                 let difference = (&out.y.row(i).mapv(f64::from) - &exact.row(i)).mapv(|v| v * v).sum().sqrt();
                 let relative = difference / exact.row(i).mapv(|v| v * v).sum().sqrt();
@@ -151,7 +166,10 @@ proptest! {
         let w = sample(10, 8, seed);
         let layer = build(&config, &w, None, Some(&sample(40, 8, seed + 1)));
         let x = sample(6, 8, seed + 2);
-        for (x, answer) in x.rows().into_iter().zip(layer.search(x.view(), Some(Limit::MaxError(max_error))).unwrap()) {
+        let answers = layer.search(x.view(), Some(Limit::MaxError(max_error))).unwrap();
+        prop_assert_eq!(answers.len(), x.nrows());
+        prop_assert!(answers.iter().any(|answer| !answer.hits.is_empty()));
+        for (x, answer) in x.rows().into_iter().zip(answers) {
             prop_assert!(answer.certified_error.unwrap() <= max_error * (1.0 + 1e-9));
             if let Some(weakest) = answer.hits.last() {
                 let fewer = layer.search(x.insert_axis(Axis(0)), Some(Limit::Threshold(answer.threshold * 1.0001 + f32::MIN_POSITIVE))).unwrap();
@@ -198,7 +216,9 @@ fn capacity_keeps_the_highest_ranked() {
     );
     let x = sample(3, 12, 9);
     let all = layer.with_search(SearchSettings { max_ids_capacity: None, ..layer.settings().clone() }).unwrap();
-    for (few, many) in layer.search(x.view(), None).unwrap().iter().zip(all.search(x.view(), None).unwrap()) {
+    let (few, many) = (layer.search(x.view(), None).unwrap(), all.search(x.view(), None).unwrap());
+    assert_eq!((few.len(), many.len()), (3, 3));
+    for (few, many) in few.iter().zip(many) {
         assert_eq!(few.hits, many.hits[..2]);
         assert_eq!(many.hits.len(), 12);
     }
@@ -210,13 +230,11 @@ fn zero_weights_and_bad_queries() {
     let y = layer.linear(sample(2, 4, 1).view(), Accuracy::Approximate).unwrap();
     assert_eq!(y.y, Array2::<f32>::zeros((2, 3)));
     assert_eq!(y.relative_error_bound, None);
-    assert!(layer.search(sample(1, 5, 1).view(), None).unwrap_err().to_string().contains("found 5"));
-    assert!(layer.search(sample(1, 4, 1).view(), Some(Limit::Keys(99.0))).is_err());
-    assert!(
-        MethodConfig::from(KeyValueConfig { min_singular_value: 9.0, ..KeyValueConfig::default() })
-            .compress(Array2::<f32>::eye(3).view(), None, None)
-            .is_err()
-    );
+    refused(layer.search(sample(1, 5, 1).view(), None), &["found 5", "4"]);
+    refused(layer.search(sample(1, 4, 1).view(), Some(Limit::Keys(99.0))), &["99"]);
+    let config = KeyValueConfig { min_singular_value: 9.0, ..KeyValueConfig::default() };
+    let eye = Array2::<f32>::eye(3);
+    refused(MethodConfig::from(config).compress(eye.view(), None, None), &["min_singular_value", "9", "at most 1"]);
 }
 
 /// Eight pieces of 33 numbers, 256 codewords for 20 keys: what the config says of it.
@@ -232,11 +250,14 @@ fn what_does_not_fit_is_adapted_or_refused() {
     );
     assert_eq!(layer.shared().config()["backend"]["subvectors"], 11);
     let strict = MethodConfig::from(KeyValueConfig { on_misfit: OnMisfit::Error, ..config.clone() });
-    let message = strict.compress(w.view(), None, None).unwrap_err().to_string();
-    assert!(message.contains("subvectors: found 8") && message.contains("1, 3, 11, 33"), "{message}");
+    refused(strict.compress(w.view(), None, None), &["subvectors: found 8", "1, 3, 11, 33"]);
     let fits: Backend = serde_json::from_str(r#"{"type":"pq","subvectors":3,"codewords":20}"#).unwrap();
     let strict = MethodConfig::from(KeyValueConfig { on_misfit: OnMisfit::Error, backend: fits, ..config });
-    assert!(strict.compress(w.view(), None, None).is_ok());
+    let layer = strict.compress(w.view(), None, None).unwrap();
+    assert_eq!(
+        (&layer.config()["adapted"], &layer.config()["backend"]["codewords"]),
+        (&serde_json::Value::Null, &20.into())
+    );
 }
 
 /// Float keys beside the codes: hits are those of the exact layer, all but a few.
@@ -295,20 +316,43 @@ proptest! {
         let (w, calibration) = (sample(out, inputs, seed), sample(3 * inputs, inputs, seed + 1));
         let layer = build(&config, &w, None, calibrated.then_some(&calibration));
         let x = sample(6, inputs, seed + 2);
-        let threshold = layer.search(x.view(), None).unwrap()[0].threshold;
         let found = layer.search(x.view(), None).unwrap();
-        let scores = (&x - &layer.core.mean).dot(&layer.keys().t());
+        prop_assert_eq!(found.len(), x.nrows());
+        // Float keys beside codes are what scores come from.
+        let keys = layer.core.float_keys.as_ref().map_or_else(|| layer.keys().to_owned(), Clone::clone);
+        let scores = |x: &Array2<f32>| (x - &layer.core.mean).dot(&keys.t());
+        let ranks = |scores: &Array2<f32>| {
+            let contributions = scores * &ArrayView1::from(layer.scales());
+            if two_sided { contributions.mapv(f32::abs) } else { contributions }
+        };
+        let threshold = found[0].threshold;
+        if calibrated {
+            // The threshold lies between those of one key and of two keys an input of the calibration.
+            let all = ranks(&scores(&calibration));
+            let mean = all.iter().filter(|&&rank| rank >= threshold).count() as f64 / all.nrows() as f64;
+            let slack = 2.0 / all.nrows() as f64;
+            prop_assert!((1.0 - slack..=2.0 + slack).contains(&mean), "{} keys an input", mean);
+        }
+        let scores = scores(&x);
+        let ranks = ranks(&scores);
         for (row, answer) in found.iter().enumerate() {
             prop_assert_eq!(answer.certified_error, None);
             prop_assert_eq!(answer.threshold, threshold);
+            let mut keys: Vec<u32> = answer.hits.iter().map(|hit| hit.key).collect();
             for hit in &answer.hits {
                 let contribution = if two_sided { hit.contribution.abs() } else { hit.contribution };
                 prop_assert!(contribution >= threshold);
-                // Float keys beside codes are what scores come from.
-                if !matches!(backend, Backend::IvfPq { store_float_keys: true, .. }) {
-                    let expected = scores[[row, hit.key as usize]];
-                    prop_assert!((hit.score - expected).abs() <= 1e-4 * (1.0 + expected.abs()), "{} for {}", hit.score, expected);
-                }
+                let expected = scores[[row, hit.key as usize]];
+                prop_assert!((hit.score - expected).abs() <= 1e-4 * (1.0 + expected.abs()), "{} for {}", hit.score, expected);
+            }
+            keys.sort_unstable();
+            keys.dedup();
+            prop_assert_eq!(keys.len(), answer.hits.len(), "a key is hit twice");
+            // A search of all cells misses nothing, but for scores that rounding moves over the threshold.
+            if matches!(backend, Backend::IvfPq { clusters, probes, store_float_keys: false, .. } if probes == clusters) {
+                let clear = threshold + 1e-4 * (1.0 + threshold.abs());
+                let missed = (0u32..).zip(ranks.row(row)).find(|(key, rank)| **rank > clear && !keys.contains(key));
+                prop_assert!(missed.is_none(), "{:?} over {}", missed, threshold);
             }
         }
         let all = layer.clone().shared();
@@ -363,7 +407,6 @@ fn changed_graphs_are_refused() {
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     graph.data = bytes.into();
-    assert!(layer_from_parts(parts).unwrap_err().to_string().contains("hash"));
-    let limit = Some(Limit::MaxError(0.1));
-    assert!(layer.search(x.view(), limit).unwrap_err().to_string().contains("flat"));
+    refused(layer_from_parts(parts), &["hash"]);
+    refused(layer.search(x.view(), Some(Limit::MaxError(0.1))), &["max_relative_error", "flat"]);
 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::linalg::Ridge;
-use crate::quant::{Activations, Clipping, RowType, WeightFormat, WeightType};
+use crate::quant::{ActivationFormat, Clipping, RowType, WeightFormat};
 
 /// Which inputs the correction is the best one for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -100,7 +100,7 @@ pub struct LowRankConfig {
     /// What inputs are rounded to before they meet the packed weights. The correction sees them as they are, and so does
     /// everything in a pass of full accuracy.
     #[serde(skip_serializing_if = "as_they_are")]
-    pub activations: Activations,
+    pub activations: ActivationFormat,
     pub scaling: Scaling,
     pub svd: SvdMethod,
     /// For `scaling = "exact"`: added to the second moment's diagonal as it is.
@@ -109,11 +109,11 @@ pub struct LowRankConfig {
     pub ridge_relative: f64,
 }
 
-fn as_they_are(activations: &Activations) -> bool {
-    *activations == Activations::F32
+fn as_they_are(activations: &ActivationFormat) -> bool {
+    *activations == ActivationFormat::F32
 }
 
-pub(super) fn check_activations(activations: Activations, weight: &WeightFormat) -> Result<()> {
+pub(super) fn check_activations(activations: ActivationFormat, weight: &WeightFormat) -> Result<()> {
     if weight.weight_type.is_float() && activations.rounds() {
         let found = format!("whole numbers for {}", weight.weight_type);
         return Err(Error::expected("activations", found, "\"f32\" for weights that stay floats"));
@@ -122,7 +122,7 @@ pub(super) fn check_activations(activations: Activations, weight: &WeightFormat)
 }
 
 /// A stored config, and how inputs are rounded where they are.
-pub(in crate::layer) fn with_activations(mut stored: Value, activations: Activations) -> Value {
+pub(in crate::layer) fn with_activations(mut stored: Value, activations: ActivationFormat) -> Value {
     if let Value::Object(map) = &mut stored
         && !as_they_are(&activations)
     {
@@ -144,7 +144,7 @@ impl Default for LowRankConfig {
             bias_correction: false,
             rank: Rank::Components(32),
             factors: RowType::F16,
-            activations: Activations::default(),
+            activations: ActivationFormat::default(),
             scaling: Scaling::default(),
             svd: SvdMethod::default(),
             ridge_regularization: 0.0,
@@ -194,15 +194,7 @@ impl LowRankConfig {
             }
             _ => {}
         }
-        if let Clipping::Percentile(percent) = self.clipping
-            && !(percent > 0.0 && percent <= 100.0)
-        {
-            return Err(Error::expected("percentile of clipping", percent, "above 0 and at most 100"));
-        }
-        if self.clipping == Clipping::Absmean && self.weight.weight_type != WeightType::Ternary {
-            let found = format!("\"absmean\" for {}", self.weight.weight_type);
-            return Err(Error::expected("clipping", found, "\"absmean\" for ternary weights alone"));
-        }
+        self.clipping.check(self.weight.weight_type)?;
         if self.weight.weight_type.is_float() && self.rounding == Rounding::Gptq {
             let found = format!("\"gptq\" for {}", self.weight.weight_type);
             return Err(Error::expected("rounding", found, "\"nearest\" for weights that stay floats"));

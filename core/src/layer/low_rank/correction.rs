@@ -8,7 +8,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis};
 use super::config::{LowRankConfig, MaxError, Rank, SvdMethod};
 use crate::error::Result;
 use crate::linalg::{
-    Operator, Sketch, Svd, cholesky, leading_svd, matmul_f64, randomized_svd, solve_lower_transposed,
+    LinearOperator, SketchOptions, Svd, cholesky, leading_svd, matmul_f64, randomized_svd, solve_lower_transposed,
 };
 
 /// A sketch takes a share of the work of a full decomposition where the rank is below this share of the smaller side.
@@ -85,7 +85,7 @@ struct Scaled<'a> {
     transform: &'a Transform,
 }
 
-impl Operator for Scaled<'_> {
+impl LinearOperator for Scaled<'_> {
     fn shape(&self) -> (usize, usize) {
         self.error.dim()
     }
@@ -147,7 +147,7 @@ impl Correction {
                 all.truncated(needed)
             }
             (_, SvdMethod::Randomized) if (rank as f64) < SKETCHED_BELOW * out.min(inputs) as f64 => {
-                randomized_svd(&Scaled { error, transform }, rank, Sketch::default())?
+                randomized_svd(&Scaled { error, transform }, rank, SketchOptions::default())?
             }
             _ => leading_svd(transform.applied(error).view(), rank)?,
         };

@@ -14,6 +14,7 @@ pub(super) use config::with_activations;
 pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdMethod};
 pub use correction::{Correction, Transform};
 
+use super::check::check_lengths;
 use super::method::{Method, read_config};
 use super::name::MethodName;
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
@@ -21,7 +22,7 @@ use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, O
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::{Ridge, matmul, matmul_nt, relative_error};
-use crate::quant::{Activations, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
+use crate::quant::{ActivationFormat, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
@@ -30,7 +31,7 @@ const BLOCK_ROWS: usize = 64;
 #[derive(Debug, Clone)]
 pub struct LowRankLayer {
     inner: Arc<Inner>,
-    activations: Activations,
+    activations: ActivationFormat,
 }
 
 #[derive(Debug)]
@@ -105,7 +106,7 @@ fn is_f32(factors: &RowType) -> bool {
 #[derive(Deserialize)]
 struct Running {
     #[serde(default)]
-    activations: Activations,
+    activations: ActivationFormat,
 }
 
 impl LowRankLayer {
@@ -172,10 +173,10 @@ impl LowRankLayer {
 
     /// Packed weights as they are, without a correction.
     pub(in crate::layer) fn of_weight(weight: PackedMatrix, bias: Option<Array1<f32>>) -> Result<Self> {
-        let (out_features, in_features) = (weight.rows, weight.columns);
+        let (out_features, in_features) = (weight.nrows(), weight.ncols());
         let factors = RowType::F16;
         let config =
-            StoredConfig { weight: weight.format, rank: 0, factors, in_features, out_features, made: Map::new() };
+            StoredConfig { weight: weight.format(), rank: 0, factors, in_features, out_features, made: Map::new() };
         let none = |length: usize| RowMatrix::new(Array2::zeros((0, length)), factors);
         let (a, b) = (none(out_features)?, none(in_features)?);
         if let Some(bias) = &bias {
@@ -188,8 +189,8 @@ impl LowRankLayer {
         let Inner { config, weight, a, b, singular_values, bias_correction, bias } = &inner;
         let (rank, outputs, inputs) = (config.rank, config.out_features, config.in_features);
         let found = [
-            weight.rows,
-            weight.columns,
+            weight.nrows(),
+            weight.ncols(),
             a.rows(),
             a.columns(),
             b.rows(),
@@ -206,7 +207,7 @@ impl LowRankLayer {
                 format!("{expected:?}"),
             ));
         }
-        Ok(LowRankLayer { inner: Arc::new(inner), activations: Activations::default() })
+        Ok(LowRankLayer { inner: Arc::new(inner), activations: ActivationFormat::default() })
     }
 
     /// The quantised weight, without its correction.
@@ -225,7 +226,7 @@ impl LowRankLayer {
     }
 
     /// What inputs are rounded to before they meet the packed weights.
-    pub fn activations(&self) -> Activations {
+    pub fn activations(&self) -> ActivationFormat {
         self.activations
     }
 
@@ -233,14 +234,14 @@ impl LowRankLayer {
     ///
     /// # Errors
     /// When the weights stay floats, and inputs are to be int8.
-    pub fn with_activations(&self, activations: Activations) -> Result<Self> {
+    pub fn with_activations(&self, activations: ActivationFormat) -> Result<Self> {
         config::check_activations(activations, &self.inner.config.weight)?;
         Ok(LowRankLayer { inner: self.inner.clone(), activations })
     }
 
     /// `x · (Ŵ + A B)ᵀ` and the output bias correction, for a checked `x`, straight from the codes.
     pub(in crate::layer) fn packed_product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Array2<f32> {
-        let activations = if accuracy == Accuracy::Full { Activations::F32 } else { self.activations };
+        let activations = if accuracy == Accuracy::Full { ActivationFormat::F32 } else { self.activations };
         let (mut y, correction) = self.inner.weight.products_beside(x, activations, || self.correction(x));
         y += &correction;
         y
@@ -271,10 +272,10 @@ impl LowRankLayer {
     /// `grad_output · Ŵ`, a block of rows dequantised at a time.
     fn quantized_backward(&self, grad_output: ArrayView2<f32>) -> Array2<f32> {
         let weight = &self.inner.weight;
-        let mut input = Array2::zeros((grad_output.nrows(), weight.columns));
-        let mut block = Array2::zeros((BLOCK_ROWS, weight.columns));
-        for start in (0..weight.rows).step_by(BLOCK_ROWS) {
-            let end = (start + BLOCK_ROWS).min(weight.rows);
+        let mut input = Array2::zeros((grad_output.nrows(), weight.ncols()));
+        let mut block = Array2::zeros((BLOCK_ROWS, weight.ncols()));
+        for start in (0..weight.nrows()).step_by(BLOCK_ROWS) {
+            let end = (start + BLOCK_ROWS).min(weight.nrows());
             for row in start..end {
                 let mut target = block.row_mut(row - start);
                 weight.dequantize_row(row, target.as_slice_mut().expect("rows of an owned array are contiguous"));
@@ -289,6 +290,7 @@ impl LowRankLayer {
         // A way to run it, which the catalogue's config has beside: no part of what is stored.
         config.made.remove("activations");
         let (outputs, inputs) = (config.out_features, config.in_features);
+        check_lengths(outputs, inputs)?;
         let rows = parts
             .weights
             .as_ref()
@@ -459,10 +461,10 @@ impl Layer for LowRankLayer {
         let inner = &*self.inner;
         let mut parts = Parts::new(LowRankConfig::NAME, json!(inner.config));
         parts.weights = Some(WeightRows {
-            rows: inner.weight.rows,
+            rows: inner.weight.nrows(),
             packed: inner.weight.stored_codes(),
             scales: inner.weight.scale_bytes().into(),
-            zeros: inner.weight.zeros.clone().into(),
+            zeros: inner.weight.zeros().to_vec().into(),
         });
         for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
             if inner.config.rank == 0 {
@@ -485,8 +487,8 @@ impl Layer for LowRankLayer {
         if !parts.codes.is_empty() {
             parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
         }
-        if !inner.weight.column_scales.is_empty() {
-            let halves = inner.weight.column_scales.iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
+        if !inner.weight.column_scales().is_empty() {
+            let halves = inner.weight.column_scales().iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
             let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![self.in_features()]);
             parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
         }
@@ -636,9 +638,10 @@ mod tests {
     #[test]
     fn activations_are_a_matter_of_running() {
         let (w, x) = (sample(24, 64, 1), sample(5, 64, 2));
-        let config = LowRankConfig { activations: Activations::Int8, rank: Rank::Components(3), ..Default::default() };
+        let config =
+            LowRankConfig { activations: ActivationFormat::Int8, rank: Rank::Components(3), ..Default::default() };
         let (rounded, plain) =
-            (built(&config, &w, &x), built(&LowRankConfig { activations: Activations::F32, ..config }, &w, &x));
+            (built(&config, &w, &x), built(&LowRankConfig { activations: ActivationFormat::F32, ..config }, &w, &x));
         assert_eq!(rounded.to_parts(), plain.to_parts());
         assert_eq!(rounded.config()["activations"], "int8");
         let back = configured(&layer_from_parts(plain.to_parts()).unwrap(), &rounded.config()).unwrap();
@@ -649,7 +652,7 @@ mod tests {
         assert!(off > 0.0 && off < 0.01, "{off}");
         let floats = LowRankConfig {
             weight: WeightFormat { weight_type: WeightType::Bf16, ..Default::default() },
-            activations: Activations::Int8,
+            activations: ActivationFormat::Int8,
             ..Default::default()
         };
         assert!(MethodConfig::from(floats).validate().unwrap_err().to_string().contains("stay floats"));

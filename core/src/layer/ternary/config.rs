@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::layer::activation::Activation;
 use crate::layer::low_rank::{LowRankConfig, Rank};
-use crate::quant::{Activations, Clipping, Group, ScaleType, WeightFormat, WeightType};
+use crate::quant::{ActivationFormat, Clipping, Group, ScaleType, WeightFormat, WeightType};
 
 /// Settings of a ternary layer.
 ///
@@ -38,7 +38,7 @@ impl Default for TernaryConfig {
                 },
                 clipping: Clipping::Absmean,
                 rank: Rank::Components(0),
-                activations: Activations::Int8Absmax,
+                activations: ActivationFormat::Int8Absmax,
                 ..LowRankConfig::default()
             },
         }

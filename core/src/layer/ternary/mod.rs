@@ -19,7 +19,7 @@ use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, O
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::matmul;
-use crate::quant::{Activations, PackedMatrix};
+use crate::quant::{ActivationFormat, PackedMatrix};
 
 /// A layer of ternary weights, with a norm before the product and an activation after it. Cloning shares the arrays.
 #[derive(Debug, Clone)]
@@ -36,11 +36,11 @@ struct OwnConfig {
     norm: bool,
     activation: Activation,
     #[serde(default = "int8_absmax")]
-    activations: Activations,
+    activations: ActivationFormat,
 }
 
-fn int8_absmax() -> Activations {
-    Activations::Int8Absmax
+fn int8_absmax() -> ActivationFormat {
+    ActivationFormat::Int8Absmax
 }
 
 impl TernaryLayer {
@@ -91,7 +91,7 @@ impl TernaryLayer {
     ///
     /// # Errors
     /// As [`LowRankLayer::with_activations`].
-    pub fn with_activations(self, activations: Activations) -> Result<Self> {
+    pub fn with_activations(self, activations: ActivationFormat) -> Result<Self> {
         Ok(TernaryLayer { low_rank: self.low_rank.with_activations(activations)?, ..self })
     }
 

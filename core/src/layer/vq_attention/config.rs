@@ -2,21 +2,21 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::attention::Hyper;
+use crate::attention::HyperAttention;
 use crate::error::{Error, Result};
 
-/// How queries meet keys.
+/// The attention mechanism of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mechanism {
-    /// Queries and keys by their codewords.
+    /// Queries and keys are replaced by their codewords.
     #[default]
     VqQk,
-    /// Keys by their codewords, queries as they are (Transformer-VQ).
+    /// Keys are replaced by their codewords, queries are taken as they are (Transformer-VQ).
     VqK,
     /// HyperAttention.
     Hyper,
-    /// Each query and each key.
+    /// Exact attention.
     Exact,
 }
 
@@ -27,6 +27,7 @@ pub enum Mechanism {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VqAttentionConfig {
+    /// The attention mechanism.
     pub mechanism: Mechanism,
     /// Heads of queries.
     pub n_head: usize,
@@ -52,30 +53,34 @@ pub struct VqAttentionConfig {
     pub n_code_k: Option<usize>,
     /// Tokens that a causal attention takes at a time.
     pub block_len: usize,
-    /// Tokens before a block that it meets one by one.
+    /// Tokens before a block that a causal attention meets one by one.
     pub mem_len: usize,
     /// Whether a query sees only the keys up to its own.
     pub causal: bool,
-    /// What codebooks keep of their running means at each step of learning.
+    /// Decay of the codebooks' exponential moving averages at each training step.
     pub c_gamma: f64,
-    /// Whether a causal attention meets keys behind its window, by their codes.
+    /// Whether a causal attention meets keys before its window, by their codes.
     pub agg_cache: bool,
-    /// What products of queries and keys are multiplied with; `1 / sqrt(d_k)` where left out.
+    /// Factor of the products of queries and keys; `1 / sqrt(d_k)` where left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale: Option<f64>,
+    /// Settings of HyperAttention, for `mechanism = "hyper"`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub hyper: Option<Hyper>,
-    /// Names of the linear layers in the same model, behind the block's own and a dot, or in full. Without one, what it
-    /// would give is the block's input or output.
+    pub hyper: Option<HyperAttention>,
+    /// Name of Wq, a linear layer of the same model: relative to the block's own name, or in full. Without it the block's inputs are
+    /// queries already.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub query: Option<String>,
+    /// Name of Wk, as `query`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
+    /// Name of Wv, as `query`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub value: Option<String>,
+    /// Name of Wo, as `query`. Without it the heads' outputs are the block's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<String>,
-    /// Of the k-means that codebooks begin with.
+    /// Seed of the k-means that codebooks begin with.
     pub seed: u64,
 }
 
@@ -108,25 +113,25 @@ impl Default for VqAttentionConfig {
 }
 
 impl VqAttentionConfig {
-    /// Heads of keys and values.
+    /// Returns the number of heads of keys and values.
     pub fn kv_heads(&self) -> usize {
         self.n_kv_head.unwrap_or(self.n_head)
     }
 
-    /// Codewords of each head of queries; none where queries are taken as they are.
+    /// Returns the number of codewords of each head of queries; `None` where queries are taken as they are.
     pub fn query_codes(&self) -> Option<usize> {
         (self.mechanism == Mechanism::VqQk).then(|| self.n_code_q.unwrap_or(self.n_code))
     }
 
-    /// Codewords of each head of keys; none where keys are taken as they are.
+    /// Returns the number of codewords of each head of keys; `None` where keys are taken as they are.
     pub fn key_codes(&self) -> Option<usize> {
         matches!(self.mechanism, Mechanism::VqQk | Mechanism::VqK).then(|| self.n_code_k.unwrap_or(self.n_code))
     }
 
-    /// The same with all lengths said: `d_k` and `d_v` of a head, and of the whole `d_model`, where they are not.
+    /// Returns the same settings with all lengths given: `d_k` and `d_v` of a head, and `d_model`, filled in where left out.
     ///
     /// # Errors
-    /// When a length that is said is another than the one found.
+    /// When a length that is given differs from the one found.
     pub fn with_lengths(&self, d_model: usize, d_k: usize, d_v: usize) -> Result<Self> {
         let mut all = self.clone();
         for (name, said, found) in
@@ -139,10 +144,10 @@ impl VqAttentionConfig {
         Ok(all)
     }
 
-    /// The same with the lengths that projections of these shapes, `[out, in]` of Wq, Wk and Wv, give it.
+    /// Returns the same settings with the lengths that follow from the shapes `[out, in]` of Wq, Wk and Wv.
     ///
     /// # Errors
-    /// When heads do not divide their outputs, or a length that is said is another.
+    /// When heads do not divide their outputs, or a length that is given differs.
     pub fn of_projections(&self, [q, k, v]: [(usize, usize); 3]) -> Result<Self> {
         let (heads, shared) = (self.n_head, self.kv_heads());
         if !q.0.is_multiple_of(heads) || !v.0.is_multiple_of(shared) || Some(k.0) != (q.0 / heads).checked_mul(shared) {

@@ -1,4 +1,4 @@
-//! Attention as a layer: codebooks, settings, and what a long sequence has left behind.
+//! Attention as a layer: settings, codebooks, and the compressed cache of a long sequence.
 
 mod config;
 mod stored;
@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 
 pub use config::{Mechanism, VqAttentionConfig};
 
-use crate::attention::{Attended, Codebook, Learned, Past, Quantized, Visible, exact};
+use crate::attention::{
+    AttentionCodebook, AttentionMask, AttentionOutput, CodebookUpdate, CompressedCache, VqAttention, exact,
+};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::layer::method::{Method, MethodKind};
@@ -18,7 +20,7 @@ use crate::layer::name::MethodName;
 use crate::layer::parts::Parts;
 use crate::layer::traits::{Accuracy, Gradients, Layer, Output, no_weight};
 
-/// Codewords that hardly any vector has are given to others below this share of an even count.
+/// A codeword is dead, and replaced, when its count is below this share of the mean count.
 const DEAD_BELOW: f32 = 0.01;
 
 /// An attention layer without its projections: queries, keys and values in, heads of outputs out.
@@ -29,32 +31,35 @@ pub struct VqAttentionLayer {
 
 #[derive(Debug)]
 struct Inner {
-    /// With all lengths said.
+    /// With all lengths given.
     config: VqAttentionConfig,
-    queries: Option<Codebook>,
-    keys: Option<Codebook>,
-    past: Option<Past>,
+    queries: Option<AttentionCodebook>,
+    keys: Option<AttentionCodebook>,
+    cache: Option<CompressedCache>,
 }
 
-/// What a step of learning saw of queries and keys.
+/// Statistics of one training step of the codebooks of queries and keys.
 #[derive(Debug, Clone)]
-pub struct Step {
-    pub queries: Option<Learned>,
-    pub keys: Option<Learned>,
-    /// Codewords that were given to other vectors.
+pub struct CodebookStep {
+    /// Of the queries' codebook; `None` where there is none, or no vectors.
+    pub queries: Option<CodebookUpdate>,
+    /// Of the keys' codebook.
+    pub keys: Option<CodebookUpdate>,
+    /// Number of dead codewords that were replaced.
     pub revived: usize,
 }
 
 impl VqAttentionLayer {
-    /// From settings with all lengths said, the codebooks that they call for, and what came before a sequence's next token.
+    /// Makes a layer of settings with all lengths given, the codebooks that they call for, and the cache of the tokens before the
+    /// next one.
     ///
     /// # Errors
-    /// When settings are not valid, or codebooks or past do not fit them.
+    /// When settings are not valid, or codebooks or the cache do not fit them.
     pub fn new(
         config: VqAttentionConfig,
-        queries: Option<Codebook>,
-        keys: Option<Codebook>,
-        past: Option<Past>,
+        queries: Option<AttentionCodebook>,
+        keys: Option<AttentionCodebook>,
+        cache: Option<CompressedCache>,
     ) -> Result<Self> {
         config.validate()?;
         let (Some(d_k), Some(d_v), Some(_)) = (config.d_k, config.d_v, config.d_model) else {
@@ -75,17 +80,17 @@ impl VqAttentionLayer {
                 ));
             }
         }
-        if let Some(past) = &past {
-            let codes = keys.as_ref().filter(|_| config.causal).map(Codebook::codes);
+        if let Some(cache) = &cache {
+            let codes = keys.as_ref().filter(|_| config.causal).map(AttentionCodebook::codes);
             let codes = codes
-                .ok_or_else(|| Error::expected("a past", "one", "none: only causal attention by codes has one"))?;
-            past.check((past.counts.dim().0, config.kv_heads(), codes, d_v))?;
+                .ok_or_else(|| Error::expected("a cache", "one", "none: only causal attention by codes has one"))?;
+            cache.check((cache.counts.dim().0, config.kv_heads(), codes, d_v))?;
         }
-        Ok(VqAttentionLayer { inner: Arc::new(Inner { config, queries, keys, past }) })
+        Ok(VqAttentionLayer { inner: Arc::new(Inner { config, queries, keys, cache }) })
     }
 
-    /// With codebooks by k-means of queries `[heads · d_k]` and keys `[kv heads · d_k]` a row, where the settings call for
-    /// them.
+    /// Makes a layer whose codebooks, where the settings call for them, are found by k-means of queries `[tokens, heads · d_k]` and
+    /// keys `[tokens, kv heads · d_k]`.
     ///
     /// # Errors
     /// As [`VqAttentionLayer::new`], and when there are fewer vectors than codes.
@@ -95,7 +100,7 @@ impl VqAttentionLayer {
         let learn = |x: ArrayView2<f32>, heads: usize, codes: Option<usize>, what: &str| {
             let by_heads = in_heads(x, heads, what)?;
             let by_heads = by_heads.view().into_dimensionality().map_err(|e| Error::Numeric(e.to_string()))?;
-            codes.map(|codes| Codebook::by_kmeans(by_heads, codes, seed)).transpose()
+            codes.map(|codes| AttentionCodebook::by_kmeans(by_heads, codes, seed)).transpose()
         };
         let books = (
             learn(queries, config.n_head, config.query_codes(), "queries")?,
@@ -104,36 +109,36 @@ impl VqAttentionLayer {
         Self::new(config, books.0, books.1, None)
     }
 
-    /// The settings, with all lengths said.
+    /// Returns the settings, with all lengths given.
     pub fn settings(&self) -> &VqAttentionConfig {
         &self.inner.config
     }
 
-    /// Codewords of queries, where they are quantised.
-    pub fn queries(&self) -> Option<&Codebook> {
+    /// Returns the codebook of queries, where they are quantised.
+    pub fn queries(&self) -> Option<&AttentionCodebook> {
         self.inner.queries.as_ref()
     }
 
-    /// Codewords of keys, where they are quantised.
-    pub fn keys(&self) -> Option<&Codebook> {
+    /// Returns the codebook of keys, where they are quantised.
+    pub fn keys(&self) -> Option<&AttentionCodebook> {
         self.inner.keys.as_ref()
     }
 
-    /// What came before the next token, where it was kept.
-    pub fn past(&self) -> Option<&Past> {
-        self.inner.past.as_ref()
+    /// Returns the cache of the tokens before the next one, where it was kept.
+    pub fn cache(&self) -> Option<&CompressedCache> {
+        self.inner.cache.as_ref()
     }
 
-    /// The same layer, at another place of a sequence.
+    /// Returns the same layer with another cache, at another position of a sequence.
     ///
     /// # Errors
-    /// When the past does not fit.
-    pub fn with_past(&self, past: Option<Past>) -> Result<Self> {
+    /// When the cache does not fit.
+    pub fn with_cache(&self, cache: Option<CompressedCache>) -> Result<Self> {
         let Inner { config, queries, keys, .. } = &*self.inner;
-        Self::new(config.clone(), queries.clone(), keys.clone(), past)
+        Self::new(config.clone(), queries.clone(), keys.clone(), cache)
     }
 
-    /// The same layer with each query meeting each key.
+    /// Returns the same layer with exact attention.
     ///
     /// # Errors
     /// As [`VqAttentionLayer::new`].
@@ -148,26 +153,26 @@ impl VqAttentionLayer {
         Self::new(config, None, None, None)
     }
 
-    /// A past of nothing, for so many sequences; none where the layer needs none.
-    pub fn no_past(&self, batch: usize) -> Option<Past> {
+    /// Returns an empty cache for `batch` sequences; `None` where the layer uses none.
+    pub fn empty_cache(&self, batch: usize) -> Option<CompressedCache> {
         let config = &self.inner.config;
         let codes = self.inner.keys.as_ref().filter(|_| config.causal)?.codes();
-        Some(Past::new(batch, config.kv_heads(), codes, config.d_v.unwrap_or_default()))
+        Some(CompressedCache::new(batch, config.kv_heads(), codes, config.d_v.unwrap_or_default()))
     }
 
-    /// Attention of queries `[batch, heads, tokens, d_k]` to keys and values. `there` `[batch, keys]` leaves padding out.
-    /// Tokens come after those of `past`, and are added to it; without, they are the first.
+    /// Computes the attention of queries `[batch, heads, tokens, d_k]` to keys and values. `there` `[batch, keys]` is false for
+    /// padding. The tokens follow those of `cache` and are added to it; without a cache they are the first.
     ///
     /// # Errors
-    /// As the mechanism's own; when there is a past that the mechanism has no use for, or padding that it does not know.
+    /// As the mechanism's own; and when there is a cache that the mechanism does not use, or padding that it does not support.
     pub fn attend(
         &self,
         q: ArrayView4<f32>,
         k: ArrayView4<f32>,
         v: ArrayView4<f32>,
         there: Option<ArrayView2<bool>>,
-        past: Option<&mut Past>,
-    ) -> Result<Attended> {
+        cache: Option<&mut CompressedCache>,
+    ) -> Result<AttentionOutput> {
         let Inner { config, queries, keys, .. } = &*self.inner;
         let d_k = config.d_k.unwrap_or_default();
         let scale = config.scale.unwrap_or(1.0 / (d_k as f64).sqrt()) as f32;
@@ -180,51 +185,51 @@ impl VqAttentionLayer {
                 format!("{expected:?}"),
             ));
         }
-        let visible = Visible { causal: config.causal, keys: there, segments: None };
+        let mask = AttentionMask { causal: config.causal, keys: there, segments: None };
         let no_use = |what: &str, mechanism: &str| Err(Error::expected(what, "one", format!("none: {mechanism}")));
         match (config.mechanism, keys) {
             (Mechanism::VqQk | Mechanism::VqK, Some(keys)) if config.causal => {
                 if there.is_some() {
                     return no_use("a mask of keys", "causal attention by codes takes whole sequences");
                 }
-                let attention = Quantized {
+                let attention = VqAttention {
                     mem_len: config.mem_len,
                     agg_cache: config.agg_cache,
-                    ..Quantized::new(keys, queries.as_ref(), scale, config.block_len)
+                    ..VqAttention::new(keys, queries.as_ref(), scale, config.block_len)
                 };
-                match (past, self.no_past(q.dim().0)) {
-                    (Some(past), _) => attention.causal(q, k, v, past),
+                match (cache, self.empty_cache(q.dim().0)) {
+                    (Some(cache), _) => attention.causal(q, k, v, cache),
                     (None, Some(mut fresh)) => attention.causal(q, k, v, &mut fresh),
                     (None, None) => no_use("a codebook of keys", "the layer has one"),
                 }
             }
-            _ if past.is_some() => no_use("a past", "only causal attention by codes has one"),
+            _ if cache.is_some() => no_use("a cache", "only causal attention by codes has one"),
             (Mechanism::VqQk | Mechanism::VqK, Some(keys)) => {
-                Quantized::new(keys, queries.as_ref(), scale, config.block_len).all(q, k, v, &visible)
+                VqAttention::new(keys, queries.as_ref(), scale, config.block_len).bidirectional(q, k, v, &mask)
             }
             (Mechanism::Hyper, _) if there.is_some() => {
                 no_use("a mask of keys", "HyperAttention takes whole sequences")
             }
             (Mechanism::Hyper, _) => config.hyper.unwrap_or_default().attend(q, k, v, scale, config.causal),
-            _ => exact(q, k, v, scale, &visible),
+            _ => exact(q, k, v, scale, &mask),
         }
     }
 
-    /// One step of learning from queries `[tokens, heads · d_k]` and keys `[tokens, kv heads · d_k]`: running means with
-    /// `c_gamma`, and codewords that have died given to vectors of this step. No rows leave a codebook as it is.
+    /// Runs one training step of the codebooks on queries `[tokens, heads · d_k]` and keys `[tokens, kv heads · d_k]`: exponential
+    /// moving averages with `c_gamma`, then dead codewords replaced by vectors of this step. No rows leave a codebook as it is.
     ///
     /// # Errors
     /// When vectors are of another length, or a number is not finite.
-    pub fn learn(&self, queries: ArrayView2<f32>, keys: ArrayView2<f32>, step: u64) -> Result<(Self, Step)> {
+    pub fn learn(&self, queries: ArrayView2<f32>, keys: ArrayView2<f32>, step: u64) -> Result<(Self, CodebookStep)> {
         let config = &self.inner.config;
         let mut revived = 0;
-        let mut one = |book: &Option<Codebook>, x: ArrayView2<f32>, heads: usize, what: &str| {
+        let mut one = |book: &Option<AttentionCodebook>, x: ArrayView2<f32>, heads: usize, what: &str| {
             let Some(book) = book else { return Ok((None, None)) };
             if x.is_empty() {
                 return Ok((Some(book.clone()), None));
             }
             let (mut book, x) = (book.clone(), in_heads(x, heads, what)?);
-            let learned = book.learn(x.view(), None, config.c_gamma as f32)?;
+            let learned = book.update(x.view(), None, config.c_gamma as f32)?;
             let even = book.counts().sum() / (book.heads() * book.codes()) as f32;
             revived += book.revive(x.view(), DEAD_BELOW * even, config.seed.wrapping_add(step))?;
             Ok::<_, Error>((Some(book), Some(learned)))
@@ -232,7 +237,7 @@ impl VqAttentionLayer {
         let (q, of_queries) = one(&self.inner.queries, queries, config.n_head, "queries")?;
         let (k, of_keys) = one(&self.inner.keys, keys, config.kv_heads(), "keys")?;
         let layer = Self::new(config.clone(), q, k, None)?;
-        Ok((layer, Step { queries: of_queries, keys: of_keys, revived }))
+        Ok((layer, CodebookStep { queries: of_queries, keys: of_keys, revived }))
     }
 }
 
@@ -311,14 +316,15 @@ impl Layer for VqAttentionLayer {
     }
 
     fn memory_bytes(&self) -> usize {
-        let book = |book: &Option<Codebook>| book.as_ref().map_or(0, |b| b.codewords().len() + b.counts().len());
-        let past = self.inner.past.as_ref();
-        let past = past.map_or(0, |p| p.counts.len() + p.means.len() + p.recent_codes.len() + p.recent_values.len());
-        4 * (book(&self.inner.queries) + book(&self.inner.keys) + past)
+        let book =
+            |book: &Option<AttentionCodebook>| book.as_ref().map_or(0, |b| b.codewords().len() + b.counts().len());
+        let cache = self.inner.cache.as_ref();
+        let cache = cache.map_or(0, |p| p.counts.len() + p.means.len() + p.recent_codes.len() + p.recent_values.len());
+        4 * (book(&self.inner.queries) + book(&self.inner.keys) + cache)
     }
 }
 
-/// Rows `[tokens, heads · dim]` as `[heads, tokens, dim]`.
+/// Splits rows `[tokens, heads · dim]` into heads `[heads, tokens, dim]`.
 fn in_heads(x: ArrayView2<f32>, heads: usize, what: &str) -> Result<ndarray::Array3<f32>> {
     let (tokens, width) = x.dim();
     if heads == 0 || !width.is_multiple_of(heads) {

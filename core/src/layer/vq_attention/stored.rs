@@ -1,12 +1,13 @@
-//! An attention layer's parts: codewords in tables of their length, counts and past beside them.
+//! An attention layer's parts: codewords in tables of their length, and counts and the cache as tensors (`past_counts`, `past_means`,
+//! `past_codes`, `past_values`).
 
 use ndarray::{Array, ArrayD, ArrayView, Axis, Dimension};
 
 use super::{VqAttentionConfig, VqAttentionLayer};
-use crate::attention::{Codebook, Past};
+use crate::attention::{AttentionCodebook, CompressedCache};
 use crate::error::{Error, Result};
-use crate::layer::parts::{self, Parts, Tensor, bytes_f32, f32_bytes};
 use crate::layer::method::{Method, read_config};
+use crate::layer::parts::{self, Parts, Tensor, bytes_f32, f32_bytes};
 use crate::layer::traits::Layer;
 
 const QUERIES: &str = "queries";
@@ -23,23 +24,23 @@ impl VqAttentionLayer {
             }
             parts.tensors.push(floats(&format!("{role}_counts"), book.counts()));
         }
-        if let Some(past) = self.past() {
-            parts.tensors.push(floats("past_counts", past.counts.view()));
-            parts.tensors.push(floats("past_means", past.means.view()));
+        if let Some(cache) = self.cache() {
+            parts.tensors.push(floats("past_counts", cache.counts.view()));
+            parts.tensors.push(floats("past_means", cache.means.view()));
             parts.tensors.push(Tensor {
                 name: "past_codes".into(),
                 dtype: "U32".into(),
-                shape: past.recent_codes.shape().to_vec(),
-                data: past.recent_codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
+                shape: cache.recent_codes.shape().to_vec(),
+                data: cache.recent_codes.iter().flat_map(|code| code.to_le_bytes()).collect(),
             });
-            parts.tensors.push(floats("past_values", past.recent_values.view()));
+            parts.tensors.push(floats("past_values", cache.recent_values.view()));
         }
         parts
     }
 
     pub(super) fn read_parts(parts: Parts) -> Result<Self> {
         let config: VqAttentionConfig = read_config(VqAttentionConfig::NAME, &parts.config)?;
-        let book = |role: &str| -> Result<Option<Codebook>> {
+        let book = |role: &str| -> Result<Option<AttentionCodebook>> {
             let mut heads: Vec<&parts::Codebook> = parts.codebooks.iter().filter(|book| book.role == role).collect();
             let Some(tensor) = parts.tensor(&format!("{role}_counts")) else { return Ok(None) };
             heads.sort_by_key(|book| book.subspace);
@@ -47,19 +48,19 @@ impl VqAttentionLayer {
             let words = ndarray::stack(Axis(0), &views).map_err(|e| {
                 Error::expected(format!("codewords of {role}"), e, "as many of each head, of one length")
             })?;
-            Codebook::new(words, array(tensor)?).map(Some)
+            AttentionCodebook::new(words, array(tensor)?).map(Some)
         };
-        let past = match parts.tensor("past_counts") {
+        let cache = match parts.tensor("past_counts") {
             None => None,
             Some(counts) => {
                 let named = |name: &str| {
                     parts
                         .tensor(name)
-                        .ok_or_else(|| Error::expected("the past's tensors", "some", format!("'{name}' too")))
+                        .ok_or_else(|| Error::expected("the cache's tensors", "some", format!("'{name}' too")))
                 };
                 let codes = named("past_codes")?;
                 let numbers = codes.data.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-                Some(Past {
+                Some(CompressedCache {
                     counts: array(counts)?,
                     means: array(named("past_means")?)?,
                     recent_codes: shaped(codes, numbers)?,
@@ -67,7 +68,7 @@ impl VqAttentionLayer {
                 })
             }
         };
-        VqAttentionLayer::new(config, book(QUERIES)?, book(KEYS)?, past)
+        VqAttentionLayer::new(config, book(QUERIES)?, book(KEYS)?, cache)
     }
 }
 

@@ -56,15 +56,15 @@ proptest! {
         let [q, k, v] = [(24, 4, 3), (12, 2, 4), (10, 2, 5)].map(|(width, heads, seed)| {
             batch_in_heads(sample(tokens, width, seed).insert_axis(Axis(0)).view(), heads, "inputs").unwrap()
         });
-        if let Some(mut past) = layer.no_past(1) {
-            layer.attend(q.view(), k.view(), v.view(), None, Some(&mut past)).unwrap();
-            layer = layer.with_past(Some(past)).unwrap();
+        if let Some(mut cache) = layer.empty_cache(1) {
+            layer.attend(q.view(), k.view(), v.view(), None, Some(&mut cache)).unwrap();
+            layer = layer.with_cache(Some(cache)).unwrap();
         }
         let parts = layer.to_parts();
         let back = layer_from_parts(parts.clone()).unwrap();
         let back = back.downcast_ref::<VqAttentionLayer>().unwrap();
         prop_assert_eq!(back.settings(), layer.settings());
-        prop_assert_eq!((back.keys(), back.queries(), back.past()), (layer.keys(), layer.queries(), layer.past()));
+        prop_assert_eq!((back.keys(), back.queries(), back.cache()), (layer.keys(), layer.queries(), layer.cache()));
         prop_assert_eq!(back.to_parts().id(), parts.id());
         let found = [&layer, back].map(|layer| layer.attend(q.view(), k.view(), v.view(), None, None).unwrap());
         prop_assert_eq!(&found[0].output, &found[1].output);
@@ -108,12 +108,12 @@ fn long_sequences_come_in_pieces_and_compressed_projections_serve() {
     let projections = [low_rank(24, 12, 10), low_rank(12, 12, 20), low_rank(10, 12, 30)];
     let block = AttentionBlock::new(layer(config(Mechanism::VqK, true)), Some(projections), None).unwrap();
     let x = sample(40, 12, 9).insert_axis(Axis(0));
-    let attend = |x: ndarray::ArrayView3<f32>, past: Option<&mut Past>| -> Array3<f32> {
-        block.attend(x, x, x, None, past, Accuracy::Approximate).unwrap()
+    let attend = |x: ndarray::ArrayView3<f32>, cache: Option<&mut CompressedCache>| -> Array3<f32> {
+        block.attend(x, x, x, None, cache, Accuracy::Approximate).unwrap()
     };
     let whole = attend(x.view(), None);
-    let mut past = block.attention().no_past(1).unwrap();
-    let pieces = [0..17, 17..18, 18..40].map(|tokens| attend(x.slice(s![.., tokens, ..]), Some(&mut past)));
+    let mut cache = block.attention().empty_cache(1).unwrap();
+    let pieces = [0..17, 17..18, 18..40].map(|tokens| attend(x.slice(s![.., tokens, ..]), Some(&mut cache)));
     let views: Vec<_> = pieces.iter().map(|piece| piece.view()).collect();
     let joined = ndarray::concatenate(Axis(1), &views).unwrap();
     assert!(joined.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-5));
@@ -127,7 +127,7 @@ fn learning_brings_codewords_nearer() {
     let (q, k) = (sample(300, 24, 1), sample(300, 12, 2));
     let far = |heads: usize, seed: usize| {
         let words = sample(heads * 8, 6, seed).into_shape_with_order((heads, 8, 6)).unwrap() * 9.0;
-        Some(Codebook::of_codewords(words).unwrap())
+        Some(AttentionCodebook::of_codewords(words).unwrap())
     };
     let config = VqAttentionConfig { c_gamma: 0.8, ..config(Mechanism::VqQk, true) };
     let mut layer = VqAttentionLayer::new(config, far(4, 5), far(2, 6), None).unwrap();
@@ -158,26 +158,66 @@ fn what_does_not_fit_is_refused() {
     refuse(VqAttentionConfig { n_code: 51, ..good() }, "51 for 50 vectors");
     refuse(VqAttentionConfig { d_k: Some(7), ..good() }, "codebook of queries");
     refuse(VqAttentionConfig { d_v: None, ..good() }, "d_model, d_k and d_v");
-    refuse(VqAttentionConfig { hyper: Some(crate::attention::Hyper::default()), ..good() }, "hyper");
+    refuse(VqAttentionConfig { hyper: Some(crate::attention::HyperAttention::default()), ..good() }, "hyper");
     refuse(VqAttentionConfig { n_code_q: Some(3), ..config(Mechanism::VqK, true) }, "n_code_q");
     refuse(VqAttentionConfig { query: Some("q".into()), ..good() }, "all three");
     let causal = layer(good());
     let [q, k, v] = [(24, 4), (12, 2), (10, 2)]
         .map(|(width, heads)| batch_in_heads(sample(9, width, 3).insert_axis(Axis(0)).view(), heads, "x").unwrap());
     let there = Array2::from_elem((1, 9), true);
-    let attend = |layer: &VqAttentionLayer, there: Option<&Array2<bool>>, past: Option<&mut Past>| {
-        layer.attend(q.view(), k.view(), v.view(), there.map(|t| t.view()), past).map(|_| ())
+    let attend = |layer: &VqAttentionLayer, there: Option<&Array2<bool>>, cache: Option<&mut CompressedCache>| {
+        layer.attend(q.view(), k.view(), v.view(), there.map(|t| t.view()), cache).map(|_| ())
     };
     assert!(attend(&causal, Some(&there), None).unwrap_err().to_string().contains("mask"));
-    let mut past = causal.no_past(1).unwrap();
+    let mut cache = causal.empty_cache(1).unwrap();
     let all = layer(config(Mechanism::VqQk, false));
-    assert!(all.no_past(1).is_none());
+    assert!(all.empty_cache(1).is_none());
     assert!(attend(&all, Some(&there), None).is_ok());
-    assert!(attend(&all, None, Some(&mut past)).unwrap_err().to_string().contains("a past"));
-    assert!(all.with_past(Some(past)).unwrap_err().to_string().contains("only causal"));
+    assert!(attend(&all, None, Some(&mut cache)).unwrap_err().to_string().contains("a cache"));
+    assert!(all.with_cache(Some(cache)).unwrap_err().to_string().contains("only causal"));
     let other = Some([dense(24, 12, 1), dense(11, 12, 2), dense(10, 12, 3)]);
     let message = AttentionBlock::new(all, other, None).unwrap_err().to_string();
     assert!(message.contains("key projection"), "{message}");
     let linear = causal.shared();
     assert!(linear.forward(sample(1, 12, 1).view(), Accuracy::Full).unwrap_err().to_string().contains("attend"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// A layer's settings are those of the formula, in f64: softmax(q kᵀ / √d_k) v over codewords or vectors.
+    #[test]
+    fn mechanisms_are_the_formula(
+        mechanism in prop::sample::select(ALL.to_vec()),
+        causal in any::<bool>(),
+        scale in prop::sample::select(vec![None, Some(0.9)]),
+        tokens in 1usize..25,
+        mem_len in 0usize..6,
+    ) {
+        let layer = layer(VqAttentionConfig { scale, mem_len, ..config(mechanism, causal) });
+        let [q, k, v] = [(24, 4, 3), (12, 2, 4), (10, 2, 5)].map(|(width, heads, seed)| {
+            batch_in_heads(sample(tokens, width, seed).insert_axis(Axis(0)).view(), heads, "inputs").unwrap()
+        });
+        let found = layer.attend(q.view(), k.view(), v.view(), None, None).unwrap().output;
+        let vector = |book: Option<&AttentionCodebook>, x: &ndarray::Array4<f32>, h: usize, i: usize| {
+            let x = x.slice(s![0, h, i, ..]).mapv(f64::from);
+            let Some(book) = book else { return x };
+            let words = book.codewords().slice(s![h, .., ..]).mapv(f64::from);
+            let distance = |word: &ndarray::ArrayView1<f64>| (word - &x).mapv(|d| d * d).sum();
+            words.rows().into_iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap().to_owned()
+        };
+        for (h, i) in ndarray::indices((4, tokens)) {
+            let query = vector(layer.queries(), &q, h, i);
+            let weight = |j: usize| {
+                let score = query.dot(&vector(layer.keys(), &k, h / 2, j)) * scale.unwrap_or(1.0 / 6f64.sqrt());
+                if j <= i || !causal { score.exp() } else { 0.0 }
+            };
+            let weights: Vec<f64> = (0..tokens).map(weight).collect();
+            let sum: f64 = weights.iter().sum();
+            for d in 0..5 {
+                let expected: f64 = (0..tokens).map(|j| weights[j] / sum * f64::from(v[[0, h / 2, j, d]])).sum();
+                prop_assert!((f64::from(found[[0, h, i, d]]) - expected).abs() < 2e-5, "{mechanism:?}");
+            }
+        }
+    }
 }

@@ -1,0 +1,77 @@
+//! The sizes of queries, keys and values, checked against each other.
+
+use ndarray::ArrayView4;
+
+use super::mask::AttentionMask;
+use crate::error::{Error, Result};
+use crate::linalg::require_finite;
+
+/// Sizes of queries, keys and values that belong together.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AttentionShape {
+    pub batch: usize,
+    /// Heads of queries.
+    pub heads: usize,
+    /// Consecutive query heads that share one head of keys and values.
+    pub group: usize,
+    pub queries: usize,
+    pub keys: usize,
+    /// Length of a value.
+    pub value_dim: usize,
+}
+
+impl AttentionShape {
+    /// Returns the sizes of queries `[batch, heads, queries, dim]`, keys `[batch, kv heads, keys, dim]` and values
+    /// `[batch, kv heads, keys, value dim]`.
+    ///
+    /// # Errors
+    /// When shapes, or those of the mask, do not fit each other, or a number is not finite.
+    pub fn of(
+        q: ArrayView4<f32>,
+        k: ArrayView4<f32>,
+        v: ArrayView4<f32>,
+        mask: &AttentionMask,
+    ) -> Result<AttentionShape> {
+        let ((batch, heads, queries, dim), (k_batch, k_heads, keys, k_dim)) = (q.dim(), k.dim());
+        let (v_batch, v_heads, values, value_dim) = v.dim();
+        if (k_batch, k_dim) != (batch, dim) || k_heads == 0 || !heads.is_multiple_of(k_heads) {
+            return Err(Error::expected(
+                "shape of the keys, [batch, heads, tokens, dim]",
+                format!("{:?}", k.shape()),
+                format!("[{batch}, a divisor of {heads}, any, {dim}], as the queries are {:?}", q.shape()),
+            ));
+        }
+        if (v_batch, v_heads, values) != (batch, k_heads, keys) {
+            let expected = format!("[{batch}, {k_heads}, {keys}, any], as the keys are {:?}", k.shape());
+            return Err(Error::expected("shape of the values", format!("{:?}", v.shape()), expected));
+        }
+        check_mask(mask, batch, queries, keys)?;
+        for (what, array) in [("the queries", q), ("the keys", k), ("the values", v)] {
+            require_finite(what, array.iter())?;
+        }
+        Ok(AttentionShape { batch, heads, group: heads / k_heads, queries, keys, value_dim })
+    }
+}
+
+fn check_mask(mask: &AttentionMask, batch: usize, queries: usize, keys: usize) -> Result<()> {
+    let fits = |what: &str, found: &[usize], tokens: usize| match found == [batch, tokens] {
+        true => Ok(()),
+        false => Err(Error::expected(format!("shape of {what}"), format!("{found:?}"), format!("[{batch}, {tokens}]"))),
+    };
+    if let Some(there) = mask.keys {
+        fits("the keys' mask", there.shape(), keys)?;
+    }
+    if let Some((of_queries, of_keys)) = mask.segments {
+        fits("the queries' segments", of_queries.shape(), queries)?;
+        fits("the keys' segments", of_keys.shape(), keys)?;
+    }
+    Ok(())
+}
+
+/// Refuses a scale of the scores that is not finite.
+pub(super) fn check_scale(scale: f32) -> Result<()> {
+    match scale.is_finite() {
+        true => Ok(()),
+        false => Err(Error::expected("scale of the scores", scale, "a finite number")),
+    }
+}

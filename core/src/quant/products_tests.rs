@@ -1,0 +1,241 @@
+//! Products with packed matrices on every instruction set, beside the dequantised weight.
+
+use ndarray::{Array2, ArrayView1};
+use proptest::prelude::*;
+
+use super::{Clipping, Group, PackedMatrix, ScaleType, WeightFormat, WeightType};
+use crate::kernels::{ActivationFormat, available, best, rounded};
+
+fn formats() -> impl Strategy<Value = WeightFormat> {
+    let kinds = (2u8..9).prop_flat_map(|bits| {
+        prop_oneof![
+            3 => Just(WeightType::Int(bits)),
+            1 => Just(WeightType::MxInt(bits)),
+            1 => Just(WeightType::Nf4),
+            2 => Just(WeightType::Ternary),
+            1 => prop::sample::select(vec![WeightType::F16, WeightType::Bf16]),
+        ]
+    });
+    let groups = prop_oneof![
+        Just(Group::Channel),
+        Just(Group::Tensor),
+        prop::sample::select(vec![2, 4, 6, 8, 12, 16, 24, 32, 64, 96, 128]).prop_map(Group::Size)
+    ];
+    (kinds, groups, any::<bool>()).prop_map(|(weight_type, group, symmetric)| WeightFormat {
+        weight_type,
+        group,
+        symmetric,
+        scales: ScaleType::F32,
+    })
+}
+
+fn sample(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+    Array2::from_shape_fn((rows, columns), |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u32 << 23) as f32 - 0.9
+    })
+}
+
+/// `x · wᵀ` in f64, and beside it the sum of the products' sizes: what roundings are measured by.
+fn slow(x: &Array2<f32>, w: &Array2<f32>) -> (Array2<f64>, Array2<f64>) {
+    let (x, w) = (x.mapv(f64::from), w.mapv(f64::from));
+    (x.dot(&w.t()), x.mapv(f64::abs).dot(&w.mapv(f64::abs).t()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Each instruction set gives what the dequantised weight does: up to f32 rounding with f32 activations, and with
+    /// int8 ones what the rounded inputs and the rounded levels give.
+    #[test]
+    fn as_the_dequantized_weight(
+        format in formats(),
+        rows in 1usize..11,
+        groups in 1usize..6,
+        batch in prop::sample::select(vec![1usize, 2, 4, 5, 13]),
+        tail in 0usize..70,
+        seed in any::<u64>(),
+    ) {
+        let columns = match format.group {
+            Group::Size(n) => n * groups,
+            _ => 1 + 61 * groups + tail,
+        };
+        let w = sample(rows, columns, seed);
+        let mut packed = PackedMatrix::quantize(w.view(), format, Clipping::Absmax, None).unwrap();
+        let mut x = sample(batch, columns, seed ^ 7) * 3.0;
+        let weight = packed.dequantize();
+        if seed % 2 == 0 {
+            // Columns' scales are the same as scaled inputs.
+            let scales: Vec<f32> = (0..columns).map(|j| [0.5, 1.0, 2.0][j % 3]).collect();
+            x = &x / &ArrayView1::from(&scales);
+            packed = packed.with_column_scales(scales).unwrap();
+        }
+        let inputs = if packed.column_scales().is_empty() { x.clone() } else { &x * &ArrayView1::from(packed.column_scales()) };
+        let coarse = format.weight_type == WeightType::Nf4;
+        for isa in available() {
+            for activations in [ActivationFormat::F32, ActivationFormat::Int8, ActivationFormat::Int8Absmax] {
+                if activations.rounds() && format.weight_type.is_float() {
+                    continue;
+                }
+                let y = packed.products_on(isa, x.view(), activations, false);
+                let (expected, size) = match activations {
+                    ActivationFormat::F32 => slow(&inputs, &weight),
+                    rounding => slow(&rounded(inputs.view(), rounding), &weight),
+                };
+                // NF4's levels as bytes are off by half of a 127th of the scale.
+                let levels = if coarse && activations.rounds() { 0.5 / 127.0 } else { 0.0 };
+                let largest = packed.scales().iter().fold(0f32, |most, s| most.max(s.abs()));
+                for ((i, j), &found) in y.indexed_iter() {
+                    let sum: f64 = inputs.row(i).iter().map(|v| f64::from(v.abs())).sum();
+                    let allowed = 1e-6 + 4e-6 * size[[i, j]] + 2e-6 * sum * f64::from(largest)
+                        + 1.01 * levels * sum * f64::from(largest);
+                    let off = (f64::from(found) - expected[[i, j]]).abs();
+                    prop_assert!(off <= allowed, "{} {:?} {}: {} for {}", isa.name(), activations, format.weight_type, found, expected[[i, j]]);
+                }
+            }
+        }
+    }
+}
+
+/// Sums of whole numbers are the same on every machine, to the bit, and so is what a row's one scale makes of them.
+#[test]
+fn whole_numbers_are_exact() {
+    for (weight_type, columns) in [(WeightType::Ternary, 1000), (WeightType::Int(4), 333), (WeightType::Int(8), 130)] {
+        let format = WeightFormat { weight_type, group: Group::Channel, ..WeightFormat::default() };
+        let packed = PackedMatrix::quantize(sample(9, columns, 5).view(), format, Clipping::Mse, None).unwrap();
+        for batch in [1, 3, 6] {
+            let x = sample(batch, columns, 7) * 4.0;
+            let first = packed.products_on(best(), x.view(), ActivationFormat::Int8Absmax, false);
+            for isa in available() {
+                let found = packed.products_on(isa, x.view(), ActivationFormat::Int8Absmax, batch == 3);
+                assert_eq!(found, first, "{}", isa.name());
+            }
+        }
+    }
+}
+
+/// Enough rows for several threads, each with its own part.
+#[test]
+fn threads_share_the_rows() {
+    let w = sample(2100, 640, 3);
+    let packed = PackedMatrix::quantize(w.view(), WeightFormat::default(), Clipping::Absmax, None).unwrap();
+    for batch in [2, 6, 20] {
+        let x = sample(batch, 640, 4);
+        let (expected, _) = slow(&x, &packed.dequantize());
+        for (activations, allowed) in [(ActivationFormat::F32, 1e-3), (ActivationFormat::Int8, 0.5)] {
+            let y = packed.products(x.view(), activations);
+            assert!(y.iter().zip(&expected).all(|(y, e)| (f64::from(*y) - e).abs() < allowed));
+        }
+    }
+}
+
+#[test]
+fn nothing_to_do() {
+    let packed = |rows, columns| {
+        let format = WeightFormat { group: Group::Channel, ..WeightFormat::default() };
+        PackedMatrix::quantize(Array2::zeros((rows, columns)).view(), format, Clipping::Absmax, None).unwrap()
+    };
+    assert_eq!(packed(0, 8).products(Array2::zeros((2, 8)).view(), ActivationFormat::F32).dim(), (2, 0));
+    assert_eq!(packed(3, 8).products(Array2::zeros((0, 8)).view(), ActivationFormat::Int8).dim(), (0, 3));
+    assert_eq!(
+        packed(3, 0).products(Array2::zeros((1, 0)).view(), ActivationFormat::Int8),
+        Array2::<f32>::zeros((1, 3))
+    );
+}
+
+/// Sums of whole numbers beyond 32 bits: every code and every input as large as they come, and of one sign. They are exact, but
+/// where floats are added up.
+#[test]
+fn sums_beyond_32_bits() {
+    const COLUMNS: usize = 140_000;
+    let integer = |bits, symmetric| WeightFormat {
+        weight_type: WeightType::Int(bits),
+        group: Group::Channel,
+        symmetric,
+        ..WeightFormat::default()
+    };
+    let ternary = WeightFormat { weight_type: WeightType::Ternary, ..integer(2, true) };
+    let formats = [2, 3, 4, 7, 8].into_iter().flat_map(|bits| [integer(bits, true), integer(bits, false)]);
+    for format in formats.chain([ternary]) {
+        let bits = format.weight_type.bits();
+        // Signed codes of two and of four bits are flipped in registers that hold several of them: their sums are floats.
+        let whole_sums = !(format.symmetric && [2, 4].contains(&bits)) || format.weight_type == WeightType::Ternary;
+        let top = ((1u32 << bits) - 1) as u8;
+        // Unsigned codes: the largest, and the sign bit, which is the largest when it is flipped; some fewer in the last row.
+        let rows = 5;
+        let code = |row: usize, column: usize| match (row, format.weight_type) {
+            (_, WeightType::Ternary) => [2, 0, 2, 1, 2][row] * u8::from(row < 4 || column % 3 > 0),
+            (0, _) => top,
+            (1, _) => top >> 1,
+            (2, _) => 1 << (bits - 1),
+            (3, _) => 0,
+            _ => {
+                if column % 3 > 0 {
+                    top
+                } else {
+                    0
+                }
+            }
+        };
+        let codes: Vec<u8> =
+            (0..rows).flat_map(|row| (0..COLUMNS).map(move |column| (row, column))).map(|(r, c)| code(r, c)).collect();
+        let mut packed = vec![];
+        codes.chunks(COLUMNS).for_each(|row| super::pack(row, bits, &mut packed));
+        let stored = match format.weight_type {
+            WeightType::Ternary => super::trits::to_trits(&packed, COLUMNS),
+            _ => packed,
+        };
+        let zero = if format.has_zeros() { [0, top, 1, 0, top / 2].to_vec() } else { vec![] };
+        let scales = [1f32; 5];
+        let matrix = PackedMatrix::from_fields(
+            format,
+            (rows, COLUMNS),
+            stored.into(),
+            bytemuck::cast_slice(&scales),
+            zero.clone(),
+        )
+        .unwrap();
+        let value = |row: usize, column: usize| -> i64 {
+            let code = codes[row * COLUMNS + column];
+            match format.weight_type {
+                WeightType::Ternary => i64::from(code) - 1,
+                _ if format.has_zeros() => i64::from(code) - i64::from(zero[row]),
+                _ => i64::from(((code << (8 - bits)) as i8) >> (8 - bits)),
+            }
+        };
+        for batch in [1, 5] {
+            // The scale is 1 with 127.5 for the largest, and −128 is what all others become that are less than −127.5.
+            let x = Array2::from_shape_fn((batch, COLUMNS), |(v, column)| match (v % 3, column) {
+                (_, 0) => -127.5,
+                (0, _) => -127.5,
+                (1, _) => 127.5,
+                _ => {
+                    if column % 2 == 0 {
+                        -127.5
+                    } else {
+                        127.5
+                    }
+                }
+            });
+            let whole = |v: usize, column: usize| -> i64 { if x[[v, column]] < 0.0 { -128 } else { 127 } };
+            for isa in available() {
+                let found = matrix.products_on(isa, x.view(), ActivationFormat::Int8, false);
+                for ((v, row), &found) in found.indexed_iter() {
+                    let exact: i64 = (0..COLUMNS).map(|column| value(row, column) * whole(v, column)).sum();
+                    let what = format!("{} {format:?} row {row}, input {v}", isa.name());
+                    if whole_sums {
+                        assert_eq!(found, exact as f32, "{what}");
+                    } else {
+                        // A sum of floats in each lane, of flipped codes, and what flipping adds.
+                        let half = 1i64 << (bits - 1);
+                        let size = |column: usize| (value(row, column) + 2 * half) * whole(v, column).abs();
+                        let size: i64 = (0..COLUMNS).map(size).sum();
+                        let off = (f64::from(found) - exact as f64).abs();
+                        assert!(off <= 1e-4 * size as f64, "{what}: {found} for {exact}");
+                    }
+                }
+            }
+        }
+    }
+}

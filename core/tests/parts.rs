@@ -1,0 +1,30 @@
+//! Stored parts that nobody wrote: the harness of `fuzz/core`, run over a fixed sequence of changes, so that every `cargo test`
+//! has some of what a fuzzer looks at. Nothing may panic, and nothing may ask for memory that the parts have no use for.
+
+#[path = "../../fuzz/shared/allocations.rs"]
+mod allocations;
+#[path = "../../fuzz/shared/choices.rs"]
+mod choices;
+#[path = "../../fuzz/shared/parts.rs"]
+mod parts;
+#[path = "../../fuzz/shared/seeded.rs"]
+mod seeded;
+
+use parts::Outcome;
+
+/// Far more than the small layers of the harness have use for.
+const LARGE: usize = 64 << 20;
+
+#[test]
+fn a_layer_or_an_error() {
+    let (mut refused, mut ran) = (0, 0);
+    for seed in 0..20_000 {
+        match parts::run(&seeded::bytes(seed, 120)) {
+            Outcome::Refused => refused += 1,
+            Outcome::Ran => ran += 1,
+            Outcome::Wide => {}
+        }
+        allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
+    }
+    assert!(refused > 2000 && ran > 2000, "{refused} refused, {ran} ran");
+}

@@ -1,0 +1,13 @@
+//! Bytes in a fuzzer's place, for tests that have to be the same each time.
+
+/// Returns `length` bytes, or up to seven more, that a seed stands for (SplitMix64).
+pub fn bytes(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ mixed >> 31).to_le_bytes()
+    };
+    (0..length.div_ceil(8)).flat_map(|_| next()).collect()
+}

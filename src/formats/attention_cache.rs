@@ -1,0 +1,78 @@
+//! The compressed cache of a sequence, in a file, so that a long one can be attended to piece by piece.
+
+use std::path::Path;
+
+use ndarray::{Array, ArrayD, Dimension};
+use safetensors::tensor::TensorView;
+
+use super::safetensors::SafetensorsSource;
+use super::source::TensorSource;
+use crate::attention::CompressedCache;
+use crate::error::{Error, Result};
+use crate::layer::{DType, to_f32};
+use crate::staged;
+
+/// Reads what [`write_attention_cache`] wrote. Whether it fits a layer is found when it is used.
+///
+/// # Errors
+/// When the file cannot be read, or holds other tensors.
+pub fn read_attention_cache(path: &Path) -> Result<CompressedCache> {
+    let file = SafetensorsSource::open(path)?;
+    Ok(CompressedCache {
+        counts: floats(&file, "counts")?,
+        means: floats(&file, "means")?,
+        recent_codes: array(&file, "recent_codes", DType::U32, |bytes| {
+            Ok(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+        })?,
+        recent_values: floats(&file, "recent_values")?,
+    })
+}
+
+fn floats<D: Dimension>(file: &SafetensorsSource, name: &str) -> Result<Array<f32, D>> {
+    array(file, name, DType::F32, |bytes| to_f32(DType::F32, bytes))
+}
+
+fn array<T, D: Dimension>(
+    file: &SafetensorsSource,
+    name: &str,
+    dtype: DType,
+    numbers: impl Fn(&[u8]) -> Result<Vec<T>>,
+) -> Result<Array<T, D>> {
+    let path = file.path().display();
+    let wrong = |found: String| Error::expected(format!("tensor '{name}' of {path}"), found, "as `attend` writes it");
+    let entry = file.tensors().get(name).ok_or_else(|| wrong("none".into()))?;
+    if entry.dtype != dtype {
+        return Err(wrong(format!("{:?}", entry.dtype)));
+    }
+    let array = ArrayD::from_shape_vec(entry.shape.clone(), numbers(&file.bytes(entry)?)?);
+    array.and_then(|array| array.into_dimensionality()).map_err(|_| wrong(format!("shape {:?}", entry.shape)))
+}
+
+/// Writes a cache as safetensors; the file appears whole or not at all.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_attention_cache(path: &Path, cache: &CompressedCache) -> Result<()> {
+    // Sizes may be 0, and numbers in any order.
+    let floats = [
+        ("counts", cache.counts.shape(), cache.counts.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()),
+        ("means", cache.means.shape(), cache.means.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        (
+            "recent_values",
+            cache.recent_values.shape(),
+            cache.recent_values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        ),
+    ];
+    let codes: Vec<u8> = cache.recent_codes.iter().flat_map(|code| code.to_le_bytes()).collect();
+    let mut tensors = vec![("recent_codes", DType::U32, cache.recent_codes.shape(), &codes)];
+    tensors.extend(floats.iter().map(|(name, shape, bytes)| (*name, DType::F32, *shape, bytes)));
+    let tensors = tensors.into_iter().map(|(name, dtype, shape, bytes)| {
+        let view = TensorView::new(dtype, shape.to_vec(), bytes).map_err(|e| Error::file(path, e.to_string()));
+        view.map(|view| (name, view))
+    });
+    let tensors: Vec<(&str, TensorView)> = tensors.collect::<Result<_>>()?;
+    staged::write(path, |staged| {
+        safetensors::serialize_to_file(tensors, None, staged).map_err(|e| Error::file(path, e.to_string()))
+    })?;
+    Ok(())
+}

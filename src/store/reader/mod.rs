@@ -1,0 +1,242 @@
+//! Rows of data files, read without looking at the versions of the tables that the files belong to.
+//!
+//! A data file never changes once it is written, so where an artifact's rows are known to be, neither a manifest nor a
+//! query plan has to be made before they are read.
+//!
+//! There are two readers: Lance's, which reads every file wherever it lies, and one of our own for plainly laid out
+//! files of the local file system, which follows Lance's file format without its code. What the second does not read is
+//! left to the first, and [`Reader::Lance`] leaves everything to it.
+
+mod aligned;
+mod column;
+mod data_file;
+mod page;
+mod pread;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arrow::array::RecordBatch;
+use futures::TryStreamExt;
+use lance_encoding::decoder::{DecoderPlugins, FilterExpression};
+use lance_file::reader::{FileReader, FileReaderOptions};
+use lance_file::versions::reader_projection_from_column_names;
+use lance_io::ReadBatchParams;
+use lance_io::object_store::{ObjectStore, ObjectStoreParams};
+use lance_io::scheduler::{ScanScheduler, SchedulerConfig};
+use lance_io::utils::CachedFileSize;
+use lru::LruCache;
+use moka::future::Cache;
+use object_store::path::Path;
+use tokio::sync::OnceCell;
+
+use self::data_file::{DataFile, ROWS_PER_BYTE};
+use super::location::Location;
+use crate::error::{Error, Result};
+
+/// Files kept open: each holds a file handle and the description of its columns.
+const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(128).unwrap();
+
+/// Rows decoded at a time: as many as most layers have, so that they come as one piece, and few enough that 32-bit
+/// offsets can address rows of half a MiB.
+const BATCH_ROWS: u32 = 1 << 12;
+
+/// Pieces decoded ahead.
+const AHEAD: u32 = 2;
+
+/// The environment variable that chooses the reader where [`StoreOptions`](super::StoreOptions) leave it open.
+const READER_VARIABLE: &str = "LAYERSTORE_READER";
+
+/// What reads the rows of layers from files of the local file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reader {
+    /// Straight from the files into place, where they are laid out plainly, and through Lance elsewhere.
+    Direct,
+    /// Through Lance.
+    Lance,
+}
+
+impl Reader {
+    /// Returns the reader that `LAYERSTORE_READER` names, `direct` or `lance`, or [`Reader::Direct`] where it is not set.
+    ///
+    /// # Errors
+    /// When it is set to something else.
+    pub fn from_environment() -> Result<Self> {
+        let found = match std::env::var(READER_VARIABLE) {
+            Ok(found) => found,
+            Err(std::env::VarError::NotPresent) => return Ok(Reader::Direct),
+            Err(std::env::VarError::NotUnicode(found)) => found.to_string_lossy().into_owned(),
+        };
+        match found.as_str() {
+            "" | "direct" => Ok(Reader::Direct),
+            "lance" => Ok(Reader::Lance),
+            _ => Err(Error::expected(READER_VARIABLE, format!("'{found}'"), "'direct' or 'lance'")),
+        }
+    }
+}
+
+/// Rows of a data file, deleted ones too.
+#[derive(Debug, Clone)]
+pub struct FileRows {
+    /// The table that the file belongs to.
+    pub table: String,
+    /// The file's name.
+    pub file: String,
+    /// The rows.
+    pub rows: Range<u64>,
+}
+
+/// A file by its table's name and its own.
+type FileName = (String, String);
+
+/// The data files of a store.
+#[derive(Debug)]
+pub struct Files {
+    location: Location,
+    reader: Reader,
+    direct: Mutex<LruCache<FileName, Arc<DataFile>>>,
+    storage: OnceCell<(Arc<ScanScheduler>, Path)>,
+    through_lance: Cache<FileName, Arc<FileReader>>,
+}
+
+impl Files {
+    /// Returns the files of a store, none of them open.
+    pub fn new(location: Location, reader: Reader) -> Self {
+        Files {
+            location,
+            reader,
+            direct: Mutex::new(LruCache::new(OPEN_FILES)),
+            storage: OnceCell::new(),
+            through_lance: Cache::new(OPEN_FILES.get() as u64),
+        }
+    }
+
+    /// Reads rows of files on the local file system, on this thread: a batch for each of `wanted`. `None` where
+    /// [`Files::decoded_rows`] has to read them: the store is somewhere else, the files are laid out in another way, or
+    /// everything is read through Lance.
+    ///
+    /// # Errors
+    /// When a file is not there any more, or cannot be read.
+    pub fn direct_rows(&self, wanted: &[FileRows]) -> io::Result<Option<Vec<RecordBatch>>> {
+        let Some(folder) = self.direct_folder() else { return Ok(None) };
+        let mut batches = Vec::with_capacity(wanted.len());
+        for some in wanted {
+            let Some(file) = self.direct_file(folder, &some.table, &some.file)? else { return Ok(None) };
+            let Some(batch) = file.read(&some.rows)? else { return Ok(None) };
+            batches.push(batch);
+        }
+        Ok(Some(batches))
+    }
+
+    /// The store's directory, if files in it are read directly.
+    fn direct_folder(&self) -> Option<&std::path::Path> {
+        self.location.local().filter(|_| self.reader == Reader::Direct)
+    }
+
+    fn direct_file(&self, folder: &std::path::Path, table: &str, name: &str) -> io::Result<Option<Arc<DataFile>>> {
+        let formats = self.location.formats();
+        // Only the name of a file: what a path holds otherwise is encoded by the object store.
+        let plain = |name: &str| !name.contains(['/', '\\']);
+        let Some(schema) = formats.schema(table, formats.newest().version).filter(|_| plain(table) && plain(name))
+        else {
+            return Ok(None);
+        };
+        let key = (table.to_owned(), name.to_owned());
+        if let Some(file) = self.open_files().get(&key) {
+            return Ok(Some(file.clone()));
+        }
+        let path = folder.join(format!("{table}.lance")).join("data").join(name);
+        let file = match DataFile::open(&path, &schema) {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => return Ok(None),
+            file => Arc::new(file?),
+        };
+        self.open_files().put(key, file.clone());
+        Ok(Some(file))
+    }
+
+    /// Opens files for [`Files::direct_rows`], as many as are kept open. What cannot be opened is found out when it is
+    /// read.
+    pub fn open_ahead(&self, wanted: &BTreeSet<FileName>) {
+        let Some(folder) = self.direct_folder() else { return };
+        for (table, file) in wanted.iter().take(OPEN_FILES.get() / 2) {
+            let _ = self.direct_file(folder, table, file);
+        }
+    }
+
+    /// Returns whether files are open, or none is to be opened ahead.
+    pub fn are_open(&self, wanted: &BTreeSet<FileName>) -> bool {
+        let open = self.open_files();
+        self.direct_folder().is_none() || wanted.iter().all(|file| open.contains(file))
+    }
+
+    fn open_files(&self) -> MutexGuard<'_, LruCache<FileName, Arc<DataFile>>> {
+        // A map that another thread left in the middle of a change is still a map.
+        self.direct.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads rows through Lance: the batches of each of `wanted`.
+    ///
+    /// # Errors
+    /// When a file is not there any more, has fewer rows, or cannot be read.
+    pub async fn decoded_rows(self: &Arc<Self>, wanted: &[FileRows]) -> lance::Result<Vec<Vec<RecordBatch>>> {
+        let read = wanted.iter().map(|some| {
+            let (files, some) = (self.clone(), some.clone());
+            // On a task of its own: side by side, and decoding damaged bytes may panic in Lance.
+            async move { tokio::spawn(async move { files.decoded(some).await }).await.map_err(unfinished)? }
+        });
+        futures::future::try_join_all(read).await
+    }
+
+    async fn decoded(&self, wanted: FileRows) -> lance::Result<Vec<RecordBatch>> {
+        let key = (wanted.table, wanted.file);
+        let opened = self.through_lance.try_get_with_by_ref(&key, self.lance_file(&key.0, &key.1)).await;
+        let reader = opened.map_err(|source| lance::Error::Shared { source })?;
+        // Before memory is asked for.
+        if wanted.rows.start > wanted.rows.end || wanted.rows.end > reader.num_rows() {
+            let found = format!("the file has {} rows, where those up to {} are", reader.num_rows(), wanted.rows.end);
+            return Err(lance::Error::invalid_input(found));
+        }
+        let range = ReadBatchParams::Range(wanted.rows.start as usize..wanted.rows.end as usize);
+        let formats = self.location.formats();
+        let schema = formats.schema(&key.0, formats.newest().version);
+        let names = schema.iter().flat_map(|schema| schema.fields()).map(|field| field.name().as_str());
+        let names: Vec<&str> = names.filter(|name| reader.schema().field(name).is_some()).collect();
+        let projection = reader_projection_from_column_names(reader.version(), reader.schema(), &names)?;
+        let all = FilterExpression::no_filter();
+        reader.read_stream_projected(range, BATCH_ROWS, AHEAD, projection, all).await?.try_collect().await
+    }
+
+    async fn lance_file(&self, table: &str, name: &str) -> lance::Result<Arc<FileReader>> {
+        let (scheduler, root) = self.storage.get_or_try_init(|| self.connect()).await?;
+        let path = root.clone().join(format!("{table}.lance")).join("data").join(name);
+        let file = scheduler.open_file(&path, &CachedFileSize::unknown()).await?;
+        let size = file.reader().size().await? as u64;
+        let session = self.location.session();
+        let (plugins, options) = (Arc::<DecoderPlugins>::default(), FileReaderOptions::default());
+        let reader = FileReader::try_open(file, None, plugins, session.file_metadata_cache(), options).await?;
+        if reader.num_rows() / ROWS_PER_BYTE > size {
+            let found = format!("a file of {size} bytes claims {} rows", reader.num_rows());
+            return Err(lance::Error::invalid_input(found));
+        }
+        Ok(Arc::new(reader))
+    }
+
+    async fn connect(&self) -> lance::Result<(Arc<ScanScheduler>, Path)> {
+        let registry = self.location.session().store_registry();
+        let (store, root) =
+            ObjectStore::from_uri_and_params(registry, self.location.uri(), &ObjectStoreParams::default()).await?;
+        // The lite scheduler has no task of its own, which would die with the runtime that it was made on.
+        let config = SchedulerConfig::max_bandwidth(&store).with_lite_scheduler();
+        Ok((ScanScheduler::new(store, config), root))
+    }
+}
+
+/// The error of a task that panicked, or that its runtime has ended.
+fn unfinished(e: tokio::task::JoinError) -> lance::Error {
+    lance::Error::wrapped(Box::new(e))
+}

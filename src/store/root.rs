@@ -1,0 +1,231 @@
+//! A store as it is opened: what snapshots, writers and upkeep come from.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+
+use super::catalogue;
+use super::gc::{self, GcReport};
+use super::handle::LayerHandle;
+use super::location::Location;
+use super::reader::Reader;
+use super::shared::Shared;
+use super::snapshot::Snapshot;
+use super::testing::Hooks;
+use super::upgrade;
+use super::verify::{self, VerifyReport};
+use super::versions::{self, SnapshotInfo, VersionInfo};
+use super::writer::Writer;
+use crate::error::{Error, Result};
+
+/// Bytes of loaded layers that a store keeps when nothing else is asked for.
+pub const DEFAULT_CACHE_BYTES: u64 = 1 << 30;
+
+/// Layers read at once by [`Store::prefetch`].
+const PREFETCHED_AT_ONCE: usize = 4;
+
+/// How a store is opened.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Bytes of loaded layers to keep, shared by all handles.
+    pub cache_bytes: u64,
+    /// What reads layers from files of the local file system. `None` asks the environment variable `LAYERSTORE_READER`,
+    /// `direct` or `lance`, and takes [`Reader::Direct`] where that is not set.
+    pub reader: Option<Reader>,
+    /// What the tests replace.
+    #[doc(hidden)]
+    pub hooks: Hooks,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        StoreOptions { cache_bytes: DEFAULT_CACHE_BYTES, reader: None, hooks: Hooks::default() }
+    }
+}
+
+/// An open store. Cloning shares it; every method can be called from many tasks at once.
+#[derive(Debug, Clone)]
+pub struct Store {
+    shared: Arc<Shared>,
+}
+
+impl Store {
+    /// Opens a store: at a local path, at an object-store URI (`s3://`, `gs://`, `az://`), or at `memory://NAME`, in the
+    /// memory of this process, where it lasts as long as a store of that name, or a handle from one, is there.
+    ///
+    /// # Errors
+    /// When there is no store, it is of a format that this build does not know, or the storage refuses.
+    pub async fn open(uri: &str) -> Result<Self> {
+        Self::open_with(uri, StoreOptions::default()).await
+    }
+
+    /// Opens a store as [`Store::open`] does, with options.
+    ///
+    /// # Errors
+    /// As [`Store::open`], and when `LAYERSTORE_READER` names no reader.
+    pub async fn open_with(uri: &str, options: StoreOptions) -> Result<Self> {
+        let location = Location::new(uri, &options.hooks)?;
+        let catalogue = catalogue::open(&location, None).await?;
+        Self::new(location, catalogue, options)
+    }
+
+    /// Opens a store, or makes an empty one in a directory that is empty or does not exist.
+    ///
+    /// # Errors
+    /// As [`Store::open`], and when the directory holds something else.
+    pub async fn create(uri: &str) -> Result<Self> {
+        Self::create_with(uri, StoreOptions::default()).await
+    }
+
+    /// Opens or makes a store as [`Store::create`] does, with options.
+    ///
+    /// # Errors
+    /// As [`Store::create`], and when `LAYERSTORE_READER` names no reader.
+    pub async fn create_with(uri: &str, options: StoreOptions) -> Result<Self> {
+        let location = Location::new(uri, &options.hooks)?;
+        let catalogue = catalogue::open_or_create(&location).await?;
+        Self::new(location, catalogue, options)
+    }
+
+    fn new(location: Location, catalogue: lance::Dataset, options: StoreOptions) -> Result<Self> {
+        let reader = options.reader.map_or_else(Reader::from_environment, Ok)?;
+        Ok(Store { shared: Arc::new(Shared::new(location, catalogue, options.cache_bytes, reader)) })
+    }
+
+    /// Returns what the store shares with its snapshots and handles.
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Returns the store's address: an absolute path, or a URI.
+    pub fn uri(&self) -> &str {
+        self.shared.location.uri()
+    }
+
+    /// Connects LanceDB to the store's directory, to query its tables. This is the one door to LanceDB's own types; what
+    /// is written through it is not checked.
+    ///
+    /// # Errors
+    /// When LanceDB cannot connect.
+    pub async fn lancedb(&self) -> Result<lancedb::Connection> {
+        let connect = lancedb::connect(self.uri()).session(self.shared.location.session().clone()).execute();
+        connect.await.map_err(|e| Error::storage(format!("connecting to {}", self.uri()), e))
+    }
+
+    /// Opens the latest version.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn latest(&self) -> Result<Snapshot> {
+        Ok(Snapshot::new(self.shared.clone(), self.shared.latest().await?, None))
+    }
+
+    /// Opens the version that a snapshot's name, or a version's number, stands for.
+    ///
+    /// # Errors
+    /// When there is no such snapshot or version.
+    pub async fn at(&self, name: &str) -> Result<Snapshot> {
+        let version = versions::resolve(self.shared.catalogue().dataset(), name).await?;
+        let dataset = catalogue::open(&self.shared.location, Some(version)).await?;
+        Ok(Snapshot::new(self.shared.clone(), dataset.into(), Some(name)))
+    }
+
+    /// Names the latest version.
+    ///
+    /// # Errors
+    /// When the name is taken or not valid.
+    pub async fn create_snapshot(&self, name: &str) -> Result<SnapshotInfo> {
+        versions::create_snapshot(&self.shared.location, name).await
+    }
+
+    /// Returns all snapshots, by version.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        versions::list_snapshots(self.shared.catalogue().dataset()).await
+    }
+
+    /// Deletes a snapshot's name; its version stays until gc.
+    ///
+    /// # Errors
+    /// When there is no such snapshot.
+    pub async fn delete_snapshot(&self, name: &str) -> Result<SnapshotInfo> {
+        versions::delete_snapshot(&self.shared.location, name).await
+    }
+
+    /// Makes an older version the latest, as a new version, and returns the new version with the name that was restored.
+    ///
+    /// # Errors
+    /// When there is no such snapshot or version.
+    pub async fn restore(&self, name: &str) -> Result<SnapshotInfo> {
+        versions::restore(&self.shared.location, name).await
+    }
+
+    /// Returns all versions, newest first.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn log(&self) -> Result<Vec<VersionInfo>> {
+        versions::log(self.shared.latest().await?.dataset()).await
+    }
+
+    /// Begins a change of a model. gc waits until it is committed or dropped.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
+    pub async fn writer(&self) -> Result<Writer> {
+        Writer::begin(&self.shared.location, &self.shared.data).await
+    }
+
+    /// Removes rows and files that no snapshot, and no version younger than `older_than`, reaches; only counts them
+    /// unless `apply`.
+    ///
+    /// # Errors
+    /// When an import is at work and does not finish in time, or the storage refuses.
+    pub async fn gc(&self, older_than: Duration, apply: bool) -> Result<GcReport> {
+        gc::collect(&self.shared.location, older_than, apply).await
+    }
+
+    /// Reads every artifact and holds it against its name. `seen` is told how many of how many are done.
+    ///
+    /// # Errors
+    /// When the catalogue or the list of artifacts cannot be read; a corrupt artifact is no error but a finding.
+    pub async fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
+        verify::verify(&self.shared, Arc::new(seen)).await
+    }
+
+    /// Reads layers into the cache ahead of their use, several at a time.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    pub async fn prefetch(&self, handles: &[LayerHandle]) -> Result<()> {
+        let loads = handles.iter().map(|handle| self.shared.load(handle.shared_record()));
+        futures::stream::iter(loads).buffer_unordered(PREFETCHED_AT_ONCE).try_for_each(|_| async { Ok(()) }).await
+    }
+
+    /// Returns the bytes of loaded layers held now.
+    pub async fn cached_bytes(&self) -> u64 {
+        self.shared.cached_bytes().await
+    }
+
+    /// Returns the store's format version: that of the build that made it, or that it was upgraded to.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn format(&self) -> Result<u32> {
+        let latest = self.shared.latest().await?;
+        Ok(self.shared.location.format_of(latest.dataset())?.version)
+    }
+
+    /// Brings the store to the newest format version that this build knows, and returns it: columns are added to tables,
+    /// and no row is written anew. Builds that do not know that version cannot open the store any more. An older store is
+    /// read and written as it is without this.
+    ///
+    /// # Errors
+    /// When an import is at work and does not finish in time, or the storage refuses.
+    pub async fn upgrade(&self) -> Result<u32> {
+        upgrade::upgrade(&self.shared.location).await
+    }
+}

@@ -1,0 +1,88 @@
+//! Stored bytes that nobody wrote: the harnesses of `fuzz/`, run over a fixed sequence of changes, so that every `cargo test` has
+//! some of what a fuzzer looks at. Nothing may panic, and nothing may ask for memory that its file has no use for.
+
+use std::path::Path;
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::support::Place;
+
+#[path = "../../fuzz/shared/allocations.rs"]
+mod allocations;
+#[path = "../../fuzz/shared/choices.rs"]
+mod choices;
+#[path = "../../fuzz/shared/keras.rs"]
+mod keras;
+#[path = "../../fuzz/shared/seeded.rs"]
+mod seeded;
+#[path = "../../fuzz/shared/store_files.rs"]
+mod store_files;
+
+use choices::Choices;
+
+/// More than any of the fixtures' readers has use for.
+const LARGE: usize = 256 << 20;
+
+static PANICS: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts panics from now on, those that tasks of a runtime turn into errors included.
+fn count_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            // Lance's own, when it opens a table, are turned into errors by the store.
+            if !info.location().is_some_and(|place| place.file().contains("/lance-")) {
+                PANICS.fetch_add(1, Ordering::SeqCst);
+            }
+            before(info);
+        }));
+    });
+}
+
+#[test]
+fn keras_archives() {
+    count_panics();
+    let place = Place::new();
+    let path = place.path("x.keras");
+    let (mut opened, mut refused) = (0, 0);
+    for name in ["functional", "images", "tokens"] {
+        let archive = keras::Archive::read(Path::new(&format!("tests/fixtures/keras/{name}.keras")));
+        for seed in 0..400 {
+            let changed = archive.changed(&mut Choices::new(&seeded::bytes(seed, 200)));
+            let panics = PANICS.load(Ordering::SeqCst);
+            match keras::run(&changed, &path) {
+                true => opened += 1,
+                false => refused += 1,
+            }
+            assert_eq!(PANICS.load(Ordering::SeqCst), panics, "{name}, seed {seed}");
+            allocations::assert_none_as_large_as(LARGE, &format!("{name}, seed {seed}"));
+        }
+    }
+    for seed in 0..200 {
+        assert!(!keras::run(&seeded::bytes(seed, seed as usize), &path), "seed {seed}");
+    }
+    assert!(opened > 50 && refused > 200, "{opened} opened, {refused} refused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_of_a_store() {
+    count_panics();
+    let place = Place::new();
+    let kept = store_files::Kept::copied(Path::new("tests/fixtures/store-v1/layers"), &place.path("layers"));
+    let whole = kept.read().await;
+    // Three models of ten layers each, at two versions, by two readers.
+    assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 120, 0, 0));
+    let (mut noticed, mut closed) = (0, 0);
+    for seed in 0..300 {
+        let panics = PANICS.load(Ordering::SeqCst);
+        let outcome = kept.changed(&mut Choices::new(&seeded::bytes(seed, 200))).await;
+        assert_eq!(PANICS.load(Ordering::SeqCst), panics, "seed {seed}");
+        allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
+        noticed += usize::from(outcome != whole);
+        closed += usize::from(outcome.opened < 2);
+    }
+    // Half of the files are of the log, which nobody reads.
+    assert!(noticed > 60 && closed > 5, "{noticed} noticed, of which {closed} at opening");
+    assert_eq!(kept.read().await, whole);
+}
