@@ -4,7 +4,6 @@
 //! `demo/calibration.safetensors`.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;

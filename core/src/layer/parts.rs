@@ -128,7 +128,7 @@ impl Tensor {
     /// # Errors
     /// When the dtype, the shape or the number of bytes is another.
     pub fn to_vector(&self) -> Result<Array1<f32>> {
-        if self.dtype != "F32" || self.shape.len() != 1 || self.data.len() != 4 * self.shape[0] {
+        if self.dtype != "F32" || self.shape.len() != 1 || Some(self.data.len()) != self.shape[0].checked_mul(4) {
             return Err(Error::expected(
                 format!("stored tensor '{}'", self.name),
                 format!("{} {:?} in {} bytes", self.dtype, self.shape, self.data.len()),

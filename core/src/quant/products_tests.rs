@@ -165,13 +165,13 @@ fn sums_beyond_32_bits() {
         // Unsigned codes: the largest, and the sign bit, which is the largest when it is flipped; some fewer in the last row.
         let rows = 5;
         let code = |row: usize, column: usize| match (row, format.weight_type) {
-            (_, WeightType::Ternary) => [2, 0, 2, 1, 2][row] * u8::from(row < 4 || column % 3 > 0),
+            (_, WeightType::Ternary) => [2, 0, 2, 1, 2][row] * u8::from(row < 4 || !column.is_multiple_of(3)),
             (0, _) => top,
             (1, _) => top >> 1,
             (2, _) => 1 << (bits - 1),
             (3, _) => 0,
             _ => {
-                if column % 3 > 0 {
+                if !column.is_multiple_of(3) {
                     top
                 } else {
                     0

@@ -231,6 +231,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
+    use crate::layer::parts::canonical_json;
     use crate::layer::{Layer, compress};
 
     const SETTINGS: &str = r#"{
@@ -262,7 +263,7 @@ mod tests {
             assert!(config[measured].is_number());
             config[measured] = 0.0.into();
         }
-        assert_eq!(config.to_string(), STORED);
+        assert_eq!(canonical_json(&config), STORED);
         let mut fitted = settings.clone();
         fitted.backend = layer.core.config.settings.backend;
         assert_eq!(layer.key_value_config(), fitted);
