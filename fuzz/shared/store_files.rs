@@ -12,11 +12,11 @@ use super::choices::Choices;
 /// A copy of the kept store, and its files as they were.
 pub struct Kept {
     folder: PathBuf,
-    /// Rows, then manifests, names of snapshots and the rest, which is mostly for whoever reads the log.
+    /// Rows, then the newest manifests and the names of snapshots, then the rest, which hardly anybody reads.
     files: Vec<(PathBuf, Vec<u8>)>,
     /// Files of rows.
     data: usize,
-    /// Files that are manifests, and what names them.
+    /// Newest manifests, and names of snapshots.
     manifests: usize,
 }
 
@@ -42,15 +42,21 @@ impl Kept {
         let mut files = vec![];
         gather(from, from, &mut files);
         assert!(!files.is_empty(), "{} is empty", from.display());
+        // The newest manifest of a table has the least name.
+        files.sort();
+        let manifests =
+            files.iter().map(|(name, _)| name).filter(|name| name.extension().is_some_and(|e| e == "manifest"));
+        let mut newest: Vec<PathBuf> = manifests.cloned().collect();
+        newest.dedup_by(|next, before| next.parent() == before.parent());
         let rank = |name: &Path| {
-            let of = |folder: &str| name.components().any(|part| part.as_os_str() == folder);
-            match (of("data"), of("_versions") || of("_refs")) {
+            let is_in = |folder: &str| name.components().any(|part| part.as_os_str() == folder);
+            match (is_in("data"), is_in("_refs") || newest.iter().any(|of| of == name)) {
                 (true, _) => 0,
                 (false, true) => 1,
                 _ => 2,
             }
         };
-        files.sort_by_key(|(name, _): &(PathBuf, Vec<u8>)| (rank(name), name.clone()));
+        files.sort_by_key(|(name, _)| (rank(name), name.clone()));
         let count = |wanted: u8| files.iter().filter(|(name, _)| rank(name) == wanted).count();
         let (data, manifests) = (count(0), count(1));
         assert!(data > 0 && manifests > 0, "{} is no store", from.display());

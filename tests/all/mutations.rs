@@ -83,6 +83,6 @@ async fn files_of_a_store() {
         noticed += usize::from(outcome != whole);
         closed += usize::from(outcome.opened < 2);
     }
-    assert!(noticed > 15 && closed > 2, "{noticed} noticed, of which {closed} at opening");
+    assert!(noticed > 20 && closed > 0, "{noticed} noticed, of which {closed} at opening");
     assert_eq!(kept.read().await, whole);
 }

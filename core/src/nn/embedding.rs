@@ -138,7 +138,7 @@ impl Patches {
     /// and pixels in a patch, are in row-major order; pixels that fill no whole patch are left out.
     ///
     /// # Errors
-    /// When `images` has another number of dimensions.
+    /// When `images` has another number of dimensions, or a patch has more numbers than can be counted.
     pub fn forward(&self, images: ArrayViewD<f32>) -> Result<ArrayD<f32>> {
         let found = format!("{:?}", images.shape());
         let images: ArrayView4<f32> = images
@@ -147,7 +147,13 @@ impl Patches {
         let (batch, height, width, channels) = images.dim();
         let size = self.patch_size;
         let (down, across) = (height / size, width / size);
-        let mut out = Array3::zeros((batch, down * across, size * size * channels));
+        // A patch that is larger than any image has a length that cannot be counted.
+        let length = size.checked_mul(size).and_then(|pixels| pixels.checked_mul(channels));
+        let counted = |length: &usize| length.checked_mul(batch.max(1)).is_some_and(|all| isize::try_from(all).is_ok());
+        let length = length.filter(counted).ok_or_else(|| {
+            Error::expected("patch_size", size, format!("one for images of {height} × {width} × {channels}"))
+        })?;
+        let mut out = Array3::zeros((batch, down * across, length));
         for (b, i, j) in (0..batch).flat_map(|b| (0..down).flat_map(move |i| (0..across).map(move |j| (b, i, j)))) {
             let patch = images.slice(s![b, i * size..(i + 1) * size, j * size..(j + 1) * size, ..]);
             let mut target = out.slice_mut(s![b, i * across + j, ..]);
