@@ -12,7 +12,12 @@ use super::choices::Choices;
 /// A copy of the kept store, and its files as they were.
 pub struct Kept {
     folder: PathBuf,
+    /// Rows, then the newest manifests and the names of snapshots, then the rest, which hardly anybody reads.
     files: Vec<(PathBuf, Vec<u8>)>,
+    /// Files of rows.
+    data: usize,
+    /// Newest manifests, and names of snapshots.
+    manifests: usize,
 }
 
 /// What became of a store with a changed file, over both readers.
@@ -37,13 +42,30 @@ impl Kept {
         let mut files = vec![];
         gather(from, from, &mut files);
         assert!(!files.is_empty(), "{} is empty", from.display());
+        // The newest manifest of a table has the least name.
         files.sort();
+        let manifests =
+            files.iter().map(|(name, _)| name).filter(|name| name.extension().is_some_and(|e| e == "manifest"));
+        let mut newest: Vec<PathBuf> = manifests.cloned().collect();
+        newest.dedup_by(|next, before| next.parent() == before.parent());
+        let rank = |name: &Path| {
+            let is_in = |folder: &str| name.components().any(|part| part.as_os_str() == folder);
+            match (is_in("data"), is_in("_refs") || newest.iter().any(|of| of == name)) {
+                (true, _) => 0,
+                (false, true) => 1,
+                _ => 2,
+            }
+        };
+        files.sort_by_key(|(name, _)| (rank(name), name.clone()));
+        let count = |wanted: u8| files.iter().filter(|(name, _)| rank(name) == wanted).count();
+        let (data, manifests) = (count(0), count(1));
+        assert!(data > 0 && manifests > 0, "{} is no store", from.display());
         for (name, bytes) in &files {
             let path = folder.join(name);
             std::fs::create_dir_all(path.parent().expect("a file in a folder")).expect("a folder for a copy");
             std::fs::write(path, bytes).expect("a copy");
         }
-        Kept { folder: folder.to_owned(), files }
+        Kept { folder: folder.to_owned(), files, data, manifests }
     }
 
     /// Changes a file that `choices` picks, does everything that reads the store, and puts the file back.
@@ -51,7 +73,12 @@ impl Kept {
     /// # Panics
     /// When reading panics, an error says nothing, or one reader loads other layers than the other.
     pub async fn changed(&self, choices: &mut Choices<'_>) -> Outcome {
-        let (name, bytes) = &self.files[choices.below(self.files.len())];
+        let at = match choices.below(8) {
+            0 => choices.below(self.files.len()),
+            1 | 2 => self.data + choices.below(self.manifests),
+            _ => choices.below(self.data),
+        };
+        let (name, bytes) = &self.files[at];
         let mut changed = bytes.clone();
         choices.mutate(&mut changed);
         let path = self.folder.join(name);
@@ -73,8 +100,15 @@ impl Kept {
                 continue;
             };
             outcome.opened += 1;
-            for snapshot in [said(store.latest().await), said(store.at("first").await)].into_iter().flatten() {
-                read_layers(&snapshot, &mut outcome).await;
+            if let Some(latest) = said(store.latest().await) {
+                read_layers(&latest, &mut outcome).await;
+            }
+            if reader == Reader::Direct {
+                continue;
+            }
+            // The rest is read in the same way whatever the reader.
+            if let Some(first) = said(store.at("first").await) {
+                said(first.models().await);
             }
             said(store.log().await);
             said(store.snapshots().await);

@@ -31,10 +31,11 @@ fn count_panics() {
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
-            // Lance's own, when it opens a table, are turned into errors by the store.
-            if !info.location().is_some_and(|place| place.file().contains("/lance-")) {
-                PANICS.fetch_add(1, Ordering::SeqCst);
+            // Lance's own, when it opens a table, are turned into errors by the store; nobody has to read of them.
+            if info.location().is_some_and(|place| place.file().contains("/lance-")) {
+                return;
             }
+            PANICS.fetch_add(1, Ordering::SeqCst);
             before(info);
         }));
     });
@@ -71,10 +72,10 @@ async fn files_of_a_store() {
     let place = Place::new();
     let kept = store_files::Kept::copied(Path::new("tests/fixtures/store-v1/layers"), &place.path("layers"));
     let whole = kept.read().await;
-    // Three models of ten layers each, at two versions, by two readers.
-    assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 120, 0, 0));
+    // Three models of ten layers each, by two readers.
+    assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 60, 0, 0));
     let (mut noticed, mut closed) = (0, 0);
-    for seed in 0..60 {
+    for seed in 0..100 {
         let panics = PANICS.load(Ordering::SeqCst);
         let outcome = kept.changed(&mut Choices::new(&seeded::bytes(seed, 200))).await;
         assert_eq!(PANICS.load(Ordering::SeqCst), panics, "seed {seed}");
@@ -82,7 +83,6 @@ async fn files_of_a_store() {
         noticed += usize::from(outcome != whole);
         closed += usize::from(outcome.opened < 2);
     }
-    // Most of the files are of the log and of older versions, which nobody reads.
-    assert!(noticed > 0, "{noticed} noticed, of which {closed} at opening");
+    assert!(noticed > 20 && closed > 0, "{noticed} noticed, of which {closed} at opening");
     assert_eq!(kept.read().await, whole);
 }
