@@ -74,15 +74,14 @@ async fn files_of_a_store() {
     let whole = kept.read().await;
     // Three models of ten layers each, by two readers.
     assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 60, 0, 0));
-    let (mut noticed, mut closed) = (0, 0);
+    let mut noticed = 0;
     for seed in 0..100 {
         let panics = PANICS.load(Ordering::SeqCst);
         let outcome = kept.changed(&mut Choices::new(&seeded::bytes(seed, 200))).await;
         assert_eq!(PANICS.load(Ordering::SeqCst), panics, "seed {seed}");
         allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
         noticed += usize::from(outcome != whole);
-        closed += usize::from(outcome.opened < 2);
     }
-    assert!(noticed > 20 && closed > 0, "{noticed} noticed, of which {closed} at opening");
+    assert!(noticed > 20, "{noticed} noticed");
     assert_eq!(kept.read().await, whole);
 }
