@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Coding, Kernel, Simd, each, level_byte};
+use super::simd::{Coding, Kernel, Simd, each, level_byte, read, write};
 
 /// AVX2, FMA and BMI2.
 #[derive(Debug, Clone, Copy)]
@@ -39,17 +39,17 @@ unsafe fn eight(from: *const u8, count: usize) -> u64 {
     // SAFETY: no byte is read but the first `count`.
     unsafe {
         if count >= 8 {
-            return from.cast::<u64>().read_unaligned();
+            return read(from);
         }
         if count >= 4 {
-            let (first, last) = (from.cast::<u32>(), from.add(count - 4).cast::<u32>());
-            return u64::from(first.read_unaligned()) | u64::from(last.read_unaligned()) << (8 * (count - 4));
+            let (first, last): (u32, u32) = (read(from), read(from.wrapping_add(count - 4)));
+            return u64::from(first) | u64::from(last) << (8 * (count - 4));
         }
         if count >= 2 {
-            let (first, last) = (from.cast::<u16>(), from.add(count - 2).cast::<u16>());
-            return u64::from(first.read_unaligned()) | u64::from(last.read_unaligned()) << (8 * (count - 2));
+            let (first, last): (u16, u16) = (read(from), read(from.wrapping_add(count - 2)));
+            return u64::from(first) | u64::from(last) << (8 * (count - 2));
         }
-        if count == 1 { u64::from(*from) } else { 0 }
+        if count == 1 { u64::from(read::<u8>(from)) } else { 0 }
     }
 }
 
@@ -62,7 +62,7 @@ unsafe fn compiled<K: Kernel<Avx2>>(kernel: K) {
 impl Simd for Avx2 {
     const NAME: &'static str = "avx2";
     const LANES: usize = 8;
-    const TILES: bool = true;
+    const REGISTERS: usize = 16;
     type Float = __m256;
     type Int = __m256i;
     type Coding = Registers;
@@ -96,7 +96,7 @@ impl Simd for Avx2 {
                 mask: _mm256_set1_epi8(mask as i8),
                 flip: _mm256_set1_epi8(coding.flip as i8),
                 low: _mm256_loadu_ps(values.as_ptr()),
-                high: _mm256_loadu_ps(values.as_ptr().add(8)),
+                high: _mm256_loadu_ps(values.as_ptr().wrapping_add(8)),
                 bytes: _mm256_loadu_si256(bytes.as_ptr().cast()),
                 wide: coding.bits == 8 || coding.levels.is_some(),
             }
@@ -110,12 +110,12 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> __m256 {
-        unsafe { _mm256_loadu_ps(from) }
+        unsafe { read(from.cast()) }
     }
 
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m256) {
-        unsafe { _mm256_storeu_ps(to, value) }
+        unsafe { write(to.cast(), value) }
     }
 
     #[inline(always)]
@@ -162,14 +162,14 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn pick(value: __m256, places: *const u32) -> __m256 {
-        unsafe { _mm256_permutevar8x32_ps(value, _mm256_loadu_si256(places.cast())) }
+        unsafe { _mm256_permutevar8x32_ps(value, read(places.cast())) }
     }
 
     #[inline(always)]
     unsafe fn block<const H: usize, const FULL: bool>(from: *const u8, bytes: usize, coding: Registers) -> __m256i {
         unsafe {
             if H > 1 && FULL {
-                return _mm256_loadu_si256(from.cast());
+                return read(from.cast());
             }
             let each = if H > 1 { 8 } else { coding.bits };
             let mut words = [0u64; 4];
@@ -178,7 +178,7 @@ impl Simd for Avx2 {
                 let packed = eight(from.wrapping_add(i * each), if left < each { left } else { each });
                 words[i] = if H > 1 { packed } else { _pdep_u64(packed, coding.spread) };
             });
-            let all = _mm256_loadu_si256(words.as_ptr().cast());
+            let all = read(words.as_ptr().cast());
             if H > 1 { all } else { _mm256_xor_si256(all, coding.flip) }
         }
     }
@@ -259,7 +259,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn load_bytes(from: *const i8) -> __m256i {
-        unsafe { _mm256_loadu_si256(from.cast()) }
+        unsafe { read(from.cast()) }
     }
 
     #[inline(always)]

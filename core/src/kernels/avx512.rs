@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Coding, Kernel, Simd, level_byte};
+use super::simd::{Coding, Kernel, Simd, level_byte, read, write};
 
 /// AVX-512 F and BW, VNNI, VBMI and GFNI.
 #[derive(Debug, Clone, Copy)]
@@ -51,7 +51,7 @@ unsafe fn compiled<K: Kernel<Avx512>>(kernel: K) {
 impl Simd for Avx512 {
     const NAME: &'static str = "avx512";
     const LANES: usize = 16;
-    const TILES: bool = true;
+    const REGISTERS: usize = 32;
     type Float = __m512;
     type Int = __m512i;
     type Coding = Registers;
@@ -115,12 +115,12 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(from) }
+        unsafe { read(from.cast()) }
     }
 
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m512) {
-        unsafe { _mm512_storeu_ps(to, value) }
+        unsafe { write(to.cast(), value) }
     }
 
     #[inline(always)]
@@ -163,7 +163,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn pick(value: __m512, places: *const u32) -> __m512 {
-        unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(places.cast()), value) }
+        unsafe { _mm512_permutexvar_ps(read(places.cast()), value) }
     }
 
     #[inline(always)]
@@ -171,12 +171,12 @@ impl Simd for Avx512 {
         unsafe {
             if H > 1 {
                 return match FULL {
-                    true => _mm512_loadu_si512(from.cast()),
+                    true => read(from.cast()),
                     false => _mm512_maskz_loadu_epi8(first(bytes), from.cast()),
                 };
             }
             if coding.bits == 8 && FULL {
-                return _mm512_xor_si512(_mm512_loadu_si512(from.cast()), coding.flip);
+                return _mm512_xor_si512(read(from.cast()), coding.flip);
             }
             // Never past the block: the next row may not be there.
             let most = 8 * coding.bits as usize;
@@ -269,7 +269,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn load_bytes(from: *const i8) -> __m512i {
-        unsafe { _mm512_loadu_si512(from.cast()) }
+        unsafe { read(from.cast()) }
     }
 
     #[inline(always)]

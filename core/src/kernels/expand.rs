@@ -46,18 +46,18 @@ impl<S: Simd, const H: usize, const LEVELS: bool> Kernel<S> for Expand<'_, H, LE
             let mut i = 0;
             while i < self.count {
                 let row = self.first + i;
-                let mut packed = m.packed.as_ptr().add(row * m.row_bytes);
-                let mut out = self.out.add(i * self.stride);
+                let mut packed = m.packed.as_ptr().wrapping_add(row * m.row_bytes);
+                let mut out = self.out.wrapping_add(i * self.stride);
                 let mut places = m.blocks.places.as_ptr().cast::<u32>();
                 let mut number = 0;
                 while number < m.blocks.windows.len() {
-                    let window: &Window = &*m.blocks.windows.as_ptr().add(number);
+                    let window: &Window = &*m.blocks.windows.as_ptr().wrapping_add(number);
                     let first = row * m.groups + window.first;
-                    let scales = S::load_some(m.scales.as_ptr().add(first), window.count);
+                    let scales = S::load_some(m.scales.as_ptr().wrapping_add(first), window.count);
                     let zeros = if m.zeros.is_empty() {
                         S::splat(m.zero)
                     } else {
-                        S::bytes_some(m.zeros.as_ptr().add(first), window.count)
+                        S::bytes_some(m.zeros.as_ptr().wrapping_add(first), window.count)
                     };
                     let mut block = 0;
                     while block < window.blocks {

@@ -56,12 +56,13 @@ impl Inputs {
     /// whose bytes are in the order of the codes.
     pub fn bytes(x: ArrayView2<f32>, layout: &Layout, format: ActivationFormat) -> Self {
         Self::laid_out(x, layout, |row, target, sums| {
+            let mut whole = vec![0i8; row.len()];
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") {
                 // SAFETY: the feature is there.
-                return unsafe { lay_bytes_avx2(layout, row, format, target, sums) };
+                return unsafe { lay_bytes_avx2(layout, row, format, &mut whole, target, sums) };
             }
-            lay_bytes(layout, row, format, target, sums)
+            lay_bytes(layout, row, format, &mut whole, target, sums)
         })
     }
 
@@ -195,10 +196,11 @@ fn lay_bytes_avx2(
     layout: &Layout,
     row: &[f32],
     format: ActivationFormat,
+    whole: &mut [i8],
     target: &mut [i8],
     sums: &mut [f32],
 ) -> (f32, i64) {
-    lay_bytes(layout, row, format, target, sums)
+    lay_bytes(layout, row, format, whole, target, sums)
 }
 
 #[inline(always)]
@@ -206,20 +208,20 @@ fn lay_bytes(
     layout: &Layout,
     row: &[f32],
     format: ActivationFormat,
+    whole: &mut [i8],
     target: &mut [i8],
     sums: &mut [f32],
 ) -> (f32, i64) {
-    let mut rounded = vec![0i8; row.len()];
-    let scale = round(row, format, &mut rounded);
+    let scale = round(row, format, whole);
     match layout.halves {
-        1 => target[..rounded.len()].copy_from_slice(&rounded),
-        2 => parted::<2>(layout.block_codes(), &rounded, target),
-        _ => parted::<4>(layout.block_codes(), &rounded, target),
+        1 => target[..whole.len()].copy_from_slice(whole),
+        2 => parted::<2>(layout.block_codes(), whole, target),
+        _ => parted::<4>(layout.block_codes(), whole, target),
     }
     let (mut group, mut start, mut all) = (0, 0, 0);
     while start < row.len() {
         let end = if row.len() - start < layout.group { row.len() } else { start + layout.group };
-        let total = whole_sum(&rounded[start..end]);
+        let total = whole_sum(&whole[start..end]);
         sums[group] = total as f32;
         all += total;
         group += 1;

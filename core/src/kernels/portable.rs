@@ -1,6 +1,6 @@
 //! Plain Rust, for every processor: eight lanes that a compiler may put into registers.
 
-use super::simd::{Coding, Kernel, Simd, level_byte};
+use super::simd::{Coding, Kernel, Simd, level_byte, read, write};
 
 /// The instruction set that is none.
 #[derive(Debug, Clone, Copy)]
@@ -33,13 +33,13 @@ macro_rules! lanes {
 #[inline(always)]
 unsafe fn byte(from: *const u8, i: usize, bytes: usize) -> u32 {
     // SAFETY: so many bytes are there.
-    if i < bytes { u32::from(unsafe { *from.add(i) }) } else { 0 }
+    if i < bytes { u32::from(unsafe { *from.wrapping_add(i) }) } else { 0 }
 }
 
 impl Simd for Portable {
     const NAME: &'static str = "portable";
     const LANES: usize = 8;
-    const TILES: bool = false;
+    const REGISTERS: usize = 0;
     type Float = [f32; 8];
     type Int = [u32; 8];
     type Coding = Registers;
@@ -75,17 +75,17 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> [f32; 8] {
-        unsafe { from.cast::<[f32; 8]>().read_unaligned() }
+        unsafe { read(from.cast()) }
     }
 
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: [f32; 8]) {
-        unsafe { to.cast::<[f32; 8]>().write_unaligned(value) }
+        unsafe { write(to.cast(), value) }
     }
 
     #[inline(always)]
     unsafe fn load_some(from: *const f32, count: usize) -> [f32; 8] {
-        lanes!(0f32, i => if i < count { unsafe { *from.add(i) } } else { 0.0 })
+        lanes!(0f32, i => if i < count { unsafe { *from.wrapping_add(i) } } else { 0.0 })
     }
 
     #[inline(always)]
@@ -125,14 +125,14 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn pick(value: [f32; 8], places: *const u32) -> [f32; 8] {
-        lanes!(0f32, i => value[unsafe { *places.add(i) } as usize & 7])
+        lanes!(0f32, i => value[unsafe { *places.wrapping_add(i) } as usize & 7])
     }
 
     #[inline(always)]
     unsafe fn block<const H: usize, const FULL: bool>(from: *const u8, bytes: usize, coding: Registers) -> [u32; 8] {
         if H > 1 {
             if FULL {
-                return lanes!(0u32, i => unsafe { from.add(4 * i).cast::<u32>().read_unaligned() });
+                return lanes!(0u32, i => unsafe { read::<u32>(from.wrapping_add(4 * i).cast()) });
             }
             return lanes!(0u32, i => unsafe {
                 byte(from, 4 * i, bytes)
@@ -221,7 +221,7 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load_bytes(from: *const i8) -> [u32; 8] {
         // Byte t of a lane is its bits 8t to 8t + 7, whatever the processor's own order.
-        lanes!(0u32, i => u32::from_le(unsafe { from.add(4 * i).cast::<u32>().read_unaligned() }))
+        lanes!(0u32, i => u32::from_le(unsafe { read::<u32>(from.wrapping_add(4 * i).cast()) }))
     }
 
     #[inline(always)]

@@ -48,6 +48,40 @@ pub fn level_byte(level: f32) -> u8 {
     (level * 127.0 + 128.5) as u8
 }
 
+/// A value that may begin anywhere.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+pub struct Unaligned<T>(T);
+
+impl<T: Copy> Unaligned<T> {
+    /// Returns the value.
+    #[inline(always)]
+    pub fn get(&self) -> T {
+        self.0
+    }
+}
+
+/// Reads a value from wherever it begins. Where debug assertions are compiled in, the standard library's ways to do so check their
+/// pointers each time, in several branches.
+///
+/// # Safety
+/// The value is there.
+#[inline(always)]
+pub unsafe fn read<T: Copy>(from: *const u8) -> T {
+    // SAFETY: the caller's promise.
+    unsafe { (*from.cast::<Unaligned<T>>()).0 }
+}
+
+/// Writes a value to wherever it is to begin; see [`read`].
+///
+/// # Safety
+/// There is room for the value.
+#[inline(always)]
+pub unsafe fn write<T: Copy>(to: *mut u8, value: T) {
+    // SAFETY: the caller's promise.
+    unsafe { (*to.cast::<Unaligned<T>>()).0 = value }
+}
+
 /// Returns the number itself, of which the compiler is told nothing: what it would work out from it before a loop, for each
 /// of several rows, does not fit into the registers.
 #[inline(always)]
@@ -85,8 +119,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     /// 32-bit lanes of a register.
     const LANES: usize;
-    /// Whether several products at a time fit into the registers.
-    const TILES: bool;
+    /// Registers of the processor, which a tile's sums have to fit into; 0 where lanes are no registers.
+    const REGISTERS: usize;
     /// A register of floats.
     type Float: Copy;
     /// A register of integers.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::inputs::{Inputs, Kind};
 use super::layout::Window;
 use super::packed::Rows;
-use super::simd::{Kernel, Simd, each, opaque};
+use super::simd::{Kernel, Simd, Unaligned, each, opaque};
 
 /// What a tile is compiled for.
 mod mode {
@@ -84,7 +84,7 @@ impl<S: Simd, const H: usize, const LEVELS: bool, const MODE: u8> Kernel<S> for 
             let coding = S::coding(&self.m.coding);
             let mut i = 0;
             // Where lanes are no registers, as many products at a time as a tile has would be in memory.
-            if count < 4 || !S::TILES {
+            if count < 4 || S::REGISTERS == 0 {
                 while i < count {
                     let mut v = 0;
                     while v < batch {
@@ -108,7 +108,7 @@ impl<S: Simd, const H: usize, const LEVELS: bool, const MODE: u8> Kernel<S> for 
                 while v < batch {
                     let input = if v < batch - 4 { v } else { batch - 4 };
                     // Sums of floats are kept for a whole block: those of four rows would not fit into the registers.
-                    if MODE == mode::FLOATS {
+                    if MODE == mode::FLOATS || S::REGISTERS < 32 {
                         let mut pair = 0;
                         while pair < 4 {
                             self.tile::<S, 2, 4>(coding, row + pair, input);
@@ -132,7 +132,7 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
         let (m, x, row) = (self.m, self.x, self.first + i);
         // SAFETY: the caller's promise: rows, their scales and the inputs are as long as the blocks say.
         unsafe {
-            let packed = m.packed.as_ptr().add(row * m.row_bytes);
+            let packed = m.packed.as_ptr().wrapping_add(row * m.row_bytes);
             let mut tile = Tile::<S, R, V> {
                 totals: [[S::zero(); V]; R],
                 whole: [[S::zeros(); 4]; R],
@@ -151,14 +151,14 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
             if MODE != mode::WHOLE && (!m.zeros.is_empty() || m.zero != 0.0) {
                 tile.subtract_zeros(m, x, row, v);
             }
-            let scales = m.scales.as_ptr().add(row * m.groups);
+            let scales = m.scales.as_ptr().wrapping_add(row * m.groups);
             let (windows, mut number) = (m.blocks.windows.as_ptr(), 0);
             while number < m.blocks.windows.len() {
-                let window: &Window = &*windows.add(number);
+                let window: &Window = &*windows.wrapping_add(number);
                 if MODE != mode::WHOLE {
                     let groups = opaque(m.groups);
                     each!(r in R, {
-                        tile.scales[r] = S::load_some(scales.add(r * groups + window.first), window.count);
+                        tile.scales[r] = S::load_some(scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(window.first)), window.count);
                     });
                 }
                 let (full, mut block) = (window.bytes == m.block_bytes, 0);
@@ -168,7 +168,7 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
                 }
                 number += 1;
             }
-            let (out, count) = (self.out.add(v * self.count + i), self.count);
+            let (out, count) = (self.out.wrapping_add(v * self.count + i), self.count);
             if MODE == mode::WHOLE {
                 tile.store_whole::<H>(m, x, row, v, out, count);
             } else {
@@ -205,7 +205,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
     unsafe fn subtract_zeros(&mut self, m: &Rows, x: &Inputs, row: usize, v: usize) {
         // SAFETY: the caller's promise; sums of inputs are filled up to whole registers.
         unsafe {
-            let scales = m.scales.as_ptr().add(row * m.groups);
+            let scales = m.scales.as_ptr().wrapping_add(row * m.groups);
             let (sums, stride) = (x.first_sum(v), x.sum_stride());
             let (same, own) = (S::splat(m.zero), !m.zeros.is_empty());
             let zeros = m.zeros.as_ptr().wrapping_add(row * m.groups);
@@ -215,14 +215,14 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                 let count = if left < S::LANES { left } else { S::LANES };
                 let groups = opaque(m.groups);
                 each!(r in R, {
-                    let from = scales.add(r * groups + group);
+                    let from = scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(group));
                     let scale = S::load_some(from, count);
                     // Those of the next rows.
                     S::prefetch(from.wrapping_add(R * groups).cast());
-                    let zero = if own { S::bytes_some(zeros.add(r * groups + group), count) } else { same };
+                    let zero = if own { S::bytes_some(zeros.wrapping_add(r.wrapping_mul(groups).wrapping_add(group)), count) } else { same };
                     let both = S::mul(scale, zero);
                     each!(c in V, {
-                        self.totals[r][c] = S::fnma(both, S::load(sums.add(c * stride + group)), self.totals[r][c]);
+                        self.totals[r][c] = S::fnma(both, S::load(sums.wrapping_add(c.wrapping_mul(stride).wrapping_add(group))), self.totals[r][c]);
                     });
                 });
                 group += S::LANES;
@@ -243,13 +243,13 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
             let mut codes = [S::zeros(); R];
             let row_bytes = opaque(self.row_bytes);
             each!(r in R, {
-                let from = self.packed.add(r * row_bytes);
+                let from = self.packed.wrapping_add(r.wrapping_mul(row_bytes));
                 codes[r] = if full {
                     S::block::<H, true>(from, bytes, coding)
                 } else {
                     S::block::<H, false>(from, bytes, coding)
                 };
-                S::prefetch(self.ahead.wrapping_add(r * row_bytes));
+                S::prefetch(self.ahead.wrapping_add(r.wrapping_mul(row_bytes)));
             });
             match MODE {
                 mode::FLOATS => self.add_floats::<H, LEVELS>(codes, coding),
@@ -274,12 +274,15 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut parts = [[S::zero(); V]; R];
+            let mut x = [&*self.floats.cast::<[[Unaligned<S::Float>; 4]; H]>(); V];
+            each!(c in V, {
+                x[c] = &*self.floats.wrapping_add(c.wrapping_mul(self.float_stride)).cast();
+            });
             each!(four in H, {
                 each!(step in 4, {
-                    let from = self.floats.add((4 * four + step) * S::LANES);
                     let mut inputs = [S::zero(); V];
                     each!(c in V, {
-                        inputs[c] = S::load(from.add(c * self.float_stride));
+                        inputs[c] = x[c][four][step].get();
                     });
                     each!(r in R, {
                         if four + step > 0 {
@@ -307,7 +310,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
         // SAFETY: the caller's promise.
         unsafe {
             each!(half in H, {
-                let x = S::load_bytes(self.bytes.add(half * 4 * S::LANES));
+                let x = S::load_bytes(self.bytes.wrapping_add(half * 4 * S::LANES));
                 let place = if S::IN_PLACE { half } else { 0 };
                 each!(r in R, {
                     let codes = if S::IN_PLACE {
@@ -329,7 +332,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
             each!(half in H, {
                 let mut inputs = [S::zeros(); V];
                 each!(c in V, {
-                    inputs[c] = S::load_bytes(self.bytes.add(c * self.byte_stride + half * 4 * S::LANES));
+                    inputs[c] = S::load_bytes(self.bytes.wrapping_add(c.wrapping_mul(self.byte_stride).wrapping_add(half * 4 * S::LANES)));
                 });
                 each!(r in R, {
                     let codes = S::bytes::<H, false, true>(codes[r], half, coding);
@@ -352,7 +355,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
         unsafe {
             let mut sums = [S::zeros(); R];
             each!(half in H, {
-                let x = S::load_bytes(self.bytes.add(half * 4 * S::LANES));
+                let x = S::load_bytes(self.bytes.wrapping_add(half * 4 * S::LANES));
                 each!(r in R, {
                     sums[r] = S::dot(S::bytes::<H, LEVELS, PLAIN>(codes[r], half, coding), x, sums[r], coding);
                 });
@@ -383,7 +386,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                 each!(c in V, {
                     let mut sum = S::zeros();
                     each!(half in H, {
-                        let x = S::load_bytes(self.bytes.add(c * self.byte_stride + half * 4 * S::LANES));
+                        let x = S::load_bytes(self.bytes.wrapping_add(c.wrapping_mul(self.byte_stride).wrapping_add(half * 4 * S::LANES)));
                         sum = S::dot(halves[half], x, sum, coding);
                     });
                     self.totals[r][c] = S::fma(S::to_float(sum), scale, self.totals[r][c]);
@@ -397,11 +400,11 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
     unsafe fn store_scaled(&self, m: &Rows, x: &Inputs, v: usize, out: *mut f32, count: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            let scales = x.scales().as_ptr().add(v);
+            let scales = x.scales().as_ptr().wrapping_add(v);
             each!(c in V, {
-                let scale = *scales.add(c);
+                let scale = *scales.wrapping_add(c);
                 each!(r in R, {
-                    *out.add(c * count + r) = S::sum(self.totals[r][c]) * scale * m.factor;
+                    *out.wrapping_add(c.wrapping_mul(count).wrapping_add(r)) = S::sum(self.totals[r][c]) * scale * m.factor;
                 });
             });
         }
@@ -420,19 +423,19 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
     ) {
         // SAFETY: the caller's promise; there is one group.
         unsafe {
-            let (scales, totals) = (x.scales().as_ptr().add(v), x.totals().as_ptr().add(v));
+            let (scales, totals) = (x.scales().as_ptr().wrapping_add(v), x.totals().as_ptr().wrapping_add(v));
             each!(r in R, {
-                let scale = *m.scales.as_ptr().add(row + r);
+                let scale = *m.scales.as_ptr().wrapping_add(row + r);
                 let zero =
-                    if m.zeros.is_empty() { m.zero as i64 } else { i64::from(*m.zeros.as_ptr().add(row + r)) };
+                    if m.zeros.is_empty() { m.zero as i64 } else { i64::from(*m.zeros.as_ptr().wrapping_add(row + r)) };
                 each!(c in V, {
                     let sum = if V == 1 && S::IN_PLACE {
                         S::sum_whole(S::put_together::<H>(self.whole[r]))
                     } else {
                         S::sum_whole(self.whole[r][c])
                     };
-                    let whole = (sum - zero * *totals.add(c)) as f32;
-                    *out.add(c * count + r) = whole * scale * *scales.add(c) * m.factor;
+                    let whole = (sum - zero * *totals.wrapping_add(c)) as f32;
+                    *out.wrapping_add(c.wrapping_mul(count).wrapping_add(r)) = whole * scale * *scales.wrapping_add(c) * m.factor;
                 });
             });
         }

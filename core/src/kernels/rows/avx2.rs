@@ -5,7 +5,7 @@
 use std::arch::x86_64::*;
 
 use super::element::{Element, Line, SparseRow};
-use crate::kernels::simd::each;
+use crate::kernels::simd::{each, read, write};
 
 /// Returns whether the processor has the instructions.
 pub fn available() -> bool {
@@ -47,21 +47,21 @@ pub unsafe fn dots<T: Element>(rows: &[T], x: &[f32], out: &mut [f32]) {
             let mut at = 0;
             while at < whole {
                 each!(lane in 4, {
-                    let (a, b) = (row.add(at + 8 * lane), x.add(at + 8 * lane));
-                    sums[lane] = _mm256_fmadd_ps(T::eight(a), _mm256_loadu_ps(b), sums[lane]);
+                    let (a, b) = (row.wrapping_add(at + 8 * lane), x.wrapping_add(at + 8 * lane));
+                    sums[lane] = _mm256_fmadd_ps(T::eight(a), read(b.cast()), sums[lane]);
                 });
                 at += 32;
             }
             while at < eights {
-                sums[0] = _mm256_fmadd_ps(T::eight(row.add(at)), _mm256_loadu_ps(x.add(at)), sums[0]);
+                sums[0] = _mm256_fmadd_ps(T::eight(row.wrapping_add(at)), read(x.wrapping_add(at).cast()), sums[0]);
                 at += 8;
             }
             let mut rest = -0f32;
             while at < n {
-                rest += (*row.add(at)).value() * *x.add(at);
+                rest += read::<T>(row.wrapping_add(at).cast()).value() * read::<f32>(x.wrapping_add(at).cast());
                 at += 1;
             }
-            *out.add(i) = sum(all(sums)) + rest;
+            *out.wrapping_add(i) = sum(all(sums)) + rest;
             row = row.wrapping_add(n);
         }
         i += 1;
@@ -81,11 +81,11 @@ pub unsafe fn widen<T: Element>(numbers: &[T], out: &mut [f32]) {
     // SAFETY: every eight lie below the length of both.
     unsafe {
         while at < eights {
-            _mm256_storeu_ps(to.add(at), T::eight(from.add(at)));
+            write(to.wrapping_add(at).cast(), T::eight(from.wrapping_add(at)));
             at += 8;
         }
         while at < n {
-            *to.add(at) = (*from.add(at)).value();
+            *to.wrapping_add(at) = (*from.wrapping_add(at)).value();
             at += 1;
         }
     }
@@ -104,8 +104,8 @@ pub unsafe fn lines_of<T: Element>(rows: &[T], width: usize, start: usize, lines
         unsafe {
             _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(32).cast());
             _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(48).cast());
-            _mm256_store_ps(to.add(16 * i), T::eight(from));
-            _mm256_store_ps(to.add(16 * i + 8), T::eight(from.add(8)));
+            write(to.wrapping_add(16 * i).cast(), T::eight(from));
+            write(to.wrapping_add(16 * i + 8).cast(), T::eight(from.wrapping_add(8)));
         }
         from = from.wrapping_add(width);
         i += 1;
@@ -123,29 +123,29 @@ pub unsafe fn sum_lines(lines: &[Line], weights: &[Vec<(u32, f32)>], y: &mut [Li
     while q < weights.len() {
         // SAFETY: the lines are there, each of two times eight numbers, and `y` has one for each list.
         unsafe {
-            let weights = &*weights.as_ptr().add(q);
+            let weights = &*weights.as_ptr().wrapping_add(q);
             let (pairs, count) = (weights.as_ptr(), weights.len());
             let mut low = [_mm256_setzero_ps(); 4];
             let mut high = low;
             let mut i = 0;
             while i + 4 <= count {
                 each!(lane in 4, {
-                    let (number, weight) = *pairs.add(i + lane);
-                    let (line, weight) = (lines.add(number as usize).cast::<f32>(), _mm256_set1_ps(weight));
-                    low[lane] = _mm256_fmadd_ps(_mm256_load_ps(line), weight, low[lane]);
-                    high[lane] = _mm256_fmadd_ps(_mm256_load_ps(line.add(8)), weight, high[lane]);
+                    let (number, weight) = *pairs.wrapping_add(i + lane);
+                    let (line, weight) = (lines.wrapping_add(number as usize).cast::<f32>(), _mm256_set1_ps(weight));
+                    low[lane] = _mm256_fmadd_ps(read(line.cast()), weight, low[lane]);
+                    high[lane] = _mm256_fmadd_ps(read(line.wrapping_add(8).cast()), weight, high[lane]);
                 });
                 i += 4;
             }
             while i < count {
-                let (number, weight) = *pairs.add(i);
-                let (line, weight) = (lines.add(number as usize).cast::<f32>(), _mm256_set1_ps(weight));
-                low[0] = _mm256_fmadd_ps(_mm256_load_ps(line), weight, low[0]);
-                high[0] = _mm256_fmadd_ps(_mm256_load_ps(line.add(8)), weight, high[0]);
+                let (number, weight) = *pairs.wrapping_add(i);
+                let (line, weight) = (lines.wrapping_add(number as usize).cast::<f32>(), _mm256_set1_ps(weight));
+                low[0] = _mm256_fmadd_ps(read(line.cast()), weight, low[0]);
+                high[0] = _mm256_fmadd_ps(read(line.wrapping_add(8).cast()), weight, high[0]);
                 i += 1;
             }
-            _mm256_store_ps(y.add(16 * q), all(low));
-            _mm256_store_ps(y.add(16 * q + 8), all(high));
+            write(y.wrapping_add(16 * q).cast(), all(low));
+            write(y.wrapping_add(16 * q + 8).cast(), all(high));
         }
         q += 1;
     }
@@ -162,15 +162,15 @@ pub unsafe fn accumulate<T: Element>(rows: &[T], width: usize, start: usize, wei
     // SAFETY: the caller's promise.
     unsafe {
         while i + 8 <= count {
-            add::<T, 8>(rows, width, weights.as_ptr().add(i), y);
+            add::<T, 8>(rows, width, weights.as_ptr().wrapping_add(i), y);
             i += 8;
         }
         while i + 4 <= count {
-            add::<T, 4>(rows, width, weights.as_ptr().add(i), y);
+            add::<T, 4>(rows, width, weights.as_ptr().wrapping_add(i), y);
             i += 4;
         }
         while i < count {
-            add::<T, 1>(rows, width, weights.as_ptr().add(i), y);
+            add::<T, 1>(rows, width, weights.as_ptr().wrapping_add(i), y);
             i += 1;
         }
     }
@@ -188,23 +188,23 @@ unsafe fn add<T: Element, const N: usize>(rows: *const T, width: usize, pairs: *
             each!(one in 4, {
                 let i = 4 * four + one;
                 if i < N {
-                    from[i] = rows.add((*pairs.add(i)).0 as usize * width);
-                    weights[i] = (*pairs.add(i)).1;
+                    from[i] = rows.wrapping_add((*pairs.wrapping_add(i)).0 as usize * width);
+                    weights[i] = (*pairs.wrapping_add(i)).1;
                 }
             });
         });
         let mut at = 0;
         while at < eights {
-            let mut lanes = _mm256_loadu_ps(y.add(at));
+            let mut lanes = read(y.wrapping_add(at).cast());
             each!(four in N.div_ceil(4), {
                 each!(one in 4, {
                     let i = 4 * four + one;
                     if i < N {
-                        lanes = _mm256_fmadd_ps(T::eight(from[i].add(at)), _mm256_set1_ps(weights[i]), lanes);
+                        lanes = _mm256_fmadd_ps(T::eight(from[i].wrapping_add(at)), _mm256_set1_ps(weights[i]), lanes);
                     }
                 });
             });
-            _mm256_storeu_ps(y.add(at), lanes);
+            write(y.wrapping_add(at).cast(), lanes);
             at += 8;
         }
         while at < n {
@@ -213,11 +213,11 @@ unsafe fn add<T: Element, const N: usize>(rows: *const T, width: usize, pairs: *
                 each!(one in 4, {
                     let i = 4 * four + one;
                     if i < N {
-                        sum += weights[i] * (*from[i].add(at)).value();
+                        sum += weights[i] * (*from[i].wrapping_add(at)).value();
                     }
                 });
             });
-            *y.add(at) += sum;
+            *y.wrapping_add(at) += sum;
             at += 1;
         }
     }

@@ -2,6 +2,9 @@
 
 use half::{bf16, f16};
 
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::simd::read;
+
 /// A sparse row of weights: numbers of rows with the weight of each.
 pub type SparseRow = [(u32, f32)];
 
@@ -31,7 +34,7 @@ impl Element for f32 {
     #[inline(always)]
     unsafe fn eight(from: *const f32) -> std::arch::x86_64::__m256 {
         // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm256_loadu_ps(from) }
+        unsafe { read(from.cast()) }
     }
 }
 
@@ -51,9 +54,9 @@ impl Element for f16 {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn eight(from: *const f16) -> std::arch::x86_64::__m256 {
-        use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps};
+        use std::arch::x86_64::_mm256_cvtph_ps;
         // SAFETY: the caller's promise; an f16 is its 16 bits.
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+        unsafe { _mm256_cvtph_ps(read(from.cast())) }
     }
 }
 
@@ -65,9 +68,9 @@ impl Element for bf16 {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn eight(from: *const bf16) -> std::arch::x86_64::__m256 {
-        use std::arch::x86_64::{_mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_slli_epi32};
+        use std::arch::x86_64::{_mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_slli_epi32};
         // SAFETY: the caller's promise; a bf16 is the upper half of a float.
-        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))) }
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(read(from.cast())))) }
     }
 }
 
@@ -79,9 +82,9 @@ impl Element for i8 {
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     unsafe fn eight(from: *const i8) -> std::arch::x86_64::__m256 {
-        use std::arch::x86_64::{_mm_loadl_epi64, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps};
+        use std::arch::x86_64::{_mm_cvtsi64_si128, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps};
         // SAFETY: the caller's promise.
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read(from.cast())))) }
     }
 }
 
