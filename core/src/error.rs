@@ -258,6 +258,18 @@ pub enum Error {
         source: Option<BoxError>,
     },
 
+    /// A table's file, or what says which files a table has, is not what was written.
+    #[error("{action}: {message}")]
+    Damaged {
+        /// What was being done.
+        action: String,
+        /// What was found, in one line.
+        message: String,
+        /// The library's own error, where there is one.
+        #[source]
+        source: Option<BoxError>,
+    },
+
     /// The caller asked for the work to stop.
     #[error("cancelled: nothing was committed")]
     Cancelled,
@@ -277,7 +289,7 @@ impl Error {
             | Error::UnknownVersion { .. } => ErrorKind::NotFound,
             Error::SnapshotExists { .. } | Error::Busy { .. } => ErrorKind::Conflict,
             Error::Format { .. } | Error::OlderFormat { .. } | Error::UnknownMethod { .. } => ErrorKind::Incompatible,
-            Error::Corrupt { .. } => ErrorKind::Corrupt,
+            Error::Corrupt { .. } | Error::Damaged { .. } => ErrorKind::Corrupt,
             Error::Io { .. } | Error::Storage { .. } => ErrorKind::Storage,
             Error::Cancelled => ErrorKind::Cancelled,
             Error::Layer { source, .. } => source.kind(),

@@ -20,6 +20,18 @@ pub struct Kept {
     manifests: usize,
 }
 
+/// Puts a file back as it was.
+struct PutBack<'a> {
+    path: PathBuf,
+    bytes: &'a [u8],
+}
+
+impl Drop for PutBack<'_> {
+    fn drop(&mut self) {
+        std::fs::write(&self.path, self.bytes).expect("the file as it was");
+    }
+}
+
 /// What became of a store with a changed file, over both readers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Outcome {
@@ -83,9 +95,9 @@ impl Kept {
         choices.mutate(&mut changed);
         let path = self.folder.join(name);
         std::fs::write(&path, &changed).expect("a changed file");
-        let outcome = self.read().await;
-        std::fs::write(&path, bytes).expect("the file as it was");
-        outcome
+        // Also when reading panics, so that what comes next finds the store whole.
+        let _guard = PutBack { path, bytes };
+        self.read().await
     }
 
     /// Does everything that reads the store, with both readers.

@@ -6,6 +6,7 @@ mod import;
 mod keys;
 mod maintain;
 mod output;
+mod panics;
 mod run;
 
 use std::path::PathBuf;
@@ -243,6 +244,11 @@ pub fn main() -> u8 {
             return if e.use_stderr() { 2 } else { 0 };
         }
     };
+    panics::told_if_last(|| run_to_the_end(cli))
+}
+
+/// Runs a command, prints its error, and returns the exit code.
+fn run_to_the_end(cli: Cli) -> u8 {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {

@@ -13,11 +13,12 @@ use lance::dataset::{
 use tokio::sync::OnceCell;
 
 use super::format::{with_foreign, without_missing};
-use super::location::{Location, Place, storage_error};
+use super::location::{Location, Place};
 use super::lock;
 use super::names::{Names, RowPosition};
 use super::record::{LayerRecord, layers_batch, read_layers};
 use super::schema::{self, LAYERS};
+use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
 
@@ -54,7 +55,7 @@ impl Catalogue {
     /// When the storage refuses, or the store has come to be of a format that this build does not know.
     pub async fn latest(self, location: &Location) -> Result<Self> {
         let mut dataset = Dataset::clone(&self.dataset);
-        dataset.checkout_latest().await.map_err(storage_error("opening the latest version"))?;
+        dataset.checkout_latest().during("opening the latest version").await?;
         if dataset.version_id() == self.dataset.version_id() {
             return Ok(self);
         }
@@ -63,7 +64,7 @@ impl Catalogue {
 
     /// Returns the names of all rows, which are read at the first call.
     pub async fn names(&self) -> Result<&Names> {
-        let read = async { Names::read(&self.dataset).await.map_err(storage_error("reading the catalogue")) };
+        let read = async { Names::read(&self.dataset).during("reading the catalogue").await };
         self.names.get_or_try_init(|| read).await
     }
 }
@@ -140,7 +141,7 @@ pub async fn create_table(location: &Location, table: &str, schema: SchemaRef) -
     }
     let (uri, params) = location.create_params(table);
     let empty = RecordBatchIterator::new(std::iter::empty(), schema);
-    match InsertBuilder::new(uri.as_str()).with_params(&params).execute_stream(empty).await {
+    match InsertBuilder::new(uri.as_str()).with_params(&params).execute_stream(empty).caught().await {
         Ok(_) | Err(lance::Error::DatasetAlreadyExists { .. }) => Ok(()),
         Err(e) => Err(storage_error(format!("creating table '{table}' in {}", location.uri()))(e)),
     }
@@ -156,7 +157,7 @@ pub async fn rows(location: &Location, dataset: &Dataset, filter: Option<&str>) 
         }
         scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
     };
-    let batches = read.await.map_err(storage_error("reading the catalogue"))?;
+    let batches = read.during("reading the catalogue").await?;
     let mut records = Vec::new();
     for batch in batches {
         records.extend(completed(location, batch)?);
@@ -174,7 +175,7 @@ pub async fn row(location: &Location, dataset: &Dataset, position: RowPosition) 
         })?;
         fragment.take(&[position.row], &columns).await
     };
-    let batch = read.await.map_err(storage_error("reading the catalogue"))?;
+    let batch = read.during("reading the catalogue").await?;
     completed(location, batch)?.pop().ok_or_else(|| Error::expected("rows of the catalogue", "none", "1"))
 }
 
@@ -190,7 +191,7 @@ pub async fn artifacts(dataset: &Dataset) -> Result<Vec<ArtifactId>> {
         scan.project(&["artifact"])?;
         scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
     };
-    let batches = read.await.map_err(storage_error("reading the catalogue"))?;
+    let batches = read.during("reading the catalogue").await?;
     let arrays = batches.iter().filter_map(|b| b.column(0).as_fixed_size_binary_opt());
     Ok(arrays
         .flat_map(|a| a.iter().flatten().filter_map(|id| Some(ArtifactId(id.try_into().ok()?))).collect::<Vec<_>>())
@@ -204,14 +205,14 @@ pub fn quoted(text: &str) -> String {
 
 /// Returns the numbers of all versions that still exist.
 pub async fn versions(dataset: &Dataset) -> Result<Vec<u64>> {
-    let refs = dataset.version_refs().await.map_err(storage_error("listing versions"))?;
+    let refs = dataset.version_refs().during("listing versions").await?;
     Ok(refs.into_iter().map(|r| r.version).collect())
 }
 
 /// Opens the latest version for writing, and checks that this build can write it.
 pub async fn writable(location: &Location) -> Result<Dataset> {
-    let dataset = location.open_for_write(LAYERS).await;
-    check_format(location, dataset.map_err(storage_error(format!("opening {}", location.uri())))?)
+    let dataset = location.open_for_write(LAYERS).during(format!("opening {}", location.uri())).await?;
+    check_format(location, dataset)
 }
 
 /// Returns the transaction properties that `log` shows.
@@ -246,7 +247,8 @@ pub async fn replace_model(
         }
         let batch = without_missing(layers_batch(records)?, (LAYERS, &dataset), (location.uri(), format))?;
         let batch = with_foreign(batch, (LAYERS, &dataset))?;
-        match replace_once(dataset, model, batch, properties(format!("{operation} {model}"), message)).await {
+        let replaced = replace_once(dataset, model, batch, properties(format!("{operation} {model}"), message));
+        match replaced.caught().await {
             Ok(version) => return Ok(version),
             Err(lance::Error::RetryableCommitConflict { .. } | lance::Error::CommitConflict { .. })
                 if attempt < COMMIT_ATTEMPTS =>

@@ -8,11 +8,12 @@ use futures::TryStreamExt;
 use lance::Dataset;
 
 use super::format::Formats;
-use super::location::{Location, reason, storage_error};
+use super::location::Location;
 use super::reader::{FileRows, Files, Reader};
 use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows, read_artifacts};
 use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
+use super::waiting::{Waiting, reason, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::parts::{ArtifactId, Parts};
 use crate::tasks::unwrap_join;
@@ -62,7 +63,7 @@ impl Data {
             }
             scan.try_into_stream().await?.try_collect().await
         };
-        let batches: Vec<RecordBatch> = read.await.map_err(storage_error("reading the table of artifacts"))?;
+        let batches: Vec<RecordBatch> = read.during("reading the table of artifacts").await?;
         let mut records = BTreeMap::new();
         for batch in batches {
             let completed = formats.completed(ARTIFACTS, batch);
@@ -170,7 +171,7 @@ impl Data {
             let columns = self.location.formats().known_columns(table, &dataset);
             by_search(&dataset, id, &columns, rows.rows as usize).await
         };
-        match found.await {
+        match found.caught().await {
             Ok(batches) if all_of(&batches, id, rows.rows) => Ok(batches),
             Ok(batches) => {
                 let found: usize = batches.iter().map(RecordBatch::num_rows).sum();

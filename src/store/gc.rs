@@ -16,11 +16,12 @@ use serde::Serialize;
 
 use super::catalogue;
 use super::listing::{data_tables, disk_bytes};
-use super::location::{Location, Place, storage_error};
+use super::location::{Location, Place};
 use super::lock;
 use super::record::{ArtifactRecord, LOCATIONS, RowRange, TableRows, read_artifacts};
 use super::schema::{ARTIFACTS, LAYERS, Table};
 use super::versions;
+use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
 
@@ -130,32 +131,31 @@ async fn remove(location: &Location, survey: Survey) -> Result<()> {
     let Survey { old_versions, list, unlisted, mut kept, garbage, .. } = survey;
     // First the old versions, which nobody may restore once their artifacts are gone.
     if !old_versions.is_empty() {
-        let catalogue = location.open_for_write(LAYERS).await.map_err(storage_error("opening the catalogue"))?;
+        let catalogue = location.open_for_write(LAYERS).during("opening the catalogue").await?;
         let policy = CleanupPolicyBuilder::default().error_if_tagged_old_versions(false).delete_unverified(true);
         let policy = policy.versions(old_versions).map_err(storage_error("naming old versions"))?;
-        catalogue.cleanup_with_policy(policy.build()).await.map_err(storage_error("collecting old versions"))?;
+        catalogue.cleanup_with_policy(policy.build()).during("collecting old versions").await?;
     }
     // Then the list, so that no later import takes what is about to go for complete.
     if let Some(dataset) = list.filter(|_| !unlisted.is_empty()) {
-        delete(dataset, &unlisted).await.map_err(storage_error("removing artifacts from the list"))?;
+        delete(dataset, &unlisted).during("removing artifacts from the list").await?;
     }
     let mut moved = HashSet::new();
     for (table, spans) in garbage {
-        let action = || storage_error(format!("collecting table '{table}'"));
+        let action = || format!("collecting table '{table}'");
         let Some(dataset) = open(location, &table, true).await? else { continue };
         if !spans.is_empty() {
-            let dataset = delete(dataset, &spans).await.map_err(action())?;
+            let dataset = delete(dataset, &spans).during(action()).await?;
             moved.extend(compacted(dataset, &table, &mut kept).await?);
         }
         if let Some(dataset) = open(location, &table, true).await? {
-            dataset.cleanup_with_policy(all_but_latest()).await.map_err(action())?;
+            dataset.cleanup_with_policy(all_but_latest()).during(action()).await?;
         }
     }
     if let Some(dataset) = open(location, ARTIFACTS, true).await? {
         kept.retain(|artifact, _| moved.contains(artifact));
         let dataset = relist(dataset, &kept).await?;
-        let cleaned = dataset.cleanup_with_policy(all_but_latest()).await;
-        cleaned.map_err(storage_error("collecting the list of artifacts"))?;
+        dataset.cleanup_with_policy(all_but_latest()).during("collecting the list of artifacts").await?;
     }
     Ok(())
 }
@@ -202,7 +202,7 @@ async fn sort_out(
     let action = "reading the table of artifacts";
     let formats = location.formats();
     let columns = formats.known_columns(ARTIFACTS, dataset);
-    for batch in scan(dataset, Some(&columns)).await.map_err(storage_error(action))? {
+    for batch in scan(dataset, Some(&columns)).during(action).await? {
         let addresses = addresses(&batch)?;
         let batch = formats.completed(ARTIFACTS, batch).map_err(|e| Error::storage(action, e))?;
         for (record, start) in read_artifacts(&batch)?.into_iter().zip(addresses) {
@@ -234,9 +234,7 @@ fn addresses(batch: &RecordBatch) -> Result<Vec<u64>> {
 /// Consecutive rows of one artifact each, in the table's order.
 async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
     let mut spans: Vec<Span> = vec![];
-    for batch in
-        scan(dataset, Some(&["artifact".into()])).await.map_err(storage_error("reading the rows' artifacts"))?
-    {
+    for batch in scan(dataset, Some(&["artifact".into()])).during("reading the rows' artifacts").await? {
         let addresses = addresses(&batch)?;
         let names = batch
             .column(0)
@@ -293,14 +291,14 @@ async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64>
     }
     let mut bytes = width * span.rows;
     if !varying.is_empty() {
-        let action = || storage_error("reading the rows to be removed");
-        let projection = dataset.schema().project(&varying).map_err(action())?;
+        let action = "reading the rows to be removed";
+        let projection = dataset.schema().project(&varying).map_err(storage_error(action))?;
         let (fragment, offset) = ((span.start >> 32) as usize, span.start & u64::from(u32::MAX));
         if let Some(fragment) = dataset.get_fragment(fragment) {
             let stream =
-                fragment.read_physical_slice(offset..offset + span.rows, &projection, 1024).await.map_err(action())?;
+                fragment.read_physical_slice(offset..offset + span.rows, &projection, 1024).during(action).await?;
             let batches: Vec<RecordBatch> =
-                futures::StreamExt::buffered(stream, 1).try_collect().await.map_err(action())?;
+                futures::StreamExt::buffered(stream, 1).try_collect().during(action).await?;
             for column in batches.iter().flat_map(|b| b.columns().to_vec()) {
                 bytes += column.as_binary_opt::<i32>().map_or(0, |c| c.iter().flatten().map(|v| v.len() as u64).sum());
                 bytes += column.as_binary_opt::<i64>().map_or(0, |c| c.iter().flatten().map(|v| v.len() as u64).sum());
@@ -321,8 +319,7 @@ fn all_but_latest() -> CleanupPolicy {
 }
 
 async fn unreferenced_bytes(dataset: &Dataset) -> Result<u64> {
-    let explained =
-        dataset.cleanup(all_but_latest()).explain().await.map_err(storage_error("looking for unreferenced files"))?;
+    let explained = dataset.cleanup(all_but_latest()).explain().during("looking for unreferenced files").await?;
     Ok(explained.stats.bytes_removed)
 }
 
@@ -349,8 +346,7 @@ async fn compacted(
         num_threads: Some(1),
         ..CompactionOptions::default()
     };
-    let compaction = compact_files(&mut dataset, options, None).await;
-    compaction.map_err(storage_error(format!("compacting table '{table}'")))?;
+    compact_files(&mut dataset, options, None).during(format!("compacting table '{table}'")).await?;
     // The first file of a fragment holds the columns that it was written with.
     let files: HashMap<u64, String> =
         dataset.fragments().iter().filter_map(|f| Some((f.id, f.files.first()?.path.clone()))).collect();
@@ -375,7 +371,7 @@ async fn compacted(
 /// Writes the locations of these artifacts' rows into the list of artifacts; all other columns stay as they are, also
 /// those that are not known here.
 async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, ArtifactRecord>) -> Result<Dataset> {
-    let action = || storage_error("writing where the artifacts' rows are");
+    let action = "writing where the artifacts' rows are";
     if moved.is_empty() {
         return Ok(dataset);
     }
@@ -383,7 +379,7 @@ async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, ArtifactRecord>) 
     let mut all = dataset.scan();
     all.scan_in_order(true);
     let rows = async { all.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await };
-    for batch in rows.await.map_err(action())? {
+    for batch in rows.during(action).await? {
         batches.extend(relocated(&batch, moved).ok_or_else(|| {
             Error::expected(
                 "columns 'artifact' and 'places' of the list of artifacts",
@@ -395,9 +391,11 @@ async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, ArtifactRecord>) 
     if batches.is_empty() {
         return Ok(dataset);
     }
-    let mut merge = MergeInsertBuilder::try_new(Arc::new(dataset), vec!["artifact".into()]).map_err(action())?;
+    let mut merge =
+        MergeInsertBuilder::try_new(Arc::new(dataset), vec!["artifact".into()]).map_err(storage_error(action))?;
     merge.when_matched(WhenMatched::UpdateAll).when_not_matched(WhenNotMatched::DoNothing).use_index(false);
-    let (dataset, _) = merge.try_build().map_err(action())?.execute_batches(batches).await.map_err(action())?;
+    let merge = merge.try_build().map_err(storage_error(action))?;
+    let (dataset, _) = merge.execute_batches(batches).during(action).await?;
     Ok(Arc::unwrap_or_clone(dataset))
 }
 

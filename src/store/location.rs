@@ -1,10 +1,8 @@
 //! Where a store lies, and how Lance is asked to read and write there.
 
-use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use futures::FutureExt;
 use lance::Dataset;
 use lance::dataset::builder::DatasetBuilder;
 use lance::dataset::{WriteMode, WriteParams};
@@ -17,6 +15,7 @@ use object_store::local::LocalFileSystem;
 use super::format::{Format, Formats};
 use super::memory::Memory;
 use super::testing::Hooks;
+use super::waiting::{Waiting, caught};
 use crate::error::{Error, Result};
 
 /// Lance's own caches default to 7 GiB; a store that serves layers keeps its memory for layers.
@@ -143,7 +142,7 @@ impl Location {
         if let Some(version) = version {
             builder = builder.with_version(version);
         }
-        whatever_it_holds(table, builder.load()).await
+        checked(builder.load()).await
     }
 
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to.
@@ -151,7 +150,7 @@ impl Location {
         let builder = DatasetBuilder::from_uri(self.write_uri(table))
             .with_session(self.session.clone())
             .with_store_params(self.store_params());
-        whatever_it_holds(table, builder.load()).await
+        checked(builder.load()).await
     }
 
     /// Returns the address of a table to be made, and the parameters to make it with.
@@ -232,79 +231,19 @@ impl WrappingObjectStore for Durable {
     }
 }
 
-/// Returns what turns an error of Lance into an [`Error::Storage`] of this action.
-pub fn storage_error(action: impl Into<String>) -> impl FnOnce(lance::Error) -> Error {
-    let action = action.into();
-    move |e| Error::Storage { action, message: reason(&e), source: Some(Box::new(e)) }
-}
-
-/// Returns why Lance failed: the error that it passes on, or its own message, without the lines of its source that its
-/// own text ends with.
-pub fn reason(e: &lance::Error) -> String {
-    use lance::Error as E;
-    match e {
-        E::Shared { source } => reason(source),
-        E::External { source } => foreign_reason(&**source),
-        E::Internal { message, .. }
-        | E::TooMuchWriteContention { message, .. }
-        | E::Timeout { message, .. }
-        | E::PrerequisiteFailed { message, .. }
-        | E::Unprocessable { message, .. }
-        | E::Arrow { message, .. }
-        | E::Schema { message, .. }
-        | E::Index { message, .. }
-        | E::Cloned { message, .. }
-        | E::Execution { message, .. }
-        | E::VersionConflict { message, .. }
-        | E::Fenced { message, .. }
-        | E::Backpressure { message, .. } => message.clone(),
-        E::SchemaMismatch { difference, .. } => format!("the table has other columns: {difference}"),
-        E::DatasetAlreadyExists { uri, .. } => format!("there is a table at {uri}"),
-        E::NotFound { uri, .. } => format!("{uri} is not there"),
-        E::CorruptFile { path, source, .. } => format!("file {path} is corrupt: {source}"),
-        other => std::error::Error::source(other).map_or_else(|| other.to_string(), foreign_reason),
-    }
-}
-
-/// The reason that an error of another library gives: that of an error of Lance within it, if there is one.
-fn foreign_reason(e: &(dyn std::error::Error + 'static)) -> String {
-    let mut next = Some(e);
-    while let Some(error) = next {
-        if let Some(lance) = error.downcast_ref::<lance::Error>() {
-            return reason(lance);
-        }
-        next = error.source();
-    }
-    e.to_string()
-}
-
-/// Returns what opening a table gives. Lance believes the lengths in a manifest and panics where they lead out of the file: that
-/// is an error here, as for any other file that is not what was written.
-async fn whatever_it_holds(
-    table: &str,
-    opening: impl Future<Output = lance::Result<Dataset>>,
-) -> lance::Result<Dataset> {
-    let damaged =
-        |_| lance::Error::corrupt_file_named(table, "Lance cannot read the manifest: it is not what was written");
-    AssertUnwindSafe(opening).catch_unwind().await.unwrap_or_else(|panic| Err(damaged(panic)))
+/// Opens a table, and looks at the types of its columns, which the manifest holds as text that Lance believes.
+async fn checked(opening: impl Future<Output = lance::Result<Dataset>> + Send) -> lance::Result<Dataset> {
+    let dataset = opening.caught().await?;
+    caught(|| {
+        dataset.schema().fields_pre_order().for_each(|field| _ = field.data_type());
+        Ok(())
+    })?;
+    Ok(dataset)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reasons_are_the_innermost() {
-        let full = || std::io::Error::from_raw_os_error(28);
-        assert_eq!(reason(&lance::Error::from(full())), full().to_string());
-        let inner = lance::Error::internal("the page is short");
-        assert_eq!(reason(&inner), "the page is short");
-        let outer = lance::Error::wrapped(Box::new(inner));
-        assert_eq!(reason(&outer), "the page is short");
-        let error = storage_error("reading")(outer);
-        assert_eq!(error.to_string(), "reading: the page is short");
-        assert!(std::error::Error::source(&error).unwrap().is::<lance::Error>());
-    }
 
     #[test]
     fn addresses_that_no_store_lies_at() {

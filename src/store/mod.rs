@@ -34,6 +34,7 @@ mod tests;
 mod upgrade;
 mod verify;
 mod versions;
+mod waiting;
 mod writer;
 
 pub use attention::AttentionHandle;

@@ -15,13 +15,13 @@ use serde::Serialize;
 
 use super::handle::LayerHandle;
 use super::listing::data_tables;
-use super::location::storage_error;
 use super::lock;
 use super::record::LayerRecord;
 use super::root::Store;
 use super::schema::Table;
 use super::snapshot::Snapshot;
 use super::verify::LayerName;
+use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
 use crate::linalg::require_finite;
@@ -105,7 +105,7 @@ impl Snapshot {
             Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
         };
         let action = || format!("searching table '{table}'");
-        let total = dataset.count_rows(None).await.map_err(storage_error(action()))?;
+        let total = dataset.count_rows(None).during(action()).await?;
         let mut all = Vec::with_capacity(directions.nrows());
         for direction in directions.rows() {
             let along = Float32Array::from(direction.to_vec());
@@ -115,8 +115,8 @@ impl Snapshot {
             let nearest = loop {
                 let mut found = vec![];
                 for (direction, sign) in [(&along, 1.0), (&against, -1.0)] {
-                    let batches = nearest(&dataset, direction, asked.min(total).max(1)).await;
-                    for batch in &batches.map_err(storage_error(action()))? {
+                    let batches = nearest(&dataset, direction, asked.min(total).max(1)).during(action()).await?;
+                    for batch in &batches {
                         found.extend(near_keys(batch, sign).ok_or_else(|| unreadable(&table))?);
                     }
                 }
@@ -171,15 +171,15 @@ impl Store {
         for (name, table) in data_tables(location).await? {
             let Table::Keys(width) = table else { continue };
             let action = || format!("indexing table '{name}'");
-            let mut dataset = location.open_for_write(&name).await.map_err(storage_error(action()))?;
-            let rows = dataset.count_rows(None).await.map_err(storage_error(action()))?;
+            let mut dataset = location.open_for_write(&name).during(action()).await?;
+            let rows = dataset.count_rows(None).during(action()).await?;
             let partitions = (rows >= LEAST_ROWS).then_some((rows / PARTITION_ROWS).max(1));
             if let Some(partitions) = partitions {
                 progress(&name, rows);
                 let pieces = (1..=width.div_ceil(PIECE)).rev().find(|n| width.is_multiple_of(*n)).unwrap_or(1);
                 let params = VectorIndexParams::ivf_pq(partitions, 8, pieces, DistanceType::Cosine, PASSES);
                 let made = dataset.create_index(&["vector"], IndexType::Vector, Some(INDEX.into()), &params, true);
-                made.await.map_err(storage_error(action()))?;
+                made.during(action()).await?;
             }
             reports.push(KeyIndexReport { table: name, keys: rows as u64, partitions });
         }
@@ -196,14 +196,14 @@ impl LayerHandle {
         let layer = self.record();
         let table = Table::Keys(layer.in_features as usize).name();
         let kept = layer.locations.0.get(&table).ok_or_else(|| no_float_keys(layer))?;
-        let dataset = self.shared().location.open_table(&table, None).await;
-        let dataset = dataset.map_err(storage_error(format!("opening table '{table}'")))?;
+        let dataset = self.shared().location.open_table(&table, None);
+        let dataset = dataset.during(format!("opening table '{table}'")).await?;
         let read = async {
             let mut scan = dataset.scan();
             scan.filter(&format!("artifact = X'{}' AND key = {key}", layer.artifact))?.project(&["vector"])?;
             scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
         };
-        let batches = read.await.map_err(storage_error(format!("reading table '{table}'")))?;
+        let batches = read.during(format!("reading table '{table}'")).await?;
         let found = batches.iter().find(|b| b.num_rows() > 0).ok_or_else(|| {
             Error::expected("key", key, format!("less than {}, the number of the layer's keys", kept.rows))
         })?;

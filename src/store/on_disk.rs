@@ -8,10 +8,10 @@ use lance_linalg::distance::DistanceType;
 use ndarray::ArrayView2;
 
 use super::handle::LayerHandle;
-use super::location::storage_error;
 use super::nearest::no_float_keys;
 use super::schema::{TENSORS, Table};
 use super::tables::add_rows;
+use super::waiting::Waiting;
 use crate::error::{Error, Result};
 use crate::layer::parts::Parts;
 use crate::layer::{KeyValueConfig, Limit, Method, QueryHits, StoredSearch};
@@ -37,19 +37,19 @@ impl LayerHandle {
             return Err(no_float_keys(record));
         }
         let opened = |name: String| async move {
-            location.open_table(&name, None).await.map_err(storage_error(format!("opening table '{name}'")))
+            location.open_table(&name, None).during(format!("opening table '{name}'")).await
         };
         let action = || format!("searching table '{table}'");
         let keys = opened(table.clone()).await?;
         let mine = format!("artifact = X'{}'", record.artifact);
-        let scales = scales(&keys, &mine).await.map_err(storage_error(action()))?;
+        let scales = scales(&keys, &mine).during(action()).await?;
         let scales = in_order(scales).ok_or_else(|| Error::Corrupt {
             artifact: record.artifact.to_string(),
             reason: format!("its keys in '{table}' are not 0, 1, 2 …"),
         })?;
         let mut small = Parts::new(record.method.clone(), record.config.clone());
-        let batches = small_tensors(&opened(TENSORS.into()).await?, &mine).await;
-        add_rows(&mut small, Table::Tensors, batches.map_err(storage_error("reading table 'tensors'"))?)
+        let batches = small_tensors(&opened(TENSORS.into()).await?, &mine).during("reading table 'tensors'").await?;
+        add_rows(&mut small, Table::Tensors, batches)
             .map_err(|reason| Error::Corrupt { artifact: record.artifact.to_string(), reason })?;
         let count = scales.len();
         let search = StoredSearch::new(&record.config, scales, &small.tensors, limit)?;
@@ -69,7 +69,7 @@ impl LayerHandle {
                 }
                 let query = Float32Array::from_iter_values(query.iter().map(|v| sign * v));
                 let least = range.map(|r| r.least - SLACK * (1.0 + r.least.abs()));
-                let found = scores(&keys, &mine, &query, count, least).await.map_err(storage_error(action()))?;
+                let found = scores(&keys, &mine, &query, count, least).during(action()).await?;
                 scored.extend(found.into_iter().map(|(key, score)| (key, sign * score)));
             }
             scored.sort_unstable_by_key(|(key, _)| *key);

@@ -12,9 +12,10 @@ use lance::dataset::transaction::{Operation, TransactionBuilder};
 use super::catalogue::{properties, writable};
 use super::format::Format;
 use super::listing::data_tables;
-use super::location::{Location, storage_error};
+use super::location::Location;
 use super::lock;
 use super::schema::ARTIFACTS;
+use super::waiting::{Waiting, storage_error};
 use crate::error::Result;
 
 /// How long an upgrade waits for imports to finish before it gives up.
@@ -36,14 +37,14 @@ pub async fn upgrade(location: &Location) -> Result<u32> {
     let mut tables: Vec<String> = data_tables(location).await?.into_iter().map(|(name, _)| name).collect();
     tables.push(ARTIFACTS.into());
     for name in tables {
-        let action = || storage_error(format!("adding columns to table '{name}'"));
+        let action = || format!("adding columns to table '{name}'");
         let dataset = match location.open_for_write(&name).await {
             Ok(dataset) => dataset,
             Err(lance::Error::DatasetNotFound { .. }) => continue,
-            Err(e) => return Err(action()(e)),
+            Err(e) => return Err(storage_error(action())(e)),
         };
         if let Some(schema) = formats.schema(&name, format.version) {
-            with_columns(dataset, &schema, None).await.map_err(action())?;
+            with_columns(dataset, &schema, None).during(action()).await?;
         }
     }
     // The catalogue last: with it the store is of the newer version.
@@ -58,8 +59,8 @@ pub async fn with_format(location: &Location, catalogue: Dataset, format: &Forma
         return Ok(catalogue);
     }
     let properties = properties(format!("upgrade to format {}", format.version), None);
-    let changed = with_columns(catalogue, &location.formats().catalogue(format.version), properties).await;
-    changed.map_err(storage_error("changing the format of the catalogue"))
+    let schema = location.formats().catalogue(format.version);
+    with_columns(catalogue, &schema, properties).during("changing the format of the catalogue").await
 }
 
 /// Adds the columns of a schema that a table lacks, all null, and the schema's metadata, in one commit.

@@ -10,9 +10,10 @@ use lance::dataset::transaction::{Operation, TransactionBuilder};
 use serde::Serialize;
 
 use super::catalogue::{MESSAGE, OPERATION, open, properties, versions, writable};
-use super::location::{Location, storage_error};
+use super::location::Location;
 use super::lock;
 use super::upgrade::with_format;
+use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 
 /// A version of the store, as `log` lists it.
@@ -51,7 +52,7 @@ pub async fn log(dataset: &Dataset) -> Result<Vec<VersionInfo>> {
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     let mut log = Vec::with_capacity(numbers.len());
     for version in numbers {
-        let read = dataset.read_version_transaction(version).await.map_err(storage_error("reading the log"))?;
+        let read = dataset.read_version_transaction(version).during("reading the log").await?;
         let property = |key: &str| {
             let properties = read.transaction.as_ref()?.transaction_properties.as_ref()?;
             properties.get(key).cloned()
@@ -70,7 +71,7 @@ pub async fn log(dataset: &Dataset) -> Result<Vec<VersionInfo>> {
 
 /// Returns the snapshots' names and versions, by name.
 pub async fn tags(dataset: &Dataset) -> Result<Vec<(String, u64)>> {
-    let tags = dataset.tags().list().await.map_err(storage_error("listing snapshots"))?;
+    let tags = dataset.tags().list().during("listing snapshots").await?;
     let mut tags: Vec<(String, u64)> = tags.into_iter().map(|(name, tag)| (name, tag.version)).collect();
     tags.sort();
     Ok(tags)
@@ -84,10 +85,10 @@ pub async fn create_snapshot(location: &Location, name: &str) -> Result<Snapshot
     let dataset = writable(location).await?;
     let version = dataset.version_id();
     let action = format!("creating snapshot '{name}'");
-    match dataset.tags().create(name, version).await {
+    match dataset.tags().create(name, version).caught().await {
         Ok(()) => Ok(SnapshotInfo { name: name.to_owned(), version, time: dataset.version().timestamp }),
         Err(lance::Error::RefConflict { .. }) => {
-            let taken = dataset.tags().get_version(name).await.map_err(storage_error(action))?;
+            let taken = dataset.tags().get_version(name).during(action).await?;
             Err(Error::SnapshotExists { name: name.to_owned(), version: taken })
         }
         Err(e) => Err(storage_error(action)(e)),
@@ -101,9 +102,7 @@ pub async fn list_snapshots(dataset: &Dataset) -> Result<Vec<SnapshotInfo>> {
     for (name, version) in tags(dataset).await? {
         let time = match times.get(&version) {
             Some(time) => *time,
-            None => {
-                dataset.read_version_transaction(version).await.map_err(storage_error("listing snapshots"))?.timestamp
-            }
+            None => dataset.read_version_transaction(version).during("listing snapshots").await?.timestamp,
         };
         times.insert(version, time);
         list.push(SnapshotInfo { name, version, time });
@@ -122,7 +121,7 @@ pub async fn delete_snapshot(location: &Location, name: &str) -> Result<Snapshot
             known: known.into_iter().map(|s| s.name).collect(),
         });
     };
-    dataset.tags().delete(name).await.map_err(storage_error(format!("deleting snapshot '{name}'")))?;
+    dataset.tags().delete(name).during(format!("deleting snapshot '{name}'")).await?;
     Ok(found.clone())
 }
 
@@ -175,8 +174,8 @@ pub async fn restore(location: &Location, name: &str) -> Result<SnapshotInfo> {
     let transaction = TransactionBuilder::new(dataset.version_id(), Operation::Restore { version })
         .transaction_properties(properties(format!("restore {name}"), None))
         .build();
-    let commit = CommitBuilder::new(Arc::new(dataset)).with_skip_auto_cleanup(true).execute(transaction).await;
-    let dataset = commit.map_err(storage_error(format!("restoring '{name}'")))?;
+    let commit = CommitBuilder::new(Arc::new(dataset)).with_skip_auto_cleanup(true).execute(transaction);
+    let dataset = commit.during(format!("restoring '{name}'")).await?;
     // Tables of the newer format stay as they are.
     Ok(restored(&with_format(location, dataset, format).await?))
 }

@@ -13,11 +13,12 @@ use serde_json::Value;
 use super::catalogue::{self, create_table, replace_model};
 use super::data::Data;
 use super::format::{Format, without_missing};
-use super::location::{Location, storage_error};
+use super::location::Location;
 use super::lock::{self, Guard};
 use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
 use super::schema::{ARTIFACTS, Table};
 use super::tables::to_batches;
+use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
 
@@ -288,13 +289,13 @@ pub(super) async fn append(
                 schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?,
             )
             .await?;
-            location.open_for_write(table).await.map_err(storage_error(action()))?
+            location.open_for_write(table).during(action()).await?
         }
         Err(e) => return Err(storage_error(action())(e)),
     };
     let fitted = |batch| without_missing(batch, (table, &dataset), (location.uri(), format));
     let batches = batches.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
-    append_to(Arc::new(dataset), batches).await.map_err(storage_error(format!("appending to table '{table}'")))
+    append_to(Arc::new(dataset), batches).during(format!("appending to table '{table}'")).await
 }
 
 /// Columns of the table that the batches do not have, which take nulls, are left out of the new files.

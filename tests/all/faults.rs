@@ -17,7 +17,7 @@ use object_store::{
     PutOptions, PutPayload, PutResult, RenameOptions,
 };
 
-use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, files};
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, files, refused};
 
 #[test]
 fn bad_inputs_leave_no_store_behind() {
@@ -149,6 +149,29 @@ fn verify_names_what_a_flipped_byte_hit() {
     assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
     std::fs::remove_file(&file).unwrap();
     assert_eq!(place.run(&["verify"]).code, 1);
+}
+
+/// Lance panics at a type that it does not know: for a caller that is one line which names the table's file.
+#[tokio::test]
+async fn a_damaged_manifest_is_an_error() {
+    let place = Place::new();
+    place.import("m", Some(KEYS));
+    for (table, args) in [("layers", &["models"][..]), ("artifacts", &["verify"][..]), ("keys_d48", &["index"][..])] {
+        // The newest manifest of a table has the least name.
+        let path = files(&place.path(&format!("layers/{table}.lance/_versions"))).remove(0);
+        let good = std::fs::read(&path).unwrap();
+        let mut bad = good.clone();
+        let at: Vec<usize> = (0..bad.len()).filter(|at| bad[*at..].starts_with(b"fixed_size_binary")).collect();
+        assert!(!at.is_empty(), "{table}");
+        at.iter().for_each(|at| bad[*at] = b'm');
+        std::fs::write(&path, &bad).unwrap();
+        place.fails(1, &["corrupt", "mixed_size_binary"], args);
+        if table == "layers" {
+            refused(Store::open(&place.store()).await, ErrorKind::Corrupt, &["mixed_size_binary"]);
+        }
+        std::fs::write(&path, &good).unwrap();
+        assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+    }
 }
 
 /// A disk that is full after some writes.

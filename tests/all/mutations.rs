@@ -75,7 +75,8 @@ async fn files_of_a_store() {
     // Three models of ten layers each, by two readers.
     assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 60, 0, 0));
     let mut noticed = 0;
-    for seed in 0..100 {
+    // Two at which Lance panics after the table is open: at a type that the manifest names, and at a page of the catalogue.
+    for seed in (0..100).chain([223, 697]) {
         let panics = PANICS.load(Ordering::SeqCst);
         let outcome = kept.changed(&mut Choices::new(&seeded::bytes(seed, 200))).await;
         assert_eq!(PANICS.load(Ordering::SeqCst), panics, "seed {seed}");

@@ -37,6 +37,7 @@ use tokio::sync::OnceCell;
 
 use self::data_file::{DataFile, ROWS_PER_BYTE};
 use super::location::Location;
+use super::waiting::unfinished;
 use crate::error::{Error, Result};
 
 /// Files kept open: each holds a file handle and the description of its columns.
@@ -234,9 +235,4 @@ impl Files {
         let config = SchedulerConfig::max_bandwidth(&store).with_lite_scheduler();
         Ok((ScanScheduler::new(store, config), root))
     }
-}
-
-/// The error of a task that panicked, or that its runtime has ended.
-fn unfinished(e: tokio::task::JoinError) -> lance::Error {
-    lance::Error::wrapped(Box::new(e))
 }

@@ -1,0 +1,167 @@
+//! Waiting for Lance: what it gives as a result of this crate, and its errors in one line.
+//!
+//! Lance believes the lengths, types and offsets that stand in a file, and panics where they lead out of it, here or on a task of
+//! its own. A store's files can be damaged like any others, so nothing waits for Lance but by way of [`Waiting`], which makes such
+//! a panic an error.
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+
+use futures::FutureExt;
+
+use crate::error::{Error, Result};
+
+/// Waits for an operation of Lance.
+pub trait Waiting<T>: Future<Output = lance::Result<T>> + Sized {
+    /// Waits for it, as part of an action that its error names.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when the table is not what was written, [`Error::Storage`] else.
+    fn during(self, action: impl Into<String> + Send) -> impl Future<Output = Result<T>> + Send
+    where
+        Self: Send,
+    {
+        let waited = self.caught();
+        async move { waited.await.map_err(storage_error(action)) }
+    }
+
+    /// Waits for it. A panic in it is [`lance::Error::CorruptFile`].
+    fn caught(self) -> impl Future<Output = lance::Result<T>> + Send
+    where
+        Self: Send,
+    {
+        AssertUnwindSafe(self).catch_unwind().map(|done| done.unwrap_or_else(|panic| Err(damaged(&*panic))))
+    }
+}
+
+impl<T, F: Future<Output = lance::Result<T>>> Waiting<T> for F {}
+
+/// Returns what `look` gives, which looks into what Lance has read of a file. A panic in it is [`lance::Error::CorruptFile`].
+///
+/// # Errors
+/// As `look` does.
+pub fn caught<T>(look: impl FnOnce() -> lance::Result<T>) -> lance::Result<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(look)).unwrap_or_else(|panic| Err(damaged(&*panic)))
+}
+
+/// The error in place of a panic.
+fn damaged(panic: &(dyn Any + Send)) -> lance::Error {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let text = text.and_then(|text| text.lines().next()).unwrap_or("no reason was given");
+    lance::Error::corrupt_file_named("of the table", format!("it is not what was written ({text})"))
+}
+
+/// Returns the error of a task of Lance's that did not finish.
+pub fn unfinished(e: tokio::task::JoinError) -> lance::Error {
+    match e.try_into_panic() {
+        Ok(panic) => damaged(&*panic),
+        Err(e) => lance::Error::wrapped(Box::new(e)),
+    }
+}
+
+/// Returns what turns an error of Lance into one of this action: [`Error::Damaged`] when a table is not what was written,
+/// [`Error::Storage`] else.
+pub fn storage_error(action: impl Into<String>) -> impl FnOnce(lance::Error) -> Error {
+    let action = action.into();
+    move |e| {
+        let message = reason(&e);
+        let (corrupt, source) = (is_corrupt(&e), Some(Box::new(e).into()));
+        match corrupt {
+            true => Error::Damaged { action, message, source },
+            false => Error::Storage { action, message, source },
+        }
+    }
+}
+
+/// Whether an error says that a file is not what was written.
+fn is_corrupt(e: &lance::Error) -> bool {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(e);
+    while let Some(error) = next {
+        match error.downcast_ref::<lance::Error>() {
+            Some(lance::Error::CorruptFile { .. }) => return true,
+            Some(lance::Error::Shared { source }) if is_corrupt(source) => return true,
+            _ => next = error.source(),
+        }
+    }
+    false
+}
+
+/// Returns why Lance failed: the error that it passes on, or its own message, without the lines of its source that its
+/// own text ends with.
+pub fn reason(e: &lance::Error) -> String {
+    use lance::Error as E;
+    match e {
+        E::Shared { source } => reason(source),
+        E::External { source } => foreign_reason(&**source),
+        E::Internal { message, .. }
+        | E::TooMuchWriteContention { message, .. }
+        | E::Timeout { message, .. }
+        | E::PrerequisiteFailed { message, .. }
+        | E::Unprocessable { message, .. }
+        | E::Arrow { message, .. }
+        | E::Schema { message, .. }
+        | E::Index { message, .. }
+        | E::Cloned { message, .. }
+        | E::Execution { message, .. }
+        | E::VersionConflict { message, .. }
+        | E::Fenced { message, .. }
+        | E::Backpressure { message, .. } => message.clone(),
+        E::SchemaMismatch { difference, .. } => format!("the table has other columns: {difference}"),
+        E::DatasetAlreadyExists { uri, .. } => format!("there is a table at {uri}"),
+        E::NotFound { uri, .. } => format!("{uri} is not there"),
+        E::CorruptFile { path, source, .. } => format!("file {path} is corrupt: {source}"),
+        other => std::error::Error::source(other).map_or_else(|| other.to_string(), foreign_reason),
+    }
+}
+
+/// The reason that an error of another library gives: that of an error of Lance within it, if there is one.
+fn foreign_reason(e: &(dyn std::error::Error + 'static)) -> String {
+    let mut next = Some(e);
+    while let Some(error) = next {
+        if let Some(lance) = error.downcast_ref::<lance::Error>() {
+            return reason(lance);
+        }
+        next = error.source();
+    }
+    e.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn reasons_are_the_innermost() {
+        let full = || std::io::Error::from_raw_os_error(28);
+        assert_eq!(reason(&lance::Error::from(full())), full().to_string());
+        let inner = lance::Error::internal("the page is short");
+        assert_eq!(reason(&inner), "the page is short");
+        let outer = lance::Error::wrapped(Box::new(inner));
+        assert_eq!(reason(&outer), "the page is short");
+        let error = storage_error("reading")(outer);
+        assert_eq!(error.to_string(), "reading: the page is short");
+        assert!(std::error::Error::source(&error).unwrap().is::<lance::Error>());
+    }
+
+    #[tokio::test]
+    async fn panics_are_errors() {
+        async fn late(fails: bool) -> lance::Result<u32> {
+            tokio::task::yield_now().await;
+            assert!(!fails, "a length of {} bytes\nand more", 7);
+            Ok(3)
+        }
+        assert_eq!(late(false).during("reading").await.unwrap(), 3);
+        let error = late(true).during("reading").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert_eq!(
+            error.to_string(),
+            "reading: file of the table is corrupt: it is not what was written (a length of 7 bytes)"
+        );
+        let task = tokio::spawn(late(true)).await;
+        assert_eq!(storage_error("reading")(unfinished(task.unwrap_err())).kind(), ErrorKind::Corrupt);
+        assert!(matches!(caught(|| -> lance::Result<()> { panic!("no") }), Err(lance::Error::CorruptFile { .. })));
+        let shared = lance::Error::Shared { source: std::sync::Arc::new(lance::Error::corrupt_file_named("x", "y")) };
+        assert_eq!(storage_error("reading")(lance::Error::wrapped(Box::new(shared))).kind(), ErrorKind::Corrupt);
+    }
+}
