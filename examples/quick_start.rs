@@ -6,11 +6,9 @@
 
 use std::path::Path;
 
-use layerstore::compress::{ImportOptions, Rules, import};
-use layerstore::formats;
 use layerstore::layer::Accuracy;
-use layerstore::linalg::relative_error;
-use layerstore::store::Store;
+use layerstore::{ImportOptions, Rules, Store, formats, import};
+use layerstore_core::linalg::relative_error;
 use ndarray::Array2;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;

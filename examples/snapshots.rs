@@ -8,11 +8,9 @@ mod synthetic;
 
 use std::path::Path;
 
-use layerstore::compress::{CalibrationFile, ImportOptions, ImportReport, Rules, import};
-use layerstore::formats;
 use layerstore::layer::Accuracy;
-use layerstore::linalg::relative_error;
-use layerstore::store::{Diff, State, Store};
+use layerstore::{CalibrationFile, Diff, ImportOptions, ImportReport, Rules, State, Store, formats, import};
+use layerstore_core::linalg::relative_error;
 use ndarray::Array2;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;

@@ -17,13 +17,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
+use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
 use safetensors::tensor::TensorView;
 
 use crate::error::{Error, Result};
 use crate::formats::{SafetensorsSource, TensorInfo, TensorSource};
+use crate::layer::DType;
 use crate::layer::parts::f32_bytes;
-use crate::layer::{DType, to_f32};
 use crate::staged;
 use crate::{Calibration, SecondMoment};
 
@@ -166,7 +167,7 @@ impl CalibrationFile {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn hash(&self, layer: &str, hasher: &mut blake3::Hasher) -> Result<()> {
+    pub(super) fn hash(&self, layer: &str, hasher: &mut blake3::Hasher) -> Result<()> {
         let (file, tensors): (_, Vec<&TensorInfo>) = match &self.kind {
             Kind::Activations(file) => (&file.file, file.file.tensors().get(layer).into_iter().collect()),
             Kind::Statistics(file) => (&file.file, PARTS.iter().filter_map(|part| file.tensor(layer, part)).collect()),

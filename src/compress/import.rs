@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use chrono::Utc;
+use layerstore_core::layer::{dtype_name, registry};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -19,7 +20,7 @@ use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
-use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts, dtype_name, registry};
+use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts};
 use crate::store::{
     ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
     source_tensors,

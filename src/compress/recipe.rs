@@ -1,12 +1,13 @@
 //! What an artifact is made from, as one hash: an import whose recipe the store knows is no work.
 
+use layerstore_core::layer::dtype_name;
+use layerstore_core::layer::parts::canonical_json;
 use serde_json::Value;
 
 use super::calibration::CalibrationFile;
 use crate::error::Result;
 use crate::formats::{TensorInfo, TensorSource};
-use crate::layer::parts::canonical_json;
-use crate::layer::{ArtifactId, dtype_name};
+use crate::layer::ArtifactId;
 use crate::store::SourceTensor;
 
 /// Raise it when a method comes to make other parts from the same settings: what the old code made is not reused then.

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use layerstore_core::layer::registry;
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
-use crate::layer::{MethodConfig, MethodKind, VqAttentionConfig, registry};
+use crate::layer::{MethodConfig, MethodKind, VqAttentionConfig};
 
 /// One rule: layers whose whole path matches are compressed by a method.
 #[derive(Debug, Clone)]

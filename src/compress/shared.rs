@@ -1,11 +1,11 @@
 //! Which layers of two models share directions.
 
+use layerstore_core::linalg::matmul_nt;
 use ndarray::{Array2, Axis};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::layer::{KeyValueConfig, KeyValueLayer, Method};
-use crate::linalg::matmul_nt;
 use crate::store::Snapshot;
 use crate::tasks::unwrap_join;
 

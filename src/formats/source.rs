@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;
 
+use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
 
 use crate::error::{Error, Result};
-use crate::layer::{DType, SharedLayer, to_f32};
+use crate::layer::{DType, SharedLayer};
 
 /// A tensor of a source.
 #[derive(Debug, Clone, PartialEq)]

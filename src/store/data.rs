@@ -14,7 +14,7 @@ use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows, read_a
 use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
 use crate::error::{Error, Result};
-use crate::layer::parts::{ArtifactId, Parts};
+use crate::layer::{ArtifactId, Parts};
 use crate::tasks::unwrap_join;
 
 /// The data side of a store, for reading.

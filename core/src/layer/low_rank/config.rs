@@ -155,7 +155,7 @@ impl Default for LowRankConfig {
 
 impl LowRankConfig {
     /// What is added to the second moment for `scaling = "exact"`.
-    pub fn ridge(&self) -> Ridge {
+    pub(crate) fn ridge(&self) -> Ridge {
         Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
     }
 
