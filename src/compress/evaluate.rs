@@ -18,17 +18,23 @@ use crate::tasks::unwrap_join;
 /// One layer's error.
 #[derive(Debug, Clone, Serialize)]
 pub struct LayerEvaluation {
+    /// The layer's name.
     pub layer: String,
     /// The method.
     pub method: MethodName,
     /// ‖ŷ − y‖ / ‖y‖ over the inputs; `null` where y is zero.
     pub relative_error: Option<f64>,
+    /// What the error is measured on.
     pub error_basis: ErrorBasis,
+    /// Rows of input that the layer ran on.
     pub tokens: usize,
+    /// Bytes in the checkpoint, bias included.
     pub dense_bytes: u64,
+    /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
     /// Stored bits for each weight, the bias and everything else counted.
     pub bits_per_weight: f64,
+    /// What the layer's correction gains; empty for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
     /// Of layers that search keys.
@@ -39,7 +45,9 @@ pub struct LayerEvaluation {
 /// A model's errors.
 #[derive(Debug, Clone, Serialize)]
 pub struct Evaluation {
+    /// The model.
     pub model: String,
+    /// The layers, by name.
     pub layers: Vec<LayerEvaluation>,
     /// Over the layers above.
     pub mean_relative_error: Option<f64>,

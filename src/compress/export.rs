@@ -19,6 +19,7 @@ use crate::tasks::unwrap_join;
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ExportReport {
+    /// Layers written.
     pub layers: usize,
     /// Of the file.
     pub bytes: u64,

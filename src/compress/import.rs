@@ -35,7 +35,9 @@ pub struct ImportOptions {
     pub calibration: Option<CalibrationFile>,
     /// For the log.
     pub message: Option<String>,
+    /// Told how far the import is.
     pub progress: Arc<dyn Progress>,
+    /// Stops the import when the caller asks: nothing is committed then.
     pub cancel: Cancel,
 }
 
@@ -68,14 +70,24 @@ impl ImportOptions {
 /// What became of one layer.
 #[derive(Debug, Clone, Serialize)]
 pub struct LayerReport {
+    /// The layer's name.
     pub layer: String,
+    /// The method that it is compressed by.
     pub method: MethodName,
+    /// Length of an input row.
     pub in_features: u64,
+    /// Length of an output row.
     pub out_features: u64,
+    /// The artifact's name, in hex.
     pub artifact: String,
+    /// ‖ŷ − y‖ / ‖y‖ over the calibration inputs where the layer had some, else ‖Ŵ − W‖ / ‖W‖; `None` where there is no such
+    /// number.
     pub relative_error: Option<f64>,
+    /// What the error is measured on.
     pub error_basis: ErrorBasis,
+    /// Bytes in the checkpoint, bias included.
     pub dense_bytes: u64,
+    /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
     /// Stored bits for each weight, the bias and everything else counted.
     pub bits_per_weight: f64,
@@ -84,16 +96,22 @@ pub struct LayerReport {
     pub correction: CorrectionReport,
     /// Whether the store had it already.
     pub reused: bool,
+    /// Time that the layer took, in seconds.
     pub seconds: f64,
 }
 
 /// What became of a model.
 #[derive(Debug, Clone, Serialize)]
 pub struct ImportReport {
+    /// The model.
     pub model: String,
+    /// The version that the commit made; the latest one where nothing had changed.
     pub version: u64,
+    /// What became of each layer.
     pub layers: Vec<LayerReport>,
+    /// Bytes in the checkpoint, of all layers.
     pub dense_bytes: u64,
+    /// Bytes that the layers take, those counted that the store had already.
     pub stored_bytes: u64,
     /// Bytes of parts that were new to the store.
     pub written_bytes: u64,

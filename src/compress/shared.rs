@@ -27,7 +27,9 @@ impl Default for SharedOptions {
 /// How much of one layer is in another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SharedDirections {
+    /// A layer of the first model.
     pub layer: String,
+    /// A layer of the other model.
     pub other: String,
     /// Keys of `layer` that were looked for.
     pub keys: usize,

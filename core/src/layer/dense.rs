@@ -304,7 +304,7 @@ pub fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
     })
 }
 
-/// The safetensors name of a dtype.
+/// Returns the safetensors name of a dtype, such as `BF16`.
 pub fn dtype_name(dtype: DType) -> String {
     // serde is the crate's own table of names.
     match serde_json::to_value(dtype) {
@@ -313,6 +313,10 @@ pub fn dtype_name(dtype: DType) -> String {
     }
 }
 
+/// Returns the dtype of a safetensors name.
+///
+/// # Errors
+/// When safetensors has no dtype of that name.
 pub fn dtype_named(name: &str) -> Result<DType> {
     serde_json::from_value(Value::String(name.to_owned()))
         .map_err(|_| Error::expected("dtype", name, "a safetensors dtype"))

@@ -158,8 +158,10 @@ impl<'de> Deserialize<'de> for Group {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleType {
+    /// Four bytes a scale.
     #[default]
     F32,
+    /// Two bytes a scale.
     F16,
 }
 
@@ -167,6 +169,7 @@ pub enum ScaleType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Given")]
 pub struct WeightFormat {
+    /// The type of the codes.
     #[serde(rename = "type")]
     pub weight_type: WeightType,
     /// 64 where a rule does not say; 32 for MXINT.
@@ -174,6 +177,7 @@ pub struct WeightFormat {
     /// Of integers. Symmetric: `w ≈ scale · q`, q signed. Asymmetric: `w ≈ scale · (q − zero)`, q unsigned. The other
     /// types are symmetric by themselves.
     pub symmetric: bool,
+    /// The type that scales are stored as.
     #[serde(skip_serializing_if = "is_f32")]
     pub scales: ScaleType,
 }

@@ -19,6 +19,7 @@ const LEAST_MEAN: f64 = 1e-4;
 
 /// T, or what takes its place in products.
 pub enum Transform {
+    /// T = I: all inputs count alike.
     Identity,
     /// T = diag(d).
     Diagonal(Array1<f64>),
