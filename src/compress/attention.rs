@@ -49,7 +49,7 @@ impl PlannedBlock {
         self.config.d_k.unwrap_or_default()
     }
 
-    /// Whether its codebooks are to be made from inputs.
+    /// Returns whether its codebooks are to be made from inputs.
     pub fn calibrates(&self) -> bool {
         self.config.key_codes().is_some()
     }

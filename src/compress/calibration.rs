@@ -55,7 +55,7 @@ impl ActivationsFile {
         Ok(ActivationsFile { file })
     }
 
-    /// The names of the layers whose inputs it holds.
+    /// Returns the names of the layers whose inputs it holds.
     pub fn layers(&self) -> impl Iterator<Item = &str> {
         self.file.tensors().keys().map(String::as_str)
     }
@@ -123,7 +123,7 @@ impl CalibrationFile {
         Ok(CalibrationFile { kind })
     }
 
-    /// The names of the layers that it has statistics for.
+    /// Returns the names of the layers that it has statistics for.
     pub fn layers(&self) -> Vec<&str> {
         match &self.kind {
             Kind::Activations(file) => file.layers().collect(),

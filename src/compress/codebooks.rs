@@ -21,7 +21,7 @@ pub struct Training {
     pub epochs: usize,
     /// Tokens of a step.
     pub batch: usize,
-    /// Begin with k-means again, in place of what the block has.
+    /// Whether to begin with k-means again, in place of what the block has.
     pub anew: bool,
 }
 

@@ -20,9 +20,9 @@ use crate::tasks::unwrap_join;
 pub struct LayerEvaluation {
     /// The layer's name.
     pub layer: String,
-    /// The method.
+    /// The method that it is compressed by.
     pub method: MethodName,
-    /// ‖ŷ − y‖ / ‖y‖ over the inputs; `null` where y is zero.
+    /// ‖ŷ − y‖ / ‖y‖ over the inputs; `None`, `null` in JSON, where y is zero.
     pub relative_error: Option<f64>,
     /// What the error is measured on.
     pub error_basis: ErrorBasis,
@@ -37,7 +37,7 @@ pub struct LayerEvaluation {
     /// What the layer's correction gains; empty for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
-    /// Of layers that search keys.
+    /// What its search finds; empty for methods that search no keys.
     #[serde(flatten)]
     pub search: SearchReport,
 }
@@ -49,7 +49,7 @@ pub struct Evaluation {
     pub model: String,
     /// The layers, by name.
     pub layers: Vec<LayerEvaluation>,
-    /// Over the layers above.
+    /// The mean of the errors above.
     pub mean_relative_error: Option<f64>,
     /// Inputs that no layer of the model is named after.
     pub unmatched_activations: Vec<String>,
@@ -178,8 +178,8 @@ async fn stored_reference(
     snapshot.handle(found.clone()).load().await?.weight()
 }
 
-/// The layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer of the same
-/// tensors; see [`ExactSource`].
+/// Returns the layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer
+/// of the same tensors; see [`ExactSource`].
 ///
 /// # Errors
 /// When the store holds no dense weights for a quantised layer.

@@ -19,9 +19,9 @@ use crate::tasks::unwrap_join;
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ExportReport {
-    /// Layers written.
+    /// The number of layers written.
     pub layers: usize,
-    /// Of the file.
+    /// Size of the file, in bytes.
     pub bytes: u64,
 }
 

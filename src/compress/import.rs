@@ -33,9 +33,9 @@ pub struct ImportOptions {
     pub rules: Rules,
     /// Statistics of layers' inputs.
     pub calibration: Option<CalibrationFile>,
-    /// For the log.
+    /// What the log says of the new version.
     pub message: Option<String>,
-    /// Told how far the import is.
+    /// What is told how far the import is.
     pub progress: Arc<dyn Progress>,
     /// Stops the import when the caller asks: nothing is committed then.
     pub cancel: Cancel,
@@ -91,7 +91,7 @@ pub struct LayerReport {
     pub stored_bytes: u64,
     /// Stored bits for each weight, the bias and everything else counted.
     pub bits_per_weight: f64,
-    /// Of layers that were made anew.
+    /// What its correction gains; empty for layers that were not made anew, and for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
     /// Whether the store had it already.

@@ -28,7 +28,7 @@ impl Recipe {
         self.0.update_rayon(bytes);
     }
 
-    /// A tensor of the source, which is hashed.
+    /// Hashes a tensor of the source, and returns how the catalogue refers to it.
     pub fn tensor(&mut self, source: &dyn TensorSource, tensor: &TensorInfo) -> Result<SourceTensor> {
         let dtype = dtype_name(tensor.dtype);
         let mut hasher = blake3::Hasher::new();
@@ -39,7 +39,7 @@ impl Recipe {
         Ok(SourceTensor { tensor: tensor.name.clone(), dtype, shape: tensor.shape.clone(), hash })
     }
 
-    /// A layer that comes ready.
+    /// Adds a layer that comes ready.
     pub fn artifact(&mut self, id: ArtifactId) {
         self.add(&id.0);
     }

@@ -9,7 +9,7 @@ use crate::layer::{KeyValueConfig, KeyValueLayer, Method};
 use crate::store::Snapshot;
 use crate::tasks::unwrap_join;
 
-/// What is compared.
+/// How layers are compared for shared directions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SharedOptions {
     /// Keys of a layer that are looked for in others, those of the largest scale.
@@ -39,8 +39,8 @@ pub struct SharedDirections {
     pub mean_cosine: f64,
 }
 
-/// Each key–value layer of `model` beside each of `other` with as many inputs, most alike first: the keys of the largest
-/// scale, and how near the nearest key of the other layer points, either way.
+/// Compares each key–value layer of `model` with each of `other` with as many inputs, most alike first: the keys of the
+/// largest scale, and how near the nearest key of the other layer points, either way.
 ///
 /// Keys of whitened layers are directions as inputs of their own distribution see them: two models calibrated on
 /// different inputs differ in them even where their weights agree.

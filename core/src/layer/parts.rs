@@ -76,7 +76,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// `"a"` or `"b"`.
+    /// Returns `"a"` or `"b"`.
     pub fn as_str(self) -> &'static str {
         match self {
             Side::A => "a",
@@ -123,12 +123,12 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A one-dimensional f32 tensor.
+    /// Returns a one-dimensional f32 tensor.
     pub fn vector(name: &str, values: &[f32]) -> Self {
         Tensor { name: name.to_owned(), dtype: "F32".into(), shape: vec![values.len()], data: f32_bytes(values) }
     }
 
-    /// The values of a one-dimensional f32 tensor.
+    /// Returns the values of a one-dimensional f32 tensor.
     ///
     /// # Errors
     /// When the dtype, the shape or the number of bytes is another.
@@ -183,12 +183,12 @@ impl Parts {
         }
     }
 
-    /// The tensor of that name, if there is one.
+    /// Returns the tensor of that name, if there is one.
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
         self.tensors.iter().find(|t| t.name == name)
     }
 
-    /// The artifact's name.
+    /// Returns the artifact's name.
     ///
     /// The hash covers a format tag, the method, the config with sorted keys, then every array in the order of the
     /// fields, each preceded by its tag, its names and its lengths as little-endian u64.
@@ -308,12 +308,12 @@ pub fn canonical_json(value: &Value) -> String {
     }
 }
 
-/// Little-endian bytes of `values`.
+/// Returns the little-endian bytes of `values`.
 pub fn f32_bytes(values: &[f32]) -> Bytes {
     Bytes::copy_from_slice(bytemuck::cast_slice(values))
 }
 
-/// The f32 values in `bytes`, whatever its alignment; trailing bytes short of a value are ignored.
+/// Returns the f32 values in `bytes`, whatever its alignment; trailing bytes short of a value are ignored.
 pub fn bytes_f32(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }

@@ -50,7 +50,7 @@ impl WeightType {
         }
     }
 
-    /// Whether weights are floats by themselves.
+    /// Returns whether weights are floats by themselves.
     pub fn is_float(self) -> bool {
         matches!(self, WeightType::F16 | WeightType::Bf16)
     }
@@ -257,7 +257,7 @@ impl WeightFormat {
         Ok(if self.weight_type.is_float() { 0 } else { columns.checked_div(size).unwrap_or(0) })
     }
 
-    /// Whether each scale has a zero point, of one byte, beside it.
+    /// Returns whether each scale has a zero point, of one byte, beside it.
     pub fn has_zeros(&self) -> bool {
         matches!(self.weight_type, WeightType::Int(_)) && !self.symmetric
     }

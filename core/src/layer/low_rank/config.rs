@@ -166,7 +166,7 @@ impl LowRankConfig {
         Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
     }
 
-    /// Whether calibration inputs are needed, and for what.
+    /// Returns what calibration inputs are needed for; `None` where they are not.
     pub fn calibrates(&self) -> Option<&'static str> {
         match (self.rounding, self.scaling) {
             _ if self.bias_correction => Some("bias_correction"),
@@ -286,7 +286,7 @@ impl LowRankConfig {
         Ok(8.0 * bytes as f64 / (out_features * in_features) as f64)
     }
 
-    /// The largest rank that the settings allow before anything is computed.
+    /// Returns the largest rank that the settings allow before anything is computed.
     ///
     /// # Errors
     /// When the group does not divide the row.

@@ -120,7 +120,7 @@ pub struct Correction {
 }
 
 impl Correction {
-    /// The correction for an error `[out, in]` of this weight.
+    /// Returns the correction for an error `[out, in]` of this weight.
     ///
     /// # Errors
     /// When a factorisation fails.
