@@ -10,11 +10,9 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use layerstore::Calibration;
-use layerstore::compress::ActivationsFile;
-use layerstore::formats;
 use layerstore::layer::{Accuracy, KeyValueConfig, KeyValueLayer, Layer, Limit, compress};
-use layerstore::linalg::{matmul_nt, relative_error};
+use layerstore::{ActivationsFile, Calibration, formats};
+use layerstore_core::linalg::{matmul_nt, relative_error};
 use ndarray::{Array2, ArrayView2, Axis, s};
 use serde_json::json;
 

@@ -10,12 +10,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use layerstore::Calibration;
-use layerstore::compress::ActivationsFile;
-use layerstore::formats;
-use layerstore::layer::{Accuracy, Layer, LowRankConfig, compress};
-use layerstore::linalg::{SketchOptions, Svd, leading_svd, matmul_nt, randomized_svd, relative_error};
-use layerstore::quant::{Clipping, PackedMatrix, WeightFormat};
+use layerstore::layer::{Accuracy, Clipping, Layer, LowRankConfig, PackedMatrix, WeightFormat, compress};
+use layerstore::{ActivationsFile, Calibration, formats};
+use layerstore_core::linalg::{SketchOptions, Svd, leading_svd, matmul_nt, randomized_svd, relative_error};
 use ndarray::{Array2, Axis};
 use serde_json::{Value, json};
 

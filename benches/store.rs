@@ -7,10 +7,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use layerstore::compress::{ImportOptions, Rules, import};
-use layerstore::formats;
 use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SharedLayer};
-use layerstore::store::{ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store};
+use layerstore::{
+    ErrorBasis, ImportOptions, LayerRecord, Provenance, RowLocations, Rules, Source, Store, formats, import,
+};
 use ndarray::{Array1, Array2};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;

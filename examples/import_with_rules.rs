@@ -13,9 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use comfy_table::{CellAlignment, Table, presets};
-use layerstore::compress::{ImportOptions, ImportReport, Progress, import};
-use layerstore::formats;
-use layerstore::store::Store;
+use layerstore::{ImportOptions, ImportReport, Progress, Store, formats, import};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 

@@ -6,11 +6,8 @@
 
 use std::path::Path;
 
-use layerstore::compress::{ImportOptions, Rules, import};
-use layerstore::formats;
 use layerstore::layer::Accuracy;
-use layerstore::linalg::relative_error;
-use layerstore::store::Store;
+use layerstore::{ImportOptions, Rules, Store, formats, import};
 use ndarray::Array2;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -51,7 +48,7 @@ async fn main() -> Result<()> {
 
     let exact = x.dot(&weight.t());
     println!("forward of one vector: {:?} -> {:?}", x.shape(), y.shape());
-    println!("relative error to the dense weight: {:.4}", relative_error(y.view(), exact.view()));
+    println!("relative error to the dense weight: {:.4}", relative_error(&y, &exact));
     Ok(())
 }
 
@@ -64,4 +61,10 @@ fn write_checkpoint(path: &Path, weight: &Array2<f32>) -> Result<()> {
         ("norm.weight", TensorView::new(Dtype::F32, vec![256], &norm)?),
     ];
     Ok(safetensors::serialize_to_file(tensors, None, path)?)
+}
+
+/// Returns ‖found − expected‖ / ‖expected‖.
+fn relative_error(found: &Array2<f32>, expected: &Array2<f32>) -> f64 {
+    let norm = |a: &Array2<f32>| a.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    norm(&(found - expected)) / norm(expected)
 }

@@ -8,9 +8,7 @@ mod synthetic;
 
 use std::path::Path;
 
-use layerstore::compress::{CalibrationFile, ImportOptions, Rules, SharedOptions, import, shared_directions};
-use layerstore::formats;
-use layerstore::store::Store;
+use layerstore::{CalibrationFile, ImportOptions, Rules, SharedOptions, Store, formats, import, shared_directions};
 use ndarray::{Array2, Axis};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;

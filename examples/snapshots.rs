@@ -8,11 +8,8 @@ mod synthetic;
 
 use std::path::Path;
 
-use layerstore::compress::{CalibrationFile, ImportOptions, ImportReport, Rules, import};
-use layerstore::formats;
 use layerstore::layer::Accuracy;
-use layerstore::linalg::relative_error;
-use layerstore::store::{Diff, State, Store};
+use layerstore::{CalibrationFile, Diff, ImportOptions, ImportReport, Rules, State, Store, formats, import};
 use ndarray::Array2;
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -78,7 +75,7 @@ async fn main() -> Result<()> {
     let x = Array2::from_shape_fn((1, 128), |(_, j)| (j as f32 * 0.37).cos());
     let y_before = before.forward(x.view(), Accuracy::Approximate).await?.y;
     let y_after = after.forward(x.view(), Accuracy::Approximate).await?.y;
-    let change = relative_error(y_after.view(), y_before.view());
+    let change = relative_error(&y_after, &y_before);
     println!("\n'{LAYER}' answers differ by {change:.4} between the two");
 
     // Going back is a new version too, so it can itself be undone.
@@ -120,4 +117,10 @@ fn print(diff: &Diff) {
     for layer in &diff.changed {
         println!("  ~ {}: {}, now {}", layer.layer, state(&layer.before), state(&layer.after));
     }
+}
+
+/// Returns ‖found − expected‖ / ‖expected‖.
+fn relative_error(found: &Array2<f32>, expected: &Array2<f32>) -> f64 {
+    let norm = |a: &Array2<f32>| a.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    norm(&(found - expected)) / norm(expected)
 }

@@ -7,10 +7,10 @@
 //! Digits of 8 × 8 pixels, shifted and with noise, go through a gated linear unit and a ternary layer. In training both round
 //! weights and inputs, and gradients pass through the roundings; what is saved are the ternary weights, at 1.6 bits each.
 
+use layerstore::Store;
 use layerstore::layer::{Accuracy, Activation, Layer, RmsNorm};
 use layerstore::nn::Module;
 use layerstore::nn::training::{GluTraining, TernaryTraining};
-use layerstore::store::Store;
 use ndarray::{Array1, Array2, Axis};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;

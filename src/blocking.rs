@@ -41,7 +41,7 @@ macro_rules! run_to_end {
             $(#[$doc])*
             ///
             /// # Errors
-            #[doc = concat!("As [`", $type, "::", stringify!($name), "`](crate::store::", $type, "::", stringify!($name), ").")]
+            #[doc = concat!("As [`", $type, "::", stringify!($name), "`](crate::", $type, "::", stringify!($name), ").")]
             pub fn $name(&$self, $($arg: $kind),*) -> Result<$out> {
                 $self.runtime.block_on($inner.$name($($arg),*))
             }
@@ -49,7 +49,7 @@ macro_rules! run_to_end {
     };
 }
 
-/// An open store: [`store::Store`]. Cloning shares it.
+/// An open store: [`Store`](crate::Store). Cloning shares it.
 #[derive(Debug, Clone)]
 pub struct Store {
     store: store::Store,
@@ -60,7 +60,7 @@ impl Store {
     /// Opens a store.
     ///
     /// # Errors
-    /// As [`store::Store::open`].
+    /// As [`Store::open`](crate::Store::open).
     pub fn open(uri: &str) -> Result<Self> {
         Self::with(store::Store::open(uri))
     }
@@ -68,7 +68,7 @@ impl Store {
     /// Opens a store with options.
     ///
     /// # Errors
-    /// As [`store::Store::open_with`].
+    /// As [`Store::open_with`](crate::Store::open_with).
     pub fn open_with(uri: &str, options: StoreOptions) -> Result<Self> {
         Self::with(store::Store::open_with(uri, options))
     }
@@ -76,7 +76,7 @@ impl Store {
     /// Opens a store, or makes an empty one.
     ///
     /// # Errors
-    /// As [`store::Store::create`].
+    /// As [`Store::create`](crate::Store::create).
     pub fn create(uri: &str) -> Result<Self> {
         Self::with(store::Store::create(uri))
     }
@@ -84,7 +84,7 @@ impl Store {
     /// Opens a store, or makes an empty one, with options.
     ///
     /// # Errors
-    /// As [`store::Store::create_with`].
+    /// As [`Store::create_with`](crate::Store::create_with).
     pub fn create_with(uri: &str, options: StoreOptions) -> Result<Self> {
         Self::with(store::Store::create_with(uri, options))
     }
@@ -113,7 +113,7 @@ impl Store {
     /// Opens the latest version.
     ///
     /// # Errors
-    /// As [`store::Store::latest`].
+    /// As [`Store::latest`](crate::Store::latest).
     pub fn latest(&self) -> Result<Snapshot> {
         Ok(Snapshot { snapshot: self.run(self.store.latest())?, runtime: self.runtime.clone() })
     }
@@ -121,7 +121,7 @@ impl Store {
     /// Opens the version that a snapshot's name, or a version's number, stands for.
     ///
     /// # Errors
-    /// As [`store::Store::at`].
+    /// As [`Store::at`](crate::Store::at).
     pub fn at(&self, name: &str) -> Result<Snapshot> {
         Ok(Snapshot { snapshot: self.run(self.store.at(name))?, runtime: self.runtime.clone() })
     }
@@ -129,7 +129,7 @@ impl Store {
     /// Begins a change of a model. gc waits until it is committed or dropped.
     ///
     /// # Errors
-    /// As [`store::Store::writer`].
+    /// As [`Store::writer`](crate::Store::writer).
     pub fn writer(&self) -> Result<Writer> {
         Ok(Writer { writer: self.run(self.store.writer())?, runtime: self.runtime.clone() })
     }
@@ -137,7 +137,7 @@ impl Store {
     /// Reads every artifact and holds it against its name. `seen` is told how many of how many are done.
     ///
     /// # Errors
-    /// As [`store::Store::verify`].
+    /// As [`Store::verify`](crate::Store::verify).
     pub fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
         self.run(self.store.verify(seen))
     }
@@ -146,7 +146,7 @@ impl Store {
     /// before its index is made.
     ///
     /// # Errors
-    /// As [`store::Store::index_keys`].
+    /// As [`Store::index_keys`](crate::Store::index_keys).
     pub fn index_keys(&self, progress: impl Fn(&str, usize)) -> Result<Vec<KeyIndexReport>> {
         self.run(self.store.index_keys(progress))
     }
@@ -154,7 +154,7 @@ impl Store {
     /// Reads layers into the cache ahead of their use, several at a time.
     ///
     /// # Errors
-    /// As [`store::Store::prefetch`].
+    /// As [`Store::prefetch`](crate::Store::prefetch).
     pub fn prefetch(&self, handles: &[LayerHandle]) -> Result<()> {
         let handles: Vec<store::LayerHandle> = handles.iter().map(|handle| handle.handle.clone()).collect();
         self.run(self.store.prefetch(&handles))
@@ -189,7 +189,7 @@ impl Store {
     }
 }
 
-/// A version of the store, open for reading: [`store::Snapshot`].
+/// A version of the store, open for reading: [`Snapshot`](crate::Snapshot).
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     snapshot: store::Snapshot,
@@ -210,7 +210,7 @@ impl Snapshot {
     /// Returns a layer by name, to be loaded when it is used.
     ///
     /// # Errors
-    /// As [`store::Snapshot::layer`].
+    /// As [`Snapshot::layer`](crate::Snapshot::layer).
     pub fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
         Ok(self.wrapped(self.runtime.block_on(self.snapshot.layer(model, layer))?))
     }
@@ -218,7 +218,7 @@ impl Snapshot {
     /// Returns all layers of a model, by name, to be loaded when they are used.
     ///
     /// # Errors
-    /// As [`store::Snapshot::handles`].
+    /// As [`Snapshot::handles`](crate::Snapshot::handles).
     pub fn handles(&self, model: &str) -> Result<Vec<LayerHandle>> {
         let handles = self.runtime.block_on(self.snapshot.handles(model))?;
         Ok(handles.into_iter().map(|handle| self.wrapped(handle)).collect())
@@ -236,7 +236,7 @@ impl Snapshot {
     /// Returns the attention block of that name, and the layers that it names.
     ///
     /// # Errors
-    /// As [`store::Snapshot::attention`].
+    /// As [`Snapshot::attention`](crate::Snapshot::attention).
     pub fn attention(&self, model: &str, layer: &str) -> Result<AttentionHandle> {
         let handle = self.runtime.block_on(self.snapshot.attention(model, layer))?;
         Ok(AttentionHandle { handle, runtime: self.runtime.clone() })
@@ -245,7 +245,7 @@ impl Snapshot {
     /// Returns the module of that name with all that is behind it.
     ///
     /// # Errors
-    /// As [`store::Snapshot::module`].
+    /// As [`Snapshot::module`](crate::Snapshot::module).
     pub fn module(&self, model: &str, name: &str) -> Result<ModuleHandle> {
         let handle = self.runtime.block_on(self.snapshot.module(model, name))?;
         Ok(ModuleHandle { handle, runtime: self.runtime.clone() })
@@ -254,7 +254,7 @@ impl Snapshot {
     /// Compares this version with a `newer` one, layer by layer.
     ///
     /// # Errors
-    /// As [`store::Snapshot::diff`].
+    /// As [`Snapshot::diff`](crate::Snapshot::diff).
     pub fn diff(&self, newer: &Snapshot) -> Result<Diff> {
         self.runtime.block_on(self.snapshot.diff(&newer.snapshot))
     }
@@ -273,7 +273,7 @@ impl Snapshot {
     }
 }
 
-/// A layer by name: [`store::LayerHandle`].
+/// A layer by name: [`LayerHandle`](crate::LayerHandle).
 #[derive(Debug, Clone)]
 pub struct LayerHandle {
     handle: store::LayerHandle,
@@ -305,7 +305,7 @@ impl LayerHandle {
     }
 }
 
-/// An attention block by name: [`store::AttentionHandle`].
+/// An attention block by name: [`AttentionHandle`](crate::AttentionHandle).
 #[derive(Debug, Clone)]
 pub struct AttentionHandle {
     handle: store::AttentionHandle,
@@ -326,7 +326,7 @@ impl AttentionHandle {
     }
 }
 
-/// A module by name: [`store::ModuleHandle`].
+/// A module by name: [`ModuleHandle`](crate::ModuleHandle).
 #[derive(Debug, Clone)]
 pub struct ModuleHandle {
     handle: store::ModuleHandle,
@@ -350,7 +350,7 @@ impl ModuleHandle {
     }
 }
 
-/// One change of a model, from its first artifact to its commit: [`store::Writer`].
+/// One change of a model, from its first artifact to its commit: [`Writer`](crate::Writer).
 #[derive(Debug)]
 pub struct Writer {
     writer: store::Writer,
@@ -371,7 +371,7 @@ impl Writer {
     /// Adds an artifact, unless the store has it. Returns its name, and whether it was new.
     ///
     /// # Errors
-    /// As [`store::Writer::add`].
+    /// As [`Writer::add`](crate::Writer::add).
     pub fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
         self.runtime.block_on(self.writer.add(parts, provenance))
     }
@@ -379,7 +379,7 @@ impl Writer {
     /// Writes what was gathered.
     ///
     /// # Errors
-    /// As [`store::Writer::flush`].
+    /// As [`Writer::flush`](crate::Writer::flush).
     pub fn flush(&mut self) -> Result<()> {
         self.runtime.block_on(self.writer.flush())
     }
@@ -387,13 +387,13 @@ impl Writer {
     /// Makes `records` all that the store holds of `model`, as one new version, and returns its number.
     ///
     /// # Errors
-    /// As [`store::Writer::commit`].
+    /// As [`Writer::commit`](crate::Writer::commit).
     pub fn commit(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
         self.runtime.block_on(self.writer.commit(model, records, message))
     }
 }
 
-/// Imports a source as a model, as one new version: [`compress::import`].
+/// Imports a source as a model, as one new version: [`import`](crate::import).
 ///
 /// # Errors
 /// As there.
@@ -406,7 +406,7 @@ pub fn import(
     store.run(compress::import(&store.store, source, model, options))
 }
 
-/// Writes a model as a safetensors checkpoint: [`compress::export`].
+/// Writes a model as a safetensors checkpoint: [`export`](crate::export).
 ///
 /// # Errors
 /// As there.
@@ -420,7 +420,7 @@ pub fn export(
     snapshot.runtime.block_on(compress::export(&snapshot.snapshot, model, output, progress, cancel))
 }
 
-/// Measures a model's layers on inputs, against their dense weights: [`compress::evaluate`].
+/// Measures a model's layers on inputs, against their dense weights: [`evaluate`](crate::evaluate).
 ///
 /// # Errors
 /// As there.
@@ -433,7 +433,7 @@ pub fn evaluate(
     snapshot.runtime.block_on(compress::evaluate(&snapshot.snapshot, model, activations, checkpoint))
 }
 
-/// Returns a layer as exact as the snapshot has it: [`compress::exact_layer`].
+/// Returns a layer as exact as the snapshot has it: [`exact_layer`](crate::exact_layer).
 ///
 /// # Errors
 /// As there.
@@ -442,7 +442,7 @@ pub fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<SharedLa
 }
 
 /// Trains the codebooks of an attention block from inputs of its projections, queries' and keys':
-/// [`compress::train_codebooks`].
+/// [`train_codebooks`](crate::train_codebooks).
 ///
 /// # Errors
 /// As there.
@@ -458,7 +458,7 @@ pub fn train_codebooks(
     store.run(compress::train_codebooks(&store.store, model, layer, inputs, training, progress, cancel))
 }
 
-/// Finds which layers of two models share directions: [`compress::shared_directions`].
+/// Finds which layers of two models share directions: [`shared_directions`](crate::shared_directions).
 ///
 /// # Errors
 /// As there.
@@ -471,7 +471,7 @@ pub fn shared_directions(
     snapshot.runtime.block_on(compress::shared_directions(&snapshot.snapshot, model, other, options))
 }
 
-/// Writes a layer into a store of its own at `uri`: [`store::save_backend`].
+/// Writes a layer into a store of its own at `uri`: [`save_backend`](crate::save_backend).
 ///
 /// # Errors
 /// As there.
@@ -479,7 +479,7 @@ pub fn save_backend(layer: &dyn Layer, uri: &str) -> Result<()> {
     runtime()?.block_on(store::save_backend(layer, uri))
 }
 
-/// Loads the layer of a store that [`save_backend`] made: [`store::load_backend`].
+/// Loads the layer of a store that [`save_backend`] made: [`load_backend`](crate::load_backend).
 ///
 /// # Errors
 /// As there.

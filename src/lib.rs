@@ -6,9 +6,7 @@
 //!
 //! ```
 //! use layerstore::layer::Accuracy;
-//! use layerstore::compress::{ImportOptions, Rules, import};
-//! use layerstore::formats;
-//! use layerstore::store::Store;
+//! use layerstore::{ImportOptions, Rules, Store, formats, import};
 //! use ndarray::Array2;
 //!
 //! # #[tokio::main]
@@ -30,25 +28,59 @@
 //! let layer = store.at("first").await?.layer("demo", "encoder.dense").await?;
 //! let x = Array2::from_shape_fn((1, 64), |(_, j)| (j as f32 * 0.37).cos());
 //! let y = layer.forward(x.view(), Accuracy::Approximate).await?.y;
-//! let error = layerstore::linalg::relative_error(y.view(), x.dot(&weight.t()).view());
-//! assert!(error < 0.1);
+//! let dense = x.dot(&weight.t());
+//! let norm = |a: &Array2<f32>| a.iter().map(|v| v * v).sum::<f32>().sqrt();
+//! assert!(norm(&(&y - &dense)) < 0.1 * norm(&dense));
 //! # Ok(()) }
 //! ```
 //!
-//! Dependencies point one way: [`linalg`] and [`quant`] know of nothing, [`index`], [`attention`], [`layer`] and
-//! [`nn`] are in memory, only [`store`] knows of Lance and files, [`formats`] reads and writes model files, [`compress`] brings them and the store together.
-//! [`blocking`] is the store for callers that are not async.
+//! # Where things are
+//!
+//! The crate root has the store ([`Store`], its [`Snapshot`]s and handles), the work on whole models ([`import`],
+//! [`evaluate`], [`export`], [`train_codebooks`], [`shared_directions`]) with its options and reports, the statistics that
+//! layers are calibrated with ([`Calibration`]), and [`Error`].
+//!
+//! | module | contents |
+//! |---|---|
+//! | [`layer`] | layers, the methods that make them, and their settings |
+//! | [`nn`] | modules over layers, such as gated units, recurrent layers and attention blocks |
+//! | [`attention`] | attention over arrays |
+//! | [`formats`] | model files and arrays, read and written |
+//! | [`blocking`] | the store and the work on models without async |
+//!
+//! Every type that a public signature names can be named through these paths, or is one of `std`, `ndarray`, `serde`,
+//! `serde_json`, `bytes`, `chrono` or `safetensors`. The one exception is [`Store::lancedb`], the door to the tables.
 
-pub mod blocking;
 #[doc(hidden)]
 pub mod cli;
-pub mod compress;
-pub mod formats;
+mod compress;
 mod staged;
-pub mod store;
+mod store;
 mod tasks;
 
-pub use layerstore_core::{
-    Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment, attention, error, index, layer, linalg,
-    nn, quant,
+pub mod attention;
+pub mod blocking;
+pub mod formats;
+pub mod layer;
+pub mod nn;
+
+#[doc(inline)]
+pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment};
+
+pub use compress::{
+    ActivationsFile, CalibrationFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, LayerEvaluation,
+    LayerReport, Plan, PlannedLayer, Progress, Rule, Rules, SharedDirections, SharedOptions, Silent, Training,
+    TrainingReport, evaluate, exact_layer, export, import, preview, read_attention_settings, shared_directions,
+    train_codebooks, write_statistics,
 };
+#[doc(hidden)]
+pub use store::testing;
+pub use store::{
+    ArtifactInfo, AttentionHandle, CorruptArtifact, DEFAULT_CACHE_BYTES, Diff, ErrorBasis, FORMAT_VERSION, GcReport,
+    KeyIndexReport, LayerChange, LayerHandle, LayerName, LayerRecord, LayerState, ModelSummary, ModuleHandle, NearKey,
+    Provenance, Reader, RowLocations, Snapshot, SnapshotInfo, Source, SourceTensor, State, Stats, Store, StoreOptions,
+    VerifyReport, VersionInfo, Writer, load_backend, save_backend,
+};
+
+// The rest of the package names errors by this path.
+use layerstore_core::error;

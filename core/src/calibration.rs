@@ -179,37 +179,37 @@ impl Calibration {
         Ok(Calibration { tokens: u64::MAX, mean, mean_abs, moments: SecondMoments::Covariance(covariance), sample })
     }
 
-    /// Number of inputs that the statistics are of.
+    /// Returns the number of inputs that the statistics are of.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
 
-    /// Length of an input.
+    /// Returns the length of an input.
     pub fn features(&self) -> usize {
         self.mean.len()
     }
 
-    /// E\[x\], `[features]`.
+    /// Returns the mean E\[x\], `[features]`.
     pub fn mean(&self) -> &Array1<f64> {
         &self.mean
     }
 
-    /// E|x|, `[features]`.
+    /// Returns the mean absolute value E|x|, `[features]`.
     pub fn mean_abs(&self) -> &Array1<f64> {
         &self.mean_abs
     }
 
-    /// Sampled inputs in their order, `[rows, features]`: all of them where there were few. May be empty.
+    /// Returns sampled inputs in their order, `[rows, features]`: all of them where there were few. May be empty.
     pub fn sample(&self) -> ArrayView2<'_, f32> {
         self.sample.view()
     }
 
-    /// Whether there is a second moment, and not its diagonal alone.
+    /// Returns whether there is a second moment, and not its diagonal alone.
     pub fn has_full_moment(&self) -> bool {
         !matches!(self.moments, SecondMoments::Diagonal(_))
     }
 
-    /// E\[x xᵀ\], `[features, features]`.
+    /// Returns the second moment E\[x xᵀ\], `[features, features]`.
     ///
     /// # Errors
     /// When the statistics hold its diagonal alone.
@@ -228,7 +228,7 @@ impl Calibration {
         }
     }
 
-    /// E\[x_i²\], `[features]`.
+    /// Returns the second moment's diagonal E\[x_i²\], `[features]`.
     pub fn second_diagonal(&self) -> Array1<f64> {
         match &self.moments {
             SecondMoments::OfSample { second, .. } => match second.get() {
@@ -247,7 +247,7 @@ impl Calibration {
         }
     }
 
-    /// The variance of each input, divided by `tokens − 1` (zeros for one token), `[features]`.
+    /// Returns the variance of each input, divided by `tokens − 1` (zeros for one token), `[features]`.
     pub fn variance(&self) -> Array1<f64> {
         match &self.moments {
             SecondMoments::OfSample { covariance, .. } => match covariance.get() {
@@ -269,7 +269,7 @@ impl Calibration {
         }
     }
 
-    /// The covariance, divided by `tokens − 1` (zeros for one token), `[features, features]`.
+    /// Returns the covariance, divided by `tokens − 1` (zeros for one token), `[features, features]`.
     ///
     /// # Errors
     /// As [`Calibration::second_moment`].

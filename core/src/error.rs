@@ -25,9 +25,6 @@ pub enum ErrorKind {
     Cancelled,
 }
 
-/// The error behind an [`Error`], of whatever library it comes from.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
 /// Everything that can go wrong. Each message names what was found and what was expected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -255,7 +252,7 @@ pub enum Error {
         message: String,
         /// The library's own error, where there is one: to be looked into by `downcast_ref`, not by its text.
         #[source]
-        source: Option<BoxError>,
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
 
     /// A table's file, or what says which files a table has, is not what was written.
@@ -317,7 +314,7 @@ impl Error {
     }
 
     /// Returns an [`Error::Storage`] whose message is that of its source.
-    pub fn storage(action: impl Into<String>, source: impl Into<BoxError>) -> Self {
+    pub fn storage(action: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         let source = source.into();
         Error::Storage { action: action.into(), message: source.to_string(), source: Some(source) }
     }

@@ -10,9 +10,7 @@ mod peer;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use layerstore::compress::{CalibrationFile, ImportOptions, Rules, import};
-use layerstore::formats;
-use layerstore::store::Store;
+use layerstore::{CalibrationFile, ImportOptions, Rules, Store, formats, import};
 use ndarray::{Array2, Array3, Axis};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};

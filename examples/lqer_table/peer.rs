@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use layerstore::Snapshot;
 use layerstore::layer::{Accuracy, SharedLayer};
-use layerstore::store::Snapshot;
 use ndarray::{Array1, Array2, Array3, Axis, s};
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;

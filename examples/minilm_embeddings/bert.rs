@@ -1,10 +1,9 @@
 //! The encoder of all-MiniLM-L6-v2 in plain ndarray. Every weight comes from a snapshot of the store; the linear layers
 //! run as what they were compressed to.
 
-use layerstore::ErrorKind;
 use layerstore::layer::{Accuracy, Activation, Mechanism, SharedLayer, VqAttentionConfig, VqAttentionLayer};
 use layerstore::nn::AttentionBlock;
-use layerstore::store::{LayerHandle, Snapshot};
+use layerstore::{ErrorKind, LayerHandle, Snapshot};
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 use crate::Result;

@@ -31,7 +31,7 @@ use std::time::Instant;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets};
 use layerstore::formats::read_array;
-use layerstore::store::{ErrorBasis, LayerRecord, Snapshot, Store};
+use layerstore::{ErrorBasis, LayerRecord, Snapshot, Store};
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use serde::Serialize;
 use tokenizers::{Tokenizer, TruncationParams};

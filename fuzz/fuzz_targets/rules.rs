@@ -1,7 +1,7 @@
 //! Whatever text a rules file has: an answer, and no panic. `cargo fuzz run rules`.
 #![no_main]
 
-use layerstore::compress::Rules;
+use layerstore::Rules;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use layerstore::ErrorKind;
 use layerstore::layer::Accuracy;
-use layerstore::store::{Reader, Snapshot, Store, StoreOptions};
+use layerstore::{ErrorKind, Reader, Snapshot, Store, StoreOptions};
 use ndarray::Array2;
 
 use super::choices::Choices;

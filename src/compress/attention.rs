@@ -1,5 +1,6 @@
 //! Attention blocks of a checkpoint: found by the names of their projections, their codebooks made from calibration inputs.
 
+use layerstore_core::linalg::{add_outer, matmul_nt, relative_error};
 use ndarray::{Array2, ArrayView1, s};
 
 use super::calibration::CalibrationFile;
@@ -8,7 +9,6 @@ use super::rules::{Rule, Rules};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 use crate::layer::{Accuracy, Method, MethodName, VqAttentionConfig, VqAttentionLayer};
-use crate::linalg::{add_outer, matmul_nt, relative_error};
 use crate::nn::AttentionBlock;
 
 /// Calibration tokens that attend to each other when a block is measured: inputs do not say where sequences end.
@@ -49,7 +49,7 @@ impl PlannedBlock {
         self.config.d_k.unwrap_or_default()
     }
 
-    /// Whether its codebooks are to be made from inputs.
+    /// Returns whether its codebooks are to be made from inputs.
     pub fn calibrates(&self) -> bool {
         self.config.key_codes().is_some()
     }

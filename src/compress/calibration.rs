@@ -17,13 +17,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
+use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
 use safetensors::tensor::TensorView;
 
 use crate::error::{Error, Result};
 use crate::formats::{SafetensorsSource, TensorInfo, TensorSource};
+use crate::layer::DType;
 use crate::layer::parts::f32_bytes;
-use crate::layer::{DType, to_f32};
 use crate::staged;
 use crate::{Calibration, SecondMoment};
 
@@ -54,7 +55,7 @@ impl ActivationsFile {
         Ok(ActivationsFile { file })
     }
 
-    /// The names of the layers whose inputs it holds.
+    /// Returns the names of the layers whose inputs it holds.
     pub fn layers(&self) -> impl Iterator<Item = &str> {
         self.file.tensors().keys().map(String::as_str)
     }
@@ -122,7 +123,7 @@ impl CalibrationFile {
         Ok(CalibrationFile { kind })
     }
 
-    /// The names of the layers that it has statistics for.
+    /// Returns the names of the layers that it has statistics for.
     pub fn layers(&self) -> Vec<&str> {
         match &self.kind {
             Kind::Activations(file) => file.layers().collect(),
@@ -166,7 +167,7 @@ impl CalibrationFile {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn hash(&self, layer: &str, hasher: &mut blake3::Hasher) -> Result<()> {
+    pub(super) fn hash(&self, layer: &str, hasher: &mut blake3::Hasher) -> Result<()> {
         let (file, tensors): (_, Vec<&TensorInfo>) = match &self.kind {
             Kind::Activations(file) => (&file.file, file.file.tensors().get(layer).into_iter().collect()),
             Kind::Statistics(file) => (&file.file, PARTS.iter().filter_map(|part| file.tensor(layer, part)).collect()),

@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, CodebookStep, Layer, Method, VqAttentionConfig, VqAttentionLayer};
-use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Provenance, RowLocations, Source, Store};
+use crate::layer::{Accuracy, CodebookStep, Layer, Method, Parts, VqAttentionConfig, VqAttentionLayer};
+use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Provenance, RowLocations, Snapshot, Source, Store, Writer};
 use crate::tasks::unwrap_join;
 
 /// How codebooks are trained.
@@ -21,7 +21,7 @@ pub struct Training {
     pub epochs: usize,
     /// Tokens of a step.
     pub batch: usize,
-    /// Begin with k-means again, in place of what the block has.
+    /// Whether to begin with k-means again, in place of what the block has.
     pub anew: bool,
 }
 
@@ -34,17 +34,24 @@ impl Default for Training {
 /// What training did.
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainingReport {
+    /// The model.
     pub model: String,
+    /// The attention block's name in the model.
     pub layer: String,
+    /// The version that the commit made.
     pub version: u64,
+    /// Batches that the codebooks were updated with.
     pub steps: usize,
-    /// The commitment loss over the first epoch and over the last, of queries and of keys: the mean squared distance of a token
-    /// to its codewords, summed over heads.
+    /// The commitment loss of queries, over the first epoch and over the last: the mean squared distance of a token to its
+    /// codewords, summed over heads. `None` where queries have no codebook.
     pub queries: Option<[f64; 2]>,
+    /// The commitment loss of keys, likewise.
     pub keys: Option<[f64; 2]>,
     /// Codewords that had died and were given to other vectors.
     pub revived: usize,
+    /// The new artifact's name, in hex.
     pub artifact: String,
+    /// Bytes that the artifact takes.
     pub stored_bytes: u64,
 }
 
@@ -58,7 +65,7 @@ pub async fn train_codebooks(
     store: &Store,
     model: &str,
     layer: &str,
-    (queries, keys): (Array2<f32>, Array2<f32>),
+    inputs: (Array2<f32>, Array2<f32>),
     training: Training,
     progress: &dyn Progress,
     cancel: &Cancel,
@@ -68,46 +75,9 @@ pub async fn train_codebooks(
     }
     let mut writer = store.writer().await?;
     let snapshot = store.latest().await?;
-    let known = snapshot.models().await?.iter().any(|m| m.model == model);
-    let records = if known { snapshot.layers(model).await? } else { vec![] };
-    let there = match records.iter().find(|r| r.layer == layer) {
-        Some(record) if record.method != VqAttentionConfig::NAME => {
-            let found = format!("'{layer}', a {} layer", record.method);
-            return Err(Error::expected("layer with codebooks", found, "a vq_attention layer, or a new name"));
-        }
-        Some(_) => Some(snapshot.attention(model, layer).await?.load_attention().await?),
-        None => None,
-    };
-    let config = match (&training.config, &there) {
-        (Some(config), _) => config.clone(),
-        (None, Some(attention)) => attention.settings().clone(),
-        (None, None) => {
-            let expected = "a file of them, see `docs/rules.md`";
-            return Err(Error::expected("settings of a new attention block", "none", expected));
-        }
-    };
-    config.validate()?;
-    if config.key_codes().is_none() {
-        let found = format!("{:?}", config.mechanism);
-        return Err(Error::expected("mechanism of an attention block to train", found, "one with codebooks"));
-    }
-    let (config, q, k) = match snapshot.projections(model, layer, &config).await? {
-        (Some(projections), _) => {
-            let shape =
-                |handle: &LayerHandle| (handle.record().out_features as usize, handle.record().in_features as usize);
-            let config = config.of_projections([&projections[0], &projections[1], &projections[2]].map(shape))?;
-            let q = projections[0].forward(queries.view(), Accuracy::Full).await?.y;
-            (config, q, projections[1].forward(keys.view(), Accuracy::Full).await?.y)
-        }
-        (None, _) => {
-            let (q, k) = (queries.ncols(), keys.ncols());
-            // Values are not seen here: they are as long as keys, unless the settings say otherwise.
-            let values = config.d_v.map_or(Some(k), |d_v| d_v.checked_mul(config.kv_heads()));
-            let values = values.ok_or_else(|| Error::expected("d_v", config.d_v.unwrap_or_default(), "a length"))?;
-            let width = config.d_model.unwrap_or(q);
-            (config.of_projections([(q, width), (k, width), (values, width)])?, queries, keys)
-        }
-    };
+    let there = stored_block(&snapshot, model, layer).await?;
+    let config = settings(training.config.as_ref(), there.as_ref())?;
+    let (config, q, k) = projected(&snapshot, model, layer, config, inputs).await?;
     let begin = there.filter(|_| !training.anew && training.config.is_none());
     let steps = training.epochs * q.nrows().max(k.nrows()).div_ceil(training.batch);
     progress.started(steps + 1, steps as u64);
@@ -118,7 +88,83 @@ pub async fn train_codebooks(
     let parts = attention.to_parts();
     let made = Provenance { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
     writer.add(&parts, made).await?;
-    let record = LayerRecord {
+    let version = commit(store, writer, record(model, layer, &attention, &parts)).await?;
+    Ok(TrainingReport {
+        model: model.to_owned(),
+        layer: layer.to_owned(),
+        version,
+        steps,
+        queries,
+        keys,
+        revived,
+        artifact: parts.id().to_string(),
+        stored_bytes: parts.stored_bytes(),
+    })
+}
+
+/// Loads the codebooks and settings of the block; `None` where the model has no layer of that name.
+async fn stored_block(snapshot: &Snapshot, model: &str, layer: &str) -> Result<Option<VqAttentionLayer>> {
+    let records = layers_of(snapshot, model).await?;
+    match records.iter().find(|r| r.layer == layer) {
+        Some(record) if record.method != VqAttentionConfig::NAME => {
+            let found = format!("'{layer}', a {} layer", record.method);
+            Err(Error::expected("layer with codebooks", found, "a vq_attention layer, or a new name"))
+        }
+        Some(_) => Ok(Some(snapshot.attention(model, layer).await?.load_attention().await?)),
+        None => Ok(None),
+    }
+}
+
+/// Reads the model's rows; none where there is no such model yet.
+async fn layers_of(snapshot: &Snapshot, model: &str) -> Result<Vec<LayerRecord>> {
+    let known = snapshot.models().await?.iter().any(|m| m.model == model);
+    if known { snapshot.layers(model).await } else { Ok(vec![]) }
+}
+
+/// Returns the settings to train with: those that were given, else the block's own.
+fn settings(given: Option<&VqAttentionConfig>, there: Option<&VqAttentionLayer>) -> Result<VqAttentionConfig> {
+    let config = given.or(there.map(VqAttentionLayer::settings)).cloned().ok_or_else(|| {
+        let expected = "a file of them, see `docs/rules.md`";
+        Error::expected("settings of a new attention block", "none", expected)
+    })?;
+    config.validate()?;
+    if config.key_codes().is_none() {
+        let found = format!("{:?}", config.mechanism);
+        return Err(Error::expected("mechanism of an attention block to train", found, "one with codebooks"));
+    }
+    Ok(config)
+}
+
+/// Returns queries and keys, a row a token, and the settings with every length: the inputs are run through the block's
+/// projections, or are queries and keys themselves, where it has none.
+async fn projected(
+    snapshot: &Snapshot,
+    model: &str,
+    layer: &str,
+    config: VqAttentionConfig,
+    (queries, keys): (Array2<f32>, Array2<f32>),
+) -> Result<(VqAttentionConfig, Array2<f32>, Array2<f32>)> {
+    match snapshot.projections(model, layer, &config).await? {
+        (Some(projections), _) => {
+            let shape =
+                |handle: &LayerHandle| (handle.record().out_features as usize, handle.record().in_features as usize);
+            let config = config.of_projections([&projections[0], &projections[1], &projections[2]].map(shape))?;
+            let q = projections[0].forward(queries.view(), Accuracy::Full).await?.y;
+            Ok((config, q, projections[1].forward(keys.view(), Accuracy::Full).await?.y))
+        }
+        (None, _) => {
+            let (q, k) = (queries.ncols(), keys.ncols());
+            // Values are not seen here: they are as long as keys, unless the settings say otherwise.
+            let values = config.d_v.map_or(Some(k), |d_v| d_v.checked_mul(config.kv_heads()));
+            let values = values.ok_or_else(|| Error::expected("d_v", config.d_v.unwrap_or_default(), "a length"))?;
+            let width = config.d_model.unwrap_or(q);
+            Ok((config.of_projections([(q, width), (k, width), (values, width)])?, queries, keys))
+        }
+    }
+}
+
+fn record(model: &str, layer: &str, attention: &VqAttentionLayer, parts: &Parts) -> LayerRecord {
+    LayerRecord {
         model: model.to_owned(),
         layer: layer.to_owned(),
         method: attention.method(),
@@ -133,26 +179,17 @@ pub async fn train_codebooks(
         source: Source::default(),
         created_at: Utc::now(),
         locations: RowLocations::default(),
-    };
-    // As they are now: training took a while.
-    let latest = store.latest().await?;
-    let known = latest.models().await?.iter().any(|m| m.model == model);
-    let mut records = if known { latest.layers(model).await? } else { vec![] };
-    records.retain(|r| r.layer != layer);
-    records.push(record);
-    let message = format!("codebooks of '{layer}' trained");
-    let version = writer.commit(model, &records, Some(&message)).await?;
-    Ok(TrainingReport {
-        model: model.to_owned(),
-        layer: layer.to_owned(),
-        version,
-        steps,
-        queries,
-        keys,
-        revived,
-        artifact: parts.id().to_string(),
-        stored_bytes: parts.stored_bytes(),
-    })
+    }
+}
+
+/// Puts the block in the place of the model's layer of that name, and returns the new version.
+async fn commit(store: &Store, writer: Writer, block: LayerRecord) -> Result<u64> {
+    // The model as it is now: training took a while.
+    let mut records = layers_of(&store.latest().await?, &block.model).await?;
+    records.retain(|r| r.layer != block.layer);
+    let (model, message) = (block.model.clone(), format!("codebooks of '{}' trained", block.layer));
+    records.push(block);
+    writer.commit(&model, &records, Some(&message)).await
 }
 
 struct Trained {

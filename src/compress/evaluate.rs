@@ -18,20 +18,26 @@ use crate::tasks::unwrap_join;
 /// One layer's error.
 #[derive(Debug, Clone, Serialize)]
 pub struct LayerEvaluation {
+    /// The layer's name.
     pub layer: String,
-    /// The method.
+    /// The method that it is compressed by.
     pub method: MethodName,
-    /// ‖ŷ − y‖ / ‖y‖ over the inputs; `null` where y is zero.
+    /// ‖ŷ − y‖ / ‖y‖ over the inputs; `None`, `null` in JSON, where y is zero.
     pub relative_error: Option<f64>,
+    /// What the error is measured on.
     pub error_basis: ErrorBasis,
+    /// Rows of input that the layer ran on.
     pub tokens: usize,
+    /// Bytes in the checkpoint, bias included.
     pub dense_bytes: u64,
+    /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
     /// Stored bits for each weight, the bias and everything else counted.
     pub bits_per_weight: f64,
+    /// What the layer's correction gains; empty for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
-    /// Of layers that search keys.
+    /// What its search finds; empty for methods that search no keys.
     #[serde(flatten)]
     pub search: SearchReport,
 }
@@ -39,9 +45,11 @@ pub struct LayerEvaluation {
 /// A model's errors.
 #[derive(Debug, Clone, Serialize)]
 pub struct Evaluation {
+    /// The model.
     pub model: String,
+    /// The layers, by name.
     pub layers: Vec<LayerEvaluation>,
-    /// Over the layers above.
+    /// The mean of the errors above.
     pub mean_relative_error: Option<f64>,
     /// Inputs that no layer of the model is named after.
     pub unmatched_activations: Vec<String>,
@@ -170,8 +178,8 @@ async fn stored_reference(
     snapshot.handle(found.clone()).load().await?.weight()
 }
 
-/// The layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer of the same
-/// tensors; see [`ExactSource`].
+/// Returns the layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer
+/// of the same tensors; see [`ExactSource`].
 ///
 /// # Errors
 /// When the store holds no dense weights for a quantised layer.

@@ -5,12 +5,13 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use layerstore_core::layer::{dtype_named, from_f32};
 use safetensors::View;
 use serde::Serialize;
 
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
-use crate::layer::{DType, dtype_named, from_f32};
+use crate::layer::DType;
 use crate::staged;
 use crate::store::{LayerHandle, Snapshot};
 use crate::tasks::unwrap_join;
@@ -18,8 +19,9 @@ use crate::tasks::unwrap_join;
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ExportReport {
+    /// The number of layers written.
     pub layers: usize,
-    /// Of the file.
+    /// Size of the file, in bytes.
     pub bytes: u64,
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use chrono::Utc;
+use layerstore_core::layer::{dtype_name, registry};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -19,7 +20,7 @@ use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
-use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts, dtype_name, registry};
+use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts};
 use crate::store::{
     ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
     source_tensors,
@@ -32,9 +33,11 @@ pub struct ImportOptions {
     pub rules: Rules,
     /// Statistics of layers' inputs.
     pub calibration: Option<CalibrationFile>,
-    /// For the log.
+    /// What the log says of the new version.
     pub message: Option<String>,
+    /// What is told how far the import is.
     pub progress: Arc<dyn Progress>,
+    /// Stops the import when the caller asks: nothing is committed then.
     pub cancel: Cancel,
 }
 
@@ -67,32 +70,48 @@ impl ImportOptions {
 /// What became of one layer.
 #[derive(Debug, Clone, Serialize)]
 pub struct LayerReport {
+    /// The layer's name.
     pub layer: String,
+    /// The method that it is compressed by.
     pub method: MethodName,
+    /// Length of an input row.
     pub in_features: u64,
+    /// Length of an output row.
     pub out_features: u64,
+    /// The artifact's name, in hex.
     pub artifact: String,
+    /// ‖ŷ − y‖ / ‖y‖ over the calibration inputs where the layer had some, else ‖Ŵ − W‖ / ‖W‖; `None` where there is no such
+    /// number.
     pub relative_error: Option<f64>,
+    /// What the error is measured on.
     pub error_basis: ErrorBasis,
+    /// Bytes in the checkpoint, bias included.
     pub dense_bytes: u64,
+    /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
     /// Stored bits for each weight, the bias and everything else counted.
     pub bits_per_weight: f64,
-    /// Of layers that were made anew.
+    /// What its correction gains; empty for layers that were not made anew, and for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
     /// Whether the store had it already.
     pub reused: bool,
+    /// Time that the layer took, in seconds.
     pub seconds: f64,
 }
 
 /// What became of a model.
 #[derive(Debug, Clone, Serialize)]
 pub struct ImportReport {
+    /// The model.
     pub model: String,
+    /// The version that the commit made; the latest one where nothing had changed.
     pub version: u64,
+    /// What became of each layer.
     pub layers: Vec<LayerReport>,
+    /// Bytes in the checkpoint, of all layers.
     pub dense_bytes: u64,
+    /// Bytes that the layers take, those counted that the store had already.
     pub stored_bytes: u64,
     /// Bytes of parts that were new to the store.
     pub written_bytes: u64,

@@ -1,10 +1,10 @@
 //! A compressed layer against the weight that it was made from.
 
+use layerstore_core::linalg::{matmul_nt, relative_error};
 use ndarray::ArrayView2;
 
 use crate::error::Result;
 use crate::layer::{Accuracy, Layer};
-use crate::linalg::{matmul_nt, relative_error};
 use crate::store::ErrorBasis;
 
 /// ‖ŷ − y‖ / ‖y‖ over `inputs`, else ‖Ŵ − W‖_F / ‖W‖_F.

@@ -1,5 +1,6 @@
 //! Which rule takes which layer of a source, found and checked before any layer is worked on.
 
+use layerstore_core::layer::registry;
 use serde::Serialize;
 
 use super::attention::{PlannedBlock, blocks};
@@ -7,7 +8,7 @@ use super::calibration::CalibrationFile;
 use super::rules::Rules;
 use crate::error::Result;
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
-use crate::layer::{MethodConfig, MethodName, registry};
+use crate::layer::{MethodConfig, MethodName};
 
 /// A layer, and what is to become of it.
 #[derive(Debug, Clone)]

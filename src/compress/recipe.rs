@@ -1,12 +1,13 @@
 //! What an artifact is made from, as one hash: an import whose recipe the store knows is no work.
 
+use layerstore_core::layer::dtype_name;
+use layerstore_core::layer::parts::canonical_json;
 use serde_json::Value;
 
 use super::calibration::CalibrationFile;
 use crate::error::Result;
 use crate::formats::{TensorInfo, TensorSource};
-use crate::layer::parts::canonical_json;
-use crate::layer::{ArtifactId, dtype_name};
+use crate::layer::ArtifactId;
 use crate::store::SourceTensor;
 
 /// Raise it when a method comes to make other parts from the same settings: what the old code made is not reused then.
@@ -27,7 +28,7 @@ impl Recipe {
         self.0.update_rayon(bytes);
     }
 
-    /// A tensor of the source, which is hashed.
+    /// Hashes a tensor of the source, and returns how the catalogue refers to it.
     pub fn tensor(&mut self, source: &dyn TensorSource, tensor: &TensorInfo) -> Result<SourceTensor> {
         let dtype = dtype_name(tensor.dtype);
         let mut hasher = blake3::Hasher::new();
@@ -38,7 +39,7 @@ impl Recipe {
         Ok(SourceTensor { tensor: tensor.name.clone(), dtype, shape: tensor.shape.clone(), hash })
     }
 
-    /// A layer that comes ready.
+    /// Adds a layer that comes ready.
     pub fn artifact(&mut self, id: ArtifactId) {
         self.add(&id.0);
     }

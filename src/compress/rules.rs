@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use layerstore_core::layer::registry;
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
-use crate::layer::{MethodConfig, MethodKind, VqAttentionConfig, registry};
+use crate::layer::{MethodConfig, MethodKind, VqAttentionConfig};
 
 /// One rule: layers whose whole path matches are compressed by a method.
 #[derive(Debug, Clone)]
@@ -24,7 +25,7 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether the rule takes a linear layer; those for attention take none.
+    /// Returns whether the rule takes a linear layer; those for attention take none.
     pub fn matches(&self, layer: &str) -> bool {
         self.method.kind() == MethodKind::Linear && self.pattern.is_match(layer)
     }
@@ -143,12 +144,12 @@ impl Rules {
         Ok(Rules { rules })
     }
 
-    /// The rules, in order.
+    /// Returns the rules, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Rule> {
         self.rules.iter()
     }
 
-    /// The rule that takes a layer: its place in the file's order, and itself.
+    /// Returns the rule that takes a layer: its place in the file's order, and itself.
     pub fn find(&self, layer: &str) -> Option<(usize, &Rule)> {
         self.rules.iter().enumerate().find(|(_, r)| r.matches(layer))
     }

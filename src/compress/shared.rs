@@ -1,15 +1,15 @@
 //! Which layers of two models share directions.
 
+use layerstore_core::linalg::matmul_nt;
 use ndarray::{Array2, Axis};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::layer::{KeyValueConfig, KeyValueLayer, Method};
-use crate::linalg::matmul_nt;
 use crate::store::Snapshot;
 use crate::tasks::unwrap_join;
 
-/// What is compared.
+/// How layers are compared for shared directions.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SharedOptions {
     /// Keys of a layer that are looked for in others, those of the largest scale.
@@ -27,7 +27,9 @@ impl Default for SharedOptions {
 /// How much of one layer is in another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SharedDirections {
+    /// A layer of the first model.
     pub layer: String,
+    /// A layer of the other model.
     pub other: String,
     /// Keys of `layer` that were looked for.
     pub keys: usize,
@@ -37,8 +39,8 @@ pub struct SharedDirections {
     pub mean_cosine: f64,
 }
 
-/// Each key–value layer of `model` beside each of `other` with as many inputs, most alike first: the keys of the largest
-/// scale, and how near the nearest key of the other layer points, either way.
+/// Compares each key–value layer of `model` with each of `other` with as many inputs, most alike first: the keys of the
+/// largest scale, and how near the nearest key of the other layer points, either way.
 ///
 /// Keys of whitened layers are directions as inputs of their own distribution see them: two models calibrated on
 /// different inputs differ in them even where their weights agree.

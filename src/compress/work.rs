@@ -4,23 +4,23 @@ use tokio::sync::watch;
 
 /// What long work tells as it goes. Every method may be left as it is.
 pub trait Progress: Send + Sync {
-    /// The work is `layers` layers of `bytes` bytes in all.
+    /// Is told that the work begins: `layers` layers of `bytes` bytes in all.
     fn started(&self, layers: usize, bytes: u64) {
         let _ = (layers, bytes);
     }
-    /// A layer is at work.
+    /// Is told which layer is at work.
     fn layer(&self, name: &str) {
         let _ = name;
     }
-    /// A layer of `bytes` bytes is done; `skipped` where what the store had was used.
+    /// Is told that a layer of `bytes` bytes is done; `skipped` where what the store had was used.
     fn layer_done(&self, bytes: u64, skipped: bool) {
         let _ = (bytes, skipped);
     }
-    /// The work is done or given up.
+    /// Is told that the work is done or given up.
     fn finished(&self) {}
 }
 
-/// Says nothing.
+/// A [`Progress`] that says nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 
@@ -39,7 +39,7 @@ impl Default for Cancel {
 }
 
 impl Cancel {
-    /// A request that nobody has made yet.
+    /// Returns a request that nobody has made yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -49,7 +49,7 @@ impl Cancel {
         self.requested.send_replace(true);
     }
 
-    /// Whether somebody has asked.
+    /// Returns whether somebody has asked.
     pub fn is_cancelled(&self) -> bool {
         *self.requested.borrow()
     }

@@ -5,6 +5,7 @@ use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
 
 use half::f16;
+use layerstore_core::layer::to_f32;
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
 use npyz::{DType as NpyType, NpyFile, Order, TypeChar, WriterBuilder};
 use safetensors::tensor::TensorView;
@@ -12,7 +13,7 @@ use safetensors::tensor::TensorView;
 use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
 use crate::error::{Error, Result};
-use crate::layer::{DType, to_f32};
+use crate::layer::DType;
 use crate::staged;
 
 /// Reads an array of any number of dimensions.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use layerstore_core::layer::to_f32;
 use ndarray::{Array, ArrayD, Dimension};
 use safetensors::tensor::TensorView;
 
@@ -9,7 +10,7 @@ use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
 use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
-use crate::layer::{DType, to_f32};
+use crate::layer::DType;
 use crate::staged;
 
 /// Reads what [`write_attention_cache`] wrote. Whether it fits a layer is found when it is used.

@@ -1,6 +1,7 @@
 //! Files that models and arrays come from and go to.
 //!
-//! [`open`] opens a model as a [`TensorSource`], whatever its format; [`FORMATS`] lists the formats.
+//! [`open`] opens a model as a [`TensorSource`], whatever its format: safetensors (a file, shards with an index, or a
+//! folder), or an archive that Keras saved.
 
 mod arrays;
 mod attention_cache;

@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;
 
+use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
 
 use crate::error::{Error, Result};
-use crate::layer::{DType, SharedLayer, to_f32};
+use crate::layer::{DType, SharedLayer};
 
 /// A tensor of a source.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,7 +29,7 @@ impl TensorInfo {
         u64::try_from(bits.div_ceil(8)).unwrap_or(u64::MAX)
     }
 
-    /// Whether it is a matrix of a float type that can be compressed.
+    /// Returns whether it is a matrix of a float type that can be compressed.
     pub fn is_float_matrix(&self) -> bool {
         self.shape.len() == 2
             && self.shape.iter().all(|&n| n > 0)
@@ -68,19 +69,19 @@ pub enum SourceContent {
 ///
 /// To add a format, see `CONTRIBUTING.md`.
 pub trait TensorSource: fmt::Debug + Send + Sync {
-    /// The path that the source was opened by.
+    /// Returns the path that the source was opened by.
     fn path(&self) -> &Path;
 
-    /// Every tensor, by name.
+    /// Returns every tensor, by name.
     fn tensors(&self) -> &BTreeMap<String, TensorInfo>;
 
-    /// The elements of one of [`TensorSource::tensors`], little-endian and row-major.
+    /// Returns the elements of one of [`TensorSource::tensors`], little-endian and row-major.
     ///
     /// # Errors
     /// When the file cannot be read, or there is no such tensor.
     fn bytes(&self, tensor: &TensorInfo) -> Result<Cow<'_, [u8]>>;
 
-    /// The name of the file that a tensor lies in.
+    /// Returns the name of the file that a tensor lies in.
     fn file_name(&self, tensor: &str) -> String {
         let _ = tensor;
         self.path().file_name().map_or_else(|| self.path().display().to_string(), |n| n.to_string_lossy().into_owned())
@@ -91,19 +92,19 @@ pub trait TensorSource: fmt::Debug + Send + Sync {
         BTreeMap::new()
     }
 
-    /// The layers that all tensors together make up, in order: by default [`paired`] ones.
+    /// Returns the layers that all tensors together make up, in order: by default each tensor, a bias with its weight.
     fn layers(&self) -> Vec<SourceLayer> {
         paired(self.tensors())
     }
 }
 
 impl dyn TensorSource + '_ {
-    /// The tensor of that name.
+    /// Returns the tensor of that name.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors().get(name)
     }
 
-    /// A matrix `[rows, columns]` as f32.
+    /// Returns a matrix `[rows, columns]` as f32.
     ///
     /// # Errors
     /// When the tensor is no matrix, its dtype cannot be computed with, or a value is not finite.
@@ -121,7 +122,7 @@ impl dyn TensorSource + '_ {
         })
     }
 
-    /// A vector as f32.
+    /// Returns a vector as f32.
     ///
     /// # Errors
     /// As [`TensorSource::matrix`](#method.matrix).

@@ -15,7 +15,7 @@ use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
 use super::waiting::{Waiting, reason, storage_error};
 use crate::error::{Error, Result};
-use crate::layer::parts::{ArtifactId, Parts};
+use crate::layer::{ArtifactId, Parts};
 use crate::tasks::unwrap_join;
 
 /// The data side of a store, for reading.

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use layerstore_core::layer::configured;
 use ndarray::ArrayView2;
 
 use super::record::LayerRecord;
 use super::shared::Shared;
 use crate::error::Result;
-use crate::layer::{Accuracy, Output, SharedLayer, configured};
+use crate::layer::{Accuracy, Output, SharedLayer};
 use crate::tasks::unwrap_join;
 
 /// A layer by name. Making one reads a row of the catalogue; the first use reads the layer's arrays.

@@ -52,4 +52,5 @@ pub use snapshot::{Diff, LayerChange, LayerState, ModelSummary, Snapshot, State}
 pub use stats::Stats;
 pub use verify::{CorruptArtifact, LayerName, VerifyReport};
 pub use versions::{SnapshotInfo, VersionInfo};
-pub use writer::{ArtifactInfo, Provenance, Writer, check_model_name};
+pub(crate) use writer::check_model_name;
+pub use writer::{ArtifactInfo, Provenance, Writer};

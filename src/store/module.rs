@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use chrono::Utc;
+use layerstore_core::layer::registry;
 
 use super::handle::LayerHandle;
 use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
@@ -10,7 +11,7 @@ use super::root::Store;
 use super::snapshot::Snapshot;
 use super::writer::{Provenance, check_layer_name, check_model_name};
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, Layer, SharedLayer, registry};
+use crate::layer::{ArtifactId, Layer, SharedLayer};
 use crate::nn::Module;
 
 /// A module by name: the layers that it is made of. Making one reads rows of the catalogue; [`ModuleHandle::load`] reads the

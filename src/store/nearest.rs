@@ -10,6 +10,7 @@ use lance::index::DatasetIndexExt;
 use lance::index::vector::VectorIndexParams;
 use lance_index::IndexType;
 use lance_linalg::distance::DistanceType;
+use layerstore_core::linalg::require_finite;
 use ndarray::{Array1, ArrayView2};
 use serde::Serialize;
 
@@ -24,7 +25,6 @@ use super::verify::LayerName;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
-use crate::linalg::require_finite;
 
 /// The name of the index on a table's keys.
 const INDEX: &str = "key_directions";

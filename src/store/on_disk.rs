@@ -5,6 +5,7 @@ use arrow::datatypes::{Float32Type, UInt32Type};
 use futures::TryStreamExt;
 use lance::Dataset;
 use lance_linalg::distance::DistanceType;
+use layerstore_core::layer::StoredSearch;
 use ndarray::ArrayView2;
 
 use super::handle::LayerHandle;
@@ -13,8 +14,7 @@ use super::schema::{TENSORS, Table};
 use super::tables::add_rows;
 use super::waiting::Waiting;
 use crate::error::{Error, Result};
-use crate::layer::parts::Parts;
-use crate::layer::{KeyValueConfig, Limit, Method, QueryHits, StoredSearch};
+use crate::layer::{KeyValueConfig, Limit, Method, Parts, QueryHits};
 
 /// Lance works out distances, 1 − score, in f32: hits are looked for this much further down, and then held to the
 /// threshold.

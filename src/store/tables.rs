@@ -14,7 +14,8 @@ use ndarray::Array2;
 
 use super::schema::Table;
 use crate::error::{Error, Result};
-use crate::layer::parts::{ArtifactId, Codebook, Codes, Factor, Keys, Parts, Side, Tensor, WeightRows};
+use crate::layer::parts::{Codebook, Codes, Factor, Keys, Side, Tensor, WeightRows};
+use crate::layer::{ArtifactId, Parts};
 
 /// Rows of `weights` go out in batches of about this many bytes, within what 32-bit offsets can address.
 const BATCH_BYTES: usize = 64 << 20;

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use layerstore::formats;
 use layerstore::formats::{read_array, write_array};
 use layerstore::layer::{Accuracy, DType, VqAttentionLayer};
-use layerstore::linalg::relative_error;
-use layerstore::store::Store;
+use layerstore::{Store, formats};
+use layerstore_core::linalg::relative_error;
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use safetensors::tensor::TensorView;
 

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use layerstore::compress::{ActivationsFile, write_statistics};
-use layerstore::formats;
-use layerstore::{Calibration, CalibrationBuilder, SecondMoment};
+use layerstore::{ActivationsFile, Calibration, CalibrationBuilder, SecondMoment, formats, write_statistics};
 use ndarray::{Array2, Axis};
 use serde_json::{Value, json};
 

@@ -1,9 +1,8 @@
 //! The command line, by its contract.
 
-use layerstore::compress::ActivationsFile;
-use layerstore::formats;
 use layerstore::formats::{read_array, write_array};
-use layerstore::linalg::{matmul_nt, relative_error};
+use layerstore::{ActivationsFile, formats};
+use layerstore_core::linalg::{matmul_nt, relative_error};
 use ndarray::s;
 
 use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, field};

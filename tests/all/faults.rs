@@ -5,11 +5,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use layerstore::ErrorKind;
-use layerstore::compress::{ImportOptions, import};
-use layerstore::formats;
-use layerstore::store::testing::Hooks;
-use layerstore::store::{Store, StoreOptions};
+use layerstore::testing::Hooks;
+use layerstore::{ErrorKind, ImportOptions, Store, StoreOptions, formats, import};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{

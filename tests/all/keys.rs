@@ -1,10 +1,8 @@
 //! Keys: their backends in a store, searched on disk, across layers, and by themselves.
 
-use layerstore::ErrorKind;
-use layerstore::compress::ActivationsFile;
 use layerstore::formats::write_array;
 use layerstore::layer::{Accuracy, KeyValueLayer, Limit, SharedLayer};
-use layerstore::store::{Store, load_backend, save_backend};
+use layerstore::{ActivationsFile, ErrorKind, Store, load_backend, save_backend};
 use ndarray::{Array2, s};
 use serde_json::json;
 

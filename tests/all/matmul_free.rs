@@ -2,12 +2,10 @@
 
 use std::path::Path;
 
-use layerstore::ErrorKind;
-use layerstore::formats;
 use layerstore::formats::{KERAS_ROOT, KerasSource, read_any_array, write_any_array};
 use layerstore::layer::{Accuracy, Activation, ArtifactId, MethodConfig, RmsNorm, TernaryConfig};
 use layerstore::nn::{Glu, GluConfig, Module};
-use layerstore::store::Store;
+use layerstore::{ErrorKind, Store, formats};
 use ndarray::{Array2, ArrayD, IxDyn};
 use serde_json::json;
 

@@ -5,19 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use layerstore::compress::{
-    ActivationsFile, CalibrationFile, Cancel, ImportOptions, Rules, Silent, evaluate, exact_layer, export, import,
-    preview,
-};
-use layerstore::formats;
 use layerstore::layer::parts::{Tensor, WeightRows, bytes_f32, f32_bytes};
 use layerstore::layer::{
     Accuracy, ExactSource, Gradients, Layer, LowRankConfig, Method, MethodConfig, MethodName, Output, Parts,
     SharedLayer, check_rows, compress, layer_from_parts, read_config, register,
 };
-use layerstore::linalg::{matmul, matmul_nt, relative_error};
-use layerstore::store::Store;
-use layerstore::{Calibration, Error, ErrorKind, Result};
+use layerstore::{
+    ActivationsFile, Calibration, CalibrationFile, Cancel, Error, ErrorKind, ImportOptions, Result, Rules, Silent,
+    Store, evaluate, exact_layer, export, formats, import, preview,
+};
+use layerstore_core::linalg::{matmul, matmul_nt, relative_error};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};

@@ -8,10 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use layerstore::compress::{ImportOptions, import};
-use layerstore::formats;
 use layerstore::layer::Accuracy;
-use layerstore::store::Store;
+use layerstore::{ImportOptions, Store, formats, import};
 use ndarray::Array2;
 use safetensors::tensor::{Dtype, TensorView};
 

@@ -5,14 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use layerstore::compress::{
-    ActivationsFile, Cancel, ImportOptions, ImportReport, Progress, Silent, evaluate, export, import,
+use layerstore::layer::{Accuracy, KeyValueLayer, Limit, SearchSettings, SharedLayer};
+use layerstore::{
+    ActivationsFile, Cancel, Error, ErrorKind, ImportOptions, ImportReport, LayerName, Progress, Reader, Silent,
+    Snapshot, Store, StoreOptions, blocking, evaluate, export, formats, import, load_backend,
 };
-use layerstore::formats;
-use layerstore::layer::{Accuracy, Limit};
-use layerstore::layer::{KeyValueLayer, SearchSettings, SharedLayer};
-use layerstore::store::{LayerName, Reader, Snapshot, Store, StoreOptions, load_backend};
-use layerstore::{Error, ErrorKind, blocking};
 use ndarray::{Array2, Axis};
 
 use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place};

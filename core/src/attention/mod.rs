@@ -1,6 +1,6 @@
 //! Attention: softmax(scale · q kᵀ) v, exactly and approximated.
 //!
-//! | module | subject |
+//! | item | subject |
 //! |---|---|
 //! | [`exact()`], [`exact_gradients()`] | every query meets every visible key, a tile at a time (FlashAttention) |
 //! | [`VqAttention`] | keys, and queries if wanted, are replaced by codewords (Transformer-VQ) |

@@ -84,7 +84,7 @@ impl DenseConfig {
 }
 
 impl DenseLayer {
-    /// A layer of `raw` little-endian elements, row-major, with an optional bias kept in its own dtype.
+    /// Returns a layer of `raw` little-endian elements, row-major, with an optional bias kept in its own dtype.
     ///
     /// # Errors
     /// When the number of bytes does not follow from dtype and shape, or the bias is no vector of one number an output.
@@ -121,7 +121,7 @@ impl DenseLayer {
         Ok(DenseLayer { inner: Arc::new(Inner { config, raw, bias, floats: OnceLock::new() }) })
     }
 
-    /// An F32 layer from arrays: weight `[out, in]`, bias `[out]`.
+    /// Returns an F32 layer from arrays: weight `[out, in]`, bias `[out]`.
     pub fn from_f32(weight: ArrayView2<f32>, bias: Option<ArrayView1<f32>>) -> Self {
         let raw = f32_bytes(weight.as_standard_layout().as_slice().expect("standard layout"));
         let bias = bias.map(|b| Tensor::vector("bias", &b.to_vec()));
@@ -129,17 +129,17 @@ impl DenseLayer {
         DenseLayer { inner: Arc::new(Inner { config, raw, bias, floats: OnceLock::new() }) }
     }
 
-    /// Element type of the tensor.
+    /// Returns the element type of the tensor.
     pub fn dtype(&self) -> DType {
         self.inner.config.dtype
     }
 
-    /// Shape of the tensor.
+    /// Returns the shape of the tensor.
     pub fn shape(&self) -> &[usize] {
         &self.inner.config.shape
     }
 
-    /// The elements, little-endian and row-major, as the checkpoint had them.
+    /// Returns the elements, little-endian and row-major, as the checkpoint had them.
     pub fn raw(&self) -> &Bytes {
         &self.inner.raw
     }
@@ -155,7 +155,7 @@ impl DenseLayer {
         ))
     }
 
-    /// The elements as f32, `[out_features, in_features]`; a vector is one column.
+    /// Returns the elements as f32, `[out_features, in_features]`; a vector is one column.
     ///
     /// # Errors
     /// When the dtype is not F32, F16, BF16 or F64.
@@ -290,7 +290,7 @@ pub fn to_f32(dtype: DType, raw: &[u8]) -> Result<Vec<f32>> {
     })
 }
 
-/// f32 values as little-endian elements of `dtype`.
+/// Returns f32 values as little-endian elements of `dtype`.
 ///
 /// # Errors
 /// When the dtype is not F32, F16, BF16 or F64.
@@ -304,7 +304,7 @@ pub fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
     })
 }
 
-/// The safetensors name of a dtype.
+/// Returns the safetensors name of a dtype, such as `BF16`.
 pub fn dtype_name(dtype: DType) -> String {
     // serde is the crate's own table of names.
     match serde_json::to_value(dtype) {
@@ -313,6 +313,10 @@ pub fn dtype_name(dtype: DType) -> String {
     }
 }
 
+/// Returns the dtype of a safetensors name.
+///
+/// # Errors
+/// When safetensors has no dtype of that name.
 pub fn dtype_named(name: &str) -> Result<DType> {
     serde_json::from_value(Value::String(name.to_owned()))
         .map_err(|_| Error::expected("dtype", name, "a safetensors dtype"))

@@ -204,27 +204,27 @@ impl Serialize for MethodConfig {
 }
 
 impl MethodConfig {
-    /// The method's name.
+    /// Returns the method's name.
     pub fn name(&self) -> MethodName {
         self.0.name()
     }
 
-    /// What the method's layers stand for.
+    /// Returns what the method's layers stand for.
     pub fn kind(&self) -> MethodKind {
         self.0.kind()
     }
 
-    /// The settings as those of method `M`, where they are.
+    /// Returns the settings as those of method `M`, where they are.
     pub fn downcast_ref<M: Method>(&self) -> Option<&M> {
         self.0.as_any().downcast_ref()
     }
 
-    /// See [`Method::with_stored`].
+    /// Returns a layer's full configuration, as [`Method::with_stored`].
     pub fn with_stored(&self, stored: &Value) -> Value {
         self.0.with_stored(stored)
     }
 
-    /// See [`Method::validate`].
+    /// Checks the settings by themselves.
     ///
     /// # Errors
     /// When a setting is out of its range, or two exclude each other.
@@ -241,7 +241,7 @@ impl MethodConfig {
         self.0.check(out_features, in_features, calibrated)
     }
 
-    /// See [`Method::expected_bytes`].
+    /// Returns the bytes that a layer's parts will take, as [`Method::expected_bytes`].
     ///
     /// # Errors
     /// When the settings do not fit the shape.
@@ -249,7 +249,7 @@ impl MethodConfig {
         self.0.expected_bytes(out_features, in_features)
     }
 
-    /// See [`compress`].
+    /// Compresses a weight, as [`compress`].
     ///
     /// # Errors
     /// As [`compress`].

@@ -22,7 +22,7 @@ mod vq_attention;
 pub use activation::Activation;
 pub use dense::{DType, Dense, DenseLayer, dtype_name, dtype_named, from_f32, to_f32};
 pub use key_value::{
-    Backend, Decomposition, Hit, KeyValueConfig, KeyValueLayer, Limit, OnMisfit, QueryHits, Ranking, Refit,
+    Backend, Decomposition, Hit, KeyValueConfig, KeyValueLayer, Limit, OnMisfit, QueryHits, Ranking, Refit, ScoreRange,
     SearchSettings, Sides, StoredSearch, ThresholdMethod, search_threshold,
 };
 pub use low_rank::{

@@ -36,12 +36,12 @@ impl ModuleLayer {
         ModuleLayer { inner: Arc::new(Inner { kind: kind.to_owned(), settings, tensors }) }
     }
 
-    /// The kind of module, such as `gru`.
+    /// Returns the kind of module, such as `gru`.
     pub fn kind(&self) -> &str {
         &self.inner.kind
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn settings(&self) -> &Map<String, Value> {
         &self.inner.settings
     }
@@ -51,7 +51,7 @@ impl ModuleLayer {
         self.inner.tensors.get(name)
     }
 
-    /// All tensors, by name.
+    /// Returns all tensors, by name.
     pub fn tensors(&self) -> &BTreeMap<String, ArrayD<f32>> {
         &self.inner.tensors
     }

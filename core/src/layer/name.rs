@@ -19,7 +19,7 @@ impl MethodName {
         MethodName(Cow::Borrowed(name))
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -51,6 +51,7 @@ pub struct Keys {
 pub struct Codebook {
     /// What it encodes: `keys`, `values`, `queries` or `inputs`.
     pub role: String,
+    /// Which piece of the vectors it encodes, counted from 0; for attention, which head.
     pub subspace: u32,
     /// `[codewords, width]`.
     pub vectors: Array2<f32>,
@@ -75,7 +76,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// `"a"` or `"b"`.
+    /// Returns `"a"` or `"b"`.
     pub fn as_str(self) -> &'static str {
         match self {
             Side::A => "a",
@@ -87,6 +88,7 @@ impl Side {
 /// One factor of a low-rank correction, a component a row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Factor {
+    /// Which of the two factors it is.
     pub side: Side,
     /// `[rank]`, descending.
     pub singular_values: Vec<f32>,
@@ -97,6 +99,7 @@ pub struct Factor {
 /// The rows of a weight matrix, packed or in the checkpoint's own dtype; every row has the same number of bytes.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct WeightRows {
+    /// The number of rows: `out_features`.
     pub rows: usize,
     /// Row after row.
     pub packed: Bytes,
@@ -109,21 +112,23 @@ pub struct WeightRows {
 /// Anything small or oddly shaped: a bias, a mean, a gain.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {
+    /// Its name among the tensors of the layer, such as `bias`.
     pub name: String,
     /// A safetensors dtype name, such as `F32`.
     pub dtype: String,
+    /// The lengths of its dimensions; empty for a scalar.
     pub shape: Vec<usize>,
     /// Little-endian elements, row-major.
     pub data: Bytes,
 }
 
 impl Tensor {
-    /// A one-dimensional f32 tensor.
+    /// Returns a one-dimensional f32 tensor.
     pub fn vector(name: &str, values: &[f32]) -> Self {
         Tensor { name: name.to_owned(), dtype: "F32".into(), shape: vec![values.len()], data: f32_bytes(values) }
     }
 
-    /// The values of a one-dimensional f32 tensor.
+    /// Returns the values of a one-dimensional f32 tensor.
     ///
     /// # Errors
     /// When the dtype, the shape or the number of bytes is another.
@@ -146,13 +151,19 @@ pub struct Parts {
     pub method: MethodName,
     /// What is needed to read the arrays; settings that may change without touching them are the catalogue's.
     pub config: Value,
+    /// Keys in f32, with their scales.
     pub keys: Option<Keys>,
     /// `[keys, out_features]`.
     pub values: Option<Array2<f32>>,
+    /// Codebooks of product quantizers, cells of an inverted file, or codewords of attention.
     pub codebooks: Vec<Codebook>,
+    /// Vectors as bytes: product codes, f16 or int8.
     pub codes: Vec<Codes>,
+    /// The factors of a low-rank correction.
     pub factors: Vec<Factor>,
+    /// The weight, row by row.
     pub weights: Option<WeightRows>,
+    /// Everything else: small arrays, and arrays of other shapes.
     pub tensors: Vec<Tensor>,
 }
 
@@ -172,12 +183,12 @@ impl Parts {
         }
     }
 
-    /// The tensor of that name, if there is one.
+    /// Returns the tensor of that name, if there is one.
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
         self.tensors.iter().find(|t| t.name == name)
     }
 
-    /// The artifact's name.
+    /// Returns the artifact's name.
     ///
     /// The hash covers a format tag, the method, the config with sorted keys, then every array in the order of the
     /// fields, each preceded by its tag, its names and its lengths as little-endian u64.
@@ -297,12 +308,12 @@ pub fn canonical_json(value: &Value) -> String {
     }
 }
 
-/// Little-endian bytes of `values`.
+/// Returns the little-endian bytes of `values`.
 pub fn f32_bytes(values: &[f32]) -> Bytes {
     Bytes::copy_from_slice(bytemuck::cast_slice(values))
 }
 
-/// The f32 values in `bytes`, whatever its alignment; trailing bytes short of a value are ignored.
+/// Returns the f32 values in `bytes`, whatever its alignment; trailing bytes short of a value are ignored.
 pub fn bytes_f32(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }

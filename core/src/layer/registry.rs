@@ -53,7 +53,7 @@ impl MethodEntry {
         }
     }
 
-    /// Whether a rule can ask for the method.
+    /// Returns whether a rule can ask for the method.
     pub fn has_rules(&self) -> bool {
         self.read_settings.is_some()
     }
@@ -107,18 +107,18 @@ pub fn register<M: Method>() -> Result<()> {
     }
 }
 
-/// Every method that is known, built in or registered.
+/// Returns every method that is known, built in or registered.
 pub fn methods() -> Vec<MethodEntry> {
     let registered = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
     BUILT_IN.iter().chain(registered.iter()).copied().collect()
 }
 
-/// The names of the methods that a rule can ask for.
+/// Returns the names of the methods that a rule can ask for.
 pub fn names_for_rules() -> Vec<&'static str> {
     methods().iter().filter(|entry| entry.has_rules()).map(|entry| entry.name).collect()
 }
 
-/// The method of that name.
+/// Returns the method of that name.
 ///
 /// # Errors
 /// When there is none: the message names those that are known.
@@ -130,7 +130,7 @@ pub fn method(name: &str) -> Result<MethodEntry> {
     })
 }
 
-/// Whether layers of the method stand for a weight matrix; not known, so not, for names that no method has.
+/// Returns whether layers of the method stand for a weight matrix; not known, so not, for names that no method has.
 pub fn is_linear(name: &MethodName) -> bool {
     method(name.as_str()).is_ok_and(|entry| entry.kind == MethodKind::Linear)
 }

@@ -48,22 +48,22 @@ impl RmsNorm {
         Ok(RmsNorm { gain, bias })
     }
 
-    /// The gain, `[positions, features]`.
+    /// Returns the gain, `[positions, features]`.
     pub fn gain(&self) -> Option<&Array2<f32>> {
         self.gain.as_ref()
     }
 
-    /// The bias, `[positions, features]`.
+    /// Returns the bias, `[positions, features]`.
     pub fn bias(&self) -> Option<&Array2<f32>> {
         self.bias.as_ref()
     }
 
-    /// Number of features, where there is a gain or a bias; without, rows may have any.
+    /// Returns the number of features, where there is a gain or a bias; without, rows may have any.
     pub fn features(&self) -> Option<usize> {
         self.gain.as_ref().or(self.bias.as_ref()).map(Array2::ncols)
     }
 
-    /// Number of positions that have a gain and a bias of their own; 1 where all are alike.
+    /// Returns the number of positions that have a gain and a bias of their own; 1 where all are alike.
     pub fn positions(&self) -> usize {
         self.gain.as_ref().or(self.bias.as_ref()).map_or(1, Array2::nrows)
     }

@@ -85,26 +85,26 @@ pub type SharedLayer = Arc<dyn Layer>;
 /// A linear layer computes `y = x · Wᵀ + b` for `x` `[batch, in_features]`. Methods that stand for no weight matrix (attention,
 /// modules) leave the linear methods at their defaults, which refuse. To add a method, see `CONTRIBUTING.md`.
 pub trait Layer: Any + fmt::Debug + Send + Sync {
-    /// The method that the layer is compressed by.
+    /// Returns the method that the layer is compressed by.
     fn method(&self) -> MethodName;
 
-    /// Length of an output row; for a dense tensor that is no matrix, its first dimension.
+    /// Returns the length of an output row; for a dense tensor that is no matrix, its first dimension.
     fn out_features(&self) -> usize;
 
-    /// Length of an input row; for a dense tensor that is no matrix, the product of its other dimensions.
+    /// Returns the length of an input row; for a dense tensor that is no matrix, the product of its other dimensions.
     fn in_features(&self) -> usize;
 
-    /// The full configuration as JSON: what the parts hold, and how the layer runs.
+    /// Returns the full configuration as JSON: what the parts hold, and how the layer runs.
     fn config(&self) -> Value;
 
-    /// The stored form.
+    /// Returns the stored form.
     fn to_parts(&self) -> Parts;
 
-    /// Memory that the arrays take, in bytes.
+    /// Returns the memory that the arrays take, in bytes.
     fn memory_bytes(&self) -> usize;
 
-    /// The same arrays run as `config` (a full configuration, as the catalogue keeps it) says; `None` where no setting changes
-    /// how the layer runs.
+    /// Returns the same arrays run as `config` (a full configuration, as the catalogue keeps it) says; `None` where no
+    /// setting changes how the layer runs.
     ///
     /// # Errors
     /// When the settings are not valid for the layer.
@@ -121,13 +121,14 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// `x · Wᵀ` for a checked `x` `[batch, in_features]`, bias and activation left out. Callers use [`Layer::linear`].
+    /// Computes `x · Wᵀ` for a checked `x` `[batch, in_features]`, bias and activation left out. Callers use
+    /// [`Layer::linear`].
     ///
     /// # Errors
     /// When the layer cannot compute with its stored type.
     fn product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output>;
 
-    /// The bias `[out_features]` that a forward pass adds.
+    /// Returns the bias `[out_features]` that a forward pass adds.
     ///
     /// # Errors
     /// When the bias is of a dtype that cannot be computed with.
@@ -135,7 +136,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Ok(None)
     }
 
-    /// The bias as it is stored, whether a forward pass adds it or not.
+    /// Returns the bias as it is stored, whether a forward pass adds it or not.
     ///
     /// # Errors
     /// As [`Layer::bias`].
@@ -148,13 +149,13 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         let _ = y;
     }
 
-    /// The weight that the layer stands for, `[out_features, in_features]`, everything that is stored counted.
+    /// Returns the weight that the layer stands for, `[out_features, in_features]`, everything that is stored counted.
     ///
     /// # Errors
     /// When the layer stands for no weight matrix, or its dtype cannot be computed with.
     fn weight(&self) -> Result<Array2<f32>>;
 
-    /// Rows of the weight, `[indices, in_features]`: an embedding looked up by token.
+    /// Returns rows of the weight, `[indices, in_features]`: an embedding looked up by token.
     ///
     /// # Errors
     /// When an index is not below `out_features`, and as [`Layer::weight`].
@@ -170,22 +171,22 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
     /// When the layer has no gradients.
     fn gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients>;
 
-    /// The tensors beside weight and bias, by name: a norm's `norm.gain`, a module's own.
+    /// Returns the tensors beside weight and bias, by name: a norm's `norm.gain`, a module's own.
     fn own_tensors(&self) -> Vec<(String, ArrayD<f32>)> {
         vec![]
     }
 
-    /// The weight's bytes in the checkpoint's own dtype, where the layer keeps them bit for bit.
+    /// Returns the weight's bytes in the checkpoint's own dtype, where the layer keeps them bit for bit.
     fn raw_weight(&self) -> Option<Bytes> {
         None
     }
 
-    /// The bias's bytes in the checkpoint's own dtype, where the layer keeps them bit for bit.
+    /// Returns the bias's bytes in the checkpoint's own dtype, where the layer keeps them bit for bit.
     fn raw_bias(&self) -> Option<Bytes> {
         None
     }
 
-    /// The inputs that the weight meets: `x`, or what a norm makes of it.
+    /// Returns the inputs that the weight meets: `x`, or what a norm makes of it.
     ///
     /// # Errors
     /// When the norm is of another width.
@@ -198,7 +199,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         1
     }
 
-    /// The layer as it is at one position of a sequence; `None` where all positions are alike.
+    /// Returns the layer as it is at one position of a sequence; `None` where all positions are alike.
     ///
     /// # Errors
     /// When the position is not below [`Layer::positions`].
@@ -207,18 +208,18 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Ok(None)
     }
 
-    /// Where the layer's exact output comes from.
+    /// Returns where the layer's exact output comes from.
     fn exact_source(&self) -> ExactSource {
         ExactSource::Layer
     }
 
-    /// What the layer's correction gains, measured against `weight` over `inputs`, else on the weight itself.
+    /// Returns what the layer's correction gains, measured against `weight` over `inputs`, else on the weight itself.
     fn correction_report(&self, weight: ArrayView2<f32>, inputs: Option<ArrayView2<f32>>) -> CorrectionReport {
         let _ = (weight, inputs);
         CorrectionReport::default()
     }
 
-    /// What the layer's search finds for `inputs`.
+    /// Returns what the layer's search finds for `inputs`.
     ///
     /// # Errors
     /// As [`Layer::forward`].
@@ -227,7 +228,8 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Ok(SearchReport::default())
     }
 
-    /// `y = x · Wᵀ + b` for `x` `[batch, in_features]`, with the norm before and the activation after, where the layer has them.
+    /// Computes `y = x · Wᵀ + b` for `x` `[batch, in_features]`, with the norm before and the activation after, where
+    /// the layer has them.
     ///
     /// # Errors
     /// When the width of `x` is another, a value is not finite, or the layer stands for no weight matrix.
@@ -240,7 +242,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Ok(output)
     }
 
-    /// [`Layer::forward`] for one input `[in_features]`.
+    /// Computes [`Layer::forward`] for one input `[in_features]`.
     ///
     /// # Errors
     /// As [`Layer::forward`].
@@ -249,7 +251,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Ok(y.index_axis_move(Axis(0), 0))
     }
 
-    /// `x · Wᵀ` for `x` `[batch, in_features]`, bias and activation left out: what relative errors are measured on.
+    /// Computes `x · Wᵀ` for `x` `[batch, in_features]`, bias and activation left out: what relative errors are measured on.
     ///
     /// # Errors
     /// As [`Layer::forward`].
@@ -266,7 +268,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         self.product(x, accuracy)
     }
 
-    /// The gradients for inputs `x` `[batch, in_features]` and `grad_output` `[batch, out_features]`.
+    /// Returns the gradients for inputs `x` `[batch, in_features]` and `grad_output` `[batch, out_features]`.
     ///
     /// A straight-through estimator: with G for `grad_output`, these are G W, Gᵀ x and Σ G over the batch, W being everything
     /// that the layer stores, whatever a forward pass leaves out. A key–value layer whose settings say
@@ -291,7 +293,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         self.gradients(x, grad_output)
     }
 
-    /// The layer as one that code shares whatever its method.
+    /// Returns the layer as one that code shares whatever its method.
     fn shared(self) -> SharedLayer
     where
         Self: Sized,
@@ -301,7 +303,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
 }
 
 impl dyn Layer {
-    /// The layer as one of type `L`, where it is one.
+    /// Returns the layer as one of type `L`, where it is one.
     pub fn downcast_ref<L: Layer>(&self) -> Option<&L> {
         (self as &dyn Any).downcast_ref()
     }
@@ -326,7 +328,7 @@ pub fn check_rows(indices: &[u32], rows: usize) -> Result<()> {
     }
 }
 
-/// The error for a layer that is made of several layers where a linear one belongs.
+/// Returns the error for a layer that is made of several layers where a linear one belongs.
 pub fn no_weight(what: &str, found: &MethodName) -> Error {
     let expected = match found.as_str() {
         "vq_attention" => "a linear layer: attention runs by `attend`, and its projections by themselves",

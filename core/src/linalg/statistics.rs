@@ -35,8 +35,8 @@ pub fn second_moment_of(inputs: ArrayView2<f32>) -> Array2<f64> {
     gram(wide.view()) / inputs.nrows() as f64
 }
 
-/// The covariance of inputs `[tokens, features]`, centred and divided by `tokens − 1`, in f64: `[features, features]`, zeros
-/// for one token. There is at least one.
+/// Returns the covariance of inputs `[tokens, features]`, centred and divided by `tokens − 1`, in f64:
+/// `[features, features]`, zeros for one token. There is at least one.
 pub fn covariance_of(inputs: ArrayView2<f32>) -> Array2<f64> {
     let wide = inputs.mapv(f64::from);
     let mean = wide.mean_axis(Axis(0)).expect("at least one token");

@@ -61,27 +61,27 @@ impl TransformerBlock {
         Ok(TransformerBlock { config, token_mixer, token_mixer_norm, ffn, ffn_norm })
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn config(&self) -> BlockConfig {
         self.config
     }
 
-    /// The GRU that mixes tokens.
+    /// Returns the GRU that mixes tokens.
     pub fn token_mixer(&self) -> &GruTokenMixer {
         &self.token_mixer
     }
 
-    /// The norm of the token mixer's outputs and inputs added.
+    /// Returns the norm of the token mixer's outputs and inputs added.
     pub fn token_mixer_norm(&self) -> &RmsNorm {
         &self.token_mixer_norm
     }
 
-    /// The feed-forward network that each token goes through.
+    /// Returns the feed-forward network that each token goes through.
     pub fn ffn(&self) -> &Glu {
         &self.ffn
     }
 
-    /// The norm of the feed-forward network's outputs and inputs added.
+    /// Returns the norm of the feed-forward network's outputs and inputs added.
     pub fn ffn_norm(&self) -> &RmsNorm {
         &self.ffn_norm
     }

@@ -22,17 +22,17 @@ impl EmbeddingTable {
         Ok(EmbeddingTable { layer })
     }
 
-    /// The layer whose weight the table is.
+    /// Returns the layer whose weight the table is.
     pub fn layer(&self) -> &SharedLayer {
         &self.layer
     }
 
-    /// Number of rows.
+    /// Returns the number of rows.
     pub fn num_embeddings(&self) -> usize {
         self.layer.out_features()
     }
 
-    /// Length of a row.
+    /// Returns the length of a row.
     pub fn embedding_dim(&self) -> usize {
         self.layer.in_features()
     }
@@ -68,12 +68,12 @@ impl TokenEmbedding {
         Ok(TokenEmbedding { tokens, positions })
     }
 
-    /// The table of tokens.
+    /// Returns the table of tokens.
     pub fn tokens(&self) -> &EmbeddingTable {
         &self.tokens
     }
 
-    /// The table of positions.
+    /// Returns the table of positions.
     pub fn positions(&self) -> Option<&EmbeddingTable> {
         self.positions.as_ref()
     }
@@ -186,12 +186,12 @@ impl PatchEmbedding {
         Ok(PatchEmbedding { projection, positions })
     }
 
-    /// The linear layer that patches go through.
+    /// Returns the linear layer that patches go through.
     pub fn projection(&self) -> &SharedLayer {
         &self.projection
     }
 
-    /// The table of positions.
+    /// Returns the table of positions.
     pub fn positions(&self) -> Option<&EmbeddingTable> {
         self.positions.as_ref()
     }

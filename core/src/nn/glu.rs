@@ -72,17 +72,17 @@ impl Glu {
         Ok(Glu { config: GluConfig { intermediate_size: Some(hidden), ..config }, gate, down })
     }
 
-    /// The settings, with `intermediate_size` given.
+    /// Returns the settings, with `intermediate_size` given.
     pub fn config(&self) -> &GluConfig {
         &self.config
     }
 
-    /// The layer of g and u, `[2 · hidden, in_features]`.
+    /// Returns the layer of g and u, `[2 · hidden, in_features]`.
     pub fn gate(&self) -> &SharedLayer {
         &self.gate
     }
 
-    /// The layer that outputs come from, `[units, hidden]`.
+    /// Returns the layer that outputs come from, `[units, hidden]`.
     pub fn down(&self) -> &SharedLayer {
         &self.down
     }

@@ -83,22 +83,23 @@ impl Gru {
         Ok(Gru { config, kernel, data_gate, output_gate })
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn config(&self) -> &GruConfig {
         &self.config
     }
 
-    /// The layer of forget gates and candidates, `[2 · units, in_features]`, or of data gates, too, `[3 · units, in_features]`.
+    /// Returns the layer of forget gates and candidates, `[2 · units, in_features]`, or of data gates, too,
+    /// `[3 · units, in_features]`.
     pub fn kernel(&self) -> &SharedLayer {
         &self.kernel
     }
 
-    /// The layer of data gates, `[units, in_features]`, where they have one of their own.
+    /// Returns the layer of data gates, `[units, in_features]`, where they have one of their own.
     pub fn data_gate(&self) -> Option<&SharedLayer> {
         self.data_gate.as_ref()
     }
 
-    /// The layer that outputs come from, `[units, units]`.
+    /// Returns the layer that outputs come from, `[units, units]`.
     pub fn output_gate(&self) -> &SharedLayer {
         &self.output_gate
     }

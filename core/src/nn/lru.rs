@@ -148,17 +148,17 @@ impl Lru {
         Ok(Lru { config, spectrum, layers, lambda_re, lambda_im, gamma })
     }
 
-    /// The settings.
+    /// Returns the settings.
     pub fn config(&self) -> &LruConfig {
         &self.config
     }
 
-    /// The eigenvalues, as their logarithms.
+    /// Returns the eigenvalues, as their logarithms.
     pub fn spectrum(&self) -> &LruSpectrum {
         &self.spectrum
     }
 
-    /// The linear layers.
+    /// Returns the linear layers.
     pub fn layers(&self) -> &LruLayers {
         &self.layers
     }

@@ -62,7 +62,7 @@ pub struct DecodingState {
 }
 
 impl Module {
-    /// The name of the module's kind in a store; a linear layer goes by its method there.
+    /// Returns the name of the module's kind in a store; a linear layer goes by its method there.
     pub fn kind(&self) -> Cow<'static, str> {
         let kind = match self {
             Module::Linear(layer) => return layer.method().into(),

@@ -34,16 +34,16 @@ pub struct SequenceConfig {
 /// A step is cut in three, since only the second part depends on the step before: the input projection, the update of the
 /// state, and the output projection of the hidden vector that the update leaves.
 pub trait RnnCell {
-    /// Width of the inputs.
+    /// Returns the width of the inputs.
     fn in_features(&self) -> usize;
 
-    /// Width of the outputs.
+    /// Returns the width of the outputs.
     fn out_features(&self) -> usize;
 
-    /// Shape of the state of one sequence.
+    /// Returns the shape of the state of one sequence.
     fn state_shape(&self) -> (usize, usize);
 
-    /// Length of the hidden vector that a step leaves for the output projection.
+    /// Returns the length of the hidden vector that a step leaves for the output projection.
     fn hidden_len(&self) -> usize;
 
     /// Returns all that updates need of inputs `[rows, in_features]`, gates included: `[rows, …]`.

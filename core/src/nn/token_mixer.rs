@@ -26,7 +26,7 @@ impl GruTokenMixer {
         Ok(GruTokenMixer { gru })
     }
 
-    /// The GRU.
+    /// Returns the GRU.
     pub fn gru(&self) -> &Gru {
         &self.gru
     }

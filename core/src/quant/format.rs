@@ -50,7 +50,7 @@ impl WeightType {
         }
     }
 
-    /// Whether weights are floats by themselves.
+    /// Returns whether weights are floats by themselves.
     pub fn is_float(self) -> bool {
         matches!(self, WeightType::F16 | WeightType::Bf16)
     }
@@ -158,8 +158,10 @@ impl<'de> Deserialize<'de> for Group {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScaleType {
+    /// Four bytes a scale.
     #[default]
     F32,
+    /// Two bytes a scale.
     F16,
 }
 
@@ -167,6 +169,7 @@ pub enum ScaleType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Given")]
 pub struct WeightFormat {
+    /// The type of the codes.
     #[serde(rename = "type")]
     pub weight_type: WeightType,
     /// 64 where a rule does not say; 32 for MXINT.
@@ -174,6 +177,7 @@ pub struct WeightFormat {
     /// Of integers. Symmetric: `w ≈ scale · q`, q signed. Asymmetric: `w ≈ scale · (q − zero)`, q unsigned. The other
     /// types are symmetric by themselves.
     pub symmetric: bool,
+    /// The type that scales are stored as.
     #[serde(skip_serializing_if = "is_f32")]
     pub scales: ScaleType,
 }
@@ -253,7 +257,7 @@ impl WeightFormat {
         Ok(if self.weight_type.is_float() { 0 } else { columns.checked_div(size).unwrap_or(0) })
     }
 
-    /// Whether each scale has a zero point, of one byte, beside it.
+    /// Returns whether each scale has a zero point, of one byte, beside it.
     pub fn has_zeros(&self) -> bool {
         matches!(self.weight_type, WeightType::Int(_)) && !self.symmetric
     }

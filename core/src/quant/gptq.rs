@@ -38,7 +38,7 @@ impl PackedMatrix {
     ///
     /// # Errors
     /// As [`PackedMatrix::quantize`], and when the second moment has another shape or is not positive definite.
-    pub fn quantize_calibrated(
+    pub(crate) fn quantize_calibrated(
         weight: ArrayView2<f32>,
         format: WeightFormat,
         clipping: Clipping,

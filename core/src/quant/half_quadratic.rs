@@ -17,7 +17,7 @@ const TURNS: usize = 20;
 /// How much an error has to gain to be taken as one, in steps of the scale, and how that grows with each turn.
 const SHARPNESS: (f32, f32) = (1.0, 1.1);
 
-/// The parameters that leaves the least Σ|w − ŵ|^p of those that the turns come by, from this one on.
+/// Returns the parameters that leave the least Σ|w − ŵ|^p of those that the turns come by, from this one on.
 pub fn half_quadratic(
     format: &WeightFormat,
     quantizer: &dyn Quantizer,

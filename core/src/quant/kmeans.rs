@@ -8,7 +8,7 @@ use super::nearest::nearest_rows;
 
 const ITERATIONS: usize = 25;
 
-/// The nearest row of a codebook, and its squared distance.
+/// Returns the nearest row of a codebook, and its squared distance.
 pub fn nearest(codebook: &Array2<f32>, point: &[f32]) -> (usize, f32) {
     let distance = |word: &[f32]| word.iter().zip(point).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
     let words = codebook.as_slice().expect("standard layout").chunks(point.len().max(1));

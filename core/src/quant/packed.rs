@@ -61,7 +61,7 @@ impl PackedMatrix {
         &self.column_scales
     }
 
-    /// The same matrix, its columns multiplied with `scales` `[columns]`.
+    /// Returns the same matrix, its columns multiplied with `scales` `[columns]`.
     ///
     /// # Errors
     /// When there are not as many scales as columns, or one is not finite.

@@ -95,7 +95,7 @@ pub trait Quantizer: Send + Sync {
 
 impl WeightFormat {
     /// Returns the quantiser of the format's codes; `None` for floats, which need none.
-    pub fn quantizer(&self) -> Option<Box<dyn Quantizer>> {
+    pub(crate) fn quantizer(&self) -> Option<Box<dyn Quantizer>> {
         match self.weight_type {
             WeightType::Int(bits) if self.symmetric => Some(Box::new(Symmetric { bits: bits.into() })),
             WeightType::Int(bits) => Some(Box::new(Asymmetric { bits: bits.into() })),

@@ -50,7 +50,7 @@ pub fn to_trits(packed: &[u8], columns: usize) -> Vec<u8> {
     out
 }
 
-/// What [`to_trits`] was given, from a cache line on.
+/// Returns what [`to_trits`] was given, from a cache line on.
 ///
 /// # Errors
 /// When a byte is none that codes make.

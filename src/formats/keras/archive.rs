@@ -63,7 +63,7 @@ impl Archive {
         Ok(Archive { config, layers })
     }
 
-    /// The weights of a layer.
+    /// Returns the weights of a layer.
     ///
     /// # Errors
     /// When there are none of that name.
@@ -90,7 +90,7 @@ pub struct Part {
 }
 
 impl Part {
-    /// The group of that name in this one.
+    /// Returns the group of that name in this one.
     ///
     /// # Errors
     /// When there is none.
@@ -100,7 +100,7 @@ impl Part {
         Ok(Part { group, path })
     }
 
-    /// Whether there is a group of that name.
+    /// Returns whether there is a group of that name.
     pub fn has(&self, name: &str) -> bool {
         self.group.group(name).is_ok()
     }
@@ -130,7 +130,7 @@ impl Part {
         self.read(name)
     }
 
-    /// The same, a matrix.
+    /// Returns the same, a matrix.
     ///
     /// # Errors
     /// As [`Part::array`], and when it is none.
@@ -140,7 +140,7 @@ impl Part {
         array.into_dimensionality().map_err(|_| self.shape(name, found, "a matrix"))
     }
 
-    /// The same, a vector, where there is one.
+    /// Returns the same, a vector, where there is one.
     ///
     /// # Errors
     /// As [`Part::optional`], and when it is none.
@@ -150,7 +150,7 @@ impl Part {
         array.into_dimensionality().map(Some).map_err(|_| self.shape(name, found, "a vector"))
     }
 
-    /// The same, bytes.
+    /// Returns the same, bytes.
     ///
     /// # Errors
     /// As [`Part::array`].
@@ -158,7 +158,7 @@ impl Part {
         Ok(self.read::<u8>(name)?.into_iter().collect())
     }
 
-    /// The same, lengths.
+    /// Returns the same, lengths.
     ///
     /// # Errors
     /// As [`Part::array`], and when one is negative.

@@ -13,7 +13,7 @@ use crate::nn::{
     Module, PatchEmbedding, Patches, SequenceConfig, TokenEmbedding, TransformerBlock, decode_ternary,
 };
 
-/// What a layer becomes: nothing for what only trains, two modules for a dense layer with an activation.
+/// Returns what a layer becomes: nothing for what only trains, two modules for a dense layer with an activation.
 pub fn read(layer: &Value, name: &str, archive: &Archive) -> Result<Vec<(String, Module)>> {
     let config = &layer["config"];
     let weights = || archive.layer(name);

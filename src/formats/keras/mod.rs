@@ -38,7 +38,7 @@ impl KerasSource {
         Ok(KerasSource { path: path.to_owned(), module, tensors: BTreeMap::new() })
     }
 
-    /// The model.
+    /// Returns the model.
     pub fn module(&self) -> &Module {
         &self.module
     }

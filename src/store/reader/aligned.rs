@@ -5,9 +5,8 @@ use std::mem::MaybeUninit;
 
 use arrow::buffer::Buffer;
 use bytes::Bytes;
+use layerstore_core::linalg::{LARGE_PAGE as PAGE, ask_for_large_pages};
 use memmap2::MmapMut;
-
-use crate::linalg::{LARGE_PAGE as PAGE, ask_for_large_pages};
 
 /// Bytes of a cache line, at which what is read begins: kernels read whole ones.
 const LINE: usize = 64;

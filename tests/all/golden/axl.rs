@@ -6,11 +6,11 @@ use layerstore::layer::{
     Accuracy, Decomposition, KeyValueConfig, KeyValueLayer, Layer, Limit, Ranking, SearchSettings, ThresholdMethod,
     compress, search_threshold,
 };
-use layerstore::linalg::{
+use layerstore::{Calibration, ErrorKind};
+use layerstore_core::linalg::{
     Whitening, covariance, inverse_lower, matmul_f64, normal_cdf, normal_pdf, normal_quantile, regularized_inverse,
     svd_keys_values,
 };
-use layerstore::{Calibration, ErrorKind};
 
 use super::{Case, Tally, narrow};
 use crate::support::refused;

@@ -4,11 +4,12 @@ use ndarray::{Array2, ArrayView2, s};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use layerstore::compress::{ImportOptions, Rules, import};
-use layerstore::formats;
-use layerstore::layer::{Correction, LowRankConfig, Rank, SvdMethod, Transform};
-use layerstore::quant::{ActivationFormat, Clipping, Group, PackedMatrix, RowType, WeightFormat, WeightType, unpack};
-use layerstore::store::Store;
+use layerstore::layer::{
+    ActivationFormat, Clipping, Group, LowRankConfig, PackedMatrix, Rank, RowType, SvdMethod, WeightFormat, WeightType,
+};
+use layerstore::{ImportOptions, Rules, Store, formats, import};
+use layerstore_core::layer::{Correction, Transform};
+use layerstore_core::quant::unpack;
 
 use super::{Case, Tally, narrow};
 

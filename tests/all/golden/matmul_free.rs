@@ -1,5 +1,6 @@
 //! Keras-MML's layers, each saved in a store, opened at a snapshot, and run.
 
+use layerstore::Store;
 use layerstore::layer::{
     Accuracy, Activation, ActivationFormat, DenseLayer, Layer, RmsNorm, SharedLayer, TernaryConfig, TernaryLayer,
     compress,
@@ -8,8 +9,7 @@ use layerstore::nn::{
     BlockConfig, EmbeddingTable, Glu, GluConfig, Gru, GruConfig, GruTokenMixer, Lru, LruConfig, LruLayers, LruSpectrum,
     Module, PatchEmbedding, Patches, SequenceConfig, TokenEmbedding, TransformerBlock, decode_ternary, encode_ternary,
 };
-use layerstore::quant::unpack;
-use layerstore::store::Store;
+use layerstore_core::quant::unpack;
 use ndarray::{Array1, Array2, Array3, ArrayD, Axis, Ix3};
 use serde::de::DeserializeOwned;
 use serde_json::Value;

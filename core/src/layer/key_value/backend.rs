@@ -146,7 +146,7 @@ impl Backend {
         }
     }
 
-    /// Whether f32 keys are stored: as the keys that are searched, or beside them.
+    /// Returns whether f32 keys are stored: as the keys that are searched, or beside them.
     pub fn stores_float_keys(self) -> bool {
         match self {
             Backend::Flat { keys } => keys == RowType::F32,
@@ -156,7 +156,7 @@ impl Backend {
         }
     }
 
-    /// Whether a search scores every key: only then are the contributions of keys that are no hits known.
+    /// Returns whether a search scores every key: only then are the contributions of keys that are no hits known.
     pub fn scores_every_key(self) -> bool {
         matches!(self, Backend::Flat { .. } | Backend::Pq { .. })
     }

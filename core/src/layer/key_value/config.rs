@@ -178,7 +178,7 @@ impl SearchSettings {
 
 impl KeyValueConfig {
     /// Returns what is added to the covariance's diagonal.
-    pub fn ridge(&self) -> Ridge {
+    pub(crate) fn ridge(&self) -> Ridge {
         Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
     }
 

@@ -82,29 +82,29 @@ impl KeyValueLayer {
         &self.keys() * &ArrayView1::from(&self.core.scales).insert_axis(Axis(1))
     }
 
-    /// Number of keys.
+    /// Returns the number of keys.
     pub fn rank(&self) -> usize {
         self.core.scales.len()
     }
 
-    /// The settings of how the layer runs.
+    /// Returns the settings of how the layer runs.
     pub fn settings(&self) -> &SearchSettings {
         &self.settings
     }
 
-    /// The index that finds keys, and the memory that it takes.
+    /// Returns the index that finds keys, and the memory that it takes.
     pub fn index(&self) -> IndexInfo {
         self.core.index.as_search_index().info()
     }
 
-    /// Whether all keys together stand for the weight that the layer was made of, but for f32 rounding: nothing was dropped, and
-    /// keys and values are stored as f32.
+    /// Returns whether all keys together stand for the weight that the layer was made of, but for f32 rounding: nothing
+    /// was dropped, and keys and values are stored as f32.
     pub fn holds_its_weight(&self) -> bool {
         let config = &self.core.config;
         config.settings.backend.stores_float_keys() && config.truncation == 0.0 && config.value_error == 0.0
     }
 
-    /// The folded keys κ as they are used, `[keys, in_features]`: borrowed where they are stored as f32.
+    /// Returns the folded keys κ as they are used, `[keys, in_features]`: borrowed where they are stored as f32.
     pub fn keys(&self) -> CowArray<'_, f32, Ix2> {
         let rows = self.core.index.rows();
         match (rows.rows().floats(), rows.units()) {
@@ -113,12 +113,12 @@ impl KeyValueLayer {
         }
     }
 
-    /// The scales s, `[keys]`.
+    /// Returns the scales s, `[keys]`.
     pub fn scales(&self) -> &[f32] {
         &self.core.scales
     }
 
-    /// The values u as they are used, `[keys, out_features]`: borrowed where they are stored as f32.
+    /// Returns the values u as they are used, `[keys, out_features]`: borrowed where they are stored as f32.
     pub fn values(&self) -> CowArray<'_, f32, Ix2> {
         self.core.values.floats().map_or_else(|| self.core.values.to_f32().into(), Into::into)
     }

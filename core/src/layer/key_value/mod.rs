@@ -30,7 +30,7 @@ pub use config::{Decomposition, KeyValueConfig, SearchSettings};
 pub use layer::KeyValueLayer;
 pub use limit::{Limit, Ranking, Sides};
 pub use search::{Hit, QueryHits};
-pub use stored::StoredSearch;
+pub use stored::{ScoreRange, StoredSearch};
 pub use threshold::{ThresholdMethod, search_threshold};
 pub use train::Refit;
 

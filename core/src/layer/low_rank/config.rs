@@ -49,17 +49,19 @@ pub enum Rank {
     MaxBits(MaxBits),
 }
 
-/// `{ max_error = 0.05 }`
+/// A bound on the error, which decides the rank: `{ max_error = 0.05 }`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaxError {
+    /// The largest relative error that is accepted; above 0.
     pub max_error: f64,
 }
 
-/// `{ max_bits = 4.85 }`
+/// A bound on the size, which decides the rank: `{ max_bits = 4.85 }`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaxBits {
+    /// The most bits for each weight, counting everything that is stored but the bias.
     pub max_bits: f64,
 }
 
@@ -78,12 +80,14 @@ pub enum SvdMethod {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LowRankConfig {
+    /// The format that the weight is quantised to.
     pub weight: WeightFormat,
     /// How scales are found.
     pub clipping: Clipping,
     /// Scales of columns beside those of groups, so that what is rounded is spread evenly (SINQ).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub dual_scaling: bool,
+    /// How a weight becomes a code: the nearest, or calibrated (GPTQ).
     pub rounding: Rounding,
     /// For `rounding = "gptq"`: added to the second moment's diagonal, times the diagonal's mean.
     pub damping: f64,
@@ -94,6 +98,7 @@ pub struct LowRankConfig {
     /// Make up for the mean error over the calibration inputs with a constant, and let everything else look at inputs
     /// less their mean.
     pub bias_correction: bool,
+    /// The number of components of the correction, or what decides it.
     pub rank: Rank,
     /// What A and B are stored as.
     pub factors: RowType,
@@ -101,7 +106,9 @@ pub struct LowRankConfig {
     /// everything in a pass of full accuracy.
     #[serde(skip_serializing_if = "as_they_are")]
     pub activations: ActivationFormat,
+    /// Which inputs the correction is the best one for.
     pub scaling: Scaling,
+    /// How the correction's components are found.
     pub svd: SvdMethod,
     /// For `scaling = "exact"`: added to the second moment's diagonal as it is.
     pub ridge_regularization: f64,
@@ -155,11 +162,11 @@ impl Default for LowRankConfig {
 
 impl LowRankConfig {
     /// What is added to the second moment for `scaling = "exact"`.
-    pub fn ridge(&self) -> Ridge {
+    pub(crate) fn ridge(&self) -> Ridge {
         Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
     }
 
-    /// Whether calibration inputs are needed, and for what.
+    /// Returns what calibration inputs are needed for; `None` where they are not.
     pub fn calibrates(&self) -> Option<&'static str> {
         match (self.rounding, self.scaling) {
             _ if self.bias_correction => Some("bias_correction"),
@@ -279,7 +286,7 @@ impl LowRankConfig {
         Ok(8.0 * bytes as f64 / (out_features * in_features) as f64)
     }
 
-    /// The largest rank that the settings allow before anything is computed.
+    /// Returns the largest rank that the settings allow before anything is computed.
     ///
     /// # Errors
     /// When the group does not divide the row.

@@ -19,6 +19,7 @@ const LEAST_MEAN: f64 = 1e-4;
 
 /// T, or what takes its place in products.
 pub enum Transform {
+    /// T = I: all inputs count alike.
     Identity,
     /// T = diag(d).
     Diagonal(Array1<f64>),
@@ -119,7 +120,7 @@ pub struct Correction {
 }
 
 impl Correction {
-    /// The correction for an error `[out, in]` of this weight.
+    /// Returns the correction for an error `[out, in]` of this weight.
     ///
     /// # Errors
     /// When a factorisation fails.

@@ -210,27 +210,27 @@ impl LowRankLayer {
         Ok(LowRankLayer { inner: Arc::new(inner), activations: ActivationFormat::default() })
     }
 
-    /// The quantised weight, without its correction.
+    /// Returns the quantised weight, without its correction.
     pub fn quantized(&self) -> &PackedMatrix {
         &self.inner.weight
     }
 
-    /// The correction: columns of A as rows `[rank, out]`, and B `[rank, in]`.
+    /// Returns the correction: columns of A as rows `[rank, out]`, and B `[rank, in]`.
     pub fn factors(&self) -> (Array2<f32>, Array2<f32>) {
         (self.inner.a.to_f32(), self.inner.b.to_f32())
     }
 
-    /// The singular values of the error that the correction keeps, descending: `[rank]`.
+    /// Returns the singular values of the error that the correction keeps, descending: `[rank]`.
     pub fn singular_values(&self) -> &[f32] {
         &self.inner.singular_values
     }
 
-    /// What inputs are rounded to before they meet the packed weights.
+    /// Returns what inputs are rounded to before they meet the packed weights.
     pub fn activations(&self) -> ActivationFormat {
         self.activations
     }
 
-    /// The same layer, its inputs rounded like this.
+    /// Returns the same layer, its inputs rounded like this.
     ///
     /// # Errors
     /// When the weights stay floats, and inputs are to be int8.

@@ -95,17 +95,17 @@ impl TernaryLayer {
         Ok(TernaryLayer { low_rank: self.low_rank.with_activations(activations)?, ..self })
     }
 
-    /// Weights, low-rank correction and bias.
+    /// Returns the weights, low-rank correction and bias.
     pub fn low_rank(&self) -> &LowRankLayer {
         &self.low_rank
     }
 
-    /// The norm that inputs pass first, where there is one.
+    /// Returns the norm that inputs pass first, where there is one.
     pub fn norm(&self) -> Option<&RmsNorm> {
         self.norm.as_deref()
     }
 
-    /// The activation that outputs pass through.
+    /// Returns the activation that outputs pass through.
     pub fn activation(&self) -> Activation {
         self.activation
     }
