@@ -264,7 +264,7 @@ pub enum Error {
         message: String,
         /// The library's own error, where there is one.
         #[source]
-        source: Option<BoxError>,
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
 
     /// The caller asked for the work to stop.
