@@ -65,10 +65,9 @@ pub fn storage_error(action: impl Into<String>) -> impl FnOnce(lance::Error) -> 
     let action = action.into();
     move |e| {
         let message = reason(&e);
-        let (corrupt, source) = (is_corrupt(&e), Some(Box::new(e).into()));
-        match corrupt {
-            true => Error::Damaged { action, message, source },
-            false => Error::Storage { action, message, source },
+        match is_corrupt(&e) {
+            true => Error::Damaged { action, message, source: Some(Box::new(e)) },
+            false => Error::Storage { action, message, source: Some(Box::new(e)) },
         }
     }
 }
