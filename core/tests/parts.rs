@@ -18,7 +18,9 @@ const LARGE: usize = 64 << 20;
 #[test]
 fn a_layer_or_an_error() {
     let (mut refused, mut ran) = (0, 0);
-    for seed in 0..20_000 {
+    let seeds = seeded::seeds(20_000);
+    let least = (seeds.end - seeds.start) / 10;
+    for seed in seeds {
         match parts::run(&seeded::bytes(seed, 120)) {
             Outcome::Refused => refused += 1,
             Outcome::Ran => ran += 1,
@@ -26,5 +28,5 @@ fn a_layer_or_an_error() {
         }
         allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
     }
-    assert!(refused > 2000 && ran > 2000, "{refused} refused, {ran} ran");
+    assert!(refused > least && ran > least, "{refused} refused, {ran} ran");
 }

@@ -1,5 +1,15 @@
 //! Bytes in a fuzzer's place, for tests that have to be the same each time.
 
+/// Returns the seeds of a test: 0 to `count`, or, where `LAYERSTORE_SEEDS` is set to `FIRST..END`, those.
+///
+/// # Panics
+/// When the variable holds anything else.
+pub fn seeds(count: u64) -> std::ops::Range<u64> {
+    let Ok(range) = std::env::var("LAYERSTORE_SEEDS") else { return 0..count };
+    let parsed = range.split_once("..").and_then(|(first, end)| Some(first.parse().ok()?..end.parse().ok()?));
+    parsed.unwrap_or_else(|| panic!("LAYERSTORE_SEEDS: found '{range}', expected FIRST..END"))
+}
+
 /// Returns `length` bytes, or up to seven more, that a seed stands for (SplitMix64).
 pub fn bytes(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed;

@@ -46,10 +46,12 @@ fn keras_archives() {
     count_panics();
     let place = Place::new();
     let path = place.path("x.keras");
-    let (mut opened, mut refused) = (0, 0);
+    let (mut opened, mut refused) = (0u64, 0u64);
+    let seeds = seeded::seeds(400);
+    let (least_opened, least_refused) = ((seeds.end - seeds.start) / 8, (seeds.end - seeds.start) / 2);
     for name in ["functional", "images", "tokens"] {
         let archive = keras::Archive::read(Path::new(&format!("tests/fixtures/keras/{name}.keras")));
-        for seed in 0..400 {
+        for seed in seeds.clone() {
             let changed = archive.changed(&mut Choices::new(&seeded::bytes(seed, 200)));
             let panics = PANICS.load(Ordering::SeqCst);
             match keras::run(&changed, &path) {
@@ -63,7 +65,7 @@ fn keras_archives() {
     for seed in 0..200 {
         assert!(!keras::run(&seeded::bytes(seed, seed as usize), &path), "seed {seed}");
     }
-    assert!(opened > 50 && refused > 200, "{opened} opened, {refused} refused");
+    assert!(opened > least_opened && refused > least_refused, "{opened} opened, {refused} refused");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -75,14 +77,15 @@ async fn files_of_a_store() {
     // Three models of ten layers each, by two readers.
     assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 60, 0, 0));
     let mut noticed = 0;
+    let seeds = seeded::seeds(100);
     // Two at which Lance panics after the table is open: at a type that the manifest names, and at a page of the catalogue.
-    for seed in (0..100).chain([223, 697]) {
+    for seed in seeds.clone().chain([223, 697]) {
         let panics = PANICS.load(Ordering::SeqCst);
         let outcome = kept.changed(&mut Choices::new(&seeded::bytes(seed, 200))).await;
         assert_eq!(PANICS.load(Ordering::SeqCst), panics, "seed {seed}");
         allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
         noticed += usize::from(outcome != whole);
     }
-    assert!(noticed > 20, "{noticed} noticed");
+    assert!(noticed as u64 > (seeds.end - seeds.start) / 5, "{noticed} noticed");
     assert_eq!(kept.read().await, whole);
 }
