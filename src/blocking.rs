@@ -30,8 +30,8 @@ use crate::formats::TensorSource;
 use crate::layer::{Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer};
 use crate::nn::{AttentionBlock, Module};
 use crate::store::{
-    self, ArtifactInfo, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary, NearKey, Provenance, SnapshotInfo,
-    Stats, StoreOptions, VerifyReport, VersionInfo,
+    self, ArtifactInfo, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary, NearKey,
+    Provenance, SnapshotInfo, Stats, StoreOptions, VerifyReport, VersionInfo,
 };
 
 /// Defines methods that run those of the same name of the async type to their ends.
@@ -171,7 +171,7 @@ impl Store {
         /// Returns all snapshots, by version.
         fn snapshots() -> Vec<SnapshotInfo>;
         /// Deletes a snapshot's name; its version stays until gc.
-        fn delete_snapshot(name: &str) -> SnapshotInfo;
+        fn delete_snapshot(name: &str) -> DeletedSnapshot;
         /// Makes an older version the latest, as a new version.
         fn restore(name: &str) -> SnapshotInfo;
         /// Returns all versions, newest first.
@@ -390,6 +390,14 @@ impl Writer {
     /// As [`Writer::commit`](crate::Writer::commit).
     pub fn commit(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
         self.runtime.block_on(self.writer.commit(model, records, message))
+    }
+
+    /// Puts `records` in the place of the model's layers of the same names, as one new version, and returns its number.
+    ///
+    /// # Errors
+    /// As [`Writer::commit_layers`](crate::Writer::commit_layers).
+    pub fn commit_layers(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
+        self.runtime.block_on(self.writer.commit_layers(model, records, message))
     }
 }
 

@@ -76,10 +76,10 @@ pub use compress::{
 #[doc(hidden)]
 pub use store::testing;
 pub use store::{
-    ArtifactInfo, AttentionHandle, CorruptArtifact, DEFAULT_CACHE_BYTES, Diff, ErrorBasis, FORMAT_VERSION, GcReport,
-    KeyIndexReport, LayerChange, LayerHandle, LayerName, LayerRecord, LayerState, ModelSummary, ModuleHandle, NearKey,
-    Provenance, Reader, RowLocations, Snapshot, SnapshotInfo, Source, SourceTensor, State, Stats, Store, StoreOptions,
-    VerifyReport, VersionInfo, Writer, load_backend, save_backend,
+    ArtifactInfo, AttentionHandle, CorruptArtifact, DEFAULT_CACHE_BYTES, DamagedMetadata, DeletedSnapshot, Diff,
+    ErrorBasis, FORMAT_VERSION, GcReport, KeyIndexReport, LayerChange, LayerHandle, LayerName, LayerRecord, LayerState,
+    ModelSummary, ModuleHandle, NearKey, OnWait, Provenance, Reader, RowLocations, Snapshot, SnapshotInfo, Source,
+    SourceTensor, State, Stats, Store, StoreOptions, VerifyReport, VersionInfo, Writer, load_backend, save_backend,
 };
 
 // The rest of the package names errors by this path.

@@ -1,9 +1,41 @@
 //! Files that appear whole or not at all.
 
+use std::collections::BTreeSet;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
+
+/// The files that are being written; `None` once this process has given all of them up.
+static WRITING: Mutex<Option<BTreeSet<PathBuf>>> = Mutex::new(Some(BTreeSet::new()));
+
+/// A name in [`WRITING`], while it is needed.
+struct Listed<'a>(&'a Path);
+
+impl<'a> Listed<'a> {
+    fn new(path: &'a Path) -> Result<Self> {
+        let mut writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+        writing.as_mut().ok_or(Error::Cancelled)?.insert(path.to_owned());
+        Ok(Listed(path))
+    }
+}
+
+impl Drop for Listed<'_> {
+    fn drop(&mut self) {
+        if let Some(writing) = WRITING.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            writing.remove(self.0);
+        }
+    }
+}
+
+/// Removes what is being written and not in its place, and lets nothing be written any more: for a process that is about to end.
+pub(crate) fn abandon() {
+    let writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner).take();
+    for path in writing.into_iter().flatten() {
+        let _ = std::fs::remove_file(path);
+    }
+}
 
 /// Has a file written beside its place, and moves it there when it is whole and on disk. Returns its bytes. A file that
 /// was at its place is replaced.
@@ -14,6 +46,7 @@ pub(crate) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let staged = parent.join(format!(".{name}.{}.partial", std::process::id()));
+    let _listed = Listed::new(&staged)?;
     let finish = || -> std::io::Result<u64> {
         let file = File::open(&staged)?;
         file.sync_all()?;

@@ -7,13 +7,13 @@ use ndarray::Axis;
 use serde::Serialize;
 
 use super::Context;
-use super::import::cancel_on_interrupt;
 use super::output::bytes;
+use super::signals::cancel_on_interrupt;
 use crate::compress::{self, Training};
 use crate::error::{Error, Result};
 use crate::formats;
 use crate::layer::Accuracy;
-use crate::store::{Store, check_model_name};
+use crate::store::check_model_name;
 use crate::tasks::unwrap_join;
 
 #[derive(Debug, Args)]
@@ -126,11 +126,11 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
     let queries = formats::read_array(&args.queries)?.0;
     let keys = args.keys.as_deref().map(formats::read_array).transpose()?.map_or_else(|| queries.clone(), |k| k.0);
     let training = Training { config, epochs: args.epochs, batch: args.batch, anew: args.anew };
+    let (progress, cancel) = (context.output.progress(), cancel_on_interrupt());
     let store = match training.config {
-        Some(_) => Store::create(&context.store).await?,
+        Some(_) => cancel.unless(context.create()).await?,
         None => context.open().await?,
     };
-    let (progress, cancel) = (context.output.progress(), cancel_on_interrupt());
     let (inputs, model, layer) = ((queries, keys), &args.model, &args.layer);
     let report = compress::train_codebooks(&store, model, layer, inputs, training, &progress, &cancel).await?;
     context.output.result(&report, |r| {

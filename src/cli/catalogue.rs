@@ -75,8 +75,9 @@ pub async fn snapshot(context: &Context, command: SnapshotCommand) -> Result<u8>
     match command {
         SnapshotCommand::Create { name } => context.output.result(&store.create_snapshot(&name).await?, one)?,
         SnapshotCommand::Delete { name } => {
-            context.output.result(&store.delete_snapshot(&name).await?, |s| {
-                format!("deleted; {}", one(s).replace(" is ", " was "))
+            context.output.result(&store.delete_snapshot(&name).await?, |s| match s.version {
+                Some(version) => format!("deleted; {} was version {version}", s.name),
+                None => format!("deleted; the file of {} named no version", s.name),
             })?;
         }
         SnapshotCommand::List => context.output.result(&store.snapshots().await?, |snapshots| {

@@ -4,23 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::output::{bytes, error, ratio, table};
+use super::signals::cancel_on_interrupt;
 use super::{Context, ImportArgs};
-use crate::compress::{self, CalibrationFile, Cancel, ImportOptions, ImportReport, Plan, Rules};
+use crate::compress::{self, CalibrationFile, ImportOptions, ImportReport, Plan, Rules};
 use crate::error::Result;
 use crate::formats;
-use crate::store::{Store, check_model_name};
-
-/// A request to stop that Ctrl-C makes.
-pub fn cancel_on_interrupt() -> Cancel {
-    let cancel = Cancel::new();
-    let asked = cancel.clone();
-    tokio::spawn(async move {
-        if tokio::signal::ctrl_c().await.is_ok() {
-            asked.cancel();
-        }
-    });
-    cancel
-}
+use crate::store::check_model_name;
 
 pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     context.refuse_at("import")?;
@@ -42,7 +31,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
         progress: Arc::new(context.output.progress()),
         cancel: cancel_on_interrupt(),
     };
-    let store = Store::create(&context.store).await?;
+    let store = options.cancel.unless(context.create()).await?;
     let report = compress::import(&store, source, &args.model, options).await?;
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {

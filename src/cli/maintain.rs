@@ -21,17 +21,33 @@ pub async fn verify(context: &Context) -> Result<u8> {
         .await?;
     bar.finish_and_clear();
     context.output.result(&report, |report| {
-        if report.corrupt.is_empty() {
+        if report.is_sound() {
             return format!("{} artifacts are as they were written", report.artifacts);
+        }
+        let mut text = String::new();
+        if !report.damaged.is_empty() {
+            let rows = report.damaged.iter().map(|d| {
+                let version = d.version.map_or(String::new(), |v| format!(", version {v}"));
+                let what = match &d.snapshot {
+                    Some(name) => format!("snapshot '{name}'{version}"),
+                    None => format!("table '{}'{version}", d.table),
+                };
+                vec![what, d.reason.clone(), d.file.clone()]
+            });
+            text += &table(&["damaged", "reason", "file"], rows);
+            text += &format!("\n{} versions and snapshots are damaged\n\n", report.damaged.len());
         }
         let rows = report.corrupt.iter().map(|c| {
             let layers: Vec<String> = c.layers.iter().map(|l| format!("{}: {}", l.model, l.layer)).collect();
             vec![c.artifact.clone(), c.reason.clone(), layers.join("\n")]
         });
-        let corrupt = table(&["corrupt artifact", "reason", "used by"], rows);
-        format!("{corrupt}\n{} of {} artifacts are corrupt", report.corrupt.len(), report.artifacts)
+        if !report.corrupt.is_empty() {
+            text += &table(&["corrupt artifact", "reason", "used by"], rows);
+            text += "\n";
+        }
+        text + &format!("{} of {} artifacts are corrupt", report.corrupt.len(), report.artifacts)
     })?;
-    Ok(u8::from(!report.corrupt.is_empty()))
+    Ok(u8::from(!report.is_sound()))
 }
 
 pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<u8> {

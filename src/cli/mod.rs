@@ -8,6 +8,7 @@ mod maintain;
 mod output;
 mod panics;
 mod run;
+mod signals;
 
 use std::path::PathBuf;
 
@@ -15,7 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::Output;
 use crate::error::{Error, Result};
-use crate::store::{Snapshot, Store};
+use crate::store::{OnWait, Snapshot, Store, StoreOptions};
 
 /// An embedded store for compressed neural-network layers.
 #[derive(Debug, Parser)]
@@ -256,7 +257,11 @@ fn run_to_the_end(cli: Cli) -> u8 {
             return 1;
         }
     };
-    let code = match runtime.block_on(run(cli)) {
+    let listening = async {
+        signals::listen();
+        run(cli).await
+    };
+    let code = match runtime.block_on(listening) {
         Ok(code) => code,
         Err(e) => {
             eprintln!("error: {e}");
@@ -266,6 +271,7 @@ fn run_to_the_end(cli: Cli) -> u8 {
     };
     // Work that was cancelled may still be at its last layer: do not wait for it.
     runtime.shutdown_background();
+    crate::staged::abandon();
     code
 }
 
@@ -306,7 +312,18 @@ struct Context {
 
 impl Context {
     async fn open(&self) -> Result<Store> {
-        Store::open(&self.store).await
+        Store::open_with(&self.store, self.options()).await
+    }
+
+    /// Opens the store, or makes an empty one.
+    async fn create(&self) -> Result<Store> {
+        Store::create_with(&self.store, self.options()).await
+    }
+
+    fn options(&self) -> StoreOptions {
+        let output = self.output;
+        let on_wait = OnWait::new(move |what| output.note(format!("{what} (Ctrl-C gives up)")));
+        StoreOptions { on_wait: Some(on_wait), ..StoreOptions::default() }
     }
 
     /// The version that a reading command reads.

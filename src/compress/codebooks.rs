@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, CodebookStep, Layer, Method, Parts, VqAttentionConfig, VqAttentionLayer};
-use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Provenance, RowLocations, Snapshot, Source, Store, Writer};
+use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Provenance, RowLocations, Snapshot, Source, Store};
 use crate::tasks::unwrap_join;
 
 /// How codebooks are trained.
@@ -73,7 +73,7 @@ pub async fn train_codebooks(
     if training.batch == 0 {
         return Err(Error::expected("tokens of a step", 0, "at least 1"));
     }
-    let mut writer = store.writer().await?;
+    let mut writer = cancel.unless(store.writer()).await?;
     let snapshot = store.latest().await?;
     let there = stored_block(&snapshot, model, layer).await?;
     let config = settings(training.config.as_ref(), there.as_ref())?;
@@ -87,8 +87,10 @@ pub async fn train_codebooks(
     let Trained { attention, queries, keys, revived, steps } = trained?;
     let parts = attention.to_parts();
     let made = Provenance { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
-    writer.add(&parts, made).await?;
-    let version = commit(store, writer, record(model, layer, &attention, &parts)).await?;
+    cancel.unless(writer.add(&parts, made)).await?;
+    cancel.unless(writer.ready()).await?;
+    let message = format!("codebooks of '{layer}' trained");
+    let version = writer.commit_layers(model, &[record(model, layer, &attention, &parts)], Some(&message)).await?;
     Ok(TrainingReport {
         model: model.to_owned(),
         layer: layer.to_owned(),
@@ -180,16 +182,6 @@ fn record(model: &str, layer: &str, attention: &VqAttentionLayer, parts: &Parts)
         created_at: Utc::now(),
         locations: RowLocations::default(),
     }
-}
-
-/// Puts the block in the place of the model's layer of that name, and returns the new version.
-async fn commit(store: &Store, writer: Writer, block: LayerRecord) -> Result<u64> {
-    // The model as it is now: training took a while.
-    let mut records = layers_of(&store.latest().await?, &block.model).await?;
-    records.retain(|r| r.layer != block.layer);
-    let (model, message) = (block.model.clone(), format!("codebooks of '{}' trained", block.layer));
-    records.push(block);
-    writer.commit(&model, &records, Some(&message)).await
 }
 
 struct Trained {

@@ -339,7 +339,7 @@ impl<'a> ImportSession<'a> {
         cancel: &'a Cancel,
     ) -> Result<ImportSession<'a>> {
         let mut session = ImportSession { model, progress, cancel, writer: None, layers: vec![], records: vec![] };
-        session.writer = Some(store.writer().await?);
+        session.writer = Some(cancel.unless(store.writer()).await?);
         Ok(session)
     }
 
@@ -361,7 +361,8 @@ impl<'a> ImportSession<'a> {
                 };
                 let made = work.map_err(|e| e.in_layer(item.name()))?;
                 let Compressed { parts, correction, relative_error, error_basis } = made;
-                let (_, new) = writer.add(&parts, Provenance { recipe, relative_error, error_basis }).await?;
+                let made = writer.add(&parts, Provenance { recipe, relative_error, error_basis });
+                let (_, new) = self.cancel.unless(made).await?;
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
                 (stored, correction, !new)
             }
@@ -392,8 +393,10 @@ impl<'a> ImportSession<'a> {
         unused_rules: Vec<String>,
         unmatched_calibration: Vec<String>,
     ) -> Result<ImportReport> {
-        let writer = self.writer.take().filter(|_| !self.cancel.is_cancelled()).ok_or(Error::Cancelled)?;
+        let mut writer = self.writer.take().filter(|_| !self.cancel.is_cancelled()).ok_or(Error::Cancelled)?;
         let written_bytes = writer.written_bytes();
+        // The last moment at which it can be given up: what comes now is done, or not, as a whole.
+        self.cancel.unless(writer.ready()).await?;
         let version = writer.commit(self.model, &self.records, message).await?;
         Ok(ImportReport {
             model: self.model.to_owned(),

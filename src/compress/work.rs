@@ -2,6 +2,8 @@
 
 use tokio::sync::watch;
 
+use crate::error::{Error, Result};
+
 /// What long work tells as it goes. Every method may be left as it is.
 pub trait Progress: Send + Sync {
     /// Is told that the work begins: `layers` layers of `bytes` bytes in all.
@@ -58,5 +60,33 @@ impl Cancel {
     pub async fn cancelled(&self) {
         // `self` holds the sender, so waiting cannot fail.
         let _ = self.requested.subscribe().wait_for(|asked| *asked).await;
+    }
+
+    /// Returns what `waited` gives, unless somebody asks before: then it is dropped.
+    pub(crate) async fn unless<T>(&self, waited: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.cancelled() => Err(Error::Cancelled),
+            done = waited => done,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn waiting_ends_when_somebody_asks() {
+        let cancel = Cancel::new();
+        assert_eq!(cancel.unless(async { Ok(3) }).await.unwrap(), 3);
+        let waiter = tokio::spawn({
+            let cancel = cancel.clone();
+            async move { cancel.unless(std::future::pending::<Result<()>>()).await }
+        });
+        tokio::task::yield_now().await;
+        cancel.cancel();
+        assert!(matches!(waiter.await.unwrap(), Err(Error::Cancelled)));
+        assert!(matches!(cancel.unless(async { Ok(3) }).await, Err(Error::Cancelled)));
     }
 }

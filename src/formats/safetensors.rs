@@ -1,4 +1,4 @@
-//! Safetensors checkpoints: one file, a sharded index, or a folder; memory-mapped, so that only what is read is loaded.
+//! Safetensors checkpoints: one file, a sharded index, or a folder; tensors are read when they are asked for.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -20,7 +20,7 @@ const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub struct SafetensorsSource {
     path: PathBuf,
-    files: Vec<MappedFile>,
+    files: Vec<OpenFile>,
     tensors: BTreeMap<String, TensorInfo>,
     /// Where each tensor lies.
     places: HashMap<String, Place>,
@@ -28,9 +28,45 @@ pub struct SafetensorsSource {
 }
 
 #[derive(Debug)]
-struct MappedFile {
+struct OpenFile {
     name: String,
-    map: Mmap,
+    path: PathBuf,
+    file: File,
+}
+
+impl OpenFile {
+    /// Reads bytes of the file, and finds out where it has become shorter: a mapping would end the process there.
+    fn read(&self, bytes: &Range<usize>) -> Result<Vec<u8>> {
+        let mut read = vec![0; bytes.len()];
+        read_at(&self.file, &mut read, bytes.start as u64).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                let now = self.file.metadata().map_or(0, |m| m.len());
+                let reason = format!(
+                    "bytes {} to {} are not there any more: the file has been cut to {now} bytes since it was opened",
+                    bytes.start, bytes.end
+                );
+                Error::file(&self.path, reason)
+            }
+            _ => Error::io(&self.path, e),
+        })?;
+        Ok(read)
+    }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, into: &mut [u8], at: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, into, at)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, mut into: &mut [u8], mut at: u64) -> std::io::Result<()> {
+    while !into.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, into, at)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            read => (into, at) = (&mut into[read..], at + read as u64),
+        }
+    }
+    Ok(())
 }
 
 #[derive(Debug, Clone)]
@@ -42,7 +78,7 @@ struct Place {
 impl SafetensorsSource {
     /// Opens a `.safetensors` file, a `.index.json` of shards, or a folder that holds either.
     ///
-    /// The files must not be changed while the checkpoint is open, since they are memory-mapped.
+    /// The files should not be changed while the checkpoint is open. A tensor that a file no longer holds whole is an error.
     ///
     /// # Errors
     /// When a file is missing, truncated, or not what safetensors allows: the message names the file and what was
@@ -80,7 +116,7 @@ impl SafetensorsSource {
 
     fn add_file(&mut self, path: &Path) -> Result<()> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: the caller is told not to change the files while they are mapped.
+        // SAFETY: only the header is read from it, now.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         let (tensors, metadata) = read_header(&map).map_err(|reason| Error::file(path, reason))?;
         let index = self.files.len();
@@ -93,7 +129,7 @@ impl SafetensorsSource {
         }
         self.metadata.extend(metadata);
         let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
-        self.files.push(MappedFile { name, map });
+        self.files.push(OpenFile { name, path: path.to_owned(), file });
         Ok(())
     }
 }
@@ -115,7 +151,7 @@ impl TensorSource for SafetensorsSource {
                 format!("one of {}", self.path.display()),
             ));
         };
-        Ok(self.files[*file].map[bytes.clone()].into())
+        Ok(self.files[*file].read(bytes)?.into())
     }
 
     fn file_name(&self, tensor: &str) -> String {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use arrow::array::{AsArray, RecordBatch, RecordBatchIterator};
+use arrow::array::{RecordBatch, RecordBatchIterator};
 use arrow::datatypes::SchemaRef;
 use futures::TryStreamExt;
 use lance::Dataset;
@@ -13,6 +13,7 @@ use lance::dataset::{
 use tokio::sync::OnceCell;
 
 use super::format::{with_foreign, without_missing};
+use super::listing::{names_in, table_folders};
 use super::location::{Location, Place};
 use super::lock;
 use super::names::{Names, RowPosition};
@@ -20,7 +21,6 @@ use super::record::{LayerRecord, layers_batch, read_layers};
 use super::schema::{self, LAYERS};
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
-use crate::layer::ArtifactId;
 
 /// Attempts at a commit before the contention is reported; only object stores, which have no lock, need more than one.
 const COMMIT_ATTEMPTS: u32 = 20;
@@ -127,9 +127,33 @@ pub async fn open_or_create(location: &Location) -> Result<Dataset> {
             });
         }
     }
+    if let Some(found) = leftovers(location).await? {
+        // Unless another process has made the store meanwhile: it begins with the catalogue.
+        return match open(location, None).await {
+            Err(Error::NotAStore { .. }) => Err(Error::Damaged {
+                action: format!("opening {}", location.uri()),
+                message: format!(
+                    "it holds {found}, and no version of table '{LAYERS}', the catalogue: a copy that was cut short, or a damaged \
+                     store. Bring the table back, or give an empty or new directory"
+                ),
+                source: None,
+            }),
+            other => other,
+        };
+    }
     let formats = location.formats();
     create_table(location, LAYERS, formats.catalogue(formats.newest().version)).await?;
     open(location, None).await
+}
+
+/// What is there of a store without a catalogue.
+async fn leftovers(location: &Location) -> Result<Option<String>> {
+    let known = |name: &String| name == schema::ARTIFACTS || schema::Table::named(name).is_some();
+    if let Some(table) = table_folders(location).await?.into_iter().find(known) {
+        return Ok(Some(format!("table '{table}'")));
+    }
+    let data = names_in(location, LAYERS, &["data"]).await?;
+    Ok((!data.is_empty()).then(|| format!("data files of table '{LAYERS}'")))
 }
 
 /// Makes an empty table, unless another process has made it meanwhile.
@@ -184,20 +208,6 @@ fn completed(location: &Location, batch: RecordBatch) -> Result<Vec<LayerRecord>
     read_layers(&batch.map_err(|e| Error::storage("reading the catalogue", e))?)
 }
 
-/// Reads the artifacts of all rows.
-pub async fn artifacts(dataset: &Dataset) -> Result<Vec<ArtifactId>> {
-    let read = async {
-        let mut scan = dataset.scan();
-        scan.project(&["artifact"])?;
-        scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
-    };
-    let batches = read.during("reading the catalogue").await?;
-    let arrays = batches.iter().filter_map(|b| b.column(0).as_fixed_size_binary_opt());
-    Ok(arrays
-        .flat_map(|a| a.iter().flatten().filter_map(|id| Some(ArtifactId(id.try_into().ok()?))).collect::<Vec<_>>())
-        .collect())
-}
-
 /// Returns a text as an SQL literal.
 pub fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
@@ -222,32 +232,81 @@ pub fn properties(operation: String, message: Option<&str>) -> Option<Arc<HashMa
     Some(Arc::new(map))
 }
 
-/// Makes `records` all that the catalogue holds of `model`, in one commit, and returns the version. Nothing is committed
-/// where that is so already.
-pub async fn replace_model(
+/// What a change of the catalogue puts its records in the place of. It is looked up when the change is committed, in the version
+/// that the commit builds on, so that changes of other layers, made meanwhile, stay.
+#[derive(Debug, Clone, Copy)]
+pub enum Scope<'a> {
+    /// All layers of the model.
+    Model,
+    /// The layer of this name, and those behind it.
+    Part(&'a str),
+    /// Layers that have the records' names.
+    Layers,
+    /// Layers that have the records' names, in a store that holds no others.
+    Alone,
+}
+
+/// Whether a layer is `name`, or behind it, as `block.ffn` is behind `block`.
+pub fn is_part(layer: &str, name: &str) -> bool {
+    layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// Returns the error of a store at `uri` that holds another layer than those that it is for.
+pub fn not_alone(uri: &str, other: &LayerRecord, (model, layers): (&str, &[&str])) -> Error {
+    Error::expected(
+        format!("layers in {uri}"),
+        format!("layer '{}' of model '{}'", other.layer, other.model),
+        format!("none, or layer '{}' of model '{model}' alone", layers.join("', '")),
+    )
+}
+
+/// Puts `records` in the place of what the catalogue holds of `model` in a scope, in one commit, and returns the version. Nothing is
+/// committed where that is so already. The caller holds the lock of commits.
+pub async fn replace(
     location: &Location,
-    model: &str,
+    (model, scope): (&str, Scope<'_>),
     records: &[LayerRecord],
     operation: &str,
     message: Option<&str>,
 ) -> Result<u64> {
-    let _guard = lock::committing(location).await?;
     let action = || format!("committing model '{model}'");
+    let new: HashMap<&str, &LayerRecord> = records.iter().map(|r| (r.layer.as_str(), r)).collect();
     let mut attempt = 1;
     loop {
         let dataset = writable(location).await?;
         let format = location.format_of(&dataset)?;
-        let present = rows(location, &dataset, Some(&format!("model = {}", quoted(model)))).await?;
-        let unchanged = present.len() == records.len() && {
-            let by_layer: HashMap<&str, &LayerRecord> = present.iter().map(|r| (r.layer.as_str(), r)).collect();
-            records.iter().all(|r| by_layer.get(r.layer.as_str()).is_some_and(|p| p.same_as(r)))
-        };
+        let filter = (!matches!(scope, Scope::Alone)).then(|| format!("model = {}", quoted(model)));
+        let mut present = rows(location, &dataset, filter.as_deref()).await?;
+        if let Scope::Alone = scope
+            && let Some(other) = present.iter().find(|r| r.model != model || !new.contains_key(r.layer.as_str()))
+        {
+            let names: Vec<&str> = new.keys().copied().collect();
+            return Err(not_alone(location.uri(), other, (model, &names)));
+        }
+        present.retain(|r| match scope {
+            Scope::Model => true,
+            Scope::Part(name) => is_part(&r.layer, name) || new.contains_key(r.layer.as_str()),
+            Scope::Layers | Scope::Alone => new.contains_key(r.layer.as_str()),
+        });
+        let unchanged = present.len() == records.len()
+            && present.iter().all(|p| new.get(p.layer.as_str()).is_some_and(|r| r.same_as(p)));
         if unchanged {
             return Ok(dataset.version_id());
         }
+        let removed: Vec<&str> =
+            present.iter().map(|r| r.layer.as_str()).filter(|layer| !new.contains_key(layer)).collect();
+        let removed = match scope {
+            // All that is not among the records: no list of names to be gone through.
+            Scope::Model => Some(format!("model = {}", quoted(model))),
+            _ if removed.is_empty() => None,
+            _ => {
+                let names: Vec<String> = removed.into_iter().map(quoted).collect();
+                Some(format!("model = {} AND layer IN ({})", quoted(model), names.join(", ")))
+            }
+        };
         let batch = without_missing(layers_batch(records)?, (LAYERS, &dataset), (location.uri(), format))?;
         let batch = with_foreign(batch, (LAYERS, &dataset))?;
-        let replaced = replace_once(dataset, model, batch, properties(format!("{operation} {model}"), message));
+        let replaced = replace_once(dataset, removed, batch, properties(format!("{operation} {model}"), message));
         match replaced.caught().await {
             Ok(version) => return Ok(version),
             Err(lance::Error::RetryableCommitConflict { .. } | lance::Error::CommitConflict { .. })
@@ -260,14 +319,19 @@ pub async fn replace_model(
     }
 }
 
+/// Updates rows by model and layer, inserts those that are not there, and deletes those that `removed` (SQL) selects and that are not
+/// in the batch.
 async fn replace_once(
     dataset: Dataset,
-    model: &str,
+    removed: Option<String>,
     batch: RecordBatch,
     properties: Option<Arc<HashMap<String, String>>>,
 ) -> lance::Result<u64> {
     let dataset = Arc::new(dataset);
-    let others = WhenNotMatchedBySource::delete_if(&dataset, &format!("model = {}", quoted(model)))?;
+    let others = match removed {
+        Some(removed) => WhenNotMatchedBySource::delete_if(&dataset, &removed)?,
+        None => WhenNotMatchedBySource::Keep,
+    };
     let mut merge = MergeInsertBuilder::try_new(dataset.clone(), vec!["model".into(), "layer".into()])?;
     merge
         .when_matched(WhenMatched::UpdateAll)

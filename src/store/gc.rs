@@ -14,13 +14,14 @@ use lance::dataset::optimize::{CompactionOptions, compact_files};
 use lance::dataset::{MergeInsertBuilder, WhenMatched, WhenNotMatched};
 use serde::Serialize;
 
+use super::agreement::{DataTables, Names, data_files, disagreement, require_whole};
 use super::catalogue;
-use super::listing::{data_tables, disk_bytes};
+use super::listing::{data_tables, disk_bytes, staged_files};
 use super::location::{Location, Place};
 use super::lock;
 use super::record::{ArtifactRecord, LOCATIONS, RowRange, TableRows, read_artifacts};
 use super::schema::{ARTIFACTS, LAYERS, Table};
-use super::versions;
+use super::versions::{self, VersionInfo};
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
@@ -101,13 +102,21 @@ pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> 
 }
 
 /// Looks for what nothing reaches. Tables are opened for writing if what is found is to be removed.
+///
+/// The catalogue is asked first, then the list, then the data tables: each import writes them the other way round, so what is named
+/// here is found there, unless a table is older than it was.
 async fn survey(location: &Location, cutoff: DateTime<Utc>, write: bool) -> Result<Survey> {
-    let (reached, old_versions) = reachable(location, cutoff).await?;
+    let (named, old_versions) = reachable(location, cutoff).await?;
     let list = open(location, ARTIFACTS, write).await?;
-    let (kept, unlisted) = match &list {
-        Some(dataset) => sort_out(location, dataset, &reached, cutoff).await?,
-        None => (BTreeMap::new(), vec![]),
+    let sorted = async |broken: &HashSet<ArtifactId>| match &list {
+        Some(dataset) => sort_out(location, dataset, (&named, broken), cutoff).await,
+        None => Ok((BTreeMap::new(), vec![])),
     };
+    let (mut kept, mut unlisted) = sorted(&HashSet::new()).await?;
+    let broken = require_agreement(location, &named, &kept).await?;
+    if !broken.is_empty() {
+        (kept, unlisted) = sorted(&broken).await?;
+    }
     let dead: HashSet<ArtifactId> = unlisted.iter().map(|d| d.artifact).filter(|a| !kept.contains_key(a)).collect();
     let mut report = GcReport { artifacts: dead.len() as u64, ..GcReport::default() };
     let mut garbage = vec![];
@@ -123,7 +132,39 @@ async fn survey(location: &Location, cutoff: DateTime<Utc>, write: bool) -> Resu
         report.reclaimable_bytes += unreferenced_bytes(&dataset).await?;
         garbage.push((name, spans));
     }
+    report.reclaimable_bytes += staged_files(location).iter().map(|(_, bytes)| bytes).sum::<u64>();
     Ok(Survey { old_versions, list, unlisted, kept, garbage, report })
+}
+
+/// Refuses to go on where the list or a data table lacks what a version that is kept names. Returns what is listed, named by no
+/// such version, and has no longer the rows that it had: no artifact any more.
+async fn require_agreement(
+    location: &Location,
+    named: &Names,
+    kept: &BTreeMap<ArtifactId, ArtifactRecord>,
+) -> Result<HashSet<ArtifactId>> {
+    let mut tables = DataTables::of(location);
+    let mut wrong = vec![];
+    for (artifact, user) in named.iter() {
+        let lack = match kept.get(artifact) {
+            None => Some("the table of artifacts does not list it".to_owned()),
+            Some(record) if !record.locations.as_many_rows(&user.locations) => {
+                Some("the table of artifacts lists it with other numbers of rows".to_owned())
+            }
+            Some(record) => tables.lack(*artifact, &record.locations, true).await?,
+        };
+        wrong.extend(lack.map(|lack| format!("artifact {artifact} of {user}: {lack}")));
+    }
+    if let Some(first) = wrong.first() {
+        return Err(disagreement(location, wrong.len(), first));
+    }
+    let mut broken = HashSet::new();
+    for (artifact, record) in kept.iter().filter(|(artifact, _)| !named.has(artifact)) {
+        if tables.lack(*artifact, &record.locations, true).await?.is_some() {
+            broken.insert(*artifact);
+        }
+    }
+    Ok(broken)
 }
 
 /// Removes what a survey found, in an order that leaves a store whole wherever it ends.
@@ -145,8 +186,16 @@ async fn remove(location: &Location, survey: Survey) -> Result<()> {
         let action = || format!("collecting table '{table}'");
         let Some(dataset) = open(location, &table, true).await? else { continue };
         if !spans.is_empty() {
-            let dataset = delete(dataset, &spans).during(action()).await?;
-            moved.extend(compacted(dataset, &table, &mut kept).await?);
+            let mut dataset = delete(dataset, &spans).during(action()).await?;
+            compact(&mut dataset).during(format!("compacting table '{table}'")).await?;
+            moved.extend(relocate(&dataset, &table, &mut kept).await?);
+        } else {
+            // Written again, since the table had lost them: where they were recorded to be is no file of the table.
+            let files = data_files(&dataset);
+            let mut ranges = kept.values().filter_map(|r| r.locations.0.get(&table)).flat_map(|rows| &rows.ranges);
+            if ranges.any(|range| !files.contains(&range.file)) {
+                moved.extend(relocate(&dataset, &table, &mut kept).await?);
+            }
         }
         if let Some(dataset) = open(location, &table, true).await? {
             dataset.cleanup_with_policy(all_but_latest()).during(action()).await?;
@@ -156,6 +205,13 @@ async fn remove(location: &Location, survey: Survey) -> Result<()> {
         kept.retain(|artifact, _| moved.contains(artifact));
         let dataset = relist(dataset, &kept).await?;
         dataset.cleanup_with_policy(all_but_latest()).during("collecting the list of artifacts").await?;
+    }
+    // Last, what a writer that was killed had not moved to its place: no other writer is at work.
+    for (path, _) in staged_files(location) {
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(path, e)),
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -171,30 +227,41 @@ async fn open(location: &Location, table: &str, write: bool) -> Result<Option<Da
 
 /// Artifacts of the latest version, of every snapshot, and of every version that was the latest at `cutoff` or later;
 /// and the versions that are none of these.
-async fn reachable(location: &Location, cutoff: DateTime<Utc>) -> Result<(HashSet<ArtifactId>, Vec<u64>)> {
+///
+/// # Errors
+/// When one of the versions cannot be read, or versions are known to be missing.
+async fn reachable(location: &Location, cutoff: DateTime<Utc>) -> Result<(Names, Vec<u64>)> {
     let latest = catalogue::open(location, None).await?;
-    let tagged: HashSet<u64> = versions::tags(&latest).await?.into_iter().map(|(_, version)| version).collect();
-    let mut reached = HashSet::new();
-    let mut unneeded = vec![];
-    // Newest first, so the one seen before is what replaced it.
-    let mut replaced = None;
-    for version in versions::log(&latest).await? {
-        let recent = replaced.replace(version.time).is_none_or(|time| time >= cutoff);
-        if recent || tagged.contains(&version.version) {
-            let dataset = catalogue::open(location, Some(version.version)).await?;
-            reached.extend(catalogue::artifacts(&dataset).await?);
-        } else {
-            unneeded.push(version.version);
-        }
-    }
-    Ok((reached, unneeded))
+    let tags = versions::tags(location, &latest).await?;
+    let log = versions::log(location, &latest).await?;
+    require_whole(location, &latest, &log.iter().map(|version| version.version).collect(), &tags)?;
+    let tagged: HashSet<u64> = tags.into_iter().map(|(_, version)| version).collect();
+    let (kept, unneeded) = sort_versions(&log, &tagged, cutoff);
+    Ok((Names::of(location, kept).await?, unneeded))
 }
 
-/// Splits the list of artifacts into one row for each that stays, and the rows that go.
+/// The versions that are kept, and those that are not, of a log, newest first.
+///
+/// A version is as old as the one that replaced it. A clock may have been behind when that was committed, so it counts as not older
+/// than any version before it.
+fn sort_versions(log: &[VersionInfo], tagged: &HashSet<u64>, cutoff: DateTime<Utc>) -> (Vec<u64>, Vec<u64>) {
+    let mut times: Vec<DateTime<Utc>> = log.iter().map(|version| version.time).collect();
+    for place in (1..times.len()).rev() {
+        times[place - 1] = times[place - 1].max(times[place]);
+    }
+    let replaced = std::iter::once(None).chain(times.into_iter().map(Some));
+    let (kept, unneeded): (Vec<_>, Vec<_>) = log.iter().zip(replaced).partition(|(version, replaced)| {
+        replaced.is_none_or(|time| time >= cutoff) || tagged.contains(&version.version)
+    });
+    let numbers = |versions: Vec<(&VersionInfo, _)>| versions.into_iter().map(|(version, _)| version.version).collect();
+    (numbers(kept), numbers(unneeded))
+}
+
+/// Splits the list of artifacts into one row for each that stays, and the rows that go: those of `broken` artifacts among them.
 async fn sort_out(
     location: &Location,
     dataset: &Dataset,
-    reached: &HashSet<ArtifactId>,
+    (reached, broken): (&Names, &HashSet<ArtifactId>),
     cutoff: DateTime<Utc>,
 ) -> Result<(BTreeMap<ArtifactId, ArtifactRecord>, Vec<Span>)> {
     let mut kept = BTreeMap::new();
@@ -206,8 +273,8 @@ async fn sort_out(
         let addresses = addresses(&batch)?;
         let batch = formats.completed(ARTIFACTS, batch).map_err(|e| Error::storage(action, e))?;
         for (record, start) in read_artifacts(&batch)?.into_iter().zip(addresses) {
-            let stays = reached.contains(&record.artifact) || record.created_at >= cutoff;
-            if stays && !kept.contains_key(&record.artifact) {
+            let stays = reached.has(&record.artifact) || record.created_at >= cutoff;
+            if stays && !broken.contains(&record.artifact) && !kept.contains_key(&record.artifact) {
                 kept.insert(record.artifact, record);
             } else {
                 dead.push(Span { artifact: record.artifact, start, rows: 1 });
@@ -332,12 +399,8 @@ async fn delete(mut dataset: Dataset, spans: &[Span]) -> lance::Result<Dataset> 
     Ok(dataset)
 }
 
-/// Writes fragments with deleted rows anew without them, and gives the artifacts whose rows have moved.
-async fn compacted(
-    mut dataset: Dataset,
-    table: &str,
-    kept: &mut BTreeMap<ArtifactId, ArtifactRecord>,
-) -> Result<HashSet<ArtifactId>> {
+/// Writes fragments with deleted rows anew without them.
+async fn compact(dataset: &mut Dataset) -> lance::Result<()> {
     let whole = dataset.fragments().iter().filter(|f| f.deletion_file.is_none()).map(|f| f.id as u32).collect();
     let options = CompactionOptions {
         // Only what has deletions: merging small fragments would move every artifact for nothing.
@@ -346,12 +409,21 @@ async fn compacted(
         num_threads: Some(1),
         ..CompactionOptions::default()
     };
-    compact_files(&mut dataset, options, None).during(format!("compacting table '{table}'")).await?;
+    compact_files(dataset, options, None).await?;
+    Ok(())
+}
+
+/// Puts into the records where the rows of a table are now, and gives the artifacts whose rows are not where they were.
+async fn relocate(
+    dataset: &Dataset,
+    table: &str,
+    kept: &mut BTreeMap<ArtifactId, ArtifactRecord>,
+) -> Result<HashSet<ArtifactId>> {
     // The first file of a fragment holds the columns that it was written with.
     let files: HashMap<u64, String> =
         dataset.fragments().iter().filter_map(|f| Some((f.id, f.files.first()?.path.clone()))).collect();
     let mut ranges: HashMap<ArtifactId, Vec<RowRange>> = HashMap::new();
-    for span in spans(&dataset).await? {
+    for span in spans(dataset).await? {
         let Some(file) = files.get(&(span.start >> 32)) else { continue };
         let offset = span.start & u64::from(u32::MAX);
         ranges.entry(span.artifact).or_default().push(RowRange { file: file.clone(), offset, rows: span.rows });
@@ -412,4 +484,38 @@ fn relocated(batch: &RecordBatch, moved: &BTreeMap<ArtifactId, ArtifactRecord>) 
         rows.push(RecordBatch::try_new(one.schema(), columns).ok()?);
     }
     Some(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(days_ago: &[i64]) -> (Vec<VersionInfo>, DateTime<Utc>) {
+        let now = Utc::now();
+        let version = |(place, days): (usize, &i64)| VersionInfo {
+            version: place as u64 + 1,
+            time: now - chrono::Duration::days(*days),
+            operation: String::new(),
+            message: None,
+            snapshots: vec![],
+        };
+        (days_ago.iter().enumerate().map(version).rev().collect(), now - chrono::Duration::days(7))
+    }
+
+    /// The latest is kept, and what was replaced within the time; a clock that was behind makes nothing old.
+    #[test]
+    fn versions_age_in_their_order() {
+        let sorted = |days_ago: &[i64], tagged: &[u64]| {
+            let (log, cutoff) = log(days_ago);
+            sort_versions(&log, &tagged.iter().copied().collect(), cutoff)
+        };
+        assert_eq!(sorted(&[40], &[]), (vec![1], vec![]));
+        assert_eq!(sorted(&[40, 20, 3, 1], &[]), (vec![4, 3, 2], vec![1]));
+        assert_eq!(sorted(&[40, 20, 3, 1], &[1]), (vec![4, 3, 2, 1], vec![]));
+        // The second and the third were committed while a clock was 30 days behind.
+        assert_eq!(sorted(&[1, 31, 30], &[]), (vec![3, 2, 1], vec![]));
+        assert_eq!(sorted(&[50, 45, 3, 33, 32, 0], &[]), (vec![6, 5, 4, 3, 2], vec![1]));
+        // While it was ahead: what came before is kept for longer.
+        assert_eq!(sorted(&[20, -30, 18, 17], &[]), (vec![4, 3, 2, 1], vec![]));
+    }
 }

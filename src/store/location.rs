@@ -13,9 +13,10 @@ use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
 
 use super::format::{Format, Formats};
+use super::lock::OnWait;
 use super::memory::Memory;
 use super::testing::Hooks;
-use super::waiting::{Waiting, caught};
+use super::waiting::{Waiting, caught, detail};
 use crate::error::{Error, Result};
 
 /// Lance's own caches default to 7 GiB; a store that serves layers keeps its memory for layers.
@@ -31,6 +32,7 @@ pub struct Location {
     /// Replaces the storage that is written to.
     storage: Option<Arc<dyn WrappingObjectStore>>,
     formats: &'static Formats,
+    on_wait: Option<OnWait>,
 }
 
 /// Where a store's files lie.
@@ -73,7 +75,17 @@ impl Location {
             storage = storage.or_else(|| Some(Arc::new(Durable::new())));
         }
         let session = Arc::new(Session::new(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES, Arc::new(registry)));
-        Ok(Location { uri, place, session, storage, formats: hooks.formats })
+        Ok(Location { uri, place, session, storage, formats: hooks.formats, on_wait: None })
+    }
+
+    /// Returns the location with what is told of a lock that is waited for.
+    pub fn with_on_wait(self, on_wait: Option<OnWait>) -> Self {
+        Location { on_wait, ..self }
+    }
+
+    /// Returns what is told of a lock that is waited for.
+    pub fn on_wait(&self) -> Option<&OnWait> {
+        self.on_wait.as_ref()
     }
 
     /// Returns the address: an absolute path, or a URI.
@@ -132,6 +144,17 @@ impl Location {
         }
     }
 
+    /// Returns the number of the last version of a table that was committed, as the hint beside its manifests says, on the local file
+    /// system. The hint may be missing, or older than the latest version.
+    pub fn last_committed(&self, table: &str) -> Option<u64> {
+        #[derive(serde::Deserialize)]
+        struct Hint {
+            version: u64,
+        }
+        let hint = self.local()?.join(format!("{table}.lance")).join("_versions/latest_version_hint.json");
+        serde_json::from_slice::<Hint>(&std::fs::read(hint).ok()?).ok().map(|hint| hint.version)
+    }
+
     fn store_params(&self) -> ObjectStoreParams {
         ObjectStoreParams { object_store_wrapper: self.storage.clone(), ..ObjectStoreParams::default() }
     }
@@ -142,7 +165,7 @@ impl Location {
         if let Some(version) = version {
             builder = builder.with_version(version);
         }
-        checked(builder.load()).await
+        checked(builder.load()).await.map_err(|e| self.named(table, version, e))
     }
 
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to.
@@ -150,7 +173,35 @@ impl Location {
         let builder = DatasetBuilder::from_uri(self.write_uri(table))
             .with_session(self.session.clone())
             .with_store_params(self.store_params());
-        checked(builder.load()).await
+        checked(builder.load()).await.map_err(|e| self.named(table, None, e))
+    }
+
+    /// The error of a table that could not be opened, with the name of the manifest where that can be read and is not what was
+    /// written.
+    fn named(&self, table: &str, version: Option<u64>, e: lance::Error) -> lance::Error {
+        use lance::Error as E;
+        if matches!(e, E::DatasetNotFound { .. } | E::VersionNotFound { .. } | E::NotSupported { .. }) {
+            return e;
+        }
+        let Some(folder) = self.local().map(|store| store.join(format!("{table}.lance")).join(VERSIONS)) else {
+            return e;
+        };
+        let files = std::fs::read_dir(&folder)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let manifests = files.filter_map(|file| Some((version_of(&file)?, file)));
+        let opened = match version {
+            Some(version) => manifests.into_iter().find(|(found, _)| *found == version),
+            None => manifests.max(),
+        };
+        match opened.map(|(_, file)| folder.join(file)) {
+            // What cannot be read at all is the system's error, which says so.
+            Some(path) if std::fs::read(&path).is_ok() => {
+                lance::Error::corrupt_file_named(&path.display().to_string(), detail(&e))
+            }
+            _ => e,
+        }
     }
 
     /// Returns the address of a table to be made, and the parameters to make it with.
@@ -163,6 +214,17 @@ impl Location {
         };
         (self.write_uri(table), params)
     }
+}
+
+/// The folder of a table that holds its manifests, one for each version.
+pub const VERSIONS: &str = "_versions";
+
+/// Returns the version that a manifest's name stands for: counted down from the greatest number, so that the newest comes first, or
+/// as it is in older tables. `None` for other files.
+pub fn version_of(file: &str) -> Option<u64> {
+    let number = file.strip_suffix(".manifest")?;
+    let parsed: u64 = number.parse().ok()?;
+    Some(if number.len() == 20 { u64::MAX - parsed } else { parsed })
 }
 
 /// The place behind an address with a scheme.
@@ -244,6 +306,14 @@ async fn checked(opening: impl Future<Output = lance::Result<Dataset>> + Send) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_of_manifests() {
+        assert_eq!(version_of("18446744073709551614.manifest"), Some(1));
+        assert_eq!(version_of("7.manifest"), Some(7));
+        assert_eq!(version_of("d7.manifest"), None);
+        assert_eq!(version_of("latest_version_hint.json"), None);
+    }
 
     #[test]
     fn addresses_that_no_store_lies_at() {

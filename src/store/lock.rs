@@ -3,12 +3,13 @@
 //!
 //! `layerstore.lock` is shared by imports and exclusive to gc, so that nothing an import is about to commit is
 //! collected. `layerstore.commit.lock` is held for the moment of a catalogue commit, so that each one builds on the
-//! one before it. Readers take neither. An object store has no such locks: Lance's own conflict detection orders
+//! one before it. `layerstore.index.lock` is held while indices are made, one after the other. Readers take none of them. An object store has no such locks: Lance's own conflict detection orders
 //! commits there, and gc goes by age.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{OwnedMutexGuard, OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
@@ -17,6 +18,42 @@ use crate::error::{Error, Result};
 
 const USE: &str = "layerstore.lock";
 const COMMIT: &str = "layerstore.commit.lock";
+const INDEX: &str = "layerstore.index.lock";
+
+/// How long a lock is waited for before somebody is told.
+const UNTOLD: Duration = Duration::from_millis(300);
+
+/// How long to sleep between attempts at a lock: twice as long after each, up to the second.
+const NAPS: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(32));
+
+/// What is told when an operation has to wait for a lock that another holds: which one, and who it may be.
+#[derive(Clone)]
+pub struct OnWait(Arc<dyn Fn(&str) + Send + Sync>);
+
+impl OnWait {
+    /// Returns a listener that `tell` is called for.
+    pub fn new(tell: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        OnWait(Arc::new(tell))
+    }
+
+    /// Waits for a lock; tells where that takes a while.
+    async fn told<T>(listener: Option<&Self>, what: impl Fn() -> String, lock: impl Future<Output = T>) -> T {
+        let mut lock = std::pin::pin!(lock);
+        if let Ok(lock) = tokio::time::timeout(UNTOLD, lock.as_mut()).await {
+            return lock;
+        }
+        if let Some(OnWait(tell)) = listener {
+            tell(&what());
+        }
+        lock.await
+    }
+}
+
+impl std::fmt::Debug for OnWait {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnWait")
+    }
+}
 
 /// A lock, held until it is dropped.
 #[derive(Debug)]
@@ -33,16 +70,20 @@ pub enum Guard {
     Nothing,
 }
 
-/// Waits for the lock that an import holds from its first look at the store to its commit.
+/// Waits for the lock that an import holds from its first look at the store to its commit. Whoever stops waiting has not taken it;
+/// so it is with all of these.
 ///
 /// # Errors
 /// When the lock's file cannot be opened.
 pub async fn importing(location: &Location) -> Result<Guard> {
-    match location.place() {
-        Place::Local(store) => held(store, USE, |file| file.lock_shared()).await,
-        Place::Memory(memory) => Ok(Guard::Shared { _lock: memory.using.clone().read_owned().await }),
-        Place::Remote => Ok(Guard::Nothing),
-    }
+    let lock = async {
+        match location.place() {
+            Place::Local(store) => held(store, USE, File::try_lock_shared).await,
+            Place::Memory(memory) => Ok(Guard::Shared { _lock: memory.using.clone().read_owned().await }),
+            Place::Remote => Ok(Guard::Nothing),
+        }
+    };
+    OnWait::told(location.on_wait(), waiting(location, USE, "gc, or an upgrade, is at work"), lock).await
 }
 
 /// Waits for the lock that is held for one commit of the catalogue.
@@ -50,11 +91,29 @@ pub async fn importing(location: &Location) -> Result<Guard> {
 /// # Errors
 /// As [`importing`].
 pub async fn committing(location: &Location) -> Result<Guard> {
-    match location.place() {
-        Place::Local(store) => held(store, COMMIT, |file| file.lock()).await,
-        Place::Memory(memory) => Ok(Guard::Commit { _lock: memory.committing.clone().lock_owned().await }),
-        Place::Remote => Ok(Guard::Nothing),
-    }
+    let lock = async {
+        match location.place() {
+            Place::Local(store) => held(store, COMMIT, File::try_lock).await,
+            Place::Memory(memory) => Ok(Guard::Commit { _lock: memory.committing.clone().lock_owned().await }),
+            Place::Remote => Ok(Guard::Nothing),
+        }
+    };
+    OnWait::told(location.on_wait(), waiting(location, COMMIT, "another process commits, or gc is at work"), lock).await
+}
+
+/// Waits for the lock that is held while indices are made.
+///
+/// # Errors
+/// As [`importing`].
+pub async fn indexing(location: &Location) -> Result<Guard> {
+    let lock = async {
+        match location.place() {
+            Place::Local(store) => held(store, INDEX, File::try_lock).await,
+            Place::Memory(memory) => Ok(Guard::Commit { _lock: memory.indexing.clone().lock_owned().await }),
+            Place::Remote => Ok(Guard::Nothing),
+        }
+    };
+    OnWait::told(location.on_wait(), waiting(location, INDEX, "another process makes indices"), lock).await
 }
 
 /// Waits up to `patience` for imports to finish, and keeps others from beginning: for gc, and for changes of the format.
@@ -62,41 +121,87 @@ pub async fn committing(location: &Location) -> Result<Guard> {
 /// # Errors
 /// As [`importing`], and [`Error::Busy`] when an import is still at work.
 pub async fn collecting(location: &Location, patience: Duration) -> Result<Guard> {
-    let busy = || Error::Busy { what: location.uri().to_owned(), holder: "an import is writing to it".into() };
-    let store = match location.place() {
-        Place::Local(store) => store,
-        Place::Memory(memory) => {
-            let lock = tokio::time::timeout(patience, memory.using.clone().write_owned()).await;
-            return Ok(Guard::Exclusive { _lock: lock.map_err(|_| busy())? });
+    let lock = async {
+        match location.place() {
+            Place::Local(store) => held(store, USE, File::try_lock).await,
+            Place::Memory(memory) => Ok(Guard::Exclusive { _lock: memory.using.clone().write_owned().await }),
+            Place::Remote => Ok(Guard::Nothing),
         }
-        Place::Remote => return Ok(Guard::Nothing),
     };
-    let path = store.join(USE);
+    let told = OnWait::told(location.on_wait(), waiting(location, USE, "an import is at work"), lock);
+    tokio::time::timeout(patience, told).await.unwrap_or_else(|_| {
+        Err(Error::Busy { what: location.uri().to_owned(), holder: "an import is writing to it".into() })
+    })
+}
+
+fn waiting<'a>(location: &'a Location, lock: &'a str, holder: &'a str) -> impl Fn() -> String + 'a {
+    move || match location.local() {
+        Some(store) => format!("waiting for {}: {holder}", store.join(lock).display()),
+        None => format!("waiting for a lock of {}: {holder}", location.uri()),
+    }
+}
+
+/// Waits for a lock of a file without holding a thread, so that whoever waits can be stopped.
+async fn held(store: &Path, name: &str, lock: fn(&File) -> Result<(), TryLockError>) -> Result<Guard> {
+    let path = store.join(name);
     let file = open(&path)?;
-    let deadline = Instant::now() + patience;
+    let mut nap = NAPS.0;
     loop {
-        match file.try_lock() {
+        match lock(&file) {
             Ok(()) => return Ok(Guard::File { _lock: file }),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                tokio::time::sleep(Duration::from_millis(50)).await
+            Err(TryLockError::WouldBlock) => {
+                tokio::time::sleep(nap).await;
+                nap = (2 * nap).min(NAPS.1);
             }
-            Err(TryLockError::WouldBlock) => return Err(busy()),
+            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Interrupted => {}
             Err(TryLockError::Error(e)) => return Err(Error::io(path, e)),
         }
     }
 }
 
-async fn held(store: &Path, name: &str, lock: fn(&File) -> std::io::Result<()>) -> Result<Guard> {
-    let path = store.join(name);
-    let file = open(&path)?;
-    let waited = tokio::task::spawn_blocking(move || lock(&file).map(|()| file)).await;
-    match waited {
-        Ok(Ok(file)) => Ok(Guard::File { _lock: file }),
-        Ok(Err(e)) => Err(Error::io(path, e)),
-        Err(_) => Err(Error::Cancelled),
-    }
+fn open(path: &Path) -> Result<File> {
+    // For reading too: network file systems ask that of a shared lock, and for writing of an exclusive one.
+    OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path).map_err(|e| Error::io(path, e))
 }
 
-fn open(path: &Path) -> Result<File> {
-    OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(|e| Error::io(path, e))
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::store::testing::Hooks;
+
+    /// A lock that is held is told of, can be given up, and is had when it is free.
+    #[tokio::test]
+    async fn waiting_is_told_and_can_be_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        for uri in [folder.path().to_str().unwrap(), "memory://waiting_is_told"] {
+            let told = Arc::new(Mutex::new(vec![]));
+            let listener = told.clone();
+            let on_wait = OnWait::new(move |text| listener.lock().unwrap().push(text.to_owned()));
+            let location = Location::new(uri, &Hooks::default()).unwrap().with_on_wait(Some(on_wait));
+            let commit = committing(&location).await.unwrap();
+            let index = indexing(&location).await.unwrap();
+            let collect = collecting(&location, Duration::from_secs(5)).await.unwrap();
+            assert_eq!(*told.lock().unwrap(), Vec::<String>::new());
+            let given_up = async |lock: &mut (dyn Future<Output = Result<Guard>> + Unpin)| {
+                assert!(tokio::time::timeout(UNTOLD + Duration::from_millis(200), lock).await.is_err());
+            };
+            given_up(&mut Box::pin(committing(&location))).await;
+            given_up(&mut Box::pin(indexing(&location))).await;
+            given_up(&mut Box::pin(importing(&location))).await;
+            let said = told.lock().unwrap().clone();
+            assert_eq!(said.len(), 3, "{said:?}");
+            assert!(said[0].contains("commits") && said[1].contains("indices") && said[2].contains("gc"), "{said:?}");
+            drop((commit, index, collect));
+            // Whoever gave up holds nothing.
+            drop((committing(&location).await.unwrap(), indexing(&location).await.unwrap()));
+            let import = (importing(&location).await.unwrap(), importing(&location).await.unwrap());
+            let busy = collecting(&location, Duration::from_millis(20)).await.unwrap_err();
+            assert!(matches!(busy, Error::Busy { .. }), "{busy}");
+            drop(import);
+            collecting(&location, Duration::from_secs(5)).await.unwrap();
+            assert_eq!(told.lock().unwrap().len(), 3);
+        }
+    }
 }

@@ -23,6 +23,8 @@ pub struct Memory {
     pub using: Arc<tokio::sync::RwLock<()>>,
     /// Held during one commit of the catalogue.
     pub committing: Arc<tokio::sync::Mutex<()>>,
+    /// Held while indices are made.
+    pub indexing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Memory {

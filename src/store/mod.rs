@@ -4,16 +4,19 @@
 //! artifact is which model's which layer, and every change of it is one version. See `docs/design.md` for the tables
 //! and the commit protocol.
 
+mod agreement;
 mod attention;
 mod catalogue;
 mod data;
 mod format;
 mod gc;
 mod handle;
+mod heal;
 mod listing;
 mod location;
 mod lock;
 mod memory;
+mod metadata;
 mod module;
 mod names;
 mod nearest;
@@ -41,16 +44,18 @@ pub use attention::AttentionHandle;
 pub use format::FORMAT_VERSION;
 pub use gc::GcReport;
 pub use handle::LayerHandle;
+pub use lock::OnWait;
+pub use metadata::DamagedMetadata;
 pub use module::ModuleHandle;
 pub(crate) use module::source_tensors;
 pub use nearest::{KeyIndexReport, NearKey};
 pub use reader::Reader;
-pub use record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
+pub use record::{ErrorBasis, LayerName, LayerRecord, RowLocations, Source, SourceTensor};
 pub use root::{DEFAULT_CACHE_BYTES, Store, StoreOptions};
 pub use single::{load_backend, save_backend};
 pub use snapshot::{Diff, LayerChange, LayerState, ModelSummary, Snapshot, State};
 pub use stats::Stats;
-pub use verify::{CorruptArtifact, LayerName, VerifyReport};
-pub use versions::{SnapshotInfo, VersionInfo};
+pub use verify::{CorruptArtifact, VerifyReport};
+pub use versions::{DeletedSnapshot, SnapshotInfo, VersionInfo};
 pub(crate) use writer::check_model_name;
 pub use writer::{ArtifactInfo, Provenance, Writer};

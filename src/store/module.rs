@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use chrono::Utc;
 use layerstore_core::layer::registry;
 
+use super::catalogue::{Scope, is_part};
 use super::handle::LayerHandle;
 use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
 use super::root::Store;
@@ -60,7 +61,7 @@ impl ModuleHandle {
 
 impl Store {
     /// Saves a module as layers of `model`, in the place of whatever was there under its name, as one new version. Other
-    /// layers of the model stay as they are.
+    /// layers of the model stay as they are, also those that are saved at the same time.
     ///
     /// # Errors
     /// As [`Store::save_layers`].
@@ -85,10 +86,7 @@ impl Store {
             return Err(Error::expected("layer to save", format!("'{name}'"), format!("'{prefix}', or one behind it")));
         }
         let mut writer = self.writer().await?;
-        let latest = self.latest().await?;
-        let known = latest.models().await?.iter().any(|m| m.model == model);
-        let mut records = if known { latest.layers(model).await? } else { vec![] };
-        records.retain(|r| !is_part(&r.layer, prefix));
+        let mut records = Vec::with_capacity(layers.len());
         for (name, layer) in layers {
             let parts = layer.to_parts();
             let id = parts.id();
@@ -112,12 +110,8 @@ impl Store {
                 locations: RowLocations::default(),
             });
         }
-        writer.commit(model, &records, message).await
+        writer.commit_in((model, Scope::Part(prefix)), &records, message).await
     }
-}
-
-fn is_part(layer: &str, name: &str) -> bool {
-    layer.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// Returns the tensors that an export makes of a layer that came from no checkpoint: as if it had come from one of f32.

@@ -17,11 +17,10 @@ use serde::Serialize;
 use super::handle::LayerHandle;
 use super::listing::data_tables;
 use super::lock;
-use super::record::LayerRecord;
+use super::record::{LayerName, LayerRecord};
 use super::root::Store;
 use super::schema::Table;
 use super::snapshot::Snapshot;
-use super::verify::LayerName;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
@@ -34,6 +33,9 @@ const LEAST_ROWS: usize = 256;
 
 /// Rows of a partition of the index.
 const PARTITION_ROWS: usize = 4096;
+
+/// Attempts at an index before the contention is reported.
+const INDEX_ATTEMPTS: u32 = 5;
 
 /// Numbers of a key that share a code.
 const PIECE: usize = 8;
@@ -160,27 +162,41 @@ fn list(widths: &[usize]) -> String {
 impl Store {
     /// Makes the index of every table of keys that has enough of them, or makes it anew: Lance's IVF-PQ by cosine, which
     /// [`Snapshot::nearest_keys`] uses, and any notebook. Keys that come later are looked at one by one until the next
-    /// call. `progress` is told of each table before its index is made.
+    /// call. `progress` is told of each table before its index is made. Of two calls at once, also of two processes, the later
+    /// waits for the earlier.
     ///
     /// # Errors
     /// When the storage refuses, or gc is at work.
     pub async fn index_keys(&self, progress: impl Fn(&str, usize)) -> Result<Vec<KeyIndexReport>> {
         let location = &self.shared().location;
-        let _guard = lock::importing(location).await?;
+        let _guards = (lock::importing(location).await?, lock::indexing(location).await?);
         let mut reports = vec![];
         for (name, table) in data_tables(location).await? {
             let Table::Keys(width) = table else { continue };
             let action = || format!("indexing table '{name}'");
-            let mut dataset = location.open_for_write(&name).during(action()).await?;
-            let rows = dataset.count_rows(None).during(action()).await?;
-            let partitions = (rows >= LEAST_ROWS).then_some((rows / PARTITION_ROWS).max(1));
-            if let Some(partitions) = partitions {
-                progress(&name, rows);
+            let mut attempt = 1;
+            let (rows, partitions) = loop {
+                let mut dataset = location.open_for_write(&name).during(action()).await?;
+                let rows = dataset.count_rows(None).during(action()).await?;
+                let partitions = (rows >= LEAST_ROWS).then_some((rows / PARTITION_ROWS).max(1));
+                let Some(some) = partitions else { break (rows, None) };
+                if attempt == 1 {
+                    progress(&name, rows);
+                }
                 let pieces = (1..=width.div_ceil(PIECE)).rev().find(|n| width.is_multiple_of(*n)).unwrap_or(1);
-                let params = VectorIndexParams::ivf_pq(partitions, 8, pieces, DistanceType::Cosine, PASSES);
+                let params = VectorIndexParams::ivf_pq(some, 8, pieces, DistanceType::Cosine, PASSES);
                 let made = dataset.create_index(&["vector"], IndexType::Vector, Some(INDEX.into()), &params, true);
-                made.during(action()).await?;
-            }
+                match made.into_future().caught().await {
+                    Ok(_) => break (rows, partitions),
+                    // Where there are no locks, or another program holds to none: on what it has made.
+                    Err(lance::Error::RetryableCommitConflict { .. } | lance::Error::CommitConflict { .. })
+                        if attempt < INDEX_ATTEMPTS =>
+                    {
+                        attempt += 1;
+                    }
+                    Err(e) => return Err(storage_error(action())(e)),
+                }
+            };
             reports.push(KeyIndexReport { table: name, keys: rows as u64, partitions });
         }
         Ok(reports)

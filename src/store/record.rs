@@ -64,6 +64,15 @@ pub struct Source {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// A layer's full name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct LayerName {
+    /// The model.
+    pub model: String,
+    /// The layer's name within it.
+    pub layer: String,
+}
+
 /// One row of the catalogue: a layer of a model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerRecord {
@@ -118,6 +127,15 @@ impl LayerRecord {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RowLocations(pub(super) BTreeMap<String, TableRows>);
+
+impl RowLocations {
+    /// Returns whether an artifact has as many rows in each table as another row says; of one that says nothing, it has.
+    pub(super) fn as_many_rows(&self, other: &RowLocations) -> bool {
+        other.0.is_empty()
+            || self.0.len() == other.0.len()
+                && self.0.iter().all(|(table, rows)| other.0.get(table).is_some_and(|o| o.rows == rows.rows))
+    }
+}
 
 /// The rows of one table that belong to an artifact.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -312,6 +330,21 @@ pub fn read_layers(batch: &RecordBatch) -> Result<Vec<LayerRecord>> {
             })
         })
         .collect()
+}
+
+/// Reads which artifact each row of the catalogue names, for which layer.
+pub fn named_layers(batch: &RecordBatch) -> Result<Vec<(ArtifactId, LayerName)>> {
+    let r = Columns { table: schema::LAYERS, batch };
+    let named = |row| {
+        let layer = LayerName { model: r.text("model", row)?.to_owned(), layer: r.text("layer", row)?.to_owned() };
+        Ok((ArtifactId(r.hash("artifact", row)?), layer))
+    };
+    (0..batch.num_rows()).map(named).collect()
+}
+
+/// Reads where a row of the catalogue says that its artifact's rows are.
+pub fn locations_of(batch: &RecordBatch, row: usize) -> Result<RowLocations> {
+    Columns { table: schema::LAYERS, batch }.parsed(LOCATIONS, row)
 }
 
 /// Reads the rows of the table of artifacts in a batch.

@@ -9,13 +9,14 @@ use super::catalogue;
 use super::gc::{self, GcReport};
 use super::handle::LayerHandle;
 use super::location::Location;
+use super::lock::OnWait;
 use super::reader::Reader;
 use super::shared::Shared;
 use super::snapshot::Snapshot;
 use super::testing::Hooks;
 use super::upgrade;
 use super::verify::{self, VerifyReport};
-use super::versions::{self, SnapshotInfo, VersionInfo};
+use super::versions::{self, DeletedSnapshot, SnapshotInfo, VersionInfo};
 use super::writer::Writer;
 use crate::error::{Error, Result};
 
@@ -33,6 +34,8 @@ pub struct StoreOptions {
     /// What reads layers from files of the local file system. `None` asks the environment variable `LAYERSTORE_READER`,
     /// `direct` or `lance`, and takes [`Reader::Direct`] where that is not set.
     pub reader: Option<Reader>,
+    /// What is told when an operation has to wait for a lock that another process holds.
+    pub on_wait: Option<OnWait>,
     /// What the tests replace.
     #[doc(hidden)]
     pub hooks: Hooks,
@@ -40,7 +43,7 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        StoreOptions { cache_bytes: DEFAULT_CACHE_BYTES, reader: None, hooks: Hooks::default() }
+        StoreOptions { cache_bytes: DEFAULT_CACHE_BYTES, reader: None, on_wait: None, hooks: Hooks::default() }
     }
 }
 
@@ -65,7 +68,7 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and when `LAYERSTORE_READER` names no reader.
     pub async fn open_with(uri: &str, options: StoreOptions) -> Result<Self> {
-        let location = Location::new(uri, &options.hooks)?;
+        let location = Location::new(uri, &options.hooks)?.with_on_wait(options.on_wait.clone());
         let catalogue = catalogue::open(&location, None).await?;
         Self::new(location, catalogue, options)
     }
@@ -83,7 +86,7 @@ impl Store {
     /// # Errors
     /// As [`Store::create`], and when `LAYERSTORE_READER` names no reader.
     pub async fn create_with(uri: &str, options: StoreOptions) -> Result<Self> {
-        let location = Location::new(uri, &options.hooks)?;
+        let location = Location::new(uri, &options.hooks)?.with_on_wait(options.on_wait.clone());
         let catalogue = catalogue::open_or_create(&location).await?;
         Self::new(location, catalogue, options)
     }
@@ -126,7 +129,7 @@ impl Store {
     /// # Errors
     /// When there is no such snapshot or version.
     pub async fn at(&self, name: &str) -> Result<Snapshot> {
-        let version = versions::resolve(self.shared.catalogue().dataset(), name).await?;
+        let version = versions::resolve(&self.shared.location, self.shared.catalogue().dataset(), name).await?;
         let dataset = catalogue::open(&self.shared.location, Some(version)).await?;
         Ok(Snapshot::new(self.shared.clone(), dataset.into(), Some(name)))
     }
@@ -144,14 +147,14 @@ impl Store {
     /// # Errors
     /// When the storage refuses.
     pub async fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
-        versions::list_snapshots(self.shared.catalogue().dataset()).await
+        versions::list_snapshots(&self.shared.location, self.shared.catalogue().dataset()).await
     }
 
-    /// Deletes a snapshot's name; its version stays until gc.
+    /// Deletes a snapshot's name, also one whose file is damaged or whose version is not there. A version stays until gc.
     ///
     /// # Errors
     /// When there is no such snapshot.
-    pub async fn delete_snapshot(&self, name: &str) -> Result<SnapshotInfo> {
+    pub async fn delete_snapshot(&self, name: &str) -> Result<DeletedSnapshot> {
         versions::delete_snapshot(&self.shared.location, name).await
     }
 
@@ -168,7 +171,7 @@ impl Store {
     /// # Errors
     /// When the storage refuses.
     pub async fn log(&self) -> Result<Vec<VersionInfo>> {
-        versions::log(self.shared.latest().await?.dataset()).await
+        versions::log(&self.shared.location, self.shared.latest().await?.dataset()).await
     }
 
     /// Begins a change of a model. gc waits until it is committed or dropped.

@@ -2,9 +2,10 @@
 
 use chrono::Utc;
 
+use super::catalogue::{Scope, not_alone};
 use super::handle::LayerHandle;
 use super::record::{ErrorBasis, LayerRecord, RowLocations, Source};
-use super::root::Store;
+use super::root::{Store, StoreOptions};
 use super::writer::Provenance;
 use crate::error::{Error, Result};
 use crate::layer::{Layer, Parts, SharedLayer};
@@ -35,7 +36,7 @@ pub async fn save_backend(layer: &dyn Layer, uri: &str) -> Result<()> {
         created_at: Utc::now(),
         locations: RowLocations::default(),
     };
-    save(record, parts, uri).await
+    save(record, parts, uri, StoreOptions::default()).await
 }
 
 /// Loads the layer of a store that [`save_backend`] or [`LayerHandle::copy_to`] made, as it was, settings included.
@@ -63,19 +64,17 @@ impl LayerHandle {
     /// As [`save_backend`], and when the layer cannot be read.
     pub async fn copy_to(&self, uri: &str) -> Result<()> {
         let record = LayerRecord { locations: RowLocations::default(), ..self.record().clone() };
-        save(record, self.load().await?.to_parts(), uri).await
+        let options = StoreOptions { on_wait: self.shared().location.on_wait().cloned(), ..StoreOptions::default() };
+        save(record, self.load().await?.to_parts(), uri, options).await
     }
 }
 
-async fn save(record: LayerRecord, parts: Parts, uri: &str) -> Result<()> {
-    let store = Store::create(uri).await?;
+async fn save(record: LayerRecord, parts: Parts, uri: &str, options: StoreOptions) -> Result<()> {
+    let store = Store::create_with(uri, options).await?;
+    // Before anything is written there; the commit asks again.
     let held = store.latest().await?.records().await?;
     if let Some(other) = held.iter().find(|r| (&r.model, &r.layer) != (&record.model, &record.layer)) {
-        return Err(Error::expected(
-            format!("layers in {uri}"),
-            format!("layer '{}' of model '{}'", other.layer, other.model),
-            format!("none, or layer '{}' of model '{}' alone", record.layer, record.model),
-        ));
+        return Err(not_alone(uri, other, (&record.model, &[record.layer.as_str()])));
     }
     let mut writer = store.writer().await?;
     // It was made elsewhere: its name says all that is known.
@@ -83,6 +82,6 @@ async fn save(record: LayerRecord, parts: Parts, uri: &str) -> Result<()> {
         Provenance { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
     writer.add(&parts, provenance).await?;
     let model = record.model.clone();
-    writer.commit(&model, &[record], None).await?;
+    writer.commit_in((&model, Scope::Alone), &[record], None).await?;
     Ok(())
 }

@@ -41,7 +41,7 @@ pub async fn stats(shared: &Shared, dataset: &Dataset, records: &[LayerRecord]) 
         layers: records.len() as u64,
         artifacts: shared.data.records().await?.len() as u64,
         versions: catalogue::versions(dataset).await?.len() as u64,
-        snapshots: versions::tags(dataset).await?.len() as u64,
+        snapshots: versions::tag_names(&shared.location).await?.len() as u64,
         bytes: disk_bytes(&shared.location).await,
         dense_bytes: sum(records.iter().map(|r| r.dense_bytes)),
         deduplicated_bytes: sum(records.iter().map(|r| r.stored_bytes)).saturating_sub(sum(once.into_values())),

@@ -1,4 +1,4 @@
-//! Every artifact held against its name.
+//! Every version of every table opened, and every artifact held against its name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -6,9 +6,12 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
-use super::record::ArtifactRecord;
+use super::agreement::{DataTables, Names};
+use super::catalogue;
+use super::metadata::{self, DamagedMetadata};
+use super::record::{ArtifactRecord, LayerName, RowLocations};
+use super::schema::LAYERS;
 use super::shared::Shared;
-use super::{catalogue, versions};
 use crate::error::Result;
 use crate::layer::ArtifactId;
 use crate::tasks::unwrap_join;
@@ -21,8 +24,17 @@ const AT_ONCE: usize = 2;
 pub struct VerifyReport {
     /// Artifacts looked at.
     pub artifacts: u64,
-    /// Those that are not what was written.
+    /// Those that are not what was written, or that a table lacks which should have them.
     pub corrupt: Vec<CorruptArtifact>,
+    /// Versions of tables, and snapshots, that cannot be opened.
+    pub damaged: Vec<DamagedMetadata>,
+}
+
+impl VerifyReport {
+    /// Returns whether nothing was found.
+    pub fn is_sound(&self) -> bool {
+        self.corrupt.is_empty() && self.damaged.is_empty()
+    }
 }
 
 /// An artifact that is not what was written.
@@ -32,37 +44,46 @@ pub struct CorruptArtifact {
     pub artifact: String,
     /// What was found.
     pub reason: String,
-    /// Layers of the latest version and of the snapshots that use it.
+    /// Layers that use it, in any version that is there.
     pub layers: Vec<LayerName>,
 }
 
-/// A layer's full name.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct LayerName {
-    /// The model.
-    pub model: String,
-    /// The layer's name within it.
-    pub layer: String,
-}
-
-/// Reads every artifact and hashes it. `seen` is told of each one.
+/// Opens every version of every table, and reads every artifact and hashes it. `seen` is told of each one.
 ///
 /// # Errors
-/// When the catalogue or the list of artifacts cannot be read.
+/// When the latest version of the catalogue, or of the list of artifacts, cannot be read.
 pub async fn verify(shared: &Arc<Shared>, seen: Arc<dyn Fn(usize, usize) + Send + Sync>) -> Result<VerifyReport> {
+    let location = &shared.location;
+    // The catalogue first, then the list, then the data: an import at work writes them the other way round.
+    let latest = shared.latest().await?.dataset().version_id();
+    let (mut damaged, versions) = metadata::damaged(location).await?;
     let mut users: BTreeMap<ArtifactId, BTreeSet<LayerName>> = BTreeMap::new();
-    let latest = shared.latest().await?;
-    let mut used: BTreeSet<u64> = versions::tags(latest.dataset()).await?.into_iter().map(|(_, v)| v).collect();
-    used.insert(latest.dataset().version_id());
-    for version in used {
-        let dataset = catalogue::open(&shared.location, Some(version)).await?;
-        for r in catalogue::rows(&shared.location, &dataset, None).await? {
-            users.entry(r.artifact).or_default().insert(LayerName { model: r.model, layer: r.layer });
+    let mut named = Names::default();
+    for version in versions.into_iter().rev() {
+        let read = async {
+            let dataset = catalogue::open(location, Some(version)).await?;
+            for (artifact, layer) in named.add(&dataset).await? {
+                users.entry(artifact).or_default().insert(layer);
+            }
+            // Whatever else a row holds.
+            catalogue::rows(location, &dataset, None).await
+        };
+        match read.await {
+            Ok(_) => {}
+            Err(e) if version == latest => return Err(e),
+            Err(e) => damaged.push(DamagedMetadata {
+                table: LAYERS.into(),
+                version: Some(version),
+                snapshot: None,
+                file: format!("{}/data", location.table_uri(LAYERS)),
+                reason: e.to_string(),
+            }),
         }
     }
     let records = shared.data.records().await?;
     let total = records.len();
-    let listed: BTreeSet<ArtifactId> = records.iter().map(|r| r.artifact).collect();
+    let listed: BTreeMap<ArtifactId, RowLocations> =
+        records.iter().map(|r| (r.artifact, r.locations.clone())).collect();
     let checks = futures::stream::iter(records.into_iter().enumerate().map(|(place, record)| {
         let (shared, seen) = (shared.clone(), seen.clone());
         async move {
@@ -75,15 +96,27 @@ pub async fn verify(shared: &Arc<Shared>, seen: Arc<dyn Fn(usize, usize) + Send 
     }));
     let mut found: BTreeMap<ArtifactId, String> =
         checks.buffer_unordered(AT_ONCE).try_filter_map(|c| async { Ok(c) }).try_collect().await?;
-    for id in users.keys().filter(|id| !listed.contains(id)) {
+    for (id, _) in named.iter().filter(|(id, _)| !listed.contains_key(id)) {
         found.insert(*id, "the table of artifacts does not list it".into());
+    }
+    let mut tables = DataTables::of(location);
+    for (id, locations) in &listed {
+        let lack = match named.get(id) {
+            Some(user) if !locations.as_many_rows(&user.locations) => {
+                Some(format!("{user} and the table of artifacts say other numbers of rows"))
+            }
+            _ => tables.lack(*id, locations, true).await.unwrap_or_else(|e| Some(e.to_string())),
+        };
+        if let Some(lack) = lack {
+            found.entry(*id).or_insert(lack);
+        }
     }
     let corrupt = found.into_iter().map(|(id, reason)| CorruptArtifact {
         artifact: id.to_string(),
         reason,
         layers: users.remove(&id).unwrap_or_default().into_iter().collect(),
     });
-    Ok(VerifyReport { artifacts: total as u64, corrupt: corrupt.collect() })
+    Ok(VerifyReport { artifacts: total as u64, corrupt: corrupt.collect(), damaged })
 }
 
 /// The reason why an artifact is not what was written, if so.

@@ -10,10 +10,12 @@ use lance::dataset::transaction::{Operation, TransactionBuilder};
 use serde::Serialize;
 
 use super::catalogue::{MESSAGE, OPERATION, open, properties, versions, writable};
+use super::listing::names_in;
 use super::location::Location;
 use super::lock;
+use super::schema::LAYERS;
 use super::upgrade::with_format;
-use super::waiting::{Waiting, storage_error};
+use super::waiting::{Waiting, reason, storage_error};
 use crate::error::{Error, Result};
 
 /// A version of the store, as `log` lists it.
@@ -42,11 +44,25 @@ pub struct SnapshotInfo {
     pub time: DateTime<Utc>,
 }
 
+/// A snapshot whose name was taken away.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DeletedSnapshot {
+    /// Its name.
+    pub name: String,
+    /// The number of the version that it named; `None` where its file named none.
+    pub version: Option<u64>,
+    /// When that version was committed; `None` where it cannot be read.
+    pub time: Option<DateTime<Utc>>,
+}
+
 /// Returns all versions, newest first.
-pub async fn log(dataset: &Dataset) -> Result<Vec<VersionInfo>> {
+///
+/// # Errors
+/// When a version or a snapshot cannot be read.
+pub async fn log(location: &Location, dataset: &Dataset) -> Result<Vec<VersionInfo>> {
     let mut names: HashMap<u64, Vec<String>> = HashMap::new();
-    for snapshot in tags(dataset).await? {
-        names.entry(snapshot.1).or_default().push(snapshot.0);
+    for (name, version) in tags(location, dataset).await? {
+        names.entry(version).or_default().push(name);
     }
     let mut numbers = versions(dataset).await?;
     numbers.sort_unstable_by(|a, b| b.cmp(a));
@@ -69,12 +85,48 @@ pub async fn log(dataset: &Dataset) -> Result<Vec<VersionInfo>> {
     Ok(log)
 }
 
+/// The folder of a table that holds its tags.
+const TAGS: [&str; 2] = ["_refs", "tags"];
+
 /// Returns the snapshots' names and versions, by name.
-pub async fn tags(dataset: &Dataset) -> Result<Vec<(String, u64)>> {
-    let tags = dataset.tags().list().during("listing snapshots").await?;
-    let mut tags: Vec<(String, u64)> = tags.into_iter().map(|(name, tag)| (name, tag.version)).collect();
-    tags.sort();
+///
+/// # Errors
+/// When one of them cannot be read: the message names its file.
+pub async fn tags(location: &Location, dataset: &Dataset) -> Result<Vec<(String, u64)>> {
+    let mut tags = vec![];
+    for name in tag_names(location).await? {
+        let version = tag(location, dataset, &name).await?;
+        tags.push((name, version));
+    }
     Ok(tags)
+}
+
+/// Returns the snapshots' names, also of those that cannot be read.
+pub async fn tag_names(location: &Location) -> Result<Vec<String>> {
+    let files = names_in(location, LAYERS, &TAGS).await?;
+    Ok(files.iter().filter_map(|file| file.strip_suffix(".json")).map(str::to_owned).collect())
+}
+
+/// Returns the version that a snapshot's file names.
+///
+/// # Errors
+/// [`Error::Damaged`] when it names none.
+pub async fn tag(location: &Location, dataset: &Dataset, name: &str) -> Result<u64> {
+    let read = dataset.tags().get_version(name).caught().await;
+    read.map_err(|e| Error::Damaged {
+        action: format!("reading snapshot '{name}'"),
+        message: format!(
+            "file {} names no version: {}; `layerstore snapshot delete {name}` removes it",
+            tag_file(location, name),
+            reason(&e)
+        ),
+        source: Some(Box::new(e)),
+    })
+}
+
+/// Returns the address of the file that names a snapshot's version.
+pub fn tag_file(location: &Location, name: &str) -> String {
+    format!("{}/{}/{name}.json", location.table_uri(LAYERS), TAGS.join("/"))
 }
 
 /// Names the latest version.
@@ -88,7 +140,7 @@ pub async fn create_snapshot(location: &Location, name: &str) -> Result<Snapshot
     match dataset.tags().create(name, version).caught().await {
         Ok(()) => Ok(SnapshotInfo { name: name.to_owned(), version, time: dataset.version().timestamp }),
         Err(lance::Error::RefConflict { .. }) => {
-            let taken = dataset.tags().get_version(name).during(action).await?;
+            let taken = tag(location, &dataset, name).await?;
             Err(Error::SnapshotExists { name: name.to_owned(), version: taken })
         }
         Err(e) => Err(storage_error(action)(e)),
@@ -96,13 +148,16 @@ pub async fn create_snapshot(location: &Location, name: &str) -> Result<Snapshot
 }
 
 /// Returns all snapshots, by version and name.
-pub async fn list_snapshots(dataset: &Dataset) -> Result<Vec<SnapshotInfo>> {
+///
+/// # Errors
+/// When one cannot be read, or names a version that is not there.
+pub async fn list_snapshots(location: &Location, dataset: &Dataset) -> Result<Vec<SnapshotInfo>> {
     let mut times: BTreeMap<u64, DateTime<Utc>> = BTreeMap::new();
     let mut list = Vec::new();
-    for (name, version) in tags(dataset).await? {
+    for (name, version) in tags(location, dataset).await? {
         let time = match times.get(&version) {
             Some(time) => *time,
-            None => dataset.read_version_transaction(version).during("listing snapshots").await?.timestamp,
+            None => time_of(dataset, &name, version).await?,
         };
         times.insert(version, time);
         list.push(SnapshotInfo { name, version, time });
@@ -111,31 +166,39 @@ pub async fn list_snapshots(dataset: &Dataset) -> Result<Vec<SnapshotInfo>> {
     Ok(list)
 }
 
-/// Takes a name away from its version.
-pub async fn delete_snapshot(location: &Location, name: &str) -> Result<SnapshotInfo> {
+/// When the version of a snapshot was committed.
+async fn time_of(dataset: &Dataset, name: &str, version: u64) -> Result<DateTime<Utc>> {
+    let read = dataset.read_version_transaction(version).caught().await;
+    let action = || format!("reading version {version}, which snapshot '{name}' names");
+    read.map(|read| read.timestamp).map_err(storage_error(action()))
+}
+
+/// Takes a name away from its version, also a name whose file or version cannot be read.
+pub async fn delete_snapshot(location: &Location, name: &str) -> Result<DeletedSnapshot> {
+    let _guard = lock::committing(location).await?;
     let dataset = writable(location).await?;
-    let known = list_snapshots(&dataset).await?;
-    let Some(found) = known.iter().find(|s| s.name == name) else {
-        return Err(Error::UnknownSnapshot {
-            name: name.to_owned(),
-            known: known.into_iter().map(|s| s.name).collect(),
-        });
+    let known = tag_names(location).await?;
+    if !known.iter().any(|known| known == name) {
+        return Err(Error::UnknownSnapshot { name: name.to_owned(), known });
+    }
+    let version = tag(location, &dataset, name).await.ok();
+    let time = match version {
+        Some(version) => time_of(&dataset, name, version).await.ok(),
+        None => None,
     };
     dataset.tags().delete(name).during(format!("deleting snapshot '{name}'")).await?;
-    Ok(found.clone())
+    Ok(DeletedSnapshot { name: name.to_owned(), version, time })
 }
 
 /// Returns the version that a snapshot's name, or a version's number, stands for.
-pub async fn resolve(dataset: &Dataset, name: &str) -> Result<u64> {
+pub async fn resolve(location: &Location, dataset: &Dataset, name: &str) -> Result<u64> {
     if let Ok(version) = name.parse::<u64>() {
         return Ok(version);
     }
-    let tags = tags(dataset).await?;
-    match tags.iter().find(|(tag, _)| tag == name) {
-        Some((_, version)) => Ok(*version),
-        None => {
-            Err(Error::UnknownSnapshot { name: name.to_owned(), known: tags.into_iter().map(|(tag, _)| tag).collect() })
-        }
+    let known = tag_names(location).await?;
+    match known.iter().any(|known| known == name) {
+        true => tag(location, dataset, name).await,
+        false => Err(Error::UnknownSnapshot { name: name.to_owned(), known }),
     }
 }
 
@@ -161,7 +224,7 @@ pub async fn restore(location: &Location, name: &str) -> Result<SnapshotInfo> {
     let _guard = lock::committing(location).await?;
     let dataset = writable(location).await?;
     let format = location.format_of(&dataset)?;
-    let version = resolve(&dataset, name).await?;
+    let version = resolve(location, &dataset, name).await?;
     open(location, Some(version)).await?;
     let restored = |dataset: &Dataset| SnapshotInfo {
         name: name.to_owned(),

@@ -113,6 +113,15 @@ pub fn reason(e: &lance::Error) -> String {
     }
 }
 
+/// Returns what is wrong with a file, without its name; [`reason`] of other errors.
+pub fn detail(e: &lance::Error) -> String {
+    match e {
+        lance::Error::CorruptFile { source, .. } => source.to_string(),
+        lance::Error::Shared { source } => detail(source),
+        other => reason(other),
+    }
+}
+
 /// The reason that an error of another library gives: that of an error of Lance within it, if there is one.
 fn foreign_reason(e: &(dyn std::error::Error + 'static)) -> String {
     let mut next = Some(e);

@@ -10,9 +10,11 @@ use lance::dataset::transaction::Operation;
 use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
 use serde_json::Value;
 
-use super::catalogue::{self, create_table, replace_model};
+use super::agreement::DataTables;
+use super::catalogue::{self, Scope, create_table, replace};
 use super::data::Data;
 use super::format::{Format, without_missing};
+use super::heal;
 use super::location::Location;
 use super::lock::{self, Guard};
 use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
@@ -69,19 +71,27 @@ pub struct Writer {
     written_bytes: u64,
     /// Set while rows are being written: what was gathered is gone if that fails or is given up.
     broken: bool,
+    /// The lock of commits, where it was taken ahead.
+    commit: Option<Guard>,
 }
 
 impl Writer {
-    /// Takes the lock of imports, and reads which artifacts the store has.
+    /// Takes the lock of imports, and reads which artifacts the store has. Those that the catalogue names and the list or a data
+    /// table has lost are written again.
     ///
     /// # Errors
     /// When the storage refuses.
-    pub(super) async fn begin(location: &Location, data: &Data) -> Result<Self> {
+    pub(super) async fn begin(location: &Location, data: &Arc<Data>) -> Result<Self> {
         let guard = lock::importing(location).await?;
         let format = location.format_of(&catalogue::open(location, None).await?)?;
         let mut recipes = HashMap::new();
         let mut known = HashMap::new();
+        let (mut tables, mut lost) = (DataTables::of(location), HashMap::new());
         for record in data.records().await? {
+            if tables.lack(record.artifact, &record.locations, false).await?.is_some() {
+                lost.insert(record.artifact, record.recipe);
+                continue;
+            }
             known.insert(record.artifact, record.locations);
             let stored = ArtifactInfo {
                 artifact: record.artifact,
@@ -93,9 +103,8 @@ impl Writer {
             };
             recipes.insert(record.recipe, stored);
         }
-        let location = location.clone();
-        Ok(Writer {
-            location,
+        let mut writer = Writer {
+            location: location.clone(),
             _guard: guard,
             format,
             recipes,
@@ -104,7 +113,27 @@ impl Writer {
             pending_bytes: 0,
             written_bytes: 0,
             broken: false,
-        })
+            commit: None,
+        };
+        heal::complete(&mut writer, location, data, &lost).await?;
+        // What was lost is not the change's own.
+        writer.written_bytes = 0;
+        Ok(writer)
+    }
+
+    /// Returns whether the store has an artifact, or will have it with the next flush.
+    pub(super) fn has(&self, artifact: &ArtifactId) -> bool {
+        self.known.contains_key(artifact)
+    }
+
+    /// Lists artifacts whose rows are there.
+    pub(super) async fn list(&mut self, records: Vec<ArtifactRecord>) -> Result<()> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        append((&self.location, self.format), ARTIFACTS, vec![artifacts_batch(&records)?]).await?;
+        self.known.extend(records.into_iter().map(|r| (r.artifact, r.locations)));
+        Ok(())
     }
 
     /// Returns the artifact that was made by this recipe, if the store has it.
@@ -171,12 +200,22 @@ impl Writer {
             return Ok(());
         }
         self.broken = true;
+        // A table that is made now takes the lock for itself.
+        self.commit = None;
         let pending = std::mem::take(&mut self.pending);
         let records = self.write_rows(pending).await?;
-        append((&self.location, self.format), ARTIFACTS, vec![artifacts_batch(&records)?]).await?;
-        self.known.extend(records.into_iter().map(|r| (r.artifact, r.locations)));
+        self.list(records).await?;
         self.written_bytes += std::mem::take(&mut self.pending_bytes);
         self.broken = false;
+        Ok(())
+    }
+
+    /// Writes what was gathered and waits for the lock of commits, so that the commit itself waits for nobody.
+    pub(crate) async fn ready(&mut self) -> Result<()> {
+        self.flush().await?;
+        if self.commit.is_none() {
+            self.commit = Some(lock::committing(&self.location).await?);
+        }
         Ok(())
     }
 
@@ -215,7 +254,29 @@ impl Writer {
     ///
     /// # Errors
     /// When a record names an artifact that is not in the store, or the storage refuses: then nothing has changed.
-    pub async fn commit(mut self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
+    pub async fn commit(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
+        self.commit_in((model, Scope::Model), records, message).await
+    }
+
+    /// Puts `records` in the place of the model's layers of the same names, as one new version, and returns its number. Other layers
+    /// of the model stay as they are in the latest version, whoever has changed them since the writer began.
+    ///
+    /// # Errors
+    /// As [`Writer::commit`].
+    pub async fn commit_layers(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
+        self.commit_in((model, Scope::Layers), records, message).await
+    }
+
+    /// Puts `records` in the place of what is in a scope.
+    ///
+    /// # Errors
+    /// As [`Writer::commit`].
+    pub(super) async fn commit_in(
+        mut self,
+        (model, scope): (&str, Scope<'_>),
+        records: &[LayerRecord],
+        message: Option<&str>,
+    ) -> Result<u64> {
         check_model_name(model)?;
         if let Some(record) = records.iter().find(|r| r.model != model) {
             return Err(Error::expected(format!("model of layer '{}'", record.layer), &record.model, model));
@@ -235,13 +296,13 @@ impl Writer {
                 "each name once",
             ));
         }
-        self.flush().await?;
-        let operation = if records.is_empty() { "remove" } else { "import" };
+        self.ready().await?;
+        let operation = if records.is_empty() && matches!(scope, Scope::Model) { "remove" } else { "import" };
         let mut records = records.to_vec();
         for record in &mut records {
             record.locations = self.known.get(&record.artifact).cloned().unwrap_or_default();
         }
-        replace_model(&self.location, model, &records, operation, message).await
+        replace(&self.location, (model, scope), &records, operation, message).await
     }
 }
 

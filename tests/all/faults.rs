@@ -171,6 +171,148 @@ async fn a_damaged_manifest_is_an_error() {
     }
 }
 
+/// The newest manifest of a table, which has the least name.
+fn newest_manifest(place: &Place, table: &str) -> std::path::PathBuf {
+    files(&place.path(&format!("layers/{table}.lance/_versions"))).remove(0)
+}
+
+/// What each layer of every model gives, as it is exported.
+fn exported(place: &Place) -> Vec<(String, Vec<u8>)> {
+    let models = place.json(&["models"]);
+    let names = models.as_array().unwrap().iter().map(|m| m["model"].as_str().unwrap().to_owned());
+    let export = |model: String| {
+        let path = place.path(&format!("{model}-out.safetensors"));
+        place.json(&["export", &model, "--output", path.to_str().unwrap()]);
+        (model, std::fs::read(path).unwrap())
+    };
+    names.map(export).collect()
+}
+
+/// A table that is older than the catalogue, as a copy of a store at work can have it: nothing that a version names is collected,
+/// `verify` tells, and an import of any model mends it.
+#[test]
+fn gc_spares_what_an_older_table_does_not_hold() {
+    let place = Place::new();
+    place.import("a", Some(INT4));
+    place.import("b", Some(KEYS));
+    place.json(&["snapshot", "create", "kept"]);
+    let good = exported(&place);
+    let tables = ["artifacts", "keys_d48", "values_d96", "weights", "tensors"];
+    for lost in tables.map(|table| vec![table]).into_iter().chain([vec!["artifacts", "keys_d48"]]) {
+        let whole = tempfile::tempdir().unwrap();
+        let moved: Vec<_> =
+            lost.iter().map(|table| (newest_manifest(&place, table), whole.path().join(table))).collect();
+        moved.iter().for_each(|(manifest, aside)| std::fs::rename(manifest, aside).unwrap());
+        let report = place.run(&["--format", "json", "verify"]);
+        assert_eq!(report.code, 1, "{lost:?}: {} {}", report.out, report.err);
+        let report: serde_json::Value = serde_json::from_str(&report.out).unwrap();
+        assert!(!report["corrupt"].as_array().unwrap().is_empty(), "{lost:?}: {report}");
+        let older = ["gc", "--older-than", "0s", "--apply"];
+        place.fails(1, &["nothing was removed", "of model '", "artifact"], &older);
+        place.fails(1, &["nothing was removed"], &["gc"]);
+        assert!(exported(&place) == good, "{lost:?}");
+        // Of another model, which is there as it is: no version is made, and what was lost is.
+        let version = place.import("a", Some(INT4))["version"].clone();
+        assert_eq!(version, 3);
+        assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]), "{lost:?}");
+        place.json(&older);
+        assert!(exported(&place) == good, "{lost:?}");
+        assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]), "{lost:?}");
+        assert_eq!(place.json(&["gc", "--older-than", "0s"])["stray_rows"], 0, "{lost:?}");
+    }
+}
+
+/// Versions of the catalogue that are known to have been there, and are not, are not garbage.
+#[test]
+fn gc_spares_what_a_lost_catalogue_named() {
+    let place = Place::new();
+    place.import("a", None);
+    place.import("b", Some(KEYS));
+    let newest = newest_manifest(&place, "layers");
+    let manifest = std::fs::read(&newest).unwrap();
+    let older = ["gc", "--older-than", "0s", "--apply"];
+    std::fs::remove_file(&newest).unwrap();
+    place.fails(1, &["version 3 was committed", "latest that is there is 2"], &older);
+    assert_eq!(place.run(&["verify"]).code, 1);
+    std::fs::write(&newest, &manifest).unwrap();
+    assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+    // A snapshot of a version that is not there.
+    place.json(&["snapshot", "create", "kept"]);
+    place.import("b", Some(INT4));
+    std::fs::remove_file(files(&place.path("layers/layers.lance/_versions")).remove(1)).unwrap();
+    place.fails(1, &["snapshot 'kept'", "version 3", "not there"], &older);
+    let report: serde_json::Value = serde_json::from_str(&place.run(&["--format", "json", "verify"]).out).unwrap();
+    assert_eq!((&report["damaged"][0]["snapshot"], &report["damaged"][0]["version"]), (&"kept".into(), &3.into()));
+    assert_eq!(place.json(&["snapshot", "delete", "kept"])["version"], 3);
+    place.json(&older);
+    assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+    // No catalogue at all: an empty one in its place would make all that is there garbage.
+    std::fs::rename(place.path("layers/layers.lance/_versions"), place.path("aside")).unwrap();
+    place.fails(1, &["table 'artifacts'", "catalogue"], &["import", CHECKPOINT, "--model", "c"]);
+    std::fs::remove_dir_all(place.path("layers/layers.lance")).unwrap();
+    place.fails(1, &["table 'artifacts'", "catalogue"], &["import", CHECKPOINT, "--model", "c"]);
+}
+
+/// Snapshots whose files name nothing: what needs them says so, all else works, and they can be deleted.
+#[test]
+fn broken_snapshots_are_named_and_can_be_deleted() {
+    let place = Place::new();
+    place.import("m", Some(KEYS));
+    for text in ["", "{", "{\"version\": 77}", "\0\0\0", "{\"branch\":null,\"version\":99,\"manifestSize\":1}"] {
+        place.json(&["snapshot", "create", "good"]);
+        place.json(&["snapshot", "create", "bad"]);
+        let file = place.path("layers/layers.lance/_refs/tags/bad.json");
+        std::fs::write(&file, text).unwrap();
+        for args in [&["models"][..], &["layers", "m"], &["--at", "good", "models"], &["stats"]] {
+            place.json(args);
+        }
+        place.import("m", Some(KEYS));
+        place.fails(1, &["bad"], &["gc", "--older-than", "0s", "--apply"]);
+        place.fails(1, &["bad"], &["snapshot", "list"]);
+        assert_ne!(place.run(&["--at", "bad", "models"]).code, 0);
+        let report = place.run(&["--format", "json", "verify"]);
+        assert_eq!(report.code, 1, "{text:?}: {}", report.err);
+        let report: serde_json::Value = serde_json::from_str(&report.out).unwrap();
+        assert_eq!(report["damaged"][0]["snapshot"], "bad", "{report}");
+        place.json(&["snapshot", "delete", "bad"]);
+        place.fails(1, &["no snapshot named 'bad'"], &["snapshot", "delete", "bad"]);
+        place.json(&["gc", "--older-than", "0s", "--apply"]);
+        assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+        place.json(&["snapshot", "delete", "good"]);
+    }
+}
+
+/// A manifest that is cut short, of any table and any version: `verify` names it, and what needs it fails with its name.
+#[test]
+fn cut_manifests_are_named() {
+    let place = Place::new();
+    place.import("a", Some(INT4));
+    place.import("b", Some(KEYS));
+    for table in ["layers", "artifacts", "weights", "keys_d48", "tensors"] {
+        let manifests = files(&place.path(&format!("layers/{table}.lance/_versions")));
+        let manifests: Vec<_> = manifests.iter().filter(|f| f.extension().is_some_and(|e| e == "manifest")).collect();
+        for (age, manifest) in manifests.iter().enumerate() {
+            let good = std::fs::read(manifest).unwrap();
+            for length in [0, 1, 17, good.len() / 2, good.len() - 1] {
+                std::fs::write(manifest, &good[..length]).unwrap();
+                let name = manifest.file_name().unwrap().to_str().unwrap();
+                let report = place.run(&["--format", "json", "verify"]);
+                assert_eq!(report.code, 1, "{table} {name} {length}: {} {}", report.out, report.err);
+                assert!(report.out.contains(name) || report.err.contains(name), "{} {}", report.out, report.err);
+                if age == 0 {
+                    let import =
+                        place.run(&["import", CHECKPOINT, "--model", "c", "--rules", INT4, "--calibration", INPUTS]);
+                    assert_eq!(import.code, 1, "{table} {length}");
+                    assert!(import.err.contains(name), "{table} {length}: {}", import.err);
+                    place.fails(1, &[name], &["gc", "--older-than", "0s", "--apply"]);
+                }
+            }
+            std::fs::write(manifest, &good).unwrap();
+        }
+    }
+    assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+}
+
 /// A disk that is full after some writes.
 #[derive(Debug, Clone)]
 struct Failing {

@@ -1,13 +1,11 @@
 //! The parts of a `.keras` file: a ZIP archive of a JSON config and an HDF5 file of weights.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use hdf5_reader::Hdf5File;
 use hdf5_reader::group::Group;
-use memmap2::Mmap;
 use ndarray::{Array1, Array2, ArrayD};
 use rawzip::{CompressionMethod, ZipArchive};
 use serde_json::Value;
@@ -26,9 +24,7 @@ impl Archive {
     /// When the file cannot be read, or is no `.keras` file.
     pub fn open(path: &Path) -> Result<Self> {
         let wrong = |reason: String| Error::file(path, format!("not a .keras file that can be read: {reason}"));
-        let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: as of every checkpoint: whoever changes the file meanwhile changes what is read.
-        let bytes = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let (mut config, mut weights) = (None, None);
         let archive = ZipArchive::from_slice(&bytes[..]).map_err(|e| wrong(e.to_string()))?;
         let mut entries = archive.entries();

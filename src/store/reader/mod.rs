@@ -40,8 +40,46 @@ use super::location::Location;
 use super::waiting::unfinished;
 use crate::error::{Error, Result};
 
-/// Files kept open: each holds a file handle and the description of its columns.
-const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(128).unwrap();
+/// Files kept open by each reader: each holds a file handle and the description of its columns.
+const OPEN_FILES: usize = 128;
+
+/// Files that may always be kept open.
+const FEWEST_FILES: usize = 8;
+
+/// File handles that are left to Lance, which opens tables, and to the rest of the process.
+const OTHER_FILES: usize = 48;
+
+/// Files that each of the two readers keeps open, as the system's limit on this process allows.
+fn open_files() -> NonZeroUsize {
+    let each = handles_allowed().map_or(OPEN_FILES, |all| files_within(all));
+    NonZeroUsize::new(each).unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Files that each reader keeps open of a process that may have so many handles.
+fn files_within(handles: usize) -> usize {
+    (handles.saturating_sub(OTHER_FILES) / 3).clamp(FEWEST_FILES, OPEN_FILES)
+}
+
+#[cfg(unix)]
+fn handles_allowed() -> Option<usize> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the struct is written to, and lives as long as the call.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    known.then(|| usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX))
+}
+
+#[cfg(not(unix))]
+fn handles_allowed() -> Option<usize> {
+    None
+}
+
+/// Whether a file could not be opened because the process, or the system, has too many open.
+fn too_many_open(e: &io::Error) -> bool {
+    #[cfg(unix)]
+    return matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
+    #[cfg(not(unix))]
+    return false;
+}
 
 /// Rows decoded at a time: as many as most layers have, so that they come as one piece, and few enough that 32-bit
 /// offsets can address rows of half a MiB.
@@ -111,9 +149,9 @@ impl Files {
         Files {
             location,
             reader,
-            direct: Mutex::new(LruCache::new(OPEN_FILES)),
+            direct: Mutex::new(LruCache::new(open_files())),
             storage: OnceCell::new(),
-            through_lance: Cache::new(OPEN_FILES.get() as u64),
+            through_lance: Cache::new(open_files().get() as u64),
         }
     }
 
@@ -152,7 +190,15 @@ impl Files {
             return Ok(Some(file.clone()));
         }
         let path = folder.join(format!("{table}.lance")).join("data").join(name);
-        let file = match DataFile::open(&path, &schema) {
+        let opened = match DataFile::open(&path, &schema) {
+            Err(e) if too_many_open(&e) => {
+                self.open_files().clear();
+                self.through_lance.invalidate_all();
+                DataFile::open(&path, &schema)
+            }
+            opened => opened,
+        };
+        let file = match opened {
             Err(e) if e.kind() == io::ErrorKind::Unsupported => return Ok(None),
             file => Arc::new(file?),
         };
@@ -164,7 +210,7 @@ impl Files {
     /// read.
     pub fn open_ahead(&self, wanted: &BTreeSet<FileName>) {
         let Some(folder) = self.direct_folder() else { return };
-        for (table, file) in wanted.iter().take(OPEN_FILES.get() / 2) {
+        for (table, file) in wanted.iter().take(open_files().get() / 2) {
             let _ = self.direct_file(folder, table, file);
         }
     }

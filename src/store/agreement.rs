@@ -1,0 +1,222 @@
+//! Whether the catalogue, the list of artifacts and the data tables agree: each names what the one behind it has to hold.
+//!
+//! They are tables of their own, so a copy that was made folder by folder, or a lost manifest, can leave one of them older than
+//! the others. Whoever removes anything asks here first.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use arrow::array::{AsArray, RecordBatch};
+use futures::TryStreamExt;
+use lance::Dataset;
+
+use super::catalogue;
+use super::location::Location;
+use super::record::{LOCATIONS, LayerName, RowLocations, locations_of, named_layers};
+use super::schema::LAYERS;
+use super::waiting::{Waiting, storage_error};
+use crate::error::{Error, Result};
+use crate::layer::ArtifactId;
+
+/// What a version of the catalogue says of an artifact.
+#[derive(Debug, Clone)]
+pub struct Named {
+    /// The newest version that names it, of those that were asked.
+    pub version: u64,
+    /// A layer that uses it there.
+    pub layer: LayerName,
+    /// Where that row of the catalogue says that its rows are.
+    pub locations: RowLocations,
+}
+
+impl std::fmt::Display for Named {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "layer '{}' of model '{}' in version {}", self.layer.layer, self.layer.model, self.version)
+    }
+}
+
+/// The artifacts that versions of the catalogue name.
+#[derive(Debug, Default)]
+pub struct Names(BTreeMap<ArtifactId, Named>);
+
+impl Names {
+    /// Returns the artifacts that these versions name. Versions are asked in this order, and the first that names an artifact is
+    /// remembered.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    pub async fn of(location: &Location, versions: impl IntoIterator<Item = u64>) -> Result<Self> {
+        let mut names = Names::default();
+        for version in versions {
+            names.add(&catalogue::open(location, Some(version)).await?).await?;
+        }
+        Ok(names)
+    }
+
+    /// Adds the artifacts that a version names, and returns which layer of it uses which.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn add(&mut self, catalogue: &Dataset) -> Result<Vec<(ArtifactId, LayerName)>> {
+        let version = catalogue.version_id();
+        let read = async {
+            let mut scan = catalogue.scan();
+            scan.project(&["artifact", "model", "layer", LOCATIONS])?;
+            scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
+        };
+        let batches = read.during(format!("reading version {version} of the catalogue")).await?;
+        let mut users = vec![];
+        for batch in batches {
+            for (row, (artifact, layer)) in named_layers(&batch)?.into_iter().enumerate() {
+                if let Entry::Vacant(new) = self.0.entry(artifact) {
+                    new.insert(Named { version, layer: layer.clone(), locations: locations_of(&batch, row)? });
+                }
+                users.push((artifact, layer));
+            }
+        }
+        Ok(users)
+    }
+
+    /// Returns whether one of the versions names an artifact.
+    pub fn has(&self, artifact: &ArtifactId) -> bool {
+        self.0.contains_key(artifact)
+    }
+
+    /// Returns what is said of an artifact.
+    pub fn get(&self, artifact: &ArtifactId) -> Option<&Named> {
+        self.0.get(artifact)
+    }
+
+    /// Returns all of them, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&ArtifactId, &Named)> {
+        self.0.iter()
+    }
+}
+
+/// The data tables of a store at their latest versions, each opened when it is first asked for.
+#[derive(Debug)]
+pub struct DataTables<'a> {
+    location: &'a Location,
+    tables: HashMap<String, Option<DataTable>>,
+}
+
+#[derive(Debug)]
+struct DataTable {
+    dataset: Dataset,
+    files: HashSet<String>,
+    /// Rows of each artifact, once they were counted.
+    rows: Option<HashMap<ArtifactId, u64>>,
+}
+
+impl<'a> DataTables<'a> {
+    /// Returns the data tables of a store, none of them open.
+    pub fn of(location: &'a Location) -> Self {
+        DataTables { location, tables: HashMap::new() }
+    }
+
+    async fn table(&mut self, name: &str) -> Result<Option<&mut DataTable>> {
+        if !self.tables.contains_key(name) {
+            let table = match self.location.open_table(name, None).await {
+                Ok(dataset) => Some(DataTable { files: data_files(&dataset), dataset, rows: None }),
+                Err(lance::Error::DatasetNotFound { .. }) => None,
+                Err(e) => return Err(storage_error(format!("opening table '{name}'"))(e)),
+            };
+            self.tables.insert(name.to_owned(), table);
+        }
+        Ok(self.tables.get_mut(name).and_then(Option::as_mut))
+    }
+
+    /// Returns why a table does not hold the rows that an artifact is said to have; `None` where all do. Rows are not counted
+    /// where the files that they were written to are still the tables', unless `count`.
+    ///
+    /// # Errors
+    /// When a table cannot be read.
+    pub async fn lack(&mut self, id: ArtifactId, locations: &RowLocations, count: bool) -> Result<Option<String>> {
+        for (name, wanted) in &locations.0 {
+            let Some(table) = self.table(name).await? else {
+                return Ok(Some(format!("there is no table '{name}', which should hold {} of its rows", wanted.rows)));
+            };
+            if !count && wanted.ranges.iter().all(|range| table.files.contains(&range.file)) {
+                continue;
+            }
+            let rows = match &mut table.rows {
+                Some(rows) => rows,
+                none => none.insert(counted(&table.dataset).during(format!("counting rows of table '{name}'")).await?),
+            };
+            let found = rows.get(&id).copied().unwrap_or_default();
+            if found < wanted.rows {
+                let version = table.dataset.version_id();
+                let found = format!("version {version} of table '{name}', its latest, holds {found}");
+                return Ok(Some(format!("{found} of its {} rows", wanted.rows)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Returns the names of the data files of a version, those that its fragments were first written to.
+pub fn data_files(dataset: &Dataset) -> HashSet<String> {
+    dataset.fragments().iter().filter_map(|fragment| Some(fragment.files.first()?.path.clone())).collect()
+}
+
+async fn counted(dataset: &Dataset) -> lance::Result<HashMap<ArtifactId, u64>> {
+    let mut scan = dataset.scan();
+    scan.project(&["artifact"])?;
+    let mut batches = scan.try_into_stream().await?;
+    let mut rows = HashMap::new();
+    while let Some(batch) = batches.try_next().await? {
+        let names = batch.column_by_name("artifact").and_then(|c| c.as_fixed_size_binary_opt());
+        let names = names.ok_or_else(|| lance::Error::internal("column 'artifact' holds no hashes"))?;
+        for name in names.iter().flatten() {
+            let name = name.try_into().map_err(|_| lance::Error::internal("column 'artifact' holds no hashes"))?;
+            *rows.entry(ArtifactId(name)).or_default() += 1;
+        }
+    }
+    Ok(rows)
+}
+
+/// Returns the error of a step that would remove what is still needed. `first` says of one what disagrees, `count` how many there
+/// are.
+pub fn disagreement(location: &Location, count: usize, first: &str) -> Error {
+    Error::Damaged {
+        action: format!("collecting what nothing reaches in {}", location.uri()),
+        message: format!(
+            "nothing was removed, since the tables disagree about {count} of the artifacts that versions to be kept name: {first}. A \
+             table that is older than the others (of a copy made while the store was written to, or with a lost manifest) is \
+             completed by the next import; `layerstore verify` lists all that is missing"
+        ),
+        source: None,
+    }
+}
+
+/// Returns an error where the catalogue is known to have had a later version than its latest, or a snapshot names a version that
+/// is not there: what those versions used would be taken for garbage.
+///
+/// # Errors
+/// See above.
+pub fn require_whole(
+    location: &Location,
+    catalogue: &Dataset,
+    versions: &HashSet<u64>,
+    tags: &[(String, u64)],
+) -> Result<()> {
+    let damaged = |message: String| Error::Damaged {
+        action: format!("reading the versions of {}", location.uri()),
+        message,
+        source: None,
+    };
+    if let Some((name, version)) = tags.iter().find(|(_, version)| !versions.contains(version)) {
+        return Err(damaged(format!(
+            "snapshot '{name}' names version {version}, which is not there: nothing can be removed until its manifest is brought \
+             back or the snapshot is deleted"
+        )));
+    }
+    let latest = catalogue.version_id();
+    match location.last_committed(LAYERS) {
+        Some(last) if last > latest => Err(damaged(format!(
+            "version {last} was committed, and the latest that is there is {latest}: nothing can be removed before its manifest is \
+             brought back or another version is committed"
+        ))),
+        _ => Ok(()),
+    }
+}

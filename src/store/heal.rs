@@ -1,0 +1,104 @@
+//! What the list of artifacts, or a data table, has lost is completed before anything new is written: from the rows that are still
+//! in data files, where the catalogue says that they are.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use super::agreement::{DataTables, Named, Names};
+use super::catalogue;
+use super::data::Data;
+use super::location::Location;
+use super::record::ArtifactRecord;
+use super::versions;
+use super::writer::{Provenance, Writer};
+use crate::error::Result;
+use crate::layer::{ArtifactId, Parts, layer_from_parts};
+use crate::tasks::unwrap_join;
+
+/// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. `recipes`
+/// are those of artifacts that are listed and have lost rows. What cannot be read any more is left for `verify` to tell of.
+///
+/// # Errors
+/// When the catalogue cannot be read, or the storage refuses what is written.
+pub async fn complete(
+    writer: &mut Writer,
+    location: &Location,
+    data: &Arc<Data>,
+    recipes: &HashMap<ArtifactId, [u8; 32]>,
+) -> Result<()> {
+    let latest = catalogue::open(location, None).await?;
+    let mut asked: BTreeSet<u64> = BTreeSet::new();
+    for name in versions::tag_names(location).await? {
+        // A damaged snapshot is no reason not to import.
+        asked.extend(versions::tag(location, &latest, &name).await.ok());
+    }
+    asked.remove(&latest.version_id());
+    let mut names = Names::default();
+    names.add(&latest).await?;
+    add(&mut names, location, &asked).await;
+    if names.iter().all(|(artifact, _)| writer.has(artifact)) {
+        return Ok(());
+    }
+    // Something was lost: also look at all the versions that may be restored.
+    let others = catalogue::versions(&latest).await?.into_iter().filter(|v| !asked.contains(v));
+    add(&mut names, location, &others.collect()).await;
+    let mut tables = DataTables::of(location);
+    let mut listed = vec![];
+    for (artifact, user) in names.iter() {
+        if writer.has(artifact) {
+            continue;
+        }
+        let Ok(Some((record, parts))) = read(location, data, *artifact, user).await else { continue };
+        let recipe = recipes.get(artifact).copied().unwrap_or(artifact.0);
+        if !recipes.contains_key(artifact) && tables.lack(*artifact, &record.locations, false).await?.is_none() {
+            listed.push(ArtifactRecord { recipe, ..record });
+        } else {
+            let provenance =
+                Provenance { recipe, relative_error: record.relative_error, error_basis: record.error_basis };
+            writer.add(&parts, provenance).await?;
+        }
+    }
+    writer.list(listed).await?;
+    writer.flush().await
+}
+
+/// Adds what versions name, newest first; those that cannot be read are left out.
+async fn add(names: &mut Names, location: &Location, versions: &BTreeSet<u64>) {
+    for version in versions.iter().rev() {
+        if let Ok(dataset) = catalogue::open(location, Some(*version)).await {
+            let _ = names.add(&dataset).await;
+        }
+    }
+}
+
+/// Reads an artifact from where the catalogue says that its rows are; `None` where they are not what its name stands for.
+async fn read(
+    location: &Location,
+    data: &Arc<Data>,
+    artifact: ArtifactId,
+    user: &Named,
+) -> Result<Option<(ArtifactRecord, Parts)>> {
+    let dataset = catalogue::open(location, Some(user.version)).await?;
+    let rows = catalogue::rows(location, &dataset, Some(&format!("artifact = X'{artifact}'"))).await?;
+    let Some(row) = rows.into_iter().next() else { return Ok(None) };
+    let mut record = ArtifactRecord {
+        artifact,
+        method: row.method,
+        config: row.config,
+        locations: row.locations,
+        stored_bytes: row.stored_bytes,
+        recipe: artifact.0,
+        relative_error: row.relative_error,
+        error_basis: row.error_basis,
+        created_at: row.created_at,
+    };
+    let parts = data.parts(&record).await?;
+    let named = tokio::task::spawn_blocking(move || {
+        // The catalogue's settings may be more than those that are part of the name.
+        let parts = if parts.id() == artifact { parts } else { layer_from_parts(parts)?.to_parts() };
+        Ok::<_, crate::Error>((parts.id() == artifact).then_some(parts))
+    });
+    let Some(parts) = unwrap_join(named.await)?? else { return Ok(None) };
+    record.config = parts.config.clone();
+    Ok(Some((record, parts)))
+}
