@@ -3,28 +3,30 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
-/// The files that are being written; `None` once this process has given all of them up.
+/// The folders that files are being written in; `None` once this process has given all of them up.
 static WRITING: Mutex<Option<BTreeSet<PathBuf>>> = Mutex::new(Some(BTreeSet::new()));
 
-/// A name in [`WRITING`], while it is needed.
-struct Listed<'a>(&'a Path);
+/// A folder in [`WRITING`], which is removed when it is no longer needed.
+struct Listed(PathBuf);
 
-impl<'a> Listed<'a> {
-    fn new(path: &'a Path) -> Result<Self> {
+impl Listed {
+    fn new(folder: PathBuf) -> Result<Self> {
         let mut writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
-        writing.as_mut().ok_or(Error::Cancelled)?.insert(path.to_owned());
-        Ok(Listed(path))
+        writing.as_mut().ok_or(Error::Cancelled)?.insert(folder.clone());
+        Ok(Listed(folder))
     }
 }
 
-impl Drop for Listed<'_> {
+impl Drop for Listed {
     fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
         if let Some(writing) = WRITING.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            writing.remove(self.0);
+            writing.remove(&self.0);
         }
     }
 }
@@ -32,21 +34,31 @@ impl Drop for Listed<'_> {
 /// Removes what is being written and not in its place, and lets nothing be written any more: for a process that is about to end.
 pub(crate) fn abandon() {
     let writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner).take();
-    for path in writing.into_iter().flatten() {
-        let _ = std::fs::remove_file(path);
+    for folder in writing.into_iter().flatten() {
+        // Another thread may be adding to it.
+        for _ in 0..3 {
+            match std::fs::remove_dir_all(&folder) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {}
+                _ => break,
+            }
+        }
     }
 }
 
-/// Has a file written beside its place, and moves it there when it is whole and on disk. Returns its bytes. A file that
+/// Has a file written in a folder beside its place, and moves it there when it is whole and on disk. Returns its bytes. A file that
 /// was at its place is replaced.
 ///
 /// # Errors
 /// That of `write`, or when the file cannot be synced or moved: then what was at its place is as it was.
 pub(crate) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<u64> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let staged = parent.join(format!(".{name}.{}.partial", std::process::id()));
-    let _listed = Listed::new(&staged)?;
+    // A folder, since `write` may have temporary files of its own.
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let folder = parent.join(format!(".layerstore.{}.{number}.partial", std::process::id()));
+    let listed = Listed::new(folder)?;
+    std::fs::create_dir_all(&listed.0).map_err(|e| Error::io(path, e))?;
+    let staged = listed.0.join("file");
     let finish = || -> std::io::Result<u64> {
         let file = File::open(&staged)?;
         file.sync_all()?;
@@ -55,9 +67,7 @@ pub(crate) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
         sync_folder(parent)?;
         Ok(bytes)
     };
-    write(&staged).and_then(|()| finish().map_err(|e| Error::io(path, e))).inspect_err(|_| {
-        let _ = std::fs::remove_file(&staged);
-    })
+    write(&staged).and_then(|()| finish().map_err(|e| Error::io(path, e)))
 }
 
 /// Syncs the entry of a new name in its folder.

@@ -11,6 +11,7 @@ mod run;
 mod signals;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -261,17 +262,17 @@ fn run_to_the_end(cli: Cli) -> u8 {
         signals::listen();
         run(cli).await
     };
-    let code = match runtime.block_on(listening) {
-        Ok(code) => code,
-        Err(e) => {
-            eprintln!("error: {e}");
-            // An option that a command has no use for is wrong usage, like those that the parser finds.
-            if matches!(e, Error::Usage { .. }) { 2 } else { 1 }
-        }
-    };
-    // Work that was cancelled may still be at its last layer: do not wait for it.
-    runtime.shutdown_background();
+    let done = runtime.block_on(listening);
+    let cancelled = matches!(done, Err(Error::Cancelled));
+    let code = done.unwrap_or_else(|e| {
+        eprintln!("error: {e}");
+        // An option that a command has no use for is wrong usage, like those that the parser finds.
+        if matches!(e, Error::Usage { .. }) { 2 } else { 1 }
+    });
+    // Work that was cancelled may still be at its last layer: do not wait for that. What it had begun to write is removed meanwhile.
+    runtime.shutdown_timeout(if cancelled { Duration::from_millis(200) } else { Duration::ZERO });
     crate::staged::abandon();
+    signals::end_as_asked();
     code
 }
 

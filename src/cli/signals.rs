@@ -1,6 +1,10 @@
 //! Signals that ask a command to end: Ctrl-C stops long work in order, and nothing that ends the process leaves temporary files.
 
+#[cfg(unix)]
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, PoisonError};
+#[cfg(unix)]
+use std::time::Duration;
 
 use crate::compress::Cancel;
 use crate::staged;
@@ -8,7 +12,15 @@ use crate::staged;
 /// What Ctrl-C asks to stop; nothing before there is such work, or once it was asked.
 static WORK: Mutex<Option<Cancel>> = Mutex::new(None);
 
-/// Returns a request to stop that the first Ctrl-C makes; the second ends the process.
+/// The signal that ends this process once its work has stopped; 0 where none was sent.
+#[cfg(unix)]
+static ASKED: AtomicI32 = AtomicI32::new(0);
+
+/// How long work may take to stop.
+#[cfg(unix)]
+const MOMENT: Duration = Duration::from_secs(3);
+
+/// Returns a request to stop that the first Ctrl-C makes, or another signal that ends a process; the second ends it at once.
 pub fn cancel_on_interrupt() -> Cancel {
     let cancel = Cancel::new();
     *WORK.lock().unwrap_or_else(PoisonError::into_inner) = Some(cancel.clone());
@@ -38,11 +50,30 @@ pub fn listen() {
                 _ = terminate.recv() => (libc::SIGTERM, ignored[1]),
                 _ = hangup.recv() => (libc::SIGHUP, ignored[2]),
             };
-            if !(number == libc::SIGINT && cancelled()) && !ignored {
-                end(number);
+            if number == libc::SIGINT && cancelled() || ignored {
+                continue;
             }
+            // Work that can stop in order, and remove what it has half written, is given a moment.
+            if cancelled() {
+                ASKED.store(number, Ordering::SeqCst);
+                tokio::spawn(async move {
+                    tokio::time::sleep(MOMENT).await;
+                    end(number);
+                });
+                continue;
+            }
+            end(number);
         }
     });
+}
+
+/// Ends the process by the signal that its work was stopped for, where that was one which ends a process; else returns.
+#[cfg(unix)]
+pub fn end_as_asked() {
+    match ASKED.load(Ordering::SeqCst) {
+        0 => {}
+        number => end(number),
+    }
 }
 
 #[cfg(unix)]
@@ -66,6 +97,10 @@ fn end(number: libc::c_int) -> ! {
     }
     std::process::exit(128 + number)
 }
+
+/// Does nothing: there are no such signals.
+#[cfg(not(unix))]
+pub fn end_as_asked() {}
 
 /// Listens on a task of its own, for as long as the runtime runs.
 #[cfg(not(unix))]

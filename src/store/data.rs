@@ -104,10 +104,10 @@ impl Data {
     }
 
     /// Reads the parts of a layer's artifact: from where the catalogue says they are, or, where they have been moved, from
-    /// where the table of artifacts says.
+    /// where the table of artifacts says. Where that does not list it, the tables are searched that the catalogue names.
     ///
     /// # Errors
-    /// As [`Data::parts`], and when no such artifact is listed.
+    /// As [`Data::parts`], and when the artifact is not listed and the catalogue does not say where it is.
     pub async fn layer_parts(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
         if !layer.locations.0.is_empty()
             && let Ok(found) = self.at_locations(&layer.locations).await
@@ -116,7 +116,11 @@ impl Data {
         {
             return Ok(parts);
         }
-        self.parts(&self.record(layer.artifact).await?).await
+        match self.record(layer.artifact).await {
+            // The list is older than the catalogue, which says which tables hold the rows, and how many.
+            Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => self.parts(&layer.artifact_record()).await,
+            record => self.parts(&record?).await,
+        }
     }
 
     fn layer_of(&self, layer: &LayerRecord, found: Vec<Vec<RecordBatch>>) -> Result<Parts> {

@@ -81,17 +81,7 @@ async fn read(
     let dataset = catalogue::open(location, Some(user.version)).await?;
     let rows = catalogue::rows(location, &dataset, Some(&format!("artifact = X'{artifact}'"))).await?;
     let Some(row) = rows.into_iter().next() else { return Ok(None) };
-    let mut record = ArtifactRecord {
-        artifact,
-        method: row.method,
-        config: row.config,
-        locations: row.locations,
-        stored_bytes: row.stored_bytes,
-        recipe: artifact.0,
-        relative_error: row.relative_error,
-        error_basis: row.error_basis,
-        created_at: row.created_at,
-    };
+    let mut record = row.artifact_record();
     let parts = data.parts(&record).await?;
     let named = tokio::task::spawn_blocking(move || {
         // The catalogue's settings may be more than those that are part of the name.

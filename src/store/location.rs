@@ -198,7 +198,7 @@ impl Location {
         match opened.map(|(_, file)| folder.join(file)) {
             // What cannot be read at all is the system's error, which says so.
             Some(path) if std::fs::read(&path).is_ok() => {
-                lance::Error::corrupt_file_named(&path.display().to_string(), detail(&e))
+                lance::Error::corrupt_file_named("of the table", format!("{}: {}", path.display(), detail(&e)))
             }
             _ => e,
         }

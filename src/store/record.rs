@@ -113,6 +113,22 @@ fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Res
 }
 
 impl LayerRecord {
+    /// Returns what the list of artifacts would say of the layer's artifact, with its own name as its recipe and the layer's
+    /// settings, which may be more than the artifact's.
+    pub(super) fn artifact_record(&self) -> ArtifactRecord {
+        ArtifactRecord {
+            artifact: self.artifact,
+            method: self.method.clone(),
+            config: self.config.clone(),
+            locations: self.locations.clone(),
+            stored_bytes: self.stored_bytes,
+            recipe: self.artifact.0,
+            relative_error: self.relative_error,
+            error_basis: self.error_basis,
+            created_at: self.created_at,
+        }
+    }
+
     /// Returns whether both say the same of the layer, time and row locations aside.
     pub(crate) fn same_as(&self, other: &LayerRecord) -> bool {
         *self == LayerRecord { created_at: self.created_at, locations: self.locations.clone(), ..other.clone() }

@@ -198,7 +198,7 @@ fn gc_spares_what_an_older_table_does_not_hold() {
     place.json(&["snapshot", "create", "kept"]);
     let good = exported(&place);
     let tables = ["artifacts", "keys_d48", "values_d96", "weights", "tensors"];
-    for lost in tables.map(|table| vec![table]).into_iter().chain([vec!["artifacts", "keys_d48"]]) {
+    for lost in [vec!["artifacts", "keys_d48"]].into_iter().chain(tables.map(|table| vec![table])) {
         let whole = tempfile::tempdir().unwrap();
         let moved: Vec<_> =
             lost.iter().map(|table| (newest_manifest(&place, table), whole.path().join(table))).collect();

@@ -219,6 +219,185 @@ fn an_interrupted_import_leaves_the_store_as_it_was() {
     assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
 }
 
+/// A checkpoint of square layers, f32.
+fn square(place: &Place, layers: usize, width: usize) -> String {
+    let weight = |layer: usize| {
+        let numbers = (0..width * width).map(|i| ((i * 7919 + layer * 613) % 1009) as f32 / 500.0 - 1.0);
+        numbers.flat_map(f32::to_le_bytes).collect::<Vec<u8>>()
+    };
+    let weights: Vec<Vec<u8>> = (0..layers).map(weight).collect();
+    let views = weights
+        .iter()
+        .enumerate()
+        .map(|(i, w)| (format!("layers.{i:02}.weight"), TensorView::new(Dtype::F32, vec![width, width], w).unwrap()));
+    let path = place.path("square.safetensors");
+    safetensors::serialize_to_file(views.collect::<Vec<_>>(), None, &path).unwrap();
+    path.display().to_string()
+}
+
+#[cfg(unix)]
+fn signal(child: &Child, name: &str) {
+    assert!(std::process::Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+}
+
+/// Who waits for a lock says so, and stops at Ctrl-C; an import leaves the store as it was.
+#[cfg(unix)]
+#[test]
+fn waiting_is_told_and_ends_at_ctrl_c() {
+    let place = Place::new();
+    place.import("before", None);
+    let import = ["import", CHECKPOINT, "--model", "m"];
+    for (lock, args) in [
+        ("layerstore.lock", &import[..]),
+        ("layerstore.commit.lock", &import[..]),
+        ("layerstore.commit.lock", &["snapshot", "create", "s"]),
+        ("layerstore.commit.lock", &["restore", "1"]),
+    ] {
+        let held = File::options().read(true).write(true).open(place.path("layers").join(lock)).unwrap();
+        held.lock().unwrap();
+        let mut child = place.spawn(args);
+        let mut said = std::io::BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("waiting for") {
+            line.clear();
+            assert!(std::io::BufRead::read_line(&mut said, &mut line).unwrap() > 0, "{args:?} ended without a word");
+        }
+        assert!(line.contains(lock), "{line}");
+        signal(&child, "-INT");
+        let ended = child.wait().unwrap();
+        assert!(!ended.success(), "{args:?}");
+        assert_eq!(ended.code() == Some(1), args[0] == "import", "{args:?}: {ended:?}");
+        drop(held);
+        assert_eq!(place.json(&["models"]).as_array().unwrap().len(), 1);
+        assert_eq!(place.json(&["snapshot", "list"]), serde_json::json!([]));
+    }
+}
+
+/// A signal that ends an export, or whatever else writes files, leaves none that is not whole.
+#[cfg(unix)]
+#[test]
+fn signals_leave_no_temporary_files() {
+    let place = Place::new();
+    let checkpoint = square(&place, 12, 1024);
+    place.json(&["import", &checkpoint, "--model", "m"]);
+    for name in ["-TERM", "-HUP", "-INT"] {
+        let out = place.path("out");
+        std::fs::create_dir(&out).unwrap();
+        let output = out.join("m.safetensors");
+        let mut child = place.spawn(&["export", "m", "--output", output.to_str().unwrap()]);
+        wait_until("a file", || !is_running(&mut child) || std::fs::read_dir(&out).unwrap().count() > 0);
+        signal(&child, name);
+        child.wait().unwrap();
+        let left: Vec<_> = std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(left.is_empty() || left == ["m.safetensors"], "{name}: {left:?}");
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+/// A checkpoint that is cut while it is imported is an error, which names it, and the store is as it was.
+#[test]
+fn a_checkpoint_that_is_cut_meanwhile_is_an_error() {
+    let place = Place::new();
+    let path = square(&place, 12, 256);
+    let checkpoint = formats::open(&path).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(1_000_000).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let store = runtime.block_on(Store::create(&place.store())).unwrap();
+    let error = runtime.block_on(import(&store, checkpoint, "m", ImportOptions::default())).unwrap_err();
+    assert!(error.to_string().contains("square.safetensors") && error.to_string().contains("1000000 bytes"), "{error}");
+    assert_eq!(place.json(&["models"]), serde_json::json!([]));
+}
+
+/// Layers of one model, and blocks of it, that are made at the same time all land, and so do indices.
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_of_one_model_at_once_all_land() {
+    let place = Place::new();
+    place.import("m", Some(KEYS));
+    let layer = Store::open(&place.store()).await.unwrap().latest().await.unwrap();
+    let layer = layer.layer("m", "blocks.0.up").await.unwrap().load().await.unwrap();
+    for uri in [place.store(), "memory://changes_at_once".into()] {
+        let base = Store::create(&uri).await.unwrap();
+        let names: Vec<String> = (0..6).map(|i| format!("saved.{i}")).collect();
+        let saves = names.iter().map(|name| {
+            let (uri, name, layer) = (uri.clone(), name.clone(), layer.clone());
+            tokio::spawn(async move {
+                let store = Store::open(&uri).await.unwrap();
+                let layers = [(format!("{name}.a"), layer.clone()), (format!("{name}.b"), layer)];
+                store.save_layers("m", &name, &layers, None).await.unwrap()
+            })
+        });
+        let mut versions = vec![];
+        for save in saves.collect::<Vec<_>>() {
+            versions.push(save.await.unwrap());
+        }
+        versions.sort_unstable();
+        versions.dedup();
+        assert_eq!(versions.len(), names.len());
+        let there: Vec<String> =
+            base.latest().await.unwrap().layers("m").await.unwrap().into_iter().map(|r| r.layer).collect();
+        for name in &names {
+            assert!(there.contains(&format!("{name}.a")) && there.contains(&format!("{name}.b")), "{there:?}");
+        }
+        // A part that is saved again with less has only that; its neighbours stay.
+        let one = [("saved.0.a".to_owned(), layer.clone())];
+        base.save_layers("m", "saved.0", &one, None).await.unwrap();
+        let now: Vec<String> =
+            base.latest().await.unwrap().layers("m").await.unwrap().into_iter().map(|r| r.layer).collect();
+        let expected: Vec<String> = there.into_iter().filter(|name| name != "saved.0.b").collect();
+        assert_eq!(now, expected);
+    }
+    let inputs = place.path("x.npy").display().to_string();
+    let x = Array2::from_shape_fn((256, 8), |(i, j)| ((i * 31 + j * 7) as f32).sin());
+    formats::write_array(&inputs, x.view(), false).unwrap();
+    let settings = place.path("settings.toml");
+    std::fs::write(&settings, "n_head = 1\nn_code = 16\ncausal = false\n").unwrap();
+    let train = |block: &str, epochs: &str| {
+        let settings = settings.to_str().unwrap();
+        place.spawn(&[
+            "codebooks",
+            "train",
+            "m",
+            block,
+            "--queries",
+            &inputs,
+            "--settings",
+            settings,
+            "--epochs",
+            epochs,
+        ])
+    };
+    let index = || place.spawn(&["index"]);
+    for child in [train("left", "5"), train("right", "40"), index(), index(), index()] {
+        let done = child.wait_with_output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+    for block in ["left", "right", "blocks.0.up", "saved.5.b"] {
+        place.json(&["show", "m", block]);
+    }
+    assert!(Store::open(&place.store()).await.unwrap().verify(|_, _| ()).await.unwrap().is_sound());
+}
+
+/// Few file handles are enough, however many files a store has.
+#[cfg(unix)]
+#[test]
+fn few_file_handles_are_enough() {
+    let place = Place::new();
+    for i in 0..24 {
+        let array = Array2::from_shape_fn((8 + i, 16), |(r, c)| ((r * 16 + c) as f32).sin());
+        let path = place.path("m.safetensors").display().to_string();
+        formats::write_array(&format!("{path}:l.weight"), array.view(), false).unwrap();
+        std::fs::write(place.path("rules.toml"), "[[rule]]\nlayers = '.*'\nmethod = 'key_value'\n").unwrap();
+        let rules = place.path("rules.toml").display().to_string();
+        place.json(&["import", &path, "--model", &format!("m{i}"), "--rules", &rules]);
+    }
+    for command in ["verify", "gc", "models"] {
+        let program = env!("CARGO_BIN_EXE_layerstore");
+        let line = format!("ulimit -n 48 && exec timeout 100 '{program}' --store '{}' {command}", place.store());
+        let done = std::process::Command::new("sh").args(["-c", &line]).output().unwrap();
+        assert!(done.status.success(), "{command}: {:?} {}", done.status, String::from_utf8_lossy(&done.stderr));
+    }
+}
+
 /// Readers of a snapshot and of the latest version are not disturbed by imports and by gc, which moves rows.
 #[tokio::test(flavor = "multi_thread")]
 async fn gc_beside_readers() {
