@@ -102,9 +102,10 @@ enum Command {
         #[arg(long, short, value_name = "FILE.safetensors")]
         output: PathBuf,
     },
-    /// Hash every artifact and compare with its name; exit 1 when any is corrupt.
+    /// Open every version and snapshot, hash every artifact and compare with its name; exit 1 when anything is damaged.
     Verify,
-    /// Remove what no snapshot and no recent version reaches; only counts unless --apply.
+    /// Remove what no snapshot and no recent version reaches; only counts unless --apply. Nothing is removed where a table lacks
+    /// what they reach.
     Gc {
         /// Keep whatever versions younger than this reach.
         #[arg(long, value_name = "AGE", default_value = "7d", value_parser = humantime::parse_duration)]
@@ -231,7 +232,7 @@ enum SnapshotCommand {
     Create { name: String },
     /// List the snapshots.
     List,
-    /// Delete a name; its version stays until gc.
+    /// Delete a name, also a damaged one; its version stays until gc.
     Delete { name: String },
 }
 

@@ -38,7 +38,7 @@ const FORMATS: [Format; 2] = [
 
 /// Opens a model: a `.safetensors` file, an index of shards, a folder that holds either, or a `.keras` archive.
 ///
-/// The files must not be changed while the source is open, since they may be memory-mapped.
+/// The files should not be changed while the source is open. What a file no longer holds whole is an error when it is read.
 ///
 /// # Errors
 /// When a file is missing, truncated, or not what its format allows: the message names the file and what was found.
