@@ -77,6 +77,17 @@ impl Names {
         Ok(users)
     }
 
+    /// Adds what versions name, newest first; those that cannot be read, or are not there, are left out.
+    pub async fn add_readable(&mut self, location: &Location, versions: impl IntoIterator<Item = u64>) {
+        let mut versions: Vec<u64> = versions.into_iter().collect();
+        versions.sort_unstable_by(|a, b| b.cmp(a));
+        for version in versions {
+            if let Ok(dataset) = catalogue::open(location, Some(version)).await {
+                let _ = self.add(&dataset).await;
+            }
+        }
+    }
+
     /// Returns whether one of the versions names an artifact.
     pub fn has(&self, artifact: &ArtifactId) -> bool {
         self.0.contains_key(artifact)

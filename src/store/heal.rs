@@ -8,15 +8,15 @@ use super::agreement::{DataTables, Named, Names};
 use super::catalogue;
 use super::data::Data;
 use super::location::Location;
-use super::record::ArtifactRecord;
+use super::record::{ArtifactRecord, LayerRecord};
 use super::versions;
 use super::writer::{Provenance, Writer};
 use crate::error::Result;
 use crate::layer::{ArtifactId, Parts, layer_from_parts};
 use crate::tasks::unwrap_join;
 
-/// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. `recipes`
-/// are those of artifacts that are listed and have lost rows. What cannot be read any more is left for `verify` to tell of.
+/// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. `lost` are
+/// the records of artifacts that are listed and have lost rows. What cannot be read any more is left for `verify` to tell of.
 ///
 /// # Errors
 /// When the catalogue cannot be read, or the storage refuses what is written.
@@ -24,7 +24,7 @@ pub async fn complete(
     writer: &mut Writer,
     location: &Location,
     data: &Arc<Data>,
-    recipes: &HashMap<ArtifactId, [u8; 32]>,
+    lost: &HashMap<ArtifactId, ArtifactRecord>,
 ) -> Result<()> {
     let latest = catalogue::open(location, None).await?;
     let mut asked: BTreeSet<u64> = BTreeSet::new();
@@ -35,24 +35,39 @@ pub async fn complete(
     asked.remove(&latest.version_id());
     let mut names = Names::default();
     names.add(&latest).await?;
-    add(&mut names, location, &asked).await;
+    names.add_readable(location, asked.iter().copied()).await;
     if names.iter().all(|(artifact, _)| writer.has(artifact)) {
         return Ok(());
     }
     // Something was lost: also look at all the versions that may be restored.
     let others = catalogue::versions(&latest).await?.into_iter().filter(|v| !asked.contains(v));
-    add(&mut names, location, &others.collect()).await;
+    names.add_readable(location, others).await;
     let mut tables = DataTables::of(location);
     let mut listed = vec![];
     for (artifact, user) in names.iter() {
         if writer.has(artifact) {
             continue;
         }
-        let Ok(Some((record, parts))) = read(location, data, *artifact, user).await else { continue };
-        let recipe = recipes.get(artifact).copied().unwrap_or(artifact.0);
-        if !recipes.contains_key(artifact) && tables.lack(*artifact, &record.locations, false).await?.is_none() {
-            listed.push(ArtifactRecord { recipe, ..record });
+        // gc keeps the list's locations up to date, and not those of the catalogue.
+        let found = match lost.get(artifact) {
+            Some(record) => read(data, record.clone()).await.ok().flatten(),
+            None => None,
+        };
+        let found = match found {
+            None => {
+                let row = row(location, *artifact, user).await.ok().flatten();
+                match row {
+                    Some(row) => read(data, row.artifact_record()).await.ok().flatten(),
+                    None => None,
+                }
+            }
+            found => found,
+        };
+        let Some((record, parts)) = found else { continue };
+        if !lost.contains_key(artifact) && tables.lack(*artifact, &record.locations, false).await?.is_none() {
+            listed.push(record);
         } else {
+            let recipe = lost.get(artifact).map_or(record.recipe, |record| record.recipe);
             let provenance =
                 Provenance { recipe, relative_error: record.relative_error, error_basis: record.error_basis };
             writer.add(&parts, provenance).await?;
@@ -62,26 +77,16 @@ pub async fn complete(
     writer.flush().await
 }
 
-/// Adds what versions name, newest first; those that cannot be read are left out.
-async fn add(names: &mut Names, location: &Location, versions: &BTreeSet<u64>) {
-    for version in versions.iter().rev() {
-        if let Ok(dataset) = catalogue::open(location, Some(*version)).await {
-            let _ = names.add(&dataset).await;
-        }
-    }
-}
-
-/// Reads an artifact from where the catalogue says that its rows are; `None` where they are not what its name stands for.
-async fn read(
-    location: &Location,
-    data: &Arc<Data>,
-    artifact: ArtifactId,
-    user: &Named,
-) -> Result<Option<(ArtifactRecord, Parts)>> {
+/// Reads a row of the catalogue that names an artifact.
+async fn row(location: &Location, artifact: ArtifactId, user: &Named) -> Result<Option<LayerRecord>> {
     let dataset = catalogue::open(location, Some(user.version)).await?;
     let rows = catalogue::rows(location, &dataset, Some(&format!("artifact = X'{artifact}'"))).await?;
-    let Some(row) = rows.into_iter().next() else { return Ok(None) };
-    let mut record = row.artifact_record();
+    Ok(rows.into_iter().next())
+}
+
+/// Reads an artifact from where a record says that its rows are; `None` where they are not what its name stands for.
+async fn read(data: &Arc<Data>, mut record: ArtifactRecord) -> Result<Option<(ArtifactRecord, Parts)>> {
+    let artifact = record.artifact;
     let parts = data.parts(&record).await?;
     let named = tokio::task::spawn_blocking(move || {
         // The catalogue's settings may be more than those that are part of the name.

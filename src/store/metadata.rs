@@ -54,6 +54,8 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
             match open(location, &table, version, Some(version) == latest).await {
                 Ok(()) if table == LAYERS => _ = catalogues.insert(version),
                 Ok(()) => {}
+                // gc has removed it meanwhile.
+                Err(_) if !names_in(location, &table, &[VERSIONS]).await?.contains(file) => {}
                 Err(reason) => all.push(DamagedMetadata {
                     table: table.clone(),
                     version: Some(version),

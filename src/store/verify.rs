@@ -111,6 +111,20 @@ pub async fn verify(shared: &Arc<Shared>, seen: Arc<dyn Fn(usize, usize) + Send 
             found.entry(*id).or_insert(lack);
         }
     }
+    if !found.is_empty() || !damaged.is_empty() {
+        // gc may have removed it meanwhile.
+        let latest = catalogue::open(location, None).await?;
+        let versions: BTreeSet<u64> = catalogue::versions(&latest).await?.into_iter().collect();
+        damaged.retain(|d| {
+            d.table != LAYERS
+                || d.snapshot.is_some()
+                || d.version.is_none_or(|v| v >= latest.version_id() || versions.contains(&v))
+        });
+        let mut named = Names::default();
+        named.add_readable(location, versions).await;
+        let listed: BTreeSet<ArtifactId> = shared.data.records().await?.into_iter().map(|r| r.artifact).collect();
+        found.retain(|id, _| named.has(id) || listed.contains(id));
+    }
     let corrupt = found.into_iter().map(|(id, reason)| CorruptArtifact {
         artifact: id.to_string(),
         reason,

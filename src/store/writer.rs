@@ -89,7 +89,7 @@ impl Writer {
         let (mut tables, mut lost) = (DataTables::of(location), HashMap::new());
         for record in data.records().await? {
             if tables.lack(record.artifact, &record.locations, false).await?.is_some() {
-                lost.insert(record.artifact, record.recipe);
+                lost.insert(record.artifact, record);
                 continue;
             }
             known.insert(record.artifact, record.locations);
