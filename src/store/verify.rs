@@ -26,7 +26,8 @@ pub struct VerifyReport {
     pub artifacts: u64,
     /// Those that are not what was written, or that a table lacks which should have them.
     pub corrupt: Vec<CorruptArtifact>,
-    /// Versions of tables, and snapshots, that cannot be opened.
+    /// Versions of tables, and snapshots, that cannot be opened; left out of JSON where there are none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<DamagedMetadata>,
 }
 

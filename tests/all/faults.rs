@@ -235,7 +235,7 @@ fn gc_spares_what_a_lost_catalogue_named() {
     place.fails(1, &["version 3 was committed", "latest that is there is 2"], &older);
     assert_eq!(place.run(&["verify"]).code, 1);
     std::fs::write(&newest, &manifest).unwrap();
-    assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
     // A snapshot of a version that is not there.
     place.json(&["snapshot", "create", "kept"]);
     place.import("b", Some(INT4));
@@ -245,7 +245,7 @@ fn gc_spares_what_a_lost_catalogue_named() {
     assert_eq!((&report["damaged"][0]["snapshot"], &report["damaged"][0]["version"]), (&"kept".into(), &3.into()));
     assert_eq!(place.json(&["snapshot", "delete", "kept"])["version"], 3);
     place.json(&older);
-    assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
     // No catalogue at all: an empty one in its place would make all that is there garbage.
     std::fs::rename(place.path("layers/layers.lance/_versions"), place.path("aside")).unwrap();
     place.fails(1, &["table 'artifacts'", "catalogue"], &["import", CHECKPOINT, "--model", "c"]);
@@ -277,7 +277,7 @@ fn broken_snapshots_are_named_and_can_be_deleted() {
         place.json(&["snapshot", "delete", "bad"]);
         place.fails(1, &["no snapshot named 'bad'"], &["snapshot", "delete", "bad"]);
         place.json(&["gc", "--older-than", "0s", "--apply"]);
-        assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+        assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
         place.json(&["snapshot", "delete", "good"]);
     }
 }
@@ -310,7 +310,7 @@ fn cut_manifests_are_named() {
             std::fs::write(manifest, &good).unwrap();
         }
     }
-    assert_eq!(place.json(&["verify"])["damaged"], serde_json::json!([]));
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
 }
 
 /// A disk that is full after some writes.
