@@ -51,7 +51,7 @@ const OTHER_FILES: usize = 48;
 
 /// Files that each of the two readers keeps open, as the system's limit on this process allows.
 fn open_files() -> NonZeroUsize {
-    let each = handles_allowed().map_or(OPEN_FILES, |all| files_within(all));
+    let each = handles_allowed().map_or(OPEN_FILES, files_within);
     NonZeroUsize::new(each).unwrap_or(NonZeroUsize::MIN)
 }
 
