@@ -126,7 +126,7 @@ impl Rules {
                 ));
             };
             // Anchored: a rule names whole paths, as the examples in the documentation do with their '.*'.
-            let pattern = Regex::new(&layers).and_then(|_| Regex::new(&format!("^(?:{layers})$"))).map_err(|e| {
+            let pattern = Regex::new(&layers).and_then(|_| anchored(&layers)).map_err(|e| {
                 // The regex crate draws the pattern in several lines; the last one says what is wrong.
                 let reason = e.to_string();
                 fail(
@@ -153,6 +153,12 @@ impl Rules {
     pub fn find(&self, layer: &str) -> Option<(usize, &Rule)> {
         self.rules.iter().enumerate().find(|(_, r)| r.matches(layer))
     }
+}
+
+/// A regular expression of whole texts. `layers` is one by itself.
+fn anchored(layers: &str) -> std::result::Result<Regex, regex::Error> {
+    // With the flag x, a comment at the end of the pattern would take the bracket that closes it.
+    Regex::new(&format!("^(?:{layers})$")).or_else(|e| Regex::new(&format!("^(?:{layers}\n)$")).map_err(|_| e))
 }
 
 /// Reads the settings of an attention block: a file of what a rule for attention says, less `layers` and `method`.
@@ -234,6 +240,23 @@ method = "dense"
         assert_eq!(rules.find("x.encoder.layer.0.attention.self.query").unwrap().0, 2);
         assert!(Rules::default().find("a").is_none());
         assert!(Rules::parse("", "r.toml").unwrap().find("a").is_none());
+    }
+
+    /// With the flag x, blanks and comments are no part of a pattern, wherever they are.
+    #[test]
+    fn patterns_may_have_comments() {
+        for pattern in
+            ["(?x)a \\. b # comment", "(?x) a\\.b #) (", "(?x)(a # one\n \\. b)", "(?x: a \\. b # in a group\n)"]
+        {
+            let text = format!("[[rule]]\nlayers = \'\'\'{pattern}\'\'\'\nmethod = \'dense\'");
+            let rules = Rules::parse(&text, "r.toml").unwrap();
+            assert!(rules.find("a.b").is_some(), "{pattern}");
+            assert!(
+                rules.find("a.bc").is_none() && rules.find("xa.b").is_none() && rules.find("a.b\n").is_none(),
+                "{pattern}"
+            );
+        }
+        assert!(Rules::parse("[[rule]]\nlayers = 'a # b'\nmethod = 'dense'", "r").unwrap().find("a # b").is_some());
     }
 
     #[test]
