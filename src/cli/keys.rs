@@ -8,7 +8,7 @@ use super::{Context, NearestArgs, SharedArgs};
 use crate::compress::{self, SharedOptions};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::store::NearKey;
+use crate::store::{NearKey, check_place};
 
 #[derive(Serialize)]
 struct Nearest {
@@ -101,6 +101,7 @@ struct Copied {
 }
 
 pub async fn copy(context: &Context, model: String, layer: String, store: String) -> Result<u8> {
+    check_place(&store)?;
     context.snapshot().await?.layer(&model, &layer).await?.copy_to(&store).await?;
     context.output.result(&Copied { model, layer, store }, |c| {
         format!("layer '{}' of '{}' is in {}", escape::name(&c.layer), escape::name(&c.model), escape::name(&c.store))

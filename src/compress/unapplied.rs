@@ -240,7 +240,7 @@ mod tests {
         );
         let wide =
             [("e.gate_up", F32, &[2, 4, 4][..]), ("q.weight", DType::F64, &[4, 4]), ("n.weight", F32, &[1, 1, 4])];
-        says(&notes(&wide, &[], rule), &["'q' of dtype F64", "'e.gate_up' of 3 dimensions"]);
+        says(&notes(&wide, &[], rule), &["'e.gate_up' of 3 dimensions", "'q' of dtype F64"]);
         says(&notes(&wide, &[], ""), &[]);
         says(
             &notes(&[("a.weight", F32, &[0]), ("b.weight", F32, &[4, 0])], &[], rule),

@@ -198,10 +198,12 @@ fn shards<'a>(folder: &Path, names: &'a [String]) -> Result<Option<Vec<String>>>
         }
     }
     let usual: Vec<_> = sets.iter().filter(|((stem, _), _)| stem == MODEL).collect();
+    let plain: Vec<_> =
+        sets.iter().filter(|((stem, _), _)| !has_word(stem, &BESIDE) && !has_word(stem, &TWINS)).collect();
     let all: Vec<_> = sets.iter().collect();
-    let ((_, count), set) = match (&all[..], &usual[..]) {
-        ([], _) => return Ok(None),
-        ([one], _) | (_, [one]) => *one,
+    let ((_, count), set) = match (&all[..], &usual[..], &plain[..]) {
+        ([], ..) => return Ok(None),
+        ([one], ..) | (_, [one], _) | (_, [], [one]) => *one,
         _ => {
             let firsts: Vec<String> =
                 sets.values().filter_map(|set| set.values().next()).map(|n| (*n).clone()).collect();
@@ -235,6 +237,12 @@ const BESIDE: [&str; 8] = ["optimizer", "optim", "optimizers", "scheduler", "tra
 /// Words in the names of files that hold a model once more.
 const TWINS: [&str; 10] = ["ema", "fp16", "bf16", "fp32", "f16", "f32", "fp8", "int8", "non", "swa"];
 
+/// Whether one of these words is in the name of a file or a set of shards.
+fn has_word(name: &str, of: &[&str]) -> bool {
+    let stem = name.strip_suffix(SUFFIX).unwrap_or(name).to_lowercase();
+    stem.split(['.', '-', '_']).any(|word| of.contains(&word))
+}
+
 /// The one file that is the checkpoint.
 fn single<'a>(folder: &Path, names: &'a [String], folders: &[String]) -> Result<&'a String> {
     if let [one] = names {
@@ -253,15 +261,10 @@ fn single<'a>(folder: &Path, names: &'a [String], folders: &[String]) -> Result<
             format!("the folder holds neither an index (X.safetensors.index.json) nor a .safetensors file{beside}"),
         ));
     }
-    let words = |name: &str| -> Vec<String> {
-        let stem = name.strip_suffix(SUFFIX).unwrap_or(name).to_lowercase();
-        stem.split(['.', '-', '_']).map(str::to_owned).collect()
-    };
-    let has = |name: &str, of: &[&str]| words(name).iter().any(|word| of.contains(&word.as_str()));
-    let mut left: Vec<&String> = names.iter().filter(|name| !has(name, &BESIDE)).collect();
+    let mut left: Vec<&String> = names.iter().filter(|name| !has_word(name, &BESIDE)).collect();
     if left.len() > 1 {
         // The plain one of a model that is there in other precisions, or averaged, too.
-        let plain: Vec<&String> = left.iter().copied().filter(|name| !has(name, &TWINS)).collect();
+        let plain: Vec<&String> = left.iter().copied().filter(|name| !has_word(name, &TWINS)).collect();
         if !plain.is_empty() {
             left = plain;
         }
@@ -322,6 +325,10 @@ mod tests {
                 &["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"],
             ),
             (&["a-0-of-2.safetensors", "a-1-of-2.safetensors"], &["a-0-of-2.safetensors", "a-1-of-2.safetensors"]),
+            (
+                &["unet-1-of-1.safetensors", "unet.fp16-1-of-1.safetensors", "optimizer-1-of-2.safetensors"],
+                &["unet-1-of-1.safetensors"],
+            ),
             (
                 &["model-1-of-1.safetensors", "ema-1-of-2.safetensors", "ema-2-of-2.safetensors"],
                 &["model-1-of-1.safetensors"],
