@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, ImportArgs};
 use crate::compress::{self, CalibrationFile, Cancel, ImportOptions, ImportReport, Plan, Rules};
 use crate::error::Result;
 use crate::formats;
-use crate::store::{Store, check_model_name};
+use crate::store::{Store, check_model_name, check_place};
 
 /// A request to stop that Ctrl-C makes.
 pub fn cancel_on_interrupt() -> Cancel {
@@ -26,12 +27,14 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     context.refuse_at("import")?;
     // Everything that can be wrong with the arguments is found before a store is made.
     check_model_name(&args.model)?;
+    check_place(&context.store)?;
     let rules = args.rules.as_deref().map(Rules::open).transpose()?.unwrap_or_default();
     let calibration = args.calibration.as_deref().map(CalibrationFile::open).transpose()?;
     let source = formats::open(&args.checkpoint)?;
-    let plan = compress::preview(&*source, &rules, calibration.as_ref())?;
     if args.dry_run {
+        let plan = tokio::task::block_in_place(|| compress::preview(&*source, &rules, calibration.as_ref()))?;
         note_unused(context, &plan.unused_rules);
+        note_all(context, &plan.notes);
         context.output.result(&plan, planned)?;
         return Ok(0);
     }
@@ -42,8 +45,9 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
         progress: Arc::new(context.output.progress()),
         cancel: cancel_on_interrupt(),
     };
+    let prepared = compress::Prepared::new(source, &args.model, options).await?;
     let store = Store::create(&context.store).await?;
-    let report = compress::import(&store, source, &args.model, options).await?;
+    let report = prepared.import_into(&store).await?;
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
         let count = report.unmatched_calibration.len();
@@ -52,8 +56,15 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
             .output
             .note(format!("note: calibration tensor '{name}'{others}: no layer of this checkpoint has the name"));
     }
+    note_all(context, &report.notes);
     context.output.result(&report, human)?;
     Ok(0)
+}
+
+fn note_all(context: &Context, notes: &[String]) {
+    for note in notes {
+        context.output.note(format!("note: {note}"));
+    }
 }
 
 fn note_unused(context: &Context, rules: &[String]) {
@@ -118,6 +129,8 @@ pub async fn export(context: &Context, model: &str, output: &Path) -> Result<u8>
     let snapshot = context.snapshot().await?;
     let progress = Arc::new(context.output.progress());
     let report = compress::export(&snapshot, model, output, progress, cancel_on_interrupt()).await?;
-    context.output.result(&report, |r| format!("{} layers, {} in {}", r.layers, bytes(r.bytes), output.display()))?;
+    context.output.result(&report, |r| {
+        format!("{} layers, {} in {}", r.layers, bytes(r.bytes), escape::name(&output.to_string_lossy()))
+    })?;
     Ok(0)
 }

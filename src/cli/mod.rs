@@ -2,6 +2,7 @@
 
 mod attention;
 mod catalogue;
+mod escape;
 mod import;
 mod keys;
 mod maintain;
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use self::output::Output;
+use self::output::{Output, say};
 use crate::error::{Error, Result};
 use crate::store::{Snapshot, Store};
 
@@ -21,7 +22,7 @@ use crate::store::{Snapshot, Store};
 #[derive(Debug, Parser)]
 #[command(name = "layerstore", version, about, max_term_width = 100)]
 pub struct Cli {
-    /// The store: a directory, or an object-store URI.
+    /// The store: a directory (~/ and file:///PATH are understood), or an object-store URI.
     #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers")]
     store: String,
     /// Read at this snapshot, or version number, in place of the latest version.
@@ -117,7 +118,8 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct ImportArgs {
-    /// A .safetensors file, an index of shards (.json), a folder of either, or a .keras file of Keras-MML's layers.
+    /// A .safetensors file, an index of shards (.json), a folder of either, or a .keras file of Keras-MML's layers. In a folder
+    /// the index, or the shards' numbers, say what belongs to it; the rest is left out with a note.
     checkpoint: PathBuf,
     /// The name to store it under; what the store held under that name is replaced.
     #[arg(long)]
@@ -131,7 +133,8 @@ struct ImportArgs {
     /// A message for the log.
     #[arg(long, value_name = "TEXT")]
     message: Option<String>,
-    /// Only say which rule takes which layer, and how many bytes it will take. No store is made or changed.
+    /// Only look through everything, values included, and say which rule takes which layer, and how many bytes it will take. No
+    /// store is made or changed.
     #[arg(long)]
     dry_run: bool,
 }
@@ -144,7 +147,7 @@ struct ForwardArgs {
     /// .npy or FILE.safetensors:TENSOR, f32 or f16.
     #[arg(long, value_name = "FILE")]
     input: String,
-    /// Where the outputs go, .npy or .safetensors.
+    /// Where the outputs go, .npy or FILE.safetensors:TENSOR; other tensors of the file stay.
     #[arg(long, value_name = "FILE")]
     output: Option<String>,
     /// Use every key, or the dense weights.
@@ -252,14 +255,14 @@ fn run_to_the_end(cli: Cli) -> u8 {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            eprintln!("error: starting the runtime: {e}");
+            say(&format!("error: starting the runtime: {e}"));
             return 1;
         }
     };
     let code = match runtime.block_on(run(cli)) {
         Ok(code) => code,
         Err(e) => {
-            eprintln!("error: {e}");
+            say(&format!("error: {e}"));
             // An option that a command has no use for is wrong usage, like those that the parser finds.
             if matches!(e, Error::Usage { .. }) { 2 } else { 1 }
         }

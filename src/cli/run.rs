@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::compress::{self, ActivationsFile};
@@ -22,6 +23,8 @@ struct Forwarded {
 }
 
 pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
+    // A place that cannot be written to is found before the work.
+    args.output.as_deref().map_or(Ok(()), formats::check_output)?;
     let snapshot = context.snapshot().await?;
     let handle = snapshot.layer(&args.model, &args.layer).await?;
     if handle.record().method == ModuleLayer::METHOD {
@@ -42,7 +45,7 @@ pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
     let result = Forwarded { shape, relative_error_bound: answer.relative_error_bound };
     context.output.result(&result, |r| {
         let bound = r.relative_error_bound.map_or(String::new(), |b| format!(", relative error at most {b:.4}"));
-        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
+        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {}", escape::name(p)));
         let preview = if args.output.is_some() { String::new() } else { format!("\n{:.4}", answer.y) };
         format!("output of shape {:?}{place}{bound}{preview}", r.shape)
     })?;
@@ -61,7 +64,7 @@ async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArg
     }
     let result = Forwarded { shape: y.shape().to_vec(), relative_error_bound: None };
     context.output.result(&result, |r| match &args.output {
-        Some(path) => format!("output of shape {:?} in {path}", r.shape),
+        Some(path) => format!("output of shape {:?} in {}", r.shape, escape::name(path)),
         None => format!("output of shape {:?}\n{y:.4}", r.shape),
     })?;
     Ok(0)

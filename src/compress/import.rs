@@ -1,6 +1,6 @@
 //! A source's model into the store: every layer, each by the first rule that takes it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +13,8 @@ use serde_json::Value;
 use super::attention::{PlannedBlock, block_recipe, make_block};
 use super::calibration::CalibrationFile;
 use super::measure::measure;
-use super::plan::{Planned, Work, bits_per_weight, plan};
+use super::plan::{Planned, Work, bits_per_weight};
+use super::preflight::checked;
 use super::recipe::Recipe;
 use super::rules::Rules;
 use super::work::{Cancel, Progress, Silent};
@@ -119,12 +120,14 @@ pub struct ImportReport {
     pub unused_rules: Vec<String>,
     /// Calibration tensors that are named after no layer of the source: likely mistakes too.
     pub unmatched_calibration: Vec<String>,
+    /// What was left out of the checkpoint, and what it says that an import does not do.
+    pub notes: Vec<String>,
 }
 
 /// Imports `source` as `model`, in place of what the store held under that name, as one new version.
 ///
-/// Everything that rules and calibration can get wrong is refused before any layer is worked on. Layers that were made
-/// from the same tensors, settings and calibration before are not made again.
+/// Everything that rules, calibration and values can get wrong is refused before any layer is worked on, in one error. Layers
+/// that were made from the same tensors, settings and calibration before are not made again.
 ///
 /// # Errors
 /// When a rule or calibration does not fit a layer, a tensor holds NaN, the storage refuses, or the work is cancelled:
@@ -135,23 +138,70 @@ pub async fn import(
     model: &str,
     options: ImportOptions,
 ) -> Result<ImportReport> {
-    check_model_name(model)?;
-    let ImportOptions { rules, calibration, message, progress, cancel } = options;
-    let Work { layers, blocks, unused_rules } = plan(&*source, &rules, calibration.as_ref())?;
-    let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
-    let given = calibration.iter().flat_map(CalibrationFile::layers);
-    let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
-    let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
-    progress.started(layers.len() + blocks.len(), bytes);
-    let inputs = Arc::new(Inputs { source, calibration });
-    let mut session = ImportSession::begin(store, model, &progress, &cancel).await?;
-    for layer in layers {
-        session.add(&inputs, layer).await?;
+    // Boxed, so that callers' futures do not nest as deep as the compiler's limit.
+    let prepared = Box::pin(Prepared::new(source, model, options)).await?;
+    Box::pin(prepared.import_into(store)).await
+}
+
+/// An import whose source, rules and calibration were looked through, all values included.
+pub(crate) struct Prepared {
+    model: String,
+    work: Work,
+    inputs: Arc<Inputs>,
+    message: Option<String>,
+    progress: Arc<dyn Progress>,
+    cancel: Cancel,
+}
+
+impl Prepared {
+    /// Looks through all that the import will use.
+    ///
+    /// # Errors
+    /// As [`import`], the storage aside.
+    pub(crate) async fn new(source: Arc<dyn TensorSource>, model: &str, options: ImportOptions) -> Result<Self> {
+        check_model_name(model)?;
+        let ImportOptions { rules, calibration, message, progress, cancel } = options;
+        let inputs = Arc::new(Inputs { source, calibration });
+        let work = {
+            let (inputs, cancel) = (inputs.clone(), cancel.clone());
+            move || checked(&*inputs.source, &rules, inputs.calibration.as_ref(), &cancel)
+        };
+        let work = unless_cancelled(&cancel, work).await?;
+        Ok(Prepared { model: model.to_owned(), work, inputs, message, progress, cancel })
     }
-    for block in blocks {
-        session.add(&inputs, block).await?;
+
+    /// Does what was prepared.
+    ///
+    /// # Errors
+    /// As [`import`].
+    pub(crate) async fn import_into(self, store: &Store) -> Result<ImportReport> {
+        let Prepared { model, work, inputs, message, progress, cancel } = self;
+        let Work { layers, blocks, unused_rules, notes, misfits: _ } = work;
+        let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
+        let given = inputs.calibration.iter().flat_map(CalibrationFile::layers);
+        let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
+        let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
+        progress.started(layers.len() + blocks.len(), bytes);
+        let mut session = ImportSession::begin(store, &model, &progress, &cancel).await?;
+        for layer in layers {
+            session.add(&inputs, layer).await?;
+        }
+        for block in blocks {
+            session.add(&inputs, block).await?;
+        }
+        // What is said of the whole checkpoint is stored once, with its first layer.
+        if let Some(first) = session.records.first_mut() {
+            first.source.metadata = inputs.source.metadata();
+        }
+        session.commit(message.as_deref(), Remarks { unused_rules, unmatched_calibration, notes }).await
     }
-    session.commit(message.as_deref(), unused_rules, unmatched_calibration).await
+}
+
+/// What a report says beside what became of the layers.
+struct Remarks {
+    unused_rules: Vec<String>,
+    unmatched_calibration: Vec<String>,
+    notes: Vec<String>,
 }
 
 /// What layers are made from.
@@ -208,13 +258,13 @@ impl Item for Planned {
             SourceContent::Tensors { weight, bias } => {
                 let tensors = std::iter::once(weight).chain(bias).map(|tensor| recipe.tensor(from, tensor));
                 let tensors = tensors.collect::<Result<_>>()?;
-                Source { file: from.file_name(&weight.name), tensors, metadata: from.metadata() }
+                Source { file: from.file_name(&weight.name), tensors, metadata: BTreeMap::new() }
             }
             SourceContent::Ready { layer, .. } => {
                 let id = layer.to_parts().id();
                 recipe.artifact(id);
                 let tensors = source_tensors(&self.source.name, &**layer, id)?;
-                Source { file: from.file_name(&self.source.name), tensors, metadata: from.metadata() }
+                Source { file: from.file_name(&self.source.name), tensors, metadata: BTreeMap::new() }
             }
         };
         if let Some(method) = &self.method {
@@ -386,12 +436,8 @@ impl<'a> ImportSession<'a> {
     }
 
     /// Makes all layers the model's, unless somebody has asked to stop.
-    async fn commit(
-        mut self,
-        message: Option<&str>,
-        unused_rules: Vec<String>,
-        unmatched_calibration: Vec<String>,
-    ) -> Result<ImportReport> {
+    async fn commit(mut self, message: Option<&str>, remarks: Remarks) -> Result<ImportReport> {
+        let Remarks { unused_rules, unmatched_calibration, notes } = remarks;
         let writer = self.writer.take().filter(|_| !self.cancel.is_cancelled()).ok_or(Error::Cancelled)?;
         let written_bytes = writer.written_bytes();
         let version = writer.commit(self.model, &self.records, message).await?;
@@ -404,6 +450,7 @@ impl<'a> ImportSession<'a> {
             layers: std::mem::take(&mut self.layers),
             unused_rules,
             unmatched_calibration,
+            notes,
         })
     }
 }

@@ -8,15 +8,18 @@ mod export;
 mod import;
 mod measure;
 mod plan;
+mod preflight;
 mod recipe;
 mod rules;
 mod shared;
+mod unapplied;
 mod work;
 
 pub use calibration::{ActivationsFile, CalibrationFile, write_statistics};
 pub use codebooks::{Training, TrainingReport, train_codebooks};
 pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
 pub use export::{ExportReport, export};
+pub(crate) use import::Prepared;
 pub use import::{ImportOptions, ImportReport, LayerReport, import};
 pub use plan::{Plan, PlannedLayer, preview};
 pub use rules::{Rule, Rules, read_attention_settings};

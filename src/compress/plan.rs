@@ -5,7 +5,10 @@ use serde::Serialize;
 
 use super::attention::{PlannedBlock, blocks};
 use super::calibration::CalibrationFile;
+use super::preflight::{Misfits, checked};
 use super::rules::Rules;
+use super::unapplied::unapplied;
+use super::work::Cancel;
 use crate::error::Result;
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 use crate::layer::{MethodConfig, MethodName};
@@ -82,15 +85,18 @@ pub struct Plan {
     pub layers: Vec<PlannedLayer>,
     /// Patterns of rules that take no layer, with their lines: likely mistakes.
     pub unused_rules: Vec<String>,
+    /// What was left out of the checkpoint, and what it says that an import does not do.
+    pub notes: Vec<String>,
 }
 
-/// Holds rules and calibration against a source, as [`import`](super::import()) does before it begins, and says what it would
-/// do.
+/// Holds rules and calibration against a source, reads all values, as [`import`](super::import()) does before it begins, and
+/// says what it would do.
 ///
 /// # Errors
-/// When a rule or calibration does not fit a layer.
+/// When a rule or calibration does not fit a layer, or a value cannot be used: the error names all that do not fit.
 pub fn preview(source: &dyn TensorSource, rules: &Rules, calibration: Option<&CalibrationFile>) -> Result<Plan> {
-    let Work { layers: planned, blocks, unused_rules } = plan(source, rules, calibration)?;
+    let work = checked(source, rules, calibration, &Cancel::new())?;
+    let Work { layers: planned, blocks, unused_rules, notes, misfits: _ } = work;
     let layer = |planned: Planned| -> Result<PlannedLayer> {
         let (out_features, in_features) = planned.shape();
         let dense_bytes = planned.dense_bytes()?;
@@ -140,7 +146,7 @@ pub fn preview(source: &dyn TensorSource, rules: &Rules, calibration: Option<&Ca
         })
     };
     let layers = planned.into_iter().map(layer).chain(blocks.iter().map(block)).collect::<Result<_>>()?;
-    Ok(Plan { layers, unused_rules })
+    Ok(Plan { layers, unused_rules, notes })
 }
 
 /// All that an import does.
@@ -149,12 +155,18 @@ pub(super) struct Work {
     pub blocks: Vec<PlannedBlock>,
     /// Patterns of rules that take nothing.
     pub unused_rules: Vec<String>,
+    /// What a user should know of the checkpoint.
+    pub notes: Vec<String>,
+    /// Rules and calibration that do not fit.
+    pub misfits: Misfits,
 }
 
 /// Finds each layer's rule and holds it against the layer, the blocks of attention, and the rules that took nothing.
-pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option<&CalibrationFile>) -> Result<Work> {
+pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option<&CalibrationFile>) -> Work {
     let all = source.layers();
-    let (blocks, mut used) = blocks(&all, rules, calibration)?;
+    let mut misfits = Misfits::default();
+    let (blocks, mut used) = blocks(&all, rules, calibration, &mut misfits);
+    let notes = unapplied(source, &all, &blocks, rules);
     let mut planned = Vec::with_capacity(all.len());
     for source in all {
         let takes_rules = match &source.content {
@@ -174,17 +186,19 @@ pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option
         method = method.filter(|method| method.name() != "dense");
         let (out_features, in_features) = shape_of(&source.content);
         let calibrated = match (&method, calibration) {
-            (Some(_), Some(calibration)) => calibration.check(&source.name, in_features as usize)?,
-            _ => false,
+            (Some(_), Some(calibration)) => {
+                misfits.keep(&source.name, calibration.check(&source.name, in_features as usize))
+            }
+            _ => Some(false),
         };
-        if let Some(method) = &method {
-            let fits = method.check(out_features as usize, in_features as usize, calibrated);
-            fits.map_err(|e| e.in_layer(&source.name))?;
+        // With inputs that do not fit, nothing more can be said of the method.
+        if let (Some(method), Some(calibrated)) = (&method, calibrated) {
+            misfits.keep(&source.name, method.check(out_features as usize, in_features as usize, calibrated));
         }
-        planned.push(Planned { source, method, calibrated, rule });
+        planned.push(Planned { source, method, calibrated: calibrated.unwrap_or(false), rule });
     }
     let unused = rules.iter().zip(used).filter(|(_, used)| !used).map(|(rule, _)| rule.described());
-    Ok(Work { layers: planned, blocks, unused_rules: unused.collect() })
+    Work { layers: planned, blocks, unused_rules: unused.collect(), notes, misfits }
 }
 
 /// Stored bits for each of `out_features × in_features` weights; 0 where there are none.

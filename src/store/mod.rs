@@ -4,6 +4,7 @@
 //! artifact is which model's which layer, and every change of it is one version. See `docs/design.md` for the tables
 //! and the commit protocol.
 
+mod address;
 mod attention;
 mod catalogue;
 mod data;
@@ -41,6 +42,7 @@ pub use attention::AttentionHandle;
 pub use format::FORMAT_VERSION;
 pub use gc::GcReport;
 pub use handle::LayerHandle;
+pub(crate) use location::check_place;
 pub use module::ModuleHandle;
 pub(crate) use module::source_tensors;
 pub use nearest::{KeyIndexReport, NearKey};

@@ -1,7 +1,6 @@
 //! The parts of a `.keras` file: a ZIP archive of a JSON config and an HDF5 file of weights.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -26,7 +25,7 @@ impl Archive {
     /// When the file cannot be read, or is no `.keras` file.
     pub fn open(path: &Path) -> Result<Self> {
         let wrong = |reason: String| Error::file(path, format!("not a .keras file that can be read: {reason}"));
-        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        let file = super::super::regular::open(path)?;
         // SAFETY: as of every checkpoint: whoever changes the file meanwhile changes what is read.
         let bytes = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         let (mut config, mut weights) = (None, None);
