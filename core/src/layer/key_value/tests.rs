@@ -410,3 +410,52 @@ fn changed_graphs_are_refused() {
     refused(layer_from_parts(parts), &["hash"]);
     refused(layer.search(x.view(), Some(Limit::MaxError(0.1))), &["max_relative_error", "flat"]);
 }
+
+/// The same error whatever the size of inputs and weights, in every format of keys and values; what f32 cannot hold is refused.
+#[test]
+fn sizes_do_not_matter() {
+    let normal = |rows, seed| crate::linalg::normal_matrix(rows, 32, seed).mapv(|v| v as f32);
+    let (w, x) = (normal(32, 1), normal(200, 2) + 0.5);
+    for (backend, values) in [
+        (r#"{"type": "flat"}"#, r#""f32""#),
+        (r#"{"type": "flat", "keys": "f16"}"#, r#""f16""#),
+        (r#"{"type": "flat", "keys": "int8"}"#, r#""int8""#),
+        (r#"{"type": "pq", "subvectors": 16}"#, r#"{"type": "pq"}"#),
+        (r#"{"type": "ivf_pq", "clusters": 4, "probes": 4, "subvectors": 16}"#, r#""f32""#),
+        (r#"{"type": "hnsw"}"#, r#""f32""#),
+        (r#"{"type": "hnsw", "vectors": "f16"}"#, r#""f32""#),
+    ] {
+        let config = format!(
+            r#"{{"ridge_regularization": 0, "expected_keys_per_query": 32, "backend": {backend}, "values": {values}}}"#
+        );
+        let config: KeyValueConfig = serde_json::from_str(&config).unwrap();
+        let error = |weights: f32, inputs: f32| {
+            let (w, x) = (&w * weights, &x * inputs);
+            let layer = compress(&config, w.view(), None, Some(&Calibration::of(x.clone())?))?;
+            let y = layer_from_parts(layer.to_parts())?.linear(x.view(), Accuracy::Approximate)?.y;
+            Ok::<_, Error>(relative_error(y.view(), x.dot(&w.t()).view()))
+        };
+        let plain = error(1.0, 1.0).unwrap();
+        for (weights, inputs) in
+            [(1.0, 1e7), (1.0, 1e-7), (1.0, 1e12), (1e20, 1e-10), (1e20, 1.0), (1e-15, 1e-10), (1e-20, 1.0)]
+        {
+            match error(weights, inputs) {
+                Ok(found) => assert!(found < 1.05 * plain + 1e-5, "{backend} × {weights}, × {inputs}: {found} {plain}"),
+                Err(e) => assert!(
+                    backend.contains("f16") && backend.contains("hnsw"),
+                    "{backend} × {weights}, × {inputs}: {e}"
+                ),
+            }
+        }
+    }
+    let huge = &normal(32, 1).mapv(|v| v.clamp(-3.0, 3.0)) * 1e38;
+    refused_as(compress(&KeyValueConfig::default(), huge.view(), None, None), "scales");
+    let steep = KeyValueConfig { ridge_relative: 1e300, ..KeyValueConfig::default() };
+    refused_as(compress(&steep, w.view(), None, Some(&Calibration::of(x).unwrap())), "not finite");
+}
+
+#[track_caller]
+fn refused_as<T>(result: Result<T, Error>, says: &str) {
+    let Err(error) = result else { panic!("nothing was refused; expected {says}") };
+    assert!(error.to_string().contains(says), "{error}");
+}
