@@ -34,4 +34,5 @@ pub(crate) use narrow::{HALF_ROUNDING, Loss, unit_of, unit_of_f32};
 pub(crate) use normal::{normal_matrix, normal_survival};
 pub(crate) use pages::large_zeros;
 pub(crate) use product::{dot_f64, product_into};
+pub(crate) use statistics::with_floor;
 pub(crate) use threads::{in_pool, on_all_threads};

@@ -12,9 +12,10 @@ use super::threshold::Curves;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex, SearchIndex};
+use crate::layer::method::Method;
 use crate::linalg::{
     HALF_ROUNDING, Loss, cholesky, kept_rank, matmul_f64, matmul_nt, require_finite, solve_lower_transposed,
-    spectral_norm_bound, svd, unit_of_f32,
+    spectral_norm_bound, svd, unit_of_f32, with_floor,
 };
 use crate::quant::{RowFormat, RowMatrix, RowType};
 
@@ -49,6 +50,7 @@ impl KeyValueLayer {
         let (backend, mut adapted) = config.backend.fitted(config.on_misfit, rank, in_features)?;
         let (value_format, more) = fitted_format(config.values, config.on_misfit, "values", rank, out_features)?;
         adapted.extend(more);
+        adapted.extend(inputs.adapted.iter().cloned());
         // A wrong score moves the output by its key's scale.
         let unit = unit_of_f32(scales.iter()).unwrap_or(1.0);
         let weights: Vec<f32> = scales.iter().map(|s| (s / unit) * (s / unit)).collect();
@@ -57,7 +59,8 @@ impl KeyValueLayer {
         let values = RowMatrix::in_format(components.values.mapv(|v| v as f32), value_format, &weights)?;
         let bounds = ErrorBounds::of(&components, &scales, backend, index.rows(), value_format, &values);
         let mean = inputs.mean.mapv(|v| v as f32);
-        let sample = calibration.map(Calibration::sample).filter(|sample| sample.nrows() > 0);
+        let sample = calibration.filter(|_| inputs.factor.is_some()).map(Calibration::sample);
+        let sample = sample.filter(|sample| sample.nrows() > 0);
         let curves = sample.map(|x| {
             let centred = &x - &mean;
             let scores = match &float_keys {
@@ -220,21 +223,30 @@ pub(super) struct Inputs {
     pub factor: Option<Array2<f64>>,
     /// Standard deviation of each input, `[in]`; none where nothing is known of them.
     spread: Option<Array1<f32>>,
+    /// What the statistics made necessary, as [`StoredConfig`] has it.
+    adapted: Vec<String>,
 }
 
+/// Ridges beside those of the settings, where the covariance is singular with them.
+const RIDGE_FLOORS: [f64; 3] = [1e-6, 1e-4, 1e-2];
+
 impl Inputs {
-    /// Returns the statistics of calibration inputs, with the config's ridge added; without inputs, mean 0 and covariance I.
+    /// Returns the statistics of calibration inputs, with the config's ridge added; without inputs, or where they tell nothing, mean 0
+    /// and covariance I.
     pub fn new(config: &KeyValueConfig, in_features: usize, calibration: Option<&Calibration>) -> Result<Self> {
-        let (mean, covariance) = match calibration {
-            Some(calibration) => {
-                let covariance = config.ridge().added_to(calibration.covariance()?.into_owned());
-                (calibration.mean().clone(), Some(covariance))
-            }
-            None => (Array1::zeros(in_features), None),
-        };
-        let spread = covariance.as_ref().map(|c| c.diag().mapv(|v| v.sqrt() as f32));
-        let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
-        Ok(Inputs { mean, factor, spread })
+        let unknown = |adapted| Inputs { mean: Array1::zeros(in_features), factor: None, spread: None, adapted };
+        let Some(calibration) = calibration else { return Ok(unknown(vec![])) };
+        if let Some(reason) = config.unusable(calibration) {
+            return Ok(unknown(vec![format!("calibration: not used, {reason}")]));
+        }
+        let covariance = config.ridge().added_to(calibration.covariance()?.into_owned());
+        let with_diagonal = |c: ArrayView2<f64>| Ok((c.diag().to_owned(), cholesky(c)?));
+        let ((diagonal, factor), floor) = with_floor(covariance.view(), &RIDGE_FLOORS, with_diagonal)?;
+        let spread = diagonal.mapv(|v| v.sqrt() as f32);
+        require_finite("the spread of the inputs with its ridge", spread.iter())?;
+        let ridge = config.ridge_relative;
+        let adapted = floor.map(|floor| format!("ridge_relative: {ridge} to {}", ridge + floor)).into_iter().collect();
+        Ok(Inputs { mean: calibration.mean().clone(), factor: Some(factor), spread: Some(spread), adapted })
     }
 }
 

@@ -21,11 +21,17 @@ use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::linalg::{Loss, Ridge, matmul, matmul_nt, relative_error, require_finite, unit_of};
+use crate::linalg::{Loss, Ridge, matmul, matmul_nt, relative_error, require_finite, unit_of, with_floor};
 use crate::quant::{ActivationFormat, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
+
+/// Damping beside that of the settings, where the second moment is singular with it.
+const GPTQ_FLOORS: [f64; 2] = [1e-2, 1e-1];
+
+/// Ridges beside those of the settings, likewise.
+const RIDGE_FLOORS: [f64; 3] = [1e-6, 1e-4, 1e-2];
 
 /// A low-rank layer.
 #[derive(Debug, Clone)]
@@ -84,12 +90,16 @@ impl<'a> Inputs<'a> {
         if self.centred { self.calibration.variance() } else { self.calibration.second_diagonal() }
     }
 
-    fn transform(&self, config: &LowRankConfig) -> Result<Transform> {
+    /// Returns T, and what had to be added to the diagonal beside the ridge.
+    fn transform(&self, config: &LowRankConfig) -> Result<(Transform, Option<f64>)> {
         Ok(match config.scaling {
-            Scaling::Identity => Transform::Identity,
-            Scaling::MeanAbs => Transform::mean_abs(self.calibration.mean_abs().clone()),
-            Scaling::Rms => Transform::rms(self.squares()),
-            Scaling::Exact => Transform::exact(config.ridge().added_to(self.second()?.into_owned()).view())?,
+            Scaling::Identity => (Transform::Identity, None),
+            Scaling::MeanAbs => (Transform::mean_abs(self.calibration.mean_abs().clone()), None),
+            Scaling::Rms => (Transform::rms(self.squares()), None),
+            Scaling::Exact => {
+                let second = config.ridge().added_to(self.second()?.into_owned());
+                with_floor(second.view(), &RIDGE_FLOORS, Transform::exact)?
+            }
         })
     }
 }
@@ -141,7 +151,12 @@ impl LowRankLayer {
         calibration: Option<&Calibration>,
     ) -> Result<Self> {
         let (out_features, in_features) = weight.dim();
-        let inputs = calibration.filter(|_| config.calibrates().is_some()).map(|c| Inputs::new(c, config));
+        let mut adapted = vec![];
+        let calibration = calibration.filter(|_| config.calibrates().is_some());
+        let unusable = calibration.and_then(|calibration| config.unusable(calibration));
+        adapted.extend(unusable.map(|reason| format!("calibration: not used, {reason}")));
+        let calibration = calibration.filter(|_| unusable.is_none());
+        let inputs = calibration.map(|c| Inputs::new(c, config));
         let packed = match (&inputs, config.rounding) {
             (Some(inputs), Rounding::Gptq) => {
                 let damped = Ridge { absolute: 0.0, relative: config.damping }.added_to(inputs.second()?.into_owned());
@@ -150,7 +165,11 @@ impl LowRankLayer {
                     sweeps: config.sweeps,
                     dual_scaling: config.dual_scaling,
                 };
-                PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped.view(), how)?
+                let (packed, floor) = with_floor(damped.view(), &GPTQ_FLOORS, |damped| {
+                    PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped, how)
+                })?;
+                adapted.extend(floor.map(|floor| format!("damping: {} to {}", config.damping, config.damping + floor)));
+                packed
             }
             _ => {
                 let importance = inputs.as_ref().map(Inputs::squares);
@@ -159,7 +178,12 @@ impl LowRankLayer {
                 quantize(weight, config.weight, config.clipping, importance.as_deref())?
             }
         };
-        let transform = inputs.as_ref().map_or(Ok(Transform::Identity), |inputs| inputs.transform(config))?;
+        let (transform, floor) = match &inputs {
+            Some(inputs) => inputs.transform(config)?,
+            None => (Transform::Identity, None),
+        };
+        let ridge = config.ridge_relative;
+        adapted.extend(floor.map(|floor| format!("ridge_relative: {ridge} to {}", ridge + floor)));
         let error = &weight - &packed.dequantize();
         let (corrects_bias, activations) = (config.bias_correction, config.activations);
         let correction = Correction::of(error.view(), weight, config, &transform)?;
@@ -169,6 +193,9 @@ impl LowRankLayer {
         };
         for own in ["weight", "rank", "factors", "activations"] {
             made.remove(own);
+        }
+        if !adapted.is_empty() {
+            made.insert("adapted".into(), json!(adapted));
         }
         let config = StoredConfig {
             weight: config.weight,
@@ -388,6 +415,10 @@ impl Method for LowRankConfig {
 
     fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
         self.expected_bytes(out_features, in_features)
+    }
+
+    fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
+        calibration.vanishes(self.bias_correction)
     }
 
     fn compress(
@@ -707,6 +738,61 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Inputs that say nothing, or too little: the layer is what it is without them, and says so; or is made with a floor.
+    #[test]
+    fn statistics_that_vanish_are_not_used() {
+        let normal = |rows, seed| crate::linalg::normal_matrix(rows, 64, seed).mapv(|v| v as f32);
+        let w = normal(32, 1);
+        let base = LowRankConfig { rank: Rank::Components(4), ..LowRankConfig::default() };
+        let uncalibrated = compress(&base, w.view(), None, None).unwrap().weight().unwrap();
+        let (zeros, ones) = (Array2::zeros((16, 64)), Array2::ones((100, 64)));
+        let of = |config: &LowRankConfig, x: &Array2<f32>| {
+            let calibration = Calibration::of(x.clone()).unwrap();
+            let layer = compress(config, w.view(), None, Some(&calibration)).unwrap();
+            let back = layer_from_parts(layer.to_parts()).unwrap();
+            assert_eq!(back.to_parts(), layer.to_parts());
+            (config.unusable(&calibration), layer)
+        };
+        let gptq = || LowRankConfig { rounding: Rounding::Gptq, ..base.clone() };
+        for (config, x) in [
+            (gptq(), &zeros),
+            (LowRankConfig { bias_correction: true, ..gptq() }, &zeros),
+            (LowRankConfig { scaling: Scaling::Exact, ..base.clone() }, &zeros),
+            (LowRankConfig { scaling: Scaling::Rms, ..base.clone() }, &zeros),
+            (LowRankConfig { scaling: Scaling::MeanAbs, ..base.clone() }, &zeros),
+            (LowRankConfig { bias_correction: true, ..gptq() }, &ones),
+            (LowRankConfig { bias_correction: true, ..gptq() }, &Array2::ones((1, 64))),
+            (LowRankConfig { bias_correction: true, scaling: Scaling::Exact, ..base.clone() }, &ones),
+        ] {
+            let (reason, layer) = of(&config, x);
+            assert_eq!(layer.weight().unwrap(), uncalibrated, "{config:?}");
+            let noted = layer.config()["adapted"][0].as_str().unwrap().to_owned();
+            assert!(noted.contains("not used") && noted.contains(reason.unwrap()), "{noted}");
+        }
+        for (config, says) in [
+            (LowRankConfig { damping: 0.0, ..gptq() }, "damping: 0 to 0.01"),
+            (LowRankConfig { damping: 0.0, bias_correction: true, ..gptq() }, "damping: 0 to 0.01"),
+            (LowRankConfig { scaling: Scaling::Exact, ridge_relative: 0.0, ..base.clone() }, "ridge_relative: 0 to"),
+        ] {
+            let (reason, layer) = of(&config, &normal(8, 2));
+            assert!(
+                reason.is_none() && layer.config()["adapted"][0].as_str().unwrap().starts_with(says),
+                "{}",
+                layer.config()
+            );
+            assert!(relative_error(layer.weight().unwrap().view(), w.view()) < 0.2);
+        }
+        // What needs no help is not noted.
+        assert!(of(&gptq(), &normal(8, 2)).1.config().get("adapted").is_none());
+        assert!(
+            of(&LowRankConfig { scaling: Scaling::Exact, ..base }, &Array2::ones((100, 64)))
+                .1
+                .config()
+                .get("adapted")
+                .is_none()
+        );
     }
 
     /// How inputs are rounded is no part of the artifact: the catalogue says it.
