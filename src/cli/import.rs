@@ -57,6 +57,10 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
             .note(format!("note: calibration tensor '{name}'{others}: no layer of this checkpoint has the name"));
     }
     note_all(context, &report.notes);
+    note_layers(
+        context,
+        report.layers.iter().flat_map(|l| l.notes.iter().map(|note| (l.layer.as_str(), note.as_str()))),
+    );
     context.output.result(&report, human)?;
     Ok(0)
 }
@@ -64,6 +68,21 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
 fn note_all(context: &Context, notes: &[String]) {
     for note in notes {
         context.output.note(format!("note: {note}"));
+    }
+}
+
+/// Says what was noted of layers, each text once.
+fn note_layers<'a>(context: &Context, notes: impl Iterator<Item = (&'a str, &'a str)>) {
+    let mut by_text: Vec<(&str, &str, usize)> = vec![];
+    for (layer, text) in notes {
+        match by_text.iter_mut().find(|(_, known, _)| *known == text) {
+            Some((_, _, count)) => *count += 1,
+            None => by_text.push((layer, text, 1)),
+        }
+    }
+    for (layer, text, count) in by_text {
+        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
+        context.output.note(format!("note: layer '{layer}'{others}: {text}"));
     }
 }
 

@@ -153,6 +153,9 @@ struct ForwardArgs {
     /// Use every key, or the dense weights.
     #[arg(long)]
     exact: bool,
+    /// Of a key–value layer: use as few keys as certify this relative error for each input.
+    #[arg(long, value_name = "E", conflicts_with = "exact")]
+    max_error: Option<f64>,
 }
 
 #[derive(Debug, Args)]

@@ -87,7 +87,7 @@ pub async fn train_codebooks(
     let Trained { attention, queries, keys, revived, steps } = trained?;
     let parts = attention.to_parts();
     let made = Provenance { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
-    writer.add(&parts, made).await?;
+    writer.add(&parts, made).await.map_err(|e| e.in_layer(layer))?;
     let version = commit(store, writer, record(model, layer, &attention, &parts)).await?;
     Ok(TrainingReport {
         model: model.to_owned(),

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use chrono::Utc;
 use layerstore_core::layer::{dtype_name, registry};
+use ndarray::ArrayView2;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -21,7 +22,7 @@ use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
-use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts};
+use crate::layer::{CorrectionReport, DenseLayer, KeyValueLayer, Layer, MethodName, Parts, SearchReport, SharedLayer};
 use crate::store::{
     ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
     source_tensors,
@@ -95,6 +96,13 @@ pub struct LayerReport {
     /// What its correction gains; empty for layers that were not made anew, and for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
+    /// What its search finds for the calibration inputs, where its settings have it certify an error; empty for others, and for
+    /// layers that were not made anew.
+    #[serde(flatten)]
+    pub search: SearchReport,
+    /// What was adapted to the layer, and what of its settings or inputs was not used; empty where all is as the rule says.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// Whether the store had it already.
     pub reused: bool,
     /// Time that the layer took, in seconds.
@@ -233,6 +241,9 @@ trait Item: Clone + Send + Sync + 'static {
 /// A layer that was made.
 struct Compressed {
     parts: Parts,
+    /// What a person should know of it.
+    notes: Vec<String>,
+    search: SearchReport,
     correction: CorrectionReport,
     relative_error: Option<f64>,
     error_basis: ErrorBasis,
@@ -290,11 +301,20 @@ impl Item for Planned {
             None => None,
         };
         let layer = method.compress(weight.view(), bias.as_ref().map(|b| b.view()), calibration.as_ref())?;
-        let inputs = calibration.as_ref().map(|c| c.sample()).filter(|sample| sample.nrows() > 0);
+        // What says nothing of inputs is no measure either.
+        let unusable = calibration.as_ref().and_then(|calibration| method.unusable(calibration));
+        let inputs = calibration.as_ref().filter(|_| unusable.is_none()).map(|c| c.sample());
+        let inputs = inputs.filter(|sample| sample.nrows() > 0);
         let (error, error_basis) = measure(&*layer, weight.view(), inputs)?;
+        let parts = layer.to_parts();
+        let noted = adapted(&parts.config).iter().any(|note| note.starts_with("calibration"));
+        let unused = unusable.filter(|_| !noted).map(|reason| format!("calibration: not used, {reason}"));
+        let (search, unkept) = promised(&layer, inputs)?;
         Ok(Compressed {
             correction: layer.correction_report(weight.view(), inputs),
-            parts: layer.to_parts(),
+            search,
+            notes: unused.into_iter().chain(unkept).collect(),
+            parts,
             relative_error: Some(error).filter(|e| e.is_finite()),
             error_basis,
         })
@@ -332,7 +352,14 @@ impl Planned {
             }
         };
         let correction = CorrectionReport::default();
-        Ok(Compressed { parts, correction, relative_error, error_basis: ErrorBasis::Weights })
+        Ok(Compressed {
+            parts,
+            notes: vec![],
+            search: SearchReport::default(),
+            correction,
+            relative_error,
+            error_basis: ErrorBasis::Weights,
+        })
     }
 }
 
@@ -359,6 +386,8 @@ impl Item for PlannedBlock {
         let (layer, error) = make_block(&*inputs.source, self, inputs.calibration.as_ref())?;
         Ok(Compressed {
             parts: layer.to_parts(),
+            notes: vec![],
+            search: SearchReport::default(),
             correction: CorrectionReport::default(),
             relative_error: error.filter(|e| e.is_finite()),
             error_basis: ErrorBasis::Activations,
@@ -402,6 +431,7 @@ impl<'a> ImportSession<'a> {
             unless_cancelled(self.cancel, move || item.recipe(&inputs)).await?
         };
         let writer = self.writer.as_mut().ok_or(Error::Cancelled)?;
+        let (mut notes, mut search) = (vec![], SearchReport::default());
         let (stored, correction, reused) = match writer.made_by(&recipe).cloned() {
             Some(stored) => (stored, CorrectionReport::default(), true),
             None => {
@@ -410,15 +440,20 @@ impl<'a> ImportSession<'a> {
                     unless_cancelled(self.cancel, move || item.make(&inputs)).await
                 };
                 let made = work.map_err(|e| e.in_layer(item.name()))?;
-                let Compressed { parts, correction, relative_error, error_basis } = made;
-                let (_, new) = writer.add(&parts, Provenance { recipe, relative_error, error_basis }).await?;
+                let Compressed { parts, correction, relative_error, error_basis, notes: more, search: found } = made;
+                (notes, search) = (more, found);
+                let provenance = Provenance { recipe, relative_error, error_basis };
+                let (_, new) = writer.add(&parts, provenance).await.map_err(|e| e.in_layer(item.name()))?;
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
                 (stored, correction, !new)
             }
         };
         let (out_features, in_features) = item.shape();
         let config = item.configuration(&stored.config);
+        notes.splice(..0, adapted(&stored.config));
         let done = Done {
+            notes,
+            search,
             dense_bytes: item.dense_bytes()?,
             name: item.name().to_owned(),
             in_features,
@@ -461,9 +496,26 @@ impl Drop for ImportSession<'_> {
     }
 }
 
+/// Returns what a layer that is to certify an error finds for `inputs`, and what to say where it cannot certify it.
+fn promised(layer: &SharedLayer, inputs: Option<ArrayView2<f32>>) -> Result<(SearchReport, Option<String>)> {
+    let found = layer.downcast_ref::<KeyValueLayer>().filter(|layer| layer.asked_error().is_some());
+    let Some(layer) = found else { return Ok((SearchReport::default(), None)) };
+    let report = inputs.map_or(Ok(SearchReport::default()), |x| layer.search_report(x))?;
+    let note = layer.unkept_promise(inputs.map_or(0, |x| x.nrows()), &report);
+    Ok((report, note))
+}
+
+/// Returns what a stored config says was adapted to the layer.
+fn adapted(config: &Value) -> Vec<String> {
+    let all = config["adapted"].as_array().map_or(&[][..], Vec::as_slice);
+    all.iter().filter_map(|note| note.as_str().map(str::to_owned)).collect()
+}
+
 /// A layer that is in the store.
 struct Done {
     name: String,
+    notes: Vec<String>,
+    search: SearchReport,
     in_features: u64,
     out_features: u64,
     dense_bytes: u64,
@@ -493,6 +545,8 @@ impl Done {
                 false => 0.0,
             },
             correction: self.correction.clone(),
+            search: self.search.clone(),
+            notes: self.notes.clone(),
             reused: self.reused,
             seconds: started.elapsed().as_secs_f64(),
         }
