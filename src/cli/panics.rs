@@ -1,5 +1,6 @@
 //! Panics, told of only where one ends the command: those that Lance meets in damaged files become errors, and the error says all.
 
+use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Mutex, PoisonError};
 
@@ -18,12 +19,13 @@ pub fn told_if_last(command: impl FnOnce() -> u8) -> u8 {
         TEXTS.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{info}{trace}"));
     }));
     std::panic::catch_unwind(AssertUnwindSafe(command)).unwrap_or_else(|_| {
-        for text in TEXTS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            eprintln!("{text}");
+        let texts = std::mem::take(&mut *TEXTS.lock().unwrap_or_else(PoisonError::into_inner));
+        let last =
+            "layerstore panicked, which is a bug: please report it with the lines above (RUST_BACKTRACE=1 shows more)";
+        for text in texts.iter().map(String::as_str).chain([last]) {
+            // Where nothing can be said, the exit code still is.
+            let _ = writeln!(std::io::stderr(), "{text}");
         }
-        eprintln!(
-            "layerstore panicked, which is a bug: please report it with the lines above (RUST_BACKTRACE=1 shows more)"
-        );
         PANICKED
     })
 }
