@@ -4,7 +4,7 @@ use layerstore_core::linalg::{add_outer, matmul_nt, relative_error};
 use ndarray::{Array2, ArrayView1, s};
 
 use super::calibration::CalibrationFile;
-use super::preflight::Misfits;
+use super::misfits::Misfits;
 use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
 use crate::error::{Error, Result};

@@ -40,21 +40,29 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {
                 f.write_str("a JSON object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let (mut entries, mut seen) = (Vec::new(), HashSet::new());
-                while let Some(key) = map.next_key::<String>()? {
-                    if !seen.insert(key.clone()) {
-                        return Err(A::Error::custom(format!("'{key}' is given twice")));
-                    }
-                    let value = map.next_value();
-                    let value = value.map_err(|e| A::Error::custom(format!("entry '{key}' is malformed: {e}")))?;
-                    entries.push((key, value));
-                }
-                Ok(Unique(entries))
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                unique_entries(map, |map, _| map.next_value()).map(Unique)
             }
         }
         deserializer.deserialize_map(Entries(PhantomData))
     }
+}
+
+/// Reads the entries of an object, the value of each by `read`. An error names the entry; a key that comes twice is one.
+fn unique_entries<'de, A: MapAccess<'de>, V>(
+    mut map: A,
+    read: impl Fn(&mut A, &str) -> Result<V, A::Error>,
+) -> Result<Vec<(String, V)>, A::Error> {
+    let (mut entries, mut seen) = (Vec::new(), HashSet::new());
+    while let Some(key) = map.next_key::<String>()? {
+        if !seen.insert(key.clone()) {
+            return Err(A::Error::custom(format!("'{key}' is given twice")));
+        }
+        let value = read(&mut map, &key);
+        let value = value.map_err(|e| A::Error::custom(format!("entry '{key}' is malformed: {e}")))?;
+        entries.push((key, value));
+    }
+    Ok(entries)
 }
 
 /// An entry of the header: the metadata, or where a tensor lies. The crate looks at the rest.
@@ -84,23 +92,15 @@ impl<'de> Deserialize<'de> for Entries {
                 f.write_str("a JSON object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let (mut entries, mut seen) = (Vec::new(), HashSet::new());
-                while let Some(key) = map.next_key::<String>()? {
-                    if !seen.insert(key.clone()) {
-                        return Err(A::Error::custom(format!("'{key}' is given twice")));
-                    }
-                    let entry = match key.as_str() {
-                        "__metadata__" => map.next_value::<Option<Unique<String>>>().map(|_| Entry::Metadata),
-                        _ => map.next_value::<Claim>().map(|claim| {
-                            let (start, end) = claim.data_offsets;
-                            Entry::Tensor { start, end }
-                        }),
-                    };
-                    let entry = entry.map_err(|e| A::Error::custom(format!("entry '{key}' is malformed: {e}")))?;
-                    entries.push((key, entry));
-                }
-                Ok(Entries(entries))
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                let entry = |map: &mut A, key: &str| match key {
+                    "__metadata__" => map.next_value::<Option<Unique<String>>>().map(|_| Entry::Metadata),
+                    _ => map.next_value::<Claim>().map(|claim| {
+                        let (start, end) = claim.data_offsets;
+                        Entry::Tensor { start, end }
+                    }),
+                };
+                unique_entries(map, entry).map(Entries)
             }
         }
         deserializer.deserialize_map(All)
