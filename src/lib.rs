@@ -51,6 +51,9 @@
 //! Every type that a public signature names can be named through these paths, or is one of `std`, `ndarray`, `serde`,
 //! `serde_json`, `bytes`, `chrono` or `safetensors`. The one exception is [`Store::lancedb`], the door to the tables.
 
+// These panic where standard output or error is full or closed.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 #[doc(hidden)]
 pub mod cli;
 mod compress;

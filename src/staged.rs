@@ -1,74 +1,177 @@
 //! Files that appear whole or not at all.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
+/// Links that are followed before they are taken for a ring, as Linux has it.
+const MOST_LINKS: usize = 40;
+
 /// The folders that files are being written in; `None` once this process has given all of them up.
 static WRITING: Mutex<Option<BTreeSet<PathBuf>>> = Mutex::new(Some(BTreeSet::new()));
 
-/// A folder in [`WRITING`], which is removed when it is no longer needed.
-struct Listed(PathBuf);
-
-impl Listed {
-    fn new(folder: PathBuf) -> Result<Self> {
-        let mut writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
-        writing.as_mut().ok_or(Error::Cancelled)?.insert(folder.clone());
-        Ok(Listed(folder))
-    }
-}
-
-impl Drop for Listed {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-        if let Some(writing) = WRITING.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            writing.remove(&self.0);
-        }
-    }
-}
-
-/// Removes what is being written and not in its place, and lets nothing be written any more: for a process that is about to end.
+/// Removes what is being written and not in its place, and lets nothing be written any more: for a process that is about to
+/// end.
 pub(crate) fn abandon() {
     let writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner).take();
     for folder in writing.into_iter().flatten() {
         // Another thread may be adding to it.
         for _ in 0..3 {
             match std::fs::remove_dir_all(&folder) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {}
+                Err(e) if e.kind() != ErrorKind::NotFound => {}
                 _ => break,
             }
         }
     }
 }
 
-/// Has a file written in a folder beside its place, and moves it there when it is whole and on disk. Returns its bytes. A file that
-/// was at its place is replaced.
+/// Has a file written in a folder beside its place, and moves it there when it is whole and on disk. Returns its bytes. What was
+/// at its place is replaced: where that is a link, the file that it leads to; and the new file has the old one's mode.
 ///
 /// # Errors
-/// That of `write`, or when the file cannot be synced or moved: then what was at its place is as it was.
+/// That of `write`, or when the place cannot be written to, or the file cannot be synced or moved: then what was at its place
+/// is as it was.
 pub(crate) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<u64> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // A folder, since `write` may have temporary files of its own.
-    let number = COUNT.fetch_add(1, Ordering::Relaxed);
-    let folder = parent.join(format!(".layerstore.{}.{number}.partial", std::process::id()));
-    let listed = Listed::new(folder)?;
-    std::fs::create_dir_all(&listed.0).map_err(|e| Error::io(path, e))?;
-    let staged = listed.0.join("file");
-    let finish = || -> std::io::Result<u64> {
-        let file = File::open(&staged)?;
-        file.sync_all()?;
-        let bytes = file.metadata()?.len();
-        std::fs::rename(&staged, path)?;
-        sync_folder(parent)?;
-        Ok(bytes)
-    };
-    write(&staged).and_then(|()| finish().map_err(|e| Error::io(path, e)))
+    let place = Place::of(path)?;
+    let staged = Staged::create(&place, path)?;
+    write(&staged.path)?;
+    staged.finish(&place).map_err(|e| Error::io(path, e))
 }
+
+/// Tries whether [`write`] could write to a place, before the work whose result goes there. Nothing is left behind.
+///
+/// # Errors
+/// When something else than a file is there, or no file can be made or named so.
+pub(crate) fn probe(path: &Path) -> Result<()> {
+    Staged::create(&Place::of(path)?, path).map(drop)
+}
+
+/// Where a file is to go.
+struct Place {
+    /// No link.
+    path: PathBuf,
+    /// Of the file that is there.
+    there: Option<Metadata>,
+}
+
+impl Place {
+    fn of(path: &Path) -> Result<Self> {
+        let mut place = path.to_owned();
+        for _ in 0..=MOST_LINKS {
+            match std::fs::symlink_metadata(&place) {
+                Ok(there) if there.is_symlink() => {
+                    let target = std::fs::read_link(&place).map_err(|e| Error::io(path, e))?;
+                    place = folder_of(&place).join(target);
+                }
+                Ok(there) if there.is_file() => return Ok(Place { path: place, there: Some(there) }),
+                Ok(there) => {
+                    let what = if there.is_dir() { "a directory is" } else { "something else than a regular file is" };
+                    return Err(Error::file(path, format!("{what} there, expected a file to replace, or nothing")));
+                }
+                Err(e) if e.kind() == ErrorKind::NotFound && place.file_name().is_some() => {
+                    return Ok(Place { path: place, there: None });
+                }
+                // Such as a name that is too long.
+                Err(e) => return Err(Error::io(path, e)),
+            }
+        }
+        Err(Error::file(
+            path,
+            format!("more than {MOST_LINKS} symbolic links lead from there, expected a file or nothing"),
+        ))
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A file in a folder beside its place, which is removed when it goes, whatever writers have left there.
+struct Staged {
+    folder: PathBuf,
+    path: PathBuf,
+    /// What a new file gets of the process, before anything else replaced this one.
+    made: Metadata,
+}
+
+impl Staged {
+    fn create(place: &Place, path: &Path) -> Result<Self> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let mut builder = DirBuilder::new();
+        // Nobody may read what is in there who may not read what it replaces.
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        loop {
+            // Short, whatever the name at the place.
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
+            let folder = folder_of(&place.path).join(format!(".layerstore.{}.{count}.partial", std::process::id()));
+            let mut writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+            let listed = writing.as_mut().ok_or(Error::Cancelled)?;
+            match builder.create(&folder) {
+                Ok(()) => listed.insert(folder.clone()),
+                // Of a process that had this one's number.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => continue,
+                Err(e) => return Err(Error::io(path, e)),
+            };
+            drop(writing);
+            let staged = folder.join("file");
+            let made = OpenOptions::new().write(true).create_new(true).open(&staged).and_then(|file| file.metadata());
+            return match made {
+                Ok(made) => Ok(Staged { path: staged, folder, made }),
+                Err(e) => {
+                    remove(&folder);
+                    Err(Error::io(path, e))
+                }
+            };
+        }
+    }
+
+    fn finish(self, place: &Place) -> std::io::Result<u64> {
+        let file = File::open(&self.path)?;
+        let bytes = file.metadata()?.len();
+        if bytes == 0 {
+            return Err(std::io::Error::new(ErrorKind::UnexpectedEof, "nothing was written"));
+        }
+        keep_owner(&file, place);
+        let mode = place.there.as_ref().unwrap_or(&self.made).permissions();
+        file.set_permissions(mode)?;
+        file.sync_all()?;
+        std::fs::rename(&self.path, &place.path)?;
+        sync_folder(folder_of(&place.path))?;
+        Ok(bytes)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        remove(&self.folder);
+    }
+}
+
+/// Removes a folder in [`WRITING`].
+fn remove(folder: &Path) {
+    let _ = std::fs::remove_dir_all(folder);
+    if let Some(writing) = WRITING.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        writing.remove(folder);
+    }
+}
+
+/// Gives the file to the owner of what it replaces, where that is allowed.
+#[cfg(unix)]
+fn keep_owner(file: &File, place: &Place) {
+    use std::os::unix::fs::MetadataExt;
+    if let Some(there) = &place.there {
+        let _ = std::os::unix::fs::fchown(file, Some(there.uid()), Some(there.gid()));
+    }
+}
+
+#[cfg(not(unix))]
+fn keep_owner(_: &File, _: &Place) {}
 
 /// Syncs the entry of a new name in its folder.
 #[cfg(unix)]
@@ -76,7 +179,7 @@ fn sync_folder(folder: &Path) -> std::io::Result<()> {
     match File::open(folder) {
         Ok(folder) => folder.sync_all(),
         // Names can be made in a folder that cannot be read, which cannot be synced then.
-        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        Err(e) if e.kind() == ErrorKind::PermissionDenied => Ok(()),
         Err(e) => Err(e),
     }
 }
@@ -90,12 +193,14 @@ fn sync_folder(_: &Path) -> std::io::Result<()> {
 mod tests {
     use super::*;
 
+    fn put(text: &'static str) -> impl FnOnce(&Path) -> Result<()> {
+        move |staged| std::fs::write(staged, text).map_err(|e| Error::io(staged, e))
+    }
+
     #[test]
     fn whole_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
-        let put =
-            |text: &'static str| move |staged: &Path| std::fs::write(staged, text).map_err(|e| Error::io(staged, e));
         assert_eq!(write(&path, put("first")).unwrap(), 5);
         let error = write(&path, |staged| {
             put("half")(staged)?;
@@ -105,8 +210,60 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "first");
         assert_eq!(write(&path, put("second")).unwrap(), 6);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "second");
+        probe(&path).unwrap();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         // A file that was not written is an error too.
         assert!(matches!(write(&path, |_| Ok(())), Err(Error::Io { .. })));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "second");
+    }
+
+    #[test]
+    fn names_may_be_as_long_as_names_can_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("n".repeat(255));
+        assert_eq!(write(&path, put("text")).unwrap(), 4);
+        let longer = folder.path().join("n".repeat(256));
+        for refused in [probe(&longer), probe(&folder.path().join("none/file"))] {
+            assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+        }
+        let message = probe(folder.path()).unwrap_err().to_string();
+        assert!(message.contains("a directory is there"), "{message}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_and_modes_stay() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let mode = |name: &str| std::fs::metadata(at(name)).unwrap().permissions().mode() & 0o777;
+        std::fs::create_dir(at("inner")).unwrap();
+        symlink("inner/file", at("link")).unwrap();
+        symlink(at("link"), at("far")).unwrap();
+        // A link to nothing yet.
+        write(&at("far"), put("first")).unwrap();
+        assert_eq!(std::fs::read_to_string(at("inner/file")).unwrap(), "first");
+        std::fs::write(at("plain"), "").unwrap();
+        assert_eq!(mode("inner/file"), mode("plain"), "a new file is as the process makes files");
+        for wanted in [0o600, 0o640, 0o444] {
+            std::fs::set_permissions(at("inner/file"), std::fs::Permissions::from_mode(wanted)).unwrap();
+            write(&at("far"), |staged| {
+                let around = std::fs::metadata(staged.parent().unwrap()).unwrap();
+                assert_eq!(around.permissions().mode() & 0o777, 0o700, "nobody else may read it yet");
+                // As writers do that make files of their own.
+                std::fs::remove_file(staged).unwrap();
+                put("second")(staged)
+            })
+            .unwrap();
+            assert_eq!(
+                (std::fs::read_to_string(at("inner/file")).unwrap(), mode("inner/file")),
+                ("second".into(), wanted)
+            );
+        }
+        assert!(at("link").is_symlink() && at("far").is_symlink());
+        symlink("ring", at("ring")).unwrap();
+        assert!(probe(&at("ring")).is_err());
+        assert_eq!(std::fs::read_dir(at("inner")).unwrap().count(), 1);
     }
 }

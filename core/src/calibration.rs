@@ -21,6 +21,9 @@ pub const SAMPLE_WINDOW: usize = 128;
 /// Layers with more inputs than this keep the diagonal of the second moment only: the whole would take over 2 GiB.
 pub const FULL_MOMENT_WIDTH: usize = 16_384;
 
+/// Inputs are alike where their variance is at most this share of their mean square: moments are rounded to f32 on the way.
+const ALIKE: f64 = 1e-10;
+
 /// Statistics of the inputs of one layer.
 #[derive(Debug, Clone)]
 pub struct Calibration {
@@ -202,6 +205,21 @@ impl Calibration {
     /// Returns sampled inputs in their order, `[rows, features]`: all of them where there were few. May be empty.
     pub fn sample(&self) -> ArrayView2<'_, f32> {
         self.sample.view()
+    }
+
+    /// Returns why these statistics tell nothing of what a layer's inputs are like, where that is so: they are all 0, or, for who looks
+    /// at inputs less their mean (`centred`), all alike.
+    pub fn vanishes(&self, centred: bool) -> Option<&'static str> {
+        let squares = self.second_diagonal();
+        if squares.iter().all(|square| *square == 0.0) {
+            return Some("its inputs are all 0");
+        }
+        let alike = || self.variance().iter().zip(&squares).all(|(variance, square)| *variance <= ALIKE * square);
+        match (centred, self.tokens) {
+            (false, _) => None,
+            (true, 1) => Some("it has one input alone"),
+            (true, _) => alike().then_some("its inputs are all alike"),
+        }
     }
 
     /// Returns whether there is a second moment, and not its diagonal alone.
@@ -553,6 +571,23 @@ mod tests {
         assert_eq!(diagonal.second_diagonal().to_vec(), [4.0, 5.0]);
         assert!(diagonal.second_moment().unwrap_err().to_string().contains("diagonal alone"));
         assert!(diagonal.mapped(|x| Ok(x.to_owned())).unwrap_err().to_string().contains("no rows"));
+    }
+
+    #[test]
+    fn statistics_that_tell_nothing_say_so() {
+        let of = |x: Array2<f32>, centred| Calibration::of(x).unwrap().vanishes(centred);
+        let varied = |scale: f32| inputs(20, 3, 1) * scale;
+        for centred in [false, true] {
+            assert_eq!(of(Array2::zeros((16, 4)), centred), Some("its inputs are all 0"));
+            assert_eq!(of(varied(1e-15), centred), None);
+            // An input that is large and always the same beside others that vary.
+            let mut x = varied(0.01);
+            x.column_mut(1).fill(3e4);
+            assert_eq!(of(x, centred), None);
+        }
+        assert_eq!(of(Array2::from_elem((1, 4), 1.0), true), Some("it has one input alone"));
+        assert_eq!(of(Array2::from_elem((100, 4), 0.1), true), Some("its inputs are all alike"));
+        assert_eq!(of(Array2::from_elem((100, 4), 0.1), false), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use ndarray::Axis;
 use serde::Serialize;
 
 use super::Context;
+use super::escape;
 use super::output::bytes;
 use super::signals::cancel_on_interrupt;
 use crate::compress::{self, Training};
@@ -30,7 +31,7 @@ pub struct AttendArgs {
     /// Those of values, if they are others than of keys.
     #[arg(long, value_name = "FILE")]
     v: Option<String>,
-    /// Where the outputs go, .npy or .safetensors.
+    /// Where the outputs go, .npy or FILE.safetensors:TENSOR; other tensors of the file stay.
     #[arg(long, value_name = "FILE")]
     output: Option<String>,
     /// Let each query meet each key, and use every key, or all that is stored, of the projections.
@@ -80,6 +81,9 @@ struct AttendReport {
 }
 
 pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
+    // A place that cannot be written to is found before the work.
+    args.output.as_deref().map_or(Ok(()), formats::check_output)?;
+    args.state.as_deref().map_or(Ok(()), formats::check_attention_cache_output)?;
     let handle = context.snapshot().await?.attention(&args.model, &args.layer).await?;
     let q = formats::read_array(&args.q)?.0;
     let k = args.k.as_deref().map(formats::read_array).transpose()?.map_or_else(|| q.clone(), |k| k.0);
@@ -111,7 +115,7 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         formats::write_attention_cache(path, cache)?;
     }
     context.output.result(&AttendReport { shape: y.shape().to_vec() }, |r| {
-        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
+        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {}", escape::name(p)));
         let preview = if args.output.is_some() { String::new() } else { format!("\n{y:.4}") };
         format!("output of shape {:?}{place}{preview}", r.shape)
     })?;
@@ -140,8 +144,8 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
         let losses: Vec<String> = [of("queries", r.queries), of("keys", r.keys)].into_iter().flatten().collect();
         format!(
             "'{}' of '{}' at version {}: {} steps; {}; {} dead codewords given away; {}",
-            r.layer,
-            r.model,
+            escape::name(&r.layer),
+            escape::name(&r.model),
             r.version,
             r.steps,
             losses.join("; "),

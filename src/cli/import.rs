@@ -3,24 +3,27 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::signals::cancel_on_interrupt;
 use super::{Context, ImportArgs};
 use crate::compress::{self, CalibrationFile, ImportOptions, ImportReport, Plan, Rules};
 use crate::error::Result;
 use crate::formats;
-use crate::store::check_model_name;
+use crate::store::{check_model_name, check_place};
 
 pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     context.refuse_at("import")?;
     // Everything that can be wrong with the arguments is found before a store is made.
     check_model_name(&args.model)?;
+    check_place(&context.store)?;
     let rules = args.rules.as_deref().map(Rules::open).transpose()?.unwrap_or_default();
     let calibration = args.calibration.as_deref().map(CalibrationFile::open).transpose()?;
     let source = formats::open(&args.checkpoint)?;
-    let plan = compress::preview(&*source, &rules, calibration.as_ref())?;
     if args.dry_run {
+        let plan = tokio::task::block_in_place(|| compress::preview(&*source, &rules, calibration.as_ref()))?;
         note_unused(context, &plan.unused_rules);
+        note_all(context, &plan.notes);
         context.output.result(&plan, planned)?;
         return Ok(0);
     }
@@ -31,8 +34,10 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
         progress: Arc::new(context.output.progress()),
         cancel: cancel_on_interrupt(),
     };
-    let store = options.cancel.unless(context.create()).await?;
-    let report = compress::import(&store, source, &args.model, options).await?;
+    let cancel = options.cancel.clone();
+    let prepared = compress::Prepared::new(source, &args.model, options).await?;
+    let store = cancel.unless(context.create()).await?;
+    let report = prepared.import_into(&store).await?;
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
         let count = report.unmatched_calibration.len();
@@ -41,8 +46,34 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
             .output
             .note(format!("note: calibration tensor '{name}'{others}: no layer of this checkpoint has the name"));
     }
+    note_all(context, &report.notes);
+    note_layers(
+        context,
+        report.layers.iter().flat_map(|l| l.notes.iter().map(|note| (l.layer.as_str(), note.as_str()))),
+    );
     context.output.result(&report, human)?;
     Ok(0)
+}
+
+fn note_all(context: &Context, notes: &[String]) {
+    for note in notes {
+        context.output.note(format!("note: {note}"));
+    }
+}
+
+/// Says what was noted of layers, each text once.
+fn note_layers<'a>(context: &Context, notes: impl Iterator<Item = (&'a str, &'a str)>) {
+    let mut by_text: Vec<(&str, &str, usize)> = vec![];
+    for (layer, text) in notes {
+        match by_text.iter_mut().find(|(_, known, _)| *known == text) {
+            Some((_, _, count)) => *count += 1,
+            None => by_text.push((layer, text, 1)),
+        }
+    }
+    for (layer, text, count) in by_text {
+        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
+        context.output.note(format!("note: layer '{layer}'{others}: {text}"));
+    }
 }
 
 fn note_unused(context: &Context, rules: &[String]) {
@@ -107,6 +138,8 @@ pub async fn export(context: &Context, model: &str, output: &Path) -> Result<u8>
     let snapshot = context.snapshot().await?;
     let progress = Arc::new(context.output.progress());
     let report = compress::export(&snapshot, model, output, progress, cancel_on_interrupt()).await?;
-    context.output.result(&report, |r| format!("{} layers, {} in {}", r.layers, bytes(r.bytes), output.display()))?;
+    context.output.result(&report, |r| {
+        format!("{} layers, {} in {}", r.layers, bytes(r.bytes), escape::name(&output.to_string_lossy()))
+    })?;
     Ok(0)
 }

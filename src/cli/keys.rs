@@ -2,12 +2,13 @@
 
 use serde::Serialize;
 
+use super::escape;
 use super::output::table;
 use super::{Context, NearestArgs, SharedArgs};
 use crate::compress::{self, SharedOptions};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::store::NearKey;
+use crate::store::{NearKey, check_place};
 
 #[derive(Serialize)]
 struct Nearest {
@@ -100,9 +101,10 @@ struct Copied {
 }
 
 pub async fn copy(context: &Context, model: String, layer: String, store: String) -> Result<u8> {
+    check_place(&store)?;
     context.snapshot().await?.layer(&model, &layer).await?.copy_to(&store).await?;
     context.output.result(&Copied { model, layer, store }, |c| {
-        format!("layer '{}' of '{}' is in {}", c.layer, c.model, c.store)
+        format!("layer '{}' of '{}' is in {}", escape::name(&c.layer), escape::name(&c.model), escape::name(&c.store))
     })?;
     Ok(0)
 }

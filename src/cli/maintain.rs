@@ -39,7 +39,7 @@ pub async fn verify(context: &Context) -> Result<u8> {
         }
         let rows = report.corrupt.iter().map(|c| {
             let layers: Vec<String> = c.layers.iter().map(|l| format!("{}: {}", l.model, l.layer)).collect();
-            vec![c.artifact.clone(), c.reason.clone(), layers.join("\n")]
+            vec![c.artifact.clone(), c.reason.clone(), layers.join(", ")]
         });
         if !report.corrupt.is_empty() {
             text += &table(&["corrupt artifact", "reason", "used by"], rows);

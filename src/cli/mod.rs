@@ -2,6 +2,7 @@
 
 mod attention;
 mod catalogue;
+mod escape;
 mod import;
 mod keys;
 mod maintain;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use self::output::Output;
+use self::output::{Output, say};
 use crate::error::{Error, Result};
 use crate::store::{OnWait, Snapshot, Store, StoreOptions};
 
@@ -23,7 +24,7 @@ use crate::store::{OnWait, Snapshot, Store, StoreOptions};
 #[derive(Debug, Parser)]
 #[command(name = "layerstore", version, about, max_term_width = 100)]
 pub struct Cli {
-    /// The store: a directory, or an object-store URI.
+    /// The store: a directory (~/ and file:///PATH are understood), or an object-store URI.
     #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers")]
     store: String,
     /// Read at this snapshot, or version number, in place of the latest version.
@@ -120,7 +121,8 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct ImportArgs {
-    /// A .safetensors file, an index of shards (.json), a folder of either, or a .keras file of Keras-MML's layers.
+    /// A .safetensors file, an index of shards (.json), a folder of either, or a .keras file of Keras-MML's layers. In a folder
+    /// the index, or the shards' numbers, say what belongs to it; the rest is left out with a note.
     checkpoint: PathBuf,
     /// The name to store it under; what the store held under that name is replaced.
     #[arg(long)]
@@ -134,7 +136,8 @@ struct ImportArgs {
     /// A message for the log.
     #[arg(long, value_name = "TEXT")]
     message: Option<String>,
-    /// Only say which rule takes which layer, and how many bytes it will take. No store is made or changed.
+    /// Only look through everything, values included, and say which rule takes which layer, and how many bytes it will take. No
+    /// store is made or changed.
     #[arg(long)]
     dry_run: bool,
 }
@@ -147,12 +150,15 @@ struct ForwardArgs {
     /// .npy or FILE.safetensors:TENSOR, f32 or f16.
     #[arg(long, value_name = "FILE")]
     input: String,
-    /// Where the outputs go, .npy or .safetensors.
+    /// Where the outputs go, .npy or FILE.safetensors:TENSOR; other tensors of the file stay.
     #[arg(long, value_name = "FILE")]
     output: Option<String>,
     /// Use every key, or the dense weights.
     #[arg(long)]
     exact: bool,
+    /// Of a key–value layer: use as few keys as certify this relative error for each input.
+    #[arg(long, value_name = "E", conflicts_with = "exact")]
+    max_error: Option<f64>,
 }
 
 #[derive(Debug, Args)]
@@ -255,7 +261,7 @@ fn run_to_the_end(cli: Cli) -> u8 {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            eprintln!("error: starting the runtime: {e}");
+            say(&format!("error: starting the runtime: {e}"));
             return 1;
         }
     };
@@ -266,7 +272,7 @@ fn run_to_the_end(cli: Cli) -> u8 {
     let done = runtime.block_on(listening);
     let cancelled = matches!(done, Err(Error::Cancelled));
     let code = done.unwrap_or_else(|e| {
-        eprintln!("error: {e}");
+        say(&format!("error: {e}"));
         // An option that a command has no use for is wrong usage, like those that the parser finds.
         if matches!(e, Error::Usage { .. }) { 2 } else { 1 }
     });

@@ -7,6 +7,7 @@ use comfy_table::{Table, presets::NOTHING};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
+use super::escape;
 use crate::compress::Progress;
 use crate::error::{Error, Result};
 
@@ -25,9 +26,11 @@ impl Output {
     /// Prints a result: as JSON, or what `human` makes of it.
     pub fn result<T: Serialize>(&self, value: &T, human: impl FnOnce(&T) -> String) -> Result<()> {
         let text = if self.json {
-            serde_json::to_string(value).map_err(|e| Error::Numeric(format!("the result is no JSON: {e}")))?
+            escape::json(
+                serde_json::to_string(value).map_err(|e| Error::Numeric(format!("the result is no JSON: {e}")))?,
+            )
         } else {
-            human(value)
+            escape::lines(&human(value)).into_owned()
         };
         let mut out = std::io::stdout().lock();
         // A reader that went away (`| head`) is no failure.
@@ -45,7 +48,7 @@ impl Output {
     /// A note for a person, on standard error.
     pub fn note(&self, text: impl AsRef<str>) {
         if !self.quiet {
-            eprintln!("{}", text.as_ref());
+            say(text.as_ref());
         }
     }
 
@@ -55,13 +58,18 @@ impl Output {
     }
 }
 
+/// Says something on standard error, names escaped. Where that is full or closed, nobody hears it, and the work goes on.
+pub fn say(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{}", escape::message(text));
+}
+
 /// A table with a line of headings.
 pub fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_preset(NOTHING);
     table.set_header(headings);
     for row in rows {
-        table.add_row(row);
+        table.add_row(row.iter().map(|cell| escape::name(cell)));
     }
     table.lines().map(|l| l.trim_end().to_owned() + "\n").collect()
 }
@@ -114,7 +122,7 @@ impl Progress for Bar {
     }
 
     fn layer(&self, name: &str) {
-        self.bar.set_message(name.to_owned());
+        self.bar.set_message(escape::name(name).into_owned());
     }
 
     fn layer_done(&self, bytes: u64, _skipped: bool) {
@@ -125,10 +133,10 @@ impl Progress for Bar {
         {
             state.done += 1;
             // A log file gets a line for each tenth.
-            let tenth = state.done * 10 / state.total.max(1);
+            let tenth = state.done.saturating_mul(10) / state.total.max(1);
             if tenth > state.said {
                 state.said = tenth;
-                eprintln!("{} of {} layers, now {}", state.done, state.total, self.bar.message());
+                say(&format!("{} of {} layers, now {}", state.done, state.total, self.bar.message()));
             }
         }
     }

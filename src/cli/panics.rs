@@ -3,6 +3,8 @@
 use std::panic::AssertUnwindSafe;
 use std::sync::{Mutex, PoisonError};
 
+use super::output::say;
+
 /// What the hook would have printed.
 static TEXTS: Mutex<Vec<String>> = Mutex::new(vec![]);
 
@@ -18,12 +20,9 @@ pub fn told_if_last(command: impl FnOnce() -> u8) -> u8 {
         TEXTS.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{info}{trace}"));
     }));
     std::panic::catch_unwind(AssertUnwindSafe(command)).unwrap_or_else(|_| {
-        for text in TEXTS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            eprintln!("{text}");
-        }
-        eprintln!(
-            "layerstore panicked, which is a bug: please report it with the lines above (RUST_BACKTRACE=1 shows more)"
-        );
+        let texts = std::mem::take(&mut *TEXTS.lock().unwrap_or_else(PoisonError::into_inner));
+        texts.iter().flat_map(|text| text.lines()).for_each(say);
+        say("layerstore panicked, which is a bug: please report it with the lines above (RUST_BACKTRACE=1 shows more)");
         PANICKED
     })
 }

@@ -2,12 +2,13 @@
 
 use serde::Serialize;
 
+use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::compress::{self, ActivationsFile};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::layer::{Accuracy, KeyValueLayer, Limit, ModuleLayer, QueryHits};
+use crate::layer::{Accuracy, KeyValueLayer, Layer, Limit, ModuleLayer, QueryHits, SearchSettings, SharedLayer};
 use crate::store::Snapshot;
 use crate::tasks::unwrap_join;
 
@@ -19,38 +20,87 @@ struct Forwarded {
     shape: Vec<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     relative_error_bound: Option<f64>,
+    /// Inputs whose error could not be certified as asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    missed_queries: Option<usize>,
 }
 
 pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
+    // A place that cannot be written to is found before the work.
+    args.output.as_deref().map_or(Ok(()), formats::check_output)?;
     let snapshot = context.snapshot().await?;
     let handle = snapshot.layer(&args.model, &args.layer).await?;
     if handle.record().method == ModuleLayer::METHOD {
         return forward_module(context, &snapshot, args).await;
     }
     let (x, is_vector) = formats::read_array(&args.input)?;
+    let rows = x.nrows();
     let (layer, accuracy) = if args.exact {
         (compress::exact_layer(&snapshot, &handle).await?, Accuracy::Full)
     } else {
-        (handle.load().await?, Accuracy::Approximate)
+        let layer = handle.load().await?;
+        match args.max_error {
+            Some(asked) => (certifying(&layer, asked).map_err(|e| e.in_layer(&args.layer))?, Accuracy::Approximate),
+            None => (layer, Accuracy::Approximate),
+        }
     };
-    let done = tokio::task::spawn_blocking(move || layer.forward(x.view(), accuracy)).await;
-    let answer = unwrap_join(done)?.map_err(|e| e.in_layer(&args.layer))?;
+    let done = tokio::task::spawn_blocking(move || {
+        let answer = layer.forward(x.view(), accuracy)?;
+        let asks = |layer: &&KeyValueLayer| accuracy == Accuracy::Approximate && layer.asked_error().is_some();
+        let found = match layer.downcast_ref::<KeyValueLayer>().filter(asks) {
+            Some(layer) => {
+                let report = layer.search_report(x.view())?;
+                Some((report.missed_queries, layer.unkept_promise(rows, &report)))
+            }
+            None => None,
+        };
+        Ok::<_, Error>((answer, found))
+    });
+    let (answer, found) = unwrap_join(done.await)?.map_err(|e| e.in_layer(&args.layer))?;
+    let (missed_queries, unkept) = found.unwrap_or_default();
+    if let Some(note) = unkept {
+        context.output.note(format!("note: {note}"));
+    }
     if let Some(path) = &args.output {
         formats::write_array(path, answer.y.view(), is_vector)?;
     }
     let shape = if is_vector { vec![answer.y.ncols()] } else { answer.y.shape().to_vec() };
-    let result = Forwarded { shape, relative_error_bound: answer.relative_error_bound };
+    let result = Forwarded { shape, relative_error_bound: answer.relative_error_bound, missed_queries };
     context.output.result(&result, |r| {
         let bound = r.relative_error_bound.map_or(String::new(), |b| format!(", relative error at most {b:.4}"));
-        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {p}"));
+        let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {}", escape::name(p)));
         let preview = if args.output.is_some() { String::new() } else { format!("\n{:.4}", answer.y) };
-        format!("output of shape {:?}{place}{bound}{preview}", r.shape)
+        let missed = r.missed_queries.filter(|missed| *missed > 0);
+        let missed = missed.map_or(String::new(), |missed| format!(", more than asked for {missed} of {rows} inputs"));
+        format!("output of shape {:?}{place}{bound}{missed}{preview}", r.shape)
     })?;
     Ok(0)
 }
 
+/// Returns a key–value layer that uses as few keys as certify a relative error.
+fn certifying(layer: &SharedLayer, asked: f64) -> Result<SharedLayer> {
+    let Some(found) = layer.downcast_ref::<KeyValueLayer>() else {
+        return Err(no_error_asked(layer.method().as_str()));
+    };
+    let settings = SearchSettings {
+        expected_keys_per_query: None,
+        threshold: None,
+        max_relative_error: Some(asked),
+        use_approximate_inference: true,
+        ..found.settings().clone()
+    };
+    Ok(found.with_search(settings)?.shared())
+}
+
+fn no_error_asked(method: &str) -> Error {
+    Error::expected("layer for --max-error", format!("a {method} layer"), "a key_value layer")
+}
+
 /// Runs a module with all that it is made of.
 async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArgs) -> Result<u8> {
+    if args.max_error.is_some() {
+        return Err(no_error_asked(ModuleLayer::METHOD).in_layer(&args.layer));
+    }
     let module = snapshot.module(&args.model, &args.layer).await?.load().await?;
     let x = formats::read_any_array(&args.input)?;
     let accuracy = if args.exact { Accuracy::Full } else { Accuracy::Approximate };
@@ -59,9 +109,9 @@ async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArg
     if let Some(path) = &args.output {
         formats::write_any_array(path, y.view())?;
     }
-    let result = Forwarded { shape: y.shape().to_vec(), relative_error_bound: None };
+    let result = Forwarded { shape: y.shape().to_vec(), relative_error_bound: None, missed_queries: None };
     context.output.result(&result, |r| match &args.output {
-        Some(path) => format!("output of shape {:?} in {path}", r.shape),
+        Some(path) => format!("output of shape {:?} in {}", r.shape, escape::name(path)),
         None => format!("output of shape {:?}\n{y:.4}", r.shape),
     })?;
     Ok(0)
@@ -94,8 +144,24 @@ pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
                 "a key_value layer",
             ));
         };
+        let asked = match limit {
+            Some(Limit::MaxError(asked)) => Some(asked),
+            Some(_) => None,
+            None => layer.asked_error(),
+        };
         let answers = tokio::task::spawn_blocking(move || layer.search(x.view(), limit)).await;
-        unwrap_join(answers)?.map_err(|e| e.in_layer(&args.layer))?
+        let answers = unwrap_join(answers)?.map_err(|e| e.in_layer(&args.layer))?;
+        if let Some(asked) = asked {
+            let kept = |answer: &&QueryHits| answer.certified_error.is_some_and(|bound| bound <= asked * (1.0 + 1e-9));
+            let missed = answers.len() - answers.iter().filter(kept).count();
+            if missed > 0 {
+                let all = answers.len();
+                context
+                    .output
+                    .note(format!("note: an error of {asked} is certified for all but {missed} of {all} queries"));
+            }
+        }
+        answers
     };
     let results: Vec<Searched> =
         answers.into_iter().enumerate().map(|(query, answer)| Searched { query, answer }).collect();
@@ -127,6 +193,14 @@ pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
             "note: the model has no layer for {} of the activations, such as '{}'",
             names.len(),
             names[0]
+        ));
+    }
+    for layer in evaluation.layers.iter().filter(|l| l.search.missed_queries.is_some_and(|missed| missed > 0)) {
+        let missed = layer.search.missed_queries.unwrap_or_default();
+        let floor = layer.search.error_floor.map_or("no bound for one".to_owned(), |floor| format!("up to {floor:.4}"));
+        context.output.note(format!(
+            "note: layer '{}': {missed} of {} inputs miss its max_relative_error; with every key: {floor}",
+            layer.layer, layer.tokens
         ));
     }
     context.output.result(&evaluation, |evaluation| {

@@ -4,6 +4,7 @@ use layerstore_core::linalg::{add_outer, matmul_nt, relative_error};
 use ndarray::{Array2, ArrayView1, s};
 
 use super::calibration::CalibrationFile;
+use super::misfits::Misfits;
 use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
 use crate::error::{Error, Result};
@@ -56,18 +57,17 @@ impl PlannedBlock {
 }
 
 /// The blocks that rules for attention find among a checkpoint's layers, and for each rule whether it found one. A block is
-/// where a rule's projections are, each behind one name that the rule's pattern matches.
-///
-/// # Errors
-/// When a projection is not there or of another shape, or calibration inputs are missing.
+/// where a rule's projections are, each behind one name that the rule's pattern matches. One that lacks a projection or
+/// calibration inputs, or whose projections are of other shapes, is a misfit.
 pub(super) fn blocks(
     layers: &[SourceLayer],
     rules: &Rules,
     calibration: Option<&CalibrationFile>,
-) -> Result<(Vec<PlannedBlock>, Vec<bool>)> {
+    misfits: &mut Misfits,
+) -> (Vec<PlannedBlock>, Vec<bool>) {
     let (mut found, mut used) = (Vec::<PlannedBlock>::new(), vec![]);
     for rule in rules.iter() {
-        let before = found.len();
+        let mut takes = false;
         if let Some(config) = rule.method.downcast_ref::<VqAttentionConfig>() {
             let suffix = format!(".{}", config.query.as_deref().unwrap_or_default());
             for layer in layers {
@@ -76,13 +76,14 @@ pub(super) fn blocks(
                     continue;
                 };
                 if found.iter().all(|known| known.name != block) {
-                    found.push(planned(block, config, rule, layers, calibration).map_err(|e| e.in_layer(block))?);
+                    takes = true;
+                    found.extend(misfits.keep(block, planned(block, config, rule, layers, calibration)));
                 }
             }
         }
-        used.push(found.len() > before);
+        used.push(takes);
     }
-    Ok((found, used))
+    (found, used)
 }
 
 fn planned(
@@ -214,6 +215,10 @@ fn windowed_error(block: &AttentionBlock, exact: &AttentionBlock, [q, k, v]: [&A
             let y = block.attend(q.view(), k.view(), v.view(), None, None, Accuracy::Full)?;
             all.extend(y);
         }
+    }
+    if expected.iter().all(|v| *v == 0.0) {
+        // No measure.
+        return Ok(f64::NAN);
     }
     let row = |all: &[f32]| ArrayView1::from(all).insert_axis(ndarray::Axis(0)).to_owned();
     Ok(relative_error(row(&found).view(), row(&expected).view()))

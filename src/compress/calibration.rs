@@ -163,6 +163,31 @@ impl CalibrationFile {
         }
     }
 
+    /// Returns the name of the layer whose statistics `layer` uses: its own, unless it shares another's.
+    pub(super) fn owner<'a>(&'a self, layer: &'a str) -> &'a str {
+        match &self.kind {
+            Kind::Activations(_) => layer,
+            Kind::Statistics(file) => file.layers.get(layer).map_or(layer, String::as_str),
+        }
+    }
+
+    /// Refuses statistics for `layer` that could not be used, as [`CalibrationFile::get`] does, and keeps nothing of them.
+    ///
+    /// # Errors
+    /// As [`CalibrationFile::get`].
+    pub(super) fn check_values(&self, layer: &str, in_features: usize) -> Result<()> {
+        match &self.kind {
+            Kind::Activations(file) => match file.file.tensors().get(layer) {
+                Some(tensor) if file.check(layer, in_features)? => {
+                    let source: &dyn TensorSource = &file.file;
+                    source.refuse_not_finite(tensor)
+                }
+                _ => Ok(()),
+            },
+            Kind::Statistics(file) => file.get(layer, in_features).map(drop),
+        }
+    }
+
     /// Adds dtype, shape and bytes of all that [`CalibrationFile::get`] reads to a hash that names what a layer was made of.
     ///
     /// # Errors

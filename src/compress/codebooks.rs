@@ -79,7 +79,7 @@ pub async fn train_codebooks(
     let config = settings(training.config.as_ref(), there.as_ref())?;
     let (config, q, k) = projected(&snapshot, model, layer, config, inputs).await?;
     let begin = there.filter(|_| !training.anew && training.config.is_none());
-    let steps = training.epochs * q.nrows().max(k.nrows()).div_ceil(training.batch);
+    let steps = steps(training.epochs, q.nrows().max(k.nrows()), training.batch)?;
     progress.started(steps + 1, steps as u64);
     progress.layer("k-means");
     let trained = learn(begin, config, (q, k), &training, progress, cancel).await;
@@ -87,7 +87,7 @@ pub async fn train_codebooks(
     let Trained { attention, queries, keys, revived, steps } = trained?;
     let parts = attention.to_parts();
     let made = Provenance { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
-    cancel.unless(writer.add(&parts, made)).await?;
+    cancel.unless(writer.add(&parts, made)).await.map_err(|e| e.in_layer(layer))?;
     cancel.unless(writer.ready()).await?;
     let message = format!("codebooks of '{layer}' trained");
     let version = writer.commit_layers(model, &[record(model, layer, &attention, &parts)], Some(&message)).await?;
@@ -101,6 +101,19 @@ pub async fn train_codebooks(
         revived,
         artifact: parts.id().to_string(),
         stored_bytes: parts.stored_bytes(),
+    })
+}
+
+/// The steps of a training.
+fn steps(epochs: usize, tokens: usize, batch: usize) -> Result<usize> {
+    const MOST: usize = u32::MAX as usize;
+    let batches = tokens.div_ceil(batch);
+    epochs.checked_mul(batches).filter(|steps| *steps <= MOST).ok_or_else(|| {
+        Error::expected(
+            "epochs of a training",
+            format!("{epochs}, of {batches} steps each"),
+            format!("{MOST} steps at most"),
+        )
     })
 }
 
@@ -268,4 +281,19 @@ fn shuffled(n: usize, chance: &mut ChaCha8Rng) -> Vec<usize> {
         order.swap(i, (chance.next_u64() % (i as u64 + 1)) as usize);
     }
     order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_counted_within_bounds() {
+        assert_eq!(steps(10, 1025, 1024).unwrap(), 20);
+        assert_eq!(steps(0, 5, usize::MAX).unwrap(), 0);
+        for (epochs, tokens) in [(usize::MAX, 8), (usize::MAX, 1), (usize::MAX / 2, 4096), (1 << 32, 1)] {
+            let message = steps(epochs, tokens, 1024).unwrap_err().to_string();
+            assert!(message.contains(&epochs.to_string()), "{message}");
+        }
+    }
 }

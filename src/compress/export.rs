@@ -26,7 +26,8 @@ pub struct ExportReport {
 }
 
 /// Writes every tensor of `model` under its name and dtype in the checkpoint it came from: dense ones bit for bit, the
-/// others decompressed. One layer at a time is in memory; the file appears whole or not at all.
+/// others decompressed. One layer at a time is in memory; the file appears whole or not at all, in place of one that is there:
+/// where that is a symbolic link, of the file that it leads to, whose mode stays.
 ///
 /// # Errors
 /// When there is no such model, a layer cannot be read, the file cannot be written, or the work is cancelled.
@@ -44,6 +45,7 @@ pub async fn export(
             "a name ending in .safetensors",
         ));
     }
+    staged::probe(output)?;
     let records = snapshot.layers(model).await?;
     let layers = records.len();
     let metadata: HashMap<String, String> = records.iter().flat_map(|r| r.source.metadata.clone()).collect();

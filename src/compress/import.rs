@@ -1,26 +1,28 @@
 //! A source's model into the store: every layer, each by the first rule that takes it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use chrono::Utc;
 use layerstore_core::layer::{dtype_name, registry};
+use ndarray::ArrayView2;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::attention::{PlannedBlock, block_recipe, make_block};
 use super::calibration::CalibrationFile;
 use super::measure::measure;
-use super::plan::{Planned, Work, bits_per_weight, plan};
+use super::plan::{Planned, Work, bits_per_weight};
+use super::preflight::checked;
 use super::recipe::Recipe;
 use super::rules::Rules;
 use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
-use crate::layer::{CorrectionReport, DenseLayer, Layer, MethodName, Parts};
+use crate::layer::{CorrectionReport, DenseLayer, KeyValueLayer, Layer, MethodName, Parts, SearchReport, SharedLayer};
 use crate::store::{
     ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
     source_tensors,
@@ -94,6 +96,13 @@ pub struct LayerReport {
     /// What its correction gains; empty for layers that were not made anew, and for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
+    /// What its search finds for the calibration inputs, where its settings have it certify an error; empty for others, and for
+    /// layers that were not made anew.
+    #[serde(flatten)]
+    pub search: SearchReport,
+    /// What was adapted to the layer, and what of its settings or inputs was not used; empty where all is as the rule says.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// Whether the store had it already.
     pub reused: bool,
     /// Time that the layer took, in seconds.
@@ -119,12 +128,14 @@ pub struct ImportReport {
     pub unused_rules: Vec<String>,
     /// Calibration tensors that are named after no layer of the source: likely mistakes too.
     pub unmatched_calibration: Vec<String>,
+    /// What was left out of the checkpoint, and what it says that an import does not do.
+    pub notes: Vec<String>,
 }
 
 /// Imports `source` as `model`, in place of what the store held under that name, as one new version.
 ///
-/// Everything that rules and calibration can get wrong is refused before any layer is worked on. Layers that were made
-/// from the same tensors, settings and calibration before are not made again.
+/// Everything that rules, calibration and values can get wrong is refused before any layer is worked on, in one error. Layers
+/// that were made from the same tensors, settings and calibration before are not made again.
 ///
 /// # Errors
 /// When a rule or calibration does not fit a layer, a tensor holds NaN, the storage refuses, or the work is cancelled:
@@ -135,23 +146,70 @@ pub async fn import(
     model: &str,
     options: ImportOptions,
 ) -> Result<ImportReport> {
-    check_model_name(model)?;
-    let ImportOptions { rules, calibration, message, progress, cancel } = options;
-    let Work { layers, blocks, unused_rules } = plan(&*source, &rules, calibration.as_ref())?;
-    let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
-    let given = calibration.iter().flat_map(CalibrationFile::layers);
-    let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
-    let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
-    progress.started(layers.len() + blocks.len(), bytes);
-    let inputs = Arc::new(Inputs { source, calibration });
-    let mut session = ImportSession::begin(store, model, &progress, &cancel).await?;
-    for layer in layers {
-        session.add(&inputs, layer).await?;
+    // Boxed, so that callers' futures do not nest as deep as the compiler's limit.
+    let prepared = Box::pin(Prepared::new(source, model, options)).await?;
+    Box::pin(prepared.import_into(store)).await
+}
+
+/// An import whose source, rules and calibration were looked through, all values included.
+pub(crate) struct Prepared {
+    model: String,
+    work: Work,
+    inputs: Arc<Inputs>,
+    message: Option<String>,
+    progress: Arc<dyn Progress>,
+    cancel: Cancel,
+}
+
+impl Prepared {
+    /// Looks through all that the import will use.
+    ///
+    /// # Errors
+    /// As [`import`], the storage aside.
+    pub(crate) async fn new(source: Arc<dyn TensorSource>, model: &str, options: ImportOptions) -> Result<Self> {
+        check_model_name(model)?;
+        let ImportOptions { rules, calibration, message, progress, cancel } = options;
+        let inputs = Arc::new(Inputs { source, calibration });
+        let work = {
+            let (inputs, cancel) = (inputs.clone(), cancel.clone());
+            move || checked(&*inputs.source, &rules, inputs.calibration.as_ref(), &cancel)
+        };
+        let work = unless_cancelled(&cancel, work).await?;
+        Ok(Prepared { model: model.to_owned(), work, inputs, message, progress, cancel })
     }
-    for block in blocks {
-        session.add(&inputs, block).await?;
+
+    /// Does what was prepared.
+    ///
+    /// # Errors
+    /// As [`import`].
+    pub(crate) async fn import_into(self, store: &Store) -> Result<ImportReport> {
+        let Prepared { model, work, inputs, message, progress, cancel } = self;
+        let Work { layers, blocks, unused_rules, notes, misfits: _ } = work;
+        let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
+        let given = inputs.calibration.iter().flat_map(CalibrationFile::layers);
+        let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
+        let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
+        progress.started(layers.len() + blocks.len(), bytes);
+        let mut session = ImportSession::begin(store, &model, &progress, &cancel).await?;
+        for layer in layers {
+            session.add(&inputs, layer).await?;
+        }
+        for block in blocks {
+            session.add(&inputs, block).await?;
+        }
+        // What is said of the whole checkpoint is stored once, with its first layer.
+        if let Some(first) = session.records.first_mut() {
+            first.source.metadata = inputs.source.metadata();
+        }
+        session.commit(message.as_deref(), Remarks { unused_rules, unmatched_calibration, notes }).await
     }
-    session.commit(message.as_deref(), unused_rules, unmatched_calibration).await
+}
+
+/// What a report says beside what became of the layers.
+struct Remarks {
+    unused_rules: Vec<String>,
+    unmatched_calibration: Vec<String>,
+    notes: Vec<String>,
 }
 
 /// What layers are made from.
@@ -183,6 +241,9 @@ trait Item: Clone + Send + Sync + 'static {
 /// A layer that was made.
 struct Compressed {
     parts: Parts,
+    /// What a person should know of it.
+    notes: Vec<String>,
+    search: SearchReport,
     correction: CorrectionReport,
     relative_error: Option<f64>,
     error_basis: ErrorBasis,
@@ -208,13 +269,13 @@ impl Item for Planned {
             SourceContent::Tensors { weight, bias } => {
                 let tensors = std::iter::once(weight).chain(bias).map(|tensor| recipe.tensor(from, tensor));
                 let tensors = tensors.collect::<Result<_>>()?;
-                Source { file: from.file_name(&weight.name), tensors, metadata: from.metadata() }
+                Source { file: from.file_name(&weight.name), tensors, metadata: BTreeMap::new() }
             }
             SourceContent::Ready { layer, .. } => {
                 let id = layer.to_parts().id();
                 recipe.artifact(id);
                 let tensors = source_tensors(&self.source.name, &**layer, id)?;
-                Source { file: from.file_name(&self.source.name), tensors, metadata: from.metadata() }
+                Source { file: from.file_name(&self.source.name), tensors, metadata: BTreeMap::new() }
             }
         };
         if let Some(method) = &self.method {
@@ -240,11 +301,20 @@ impl Item for Planned {
             None => None,
         };
         let layer = method.compress(weight.view(), bias.as_ref().map(|b| b.view()), calibration.as_ref())?;
-        let inputs = calibration.as_ref().map(|c| c.sample()).filter(|sample| sample.nrows() > 0);
+        // What says nothing of inputs is no measure either.
+        let unusable = calibration.as_ref().and_then(|calibration| method.unusable(calibration));
+        let inputs = calibration.as_ref().filter(|_| unusable.is_none()).map(|c| c.sample());
+        let inputs = inputs.filter(|sample| sample.nrows() > 0);
         let (error, error_basis) = measure(&*layer, weight.view(), inputs)?;
+        let parts = layer.to_parts();
+        let noted = adapted(&parts.config).iter().any(|note| note.starts_with("calibration"));
+        let unused = unusable.filter(|_| !noted).map(|reason| format!("calibration: not used, {reason}"));
+        let (search, unkept) = promised(&layer, inputs)?;
         Ok(Compressed {
             correction: layer.correction_report(weight.view(), inputs),
-            parts: layer.to_parts(),
+            search,
+            notes: unused.into_iter().chain(unkept).collect(),
+            parts,
             relative_error: Some(error).filter(|e| e.is_finite()),
             error_basis,
         })
@@ -282,7 +352,14 @@ impl Planned {
             }
         };
         let correction = CorrectionReport::default();
-        Ok(Compressed { parts, correction, relative_error, error_basis: ErrorBasis::Weights })
+        Ok(Compressed {
+            parts,
+            notes: vec![],
+            search: SearchReport::default(),
+            correction,
+            relative_error,
+            error_basis: ErrorBasis::Weights,
+        })
     }
 }
 
@@ -309,6 +386,8 @@ impl Item for PlannedBlock {
         let (layer, error) = make_block(&*inputs.source, self, inputs.calibration.as_ref())?;
         Ok(Compressed {
             parts: layer.to_parts(),
+            notes: vec![],
+            search: SearchReport::default(),
             correction: CorrectionReport::default(),
             relative_error: error.filter(|e| e.is_finite()),
             error_basis: ErrorBasis::Activations,
@@ -352,6 +431,7 @@ impl<'a> ImportSession<'a> {
             unless_cancelled(self.cancel, move || item.recipe(&inputs)).await?
         };
         let writer = self.writer.as_mut().ok_or(Error::Cancelled)?;
+        let (mut notes, mut search) = (vec![], SearchReport::default());
         let (stored, correction, reused) = match writer.made_by(&recipe).cloned() {
             Some(stored) => (stored, CorrectionReport::default(), true),
             None => {
@@ -360,16 +440,20 @@ impl<'a> ImportSession<'a> {
                     unless_cancelled(self.cancel, move || item.make(&inputs)).await
                 };
                 let made = work.map_err(|e| e.in_layer(item.name()))?;
-                let Compressed { parts, correction, relative_error, error_basis } = made;
+                let Compressed { parts, correction, relative_error, error_basis, notes: more, search: found } = made;
+                (notes, search) = (more, found);
                 let made = writer.add(&parts, Provenance { recipe, relative_error, error_basis });
-                let (_, new) = self.cancel.unless(made).await?;
+                let (_, new) = self.cancel.unless(made).await.map_err(|e| e.in_layer(item.name()))?;
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
                 (stored, correction, !new)
             }
         };
         let (out_features, in_features) = item.shape();
         let config = item.configuration(&stored.config);
+        notes.splice(..0, adapted(&stored.config));
         let done = Done {
+            notes,
+            search,
             dense_bytes: item.dense_bytes()?,
             name: item.name().to_owned(),
             in_features,
@@ -387,12 +471,8 @@ impl<'a> ImportSession<'a> {
     }
 
     /// Makes all layers the model's, unless somebody has asked to stop.
-    async fn commit(
-        mut self,
-        message: Option<&str>,
-        unused_rules: Vec<String>,
-        unmatched_calibration: Vec<String>,
-    ) -> Result<ImportReport> {
+    async fn commit(mut self, message: Option<&str>, remarks: Remarks) -> Result<ImportReport> {
+        let Remarks { unused_rules, unmatched_calibration, notes } = remarks;
         let mut writer = self.writer.take().filter(|_| !self.cancel.is_cancelled()).ok_or(Error::Cancelled)?;
         let written_bytes = writer.written_bytes();
         // The last moment at which it can be given up: what comes now is done, or not, as a whole.
@@ -407,6 +487,7 @@ impl<'a> ImportSession<'a> {
             layers: std::mem::take(&mut self.layers),
             unused_rules,
             unmatched_calibration,
+            notes,
         })
     }
 }
@@ -417,9 +498,26 @@ impl Drop for ImportSession<'_> {
     }
 }
 
+/// Returns what a layer that is to certify an error finds for `inputs`, and what to say where it cannot certify it.
+fn promised(layer: &SharedLayer, inputs: Option<ArrayView2<f32>>) -> Result<(SearchReport, Option<String>)> {
+    let found = layer.downcast_ref::<KeyValueLayer>().filter(|layer| layer.asked_error().is_some());
+    let Some(layer) = found else { return Ok((SearchReport::default(), None)) };
+    let report = inputs.map_or(Ok(SearchReport::default()), |x| layer.search_report(x))?;
+    let note = layer.unkept_promise(inputs.map_or(0, |x| x.nrows()), &report);
+    Ok((report, note))
+}
+
+/// Returns what a stored config says was adapted to the layer.
+fn adapted(config: &Value) -> Vec<String> {
+    let all = config["adapted"].as_array().map_or(&[][..], Vec::as_slice);
+    all.iter().filter_map(|note| note.as_str().map(str::to_owned)).collect()
+}
+
 /// A layer that is in the store.
 struct Done {
     name: String,
+    notes: Vec<String>,
+    search: SearchReport,
     in_features: u64,
     out_features: u64,
     dense_bytes: u64,
@@ -449,6 +547,8 @@ impl Done {
                 false => 0.0,
             },
             correction: self.correction.clone(),
+            search: self.search.clone(),
+            notes: self.notes.clone(),
             reused: self.reused,
             seconds: started.elapsed().as_secs_f64(),
         }

@@ -50,7 +50,7 @@ pub struct Rules {
 #[serde(deny_unknown_fields)]
 struct File {
     #[serde(default)]
-    rule: Vec<Spanned<BTreeMap<Spanned<String>, Spanned<toml::Value>>>>,
+    rule: Vec<Table>,
 }
 
 impl Rules {
@@ -88,60 +88,18 @@ impl Rules {
             }
             fail(e.span().map_or(0, |s| s.start), message)
         })?;
-        let mut rules = Vec::with_capacity(parsed.rule.len());
+        let (mut rules, mut mistakes) = (Vec::with_capacity(parsed.rule.len()), vec![]);
         for table in parsed.rule {
-            let start = table.span().start;
-            let mut layers = None;
-            let mut settings = Map::new();
-            let mut places = BTreeMap::new();
-            for (key, value) in table.into_inner() {
-                places.insert(key.get_ref().clone(), key.span().start);
-                if key.get_ref() == "layers" {
-                    let at = value.span().start;
-                    match value.into_inner() {
-                        toml::Value::String(pattern) => layers = Some((pattern, at)),
-                        other => {
-                            return Err(fail(
-                                at,
-                                format!("layers is a {}; expected a regular expression in quotes", other.type_str()),
-                            ));
-                        }
-                    }
-                } else {
-                    let at = value.span().start;
-                    if value.get_ref().as_float().is_some_and(|f| !f.is_finite()) {
-                        return Err(fail(
-                            at,
-                            format!("{} is {}; expected a finite number", key.get_ref(), value.get_ref()),
-                        ));
-                    }
-                    let json = serde_json::to_value(value.into_inner()).map_err(|e| fail(at, e.to_string()))?;
-                    settings.insert(key.into_inner(), json);
-                }
+            match read_rule(table, &line_of) {
+                Ok(rule) => rules.push(rule),
+                Err((at, message)) => mistakes.push((line_of(at), message)),
             }
-            let Some((layers, at)) = layers else {
-                return Err(fail(
-                    start,
-                    "the rule has no 'layers': give a regular expression for the layers it takes".into(),
-                ));
-            };
-            // Anchored: a rule names whole paths, as the examples in the documentation do with their '.*'.
-            let pattern = Regex::new(&layers).and_then(|_| Regex::new(&format!("^(?:{layers})$"))).map_err(|e| {
-                // The regex crate draws the pattern in several lines; the last one says what is wrong.
-                let reason = e.to_string();
-                fail(
-                    at,
-                    format!(
-                        "layers = '{layers}' is not a regular expression: {}",
-                        reason.lines().last().unwrap_or_default()
-                    ),
-                )
-            })?;
-            let method = read_method(&settings)
-                .map_err(|(key, message)| fail(key.and_then(|k| places.get(&k).copied()).unwrap_or(start), message))?;
-            rules.push(Rule { pattern, layers, method, line: line_of(start) });
         }
-        Ok(Rules { rules })
+        let mut mistakes = mistakes.into_iter();
+        let Some((line, mut message)) = mistakes.next() else { return Ok(Rules { rules }) };
+        // All of them, since each costs a run.
+        mistakes.for_each(|(line, other)| message.push_str(&format!("\n  line {line}: {other}")));
+        Err(Error::Rules { file: file.to_owned(), line, message })
     }
 
     /// Returns the rules, in order.
@@ -153,6 +111,57 @@ impl Rules {
     pub fn find(&self, layer: &str) -> Option<(usize, &Rule)> {
         self.rules.iter().enumerate().find(|(_, r)| r.matches(layer))
     }
+}
+
+/// A rule as its table is written.
+type Table = Spanned<BTreeMap<Spanned<String>, Spanned<toml::Value>>>;
+
+/// Reads a rule; on failure, where the mistake is, and what.
+fn read_rule(table: Table, line_of: &impl Fn(usize) -> usize) -> std::result::Result<Rule, (usize, String)> {
+    let start = table.span().start;
+    let mut layers = None;
+    let mut settings = Map::new();
+    let mut places = BTreeMap::new();
+    for (key, value) in table.into_inner() {
+        places.insert(key.get_ref().clone(), key.span().start);
+        if key.get_ref() == "layers" {
+            let at = value.span().start;
+            match value.into_inner() {
+                toml::Value::String(pattern) => layers = Some((pattern, at)),
+                other => {
+                    return Err((
+                        at,
+                        format!("layers is a {}; expected a regular expression in quotes", other.type_str()),
+                    ));
+                }
+            }
+        } else {
+            let at = value.span().start;
+            if value.get_ref().as_float().is_some_and(|f| !f.is_finite()) {
+                return Err((at, format!("{} is {}; expected a finite number", key.get_ref(), value.get_ref())));
+            }
+            let json = serde_json::to_value(value.into_inner()).map_err(|e| (at, e.to_string()))?;
+            settings.insert(key.into_inner(), json);
+        }
+    }
+    let Some((layers, at)) = layers else {
+        return Err((start, "the rule has no 'layers': give a regular expression for the layers it takes".into()));
+    };
+    // Anchored: a rule names whole paths, as the examples in the documentation do with their '.*'.
+    let pattern = Regex::new(&layers).and_then(|_| anchored(&layers)).map_err(|e| {
+        // The regex crate draws the pattern in several lines; the last one says what is wrong.
+        let reason = e.to_string();
+        (at, format!("layers = '{layers}' is not a regular expression: {}", reason.lines().last().unwrap_or_default()))
+    })?;
+    let method = read_method(&settings)
+        .map_err(|(key, message)| (key.and_then(|k| places.get(&k).copied()).unwrap_or(start), message))?;
+    Ok(Rule { pattern, layers, method, line: line_of(start) })
+}
+
+/// A regular expression of whole texts. `layers` is one by itself.
+fn anchored(layers: &str) -> std::result::Result<Regex, regex::Error> {
+    // With the flag x, a comment at the end of the pattern would take the bracket that closes it.
+    Regex::new(&format!("^(?:{layers})$")).or_else(|e| Regex::new(&format!("^(?:{layers}\n)$")).map_err(|_| e))
 }
 
 /// Reads the settings of an attention block: a file of what a rule for attention says, less `layers` and `method`.
@@ -236,6 +245,23 @@ method = "dense"
         assert!(Rules::parse("", "r.toml").unwrap().find("a").is_none());
     }
 
+    /// With the flag x, blanks and comments are no part of a pattern, wherever they are.
+    #[test]
+    fn patterns_may_have_comments() {
+        for pattern in
+            ["(?x)a \\. b # comment", "(?x) a\\.b #) (", "(?x)(a # one\n \\. b)", "(?x: a \\. b # in a group\n)"]
+        {
+            let text = format!("[[rule]]\nlayers = \'\'\'{pattern}\'\'\'\nmethod = \'dense\'");
+            let rules = Rules::parse(&text, "r.toml").unwrap();
+            assert!(rules.find("a.b").is_some(), "{pattern}");
+            assert!(
+                rules.find("a.bc").is_none() && rules.find("xa.b").is_none() && rules.find("a.b\n").is_none(),
+                "{pattern}"
+            );
+        }
+        assert!(Rules::parse("[[rule]]\nlayers = 'a # b'\nmethod = 'dense'", "r").unwrap().find("a # b").is_some());
+    }
+
     #[test]
     fn mistakes_are_shown_with_their_line() {
         let rule = |rest: &str| format!("[[rule]]\nlayers = '.*'\n{rest}\n");
@@ -273,6 +299,14 @@ method = "dense"
                 other => panic!("{text}: {other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn all_mistakes_are_shown() {
+        let text = "[[rule]]\nlayers = 'a('\nmethod = 'dense'\n[[rule]]\nlayers = 'b'\nmethod = 'magic'\n[[rule]]\nmethod = 'dense'";
+        let message = Rules::parse(text, "r.toml").unwrap_err().to_string();
+        let starts: Vec<&str> = message.lines().map(|line| line.split(": ").next().unwrap_or_default()).collect();
+        assert_eq!(starts, ["r.toml, line 2", "  line 6", "  line 7"], "{message}");
     }
 
     proptest! {

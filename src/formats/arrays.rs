@@ -8,12 +8,14 @@ use half::f16;
 use layerstore_core::layer::to_f32;
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
 use npyz::{DType as NpyType, NpyFile, Order, TypeChar, WriterBuilder};
-use safetensors::tensor::TensorView;
 
+use super::merged::{self, NewTensor};
+use super::regular;
 use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
 use crate::error::{Error, Result};
 use crate::layer::DType;
+use crate::layer::parts::f32_bytes;
 use crate::staged;
 
 /// Reads an array of any number of dimensions.
@@ -55,10 +57,10 @@ pub fn read_array(location: &str) -> Result<(Array2<f32>, bool)> {
     Ok((array, is_vector))
 }
 
-/// Writes a matrix as f32, or its one row as a vector; the file appears whole or not at all.
+/// Writes a matrix as f32, or its one row as a vector, as [`write_any_array`].
 ///
 /// # Errors
-/// When the name is of another kind, or the file cannot be written.
+/// As [`write_any_array`].
 pub fn write_array(location: &str, array: ArrayView2<f32>, as_vector: bool) -> Result<()> {
     match as_vector {
         true => write_any_array(location, array.row(0).into_dyn()),
@@ -66,25 +68,38 @@ pub fn write_array(location: &str, array: ArrayView2<f32>, as_vector: bool) -> R
     }
 }
 
-/// Writes an array of any number of dimensions as f32; the file appears whole or not at all.
+/// Writes an array of any number of dimensions as f32; the file appears whole or not at all. A `.npy` file is replaced; in
+/// a `.safetensors` file that is there the tensor of that name is, and others stay. Where the name is a symbolic link, the file
+/// that it leads to is written; a file that is replaced keeps its mode.
 ///
 /// # Errors
-/// When the name is of another kind, or the file cannot be written.
+/// When the name is of another kind, the file cannot be written, or a `.safetensors` file that is there is none.
 pub fn write_any_array(location: &str, array: ArrayViewD<f32>) -> Result<()> {
     let shape: Vec<usize> = array.shape().to_vec();
     let values = array.as_standard_layout();
     let values = values.as_slice().expect("standard layout");
-    let (path, name) = match split_location(location) {
-        Ok(Location::Npy(path)) => (path, None),
-        Ok(Location::Safetensors(path, name)) => (path, Some(name.unwrap_or("output"))),
-        Err(e) => return Err(e),
-    };
-    staged::write(path, |staged| match name {
-        None => write_npy(staged, &shape, values),
-        Some(name) => write_tensor(staged, name, shape, values),
-    })?;
-    Ok(())
+    match split_location(location)? {
+        Location::Npy(path) => staged::write(path, |staged| write_npy(staged, &shape, values)).map(drop),
+        Location::Safetensors(path, name) => {
+            let (name, bytes) = (name.unwrap_or(OUTPUT), f32_bytes(values));
+            merged::put(path, &[NewTensor { name, dtype: DType::F32, shape: &shape, bytes: &bytes }])
+        }
+    }
 }
+
+/// Tries whether an array could be written to a location, before the work that makes it. Nothing is left behind.
+///
+/// # Errors
+/// As [`write_any_array`].
+pub(crate) fn check_output(location: &str) -> Result<()> {
+    match split_location(location)? {
+        Location::Npy(path) => staged::probe(path),
+        Location::Safetensors(path, _) => merged::probe(path),
+    }
+}
+
+/// The name of a tensor that is given none.
+const OUTPUT: &str = "output";
 
 enum Location<'a> {
     Npy(&'a Path),
@@ -112,7 +127,7 @@ fn split_location(location: &str) -> Result<Location<'_>> {
 
 fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
     let wrong = |reason: String| Error::file(path, format!("not an .npy array that can be read: {reason}"));
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let file = regular::open(path)?;
     let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
     let npy = NpyFile::new(BufReader::new(file)).map_err(|e| wrong(e.to_string()))?;
     let shape = npy.shape().to_vec();
@@ -178,12 +193,6 @@ fn write_npy(path: &Path, shape: &[usize], values: &[f32]) -> Result<()> {
     write().map_err(|e| Error::io(path, e))
 }
 
-fn write_tensor(path: &Path, name: &str, shape: Vec<usize>, values: &[f32]) -> Result<()> {
-    let bytes: &[u8] = bytemuck::cast_slice(values);
-    let view = TensorView::new(DType::F32, shape, bytes).map_err(|e| Error::file(path, e.to_string()))?;
-    safetensors::serialize_to_file([(name, view)], None, path).map_err(|e| Error::file(path, e.to_string()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,6 +212,36 @@ mod tests {
         write_array(&at("v.npy"), row.view(), true).unwrap();
         assert_eq!(read_array(&at("v.npy")).unwrap(), (row, true));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+    }
+
+    /// Tensors that a file holds already stay, with its metadata.
+    #[test]
+    fn tensors_are_put_into_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let at = |name: &str| format!("{}:{name}", path.display());
+        let half = [f16::from_f32(0.5).to_le_bytes(), f16::from_f32(-2.0).to_le_bytes()].concat();
+        let view = safetensors::tensor::TensorView::new(DType::F16, vec![2], &half).unwrap();
+        let metadata = std::collections::HashMap::from([("note".to_owned(), "mine".to_owned())]);
+        safetensors::serialize_to_file([("x", view)], Some(metadata), &path).unwrap();
+        for y in [array![[1.0, 2.0]], array![[3.0, 4.0], [5.0, 6.0]]] {
+            check_output(&at("y")).unwrap();
+            write_array(&at("y"), y.view(), false).unwrap();
+            assert_eq!(read_array(&at("y")).unwrap().0, y);
+        }
+        assert_eq!(read_array(&at("x")).unwrap().0, array![[0.5, -2.0]]);
+        let file = SafetensorsSource::open(&path).unwrap();
+        assert_eq!(file.metadata()["note"], "mine");
+        assert_eq!((file.tensors().len(), file.tensors()["x"].dtype), (2, DType::F16));
+        // What is no safetensors file is not replaced; an empty file is.
+        for (content, fits) in [("text", false), ("", true)] {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(check_output(&at("y")).is_ok(), fits);
+            let written = write_array(&at("y"), array![[1.0]].view(), true);
+            assert_eq!(written.is_ok(), fits, "{written:?}");
+        }
+        let message = check_output("x.csv").unwrap_err().to_string();
+        assert!(message.contains(".npy"), "{message}");
     }
 
     #[test]

@@ -4,14 +4,13 @@ use std::path::Path;
 
 use layerstore_core::layer::to_f32;
 use ndarray::{Array, ArrayD, Dimension};
-use safetensors::tensor::TensorView;
 
+use super::merged::{self, NewTensor};
 use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
 use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
 use crate::layer::DType;
-use crate::staged;
 
 /// Reads what [`write_attention_cache`] wrote. Whether it fits a layer is found when it is used.
 ///
@@ -49,10 +48,10 @@ fn array<T, D: Dimension>(
     array.and_then(|array| array.into_dimensionality()).map_err(|_| wrong(format!("shape {:?}", entry.shape)))
 }
 
-/// Writes a cache as safetensors; the file appears whole or not at all.
+/// Writes a cache as safetensors; the file appears whole or not at all. Other tensors of a file that is there stay.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// When the file cannot be written, or one that is there is no safetensors file.
 pub fn write_attention_cache(path: &Path, cache: &CompressedCache) -> Result<()> {
     // Sizes may be 0, and numbers in any order.
     let floats = [
@@ -65,15 +64,16 @@ pub fn write_attention_cache(path: &Path, cache: &CompressedCache) -> Result<()>
         ),
     ];
     let codes: Vec<u8> = cache.recent_codes.iter().flat_map(|code| code.to_le_bytes()).collect();
-    let mut tensors = vec![("recent_codes", DType::U32, cache.recent_codes.shape(), &codes)];
-    tensors.extend(floats.iter().map(|(name, shape, bytes)| (*name, DType::F32, *shape, bytes)));
-    let tensors = tensors.into_iter().map(|(name, dtype, shape, bytes)| {
-        let view = TensorView::new(dtype, shape.to_vec(), bytes).map_err(|e| Error::file(path, e.to_string()));
-        view.map(|view| (name, view))
-    });
-    let tensors: Vec<(&str, TensorView)> = tensors.collect::<Result<_>>()?;
-    staged::write(path, |staged| {
-        safetensors::serialize_to_file(tensors, None, staged).map_err(|e| Error::file(path, e.to_string()))
-    })?;
-    Ok(())
+    let shape = cache.recent_codes.shape();
+    let mut tensors = vec![NewTensor { name: "recent_codes", dtype: DType::U32, shape, bytes: &codes }];
+    tensors.extend(floats.iter().map(|(name, shape, bytes)| NewTensor { name, dtype: DType::F32, shape, bytes }));
+    merged::put(path, &tensors)
+}
+
+/// Tries whether [`write_attention_cache`] could write to a place. Nothing is left behind.
+///
+/// # Errors
+/// As [`write_attention_cache`].
+pub(crate) fn check_attention_cache_output(path: &Path) -> Result<()> {
+    merged::probe(path)
 }

@@ -1,18 +1,22 @@
 //! Files that models and arrays come from and go to.
 //!
-//! [`open`] opens a model as a [`TensorSource`], whatever its format: safetensors (a file, shards with an index, or a
-//! folder), or an archive that Keras saved.
+//! [`open`] opens a model as a [`TensorSource`], whatever its format: safetensors (a file, shards, or a folder), or an archive
+//! that Keras saved.
 
 mod arrays;
 mod attention_cache;
 mod keras;
+mod merged;
+mod regular;
 mod safetensors;
 mod source;
 
 use std::path::Path;
 use std::sync::Arc;
 
+pub(crate) use arrays::check_output;
 pub use arrays::{read_any_array, read_array, write_any_array, write_array};
+pub(crate) use attention_cache::check_attention_cache_output;
 pub use attention_cache::{read_attention_cache, write_attention_cache};
 pub use keras::{KERAS_ROOT, KerasSource};
 pub use safetensors::SafetensorsSource;

@@ -1,6 +1,7 @@
 //! What an import reads: tensors by name, whatever file they lie in.
 
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;
@@ -92,6 +93,11 @@ pub trait TensorSource: fmt::Debug + Send + Sync {
         BTreeMap::new()
     }
 
+    /// Returns what lies beside the model and was left out of it, and what else a user should know of how it was read.
+    fn notes(&self) -> Vec<String> {
+        vec![]
+    }
+
     /// Returns the layers that all tensors together make up, in order: by default each tensor, a bias with its weight.
     fn layers(&self) -> Vec<SourceLayer> {
         paired(self.tensors())
@@ -148,15 +154,59 @@ impl dyn TensorSource + '_ {
     /// # Errors
     /// When one is found: the message names the tensor and the index.
     pub fn refuse_nan(&self, tensor: &TensorInfo) -> Result<()> {
-        let bytes = self.bytes(tensor)?;
-        let found = match tensor.dtype {
-            DType::F32 => bytes.as_chunks().0.iter().position(|b| f32::from_le_bytes(*b).is_nan()),
-            DType::F64 => bytes.as_chunks().0.iter().position(|b| f64::from_le_bytes(*b).is_nan()),
-            DType::F16 => bytes.as_chunks().0.iter().position(|b| half::f16::from_le_bytes(*b).is_nan()),
-            DType::BF16 => bytes.as_chunks().0.iter().position(|b| half::bf16::from_le_bytes(*b).is_nan()),
-            _ => None,
+        let found = special(tensor.dtype, &self.bytes(tensor)?, true);
+        found.map_or(Ok(()), |(index, value)| Err(self.not_finite(tensor, value, index)))
+    }
+
+    /// Refuses a tensor that holds NaN or an infinite number, without converting it.
+    ///
+    /// # Errors
+    /// When one is found: the message names the tensor and the index.
+    pub fn refuse_not_finite(&self, tensor: &TensorInfo) -> Result<()> {
+        let found = special(tensor.dtype, &self.bytes(tensor)?, false);
+        found.map_or(Ok(()), |(index, value)| Err(self.not_finite(tensor, value, index)))
+    }
+}
+
+/// The first number that is not finite (or NaN, with `nan_only`), and its place. Integers are all finite.
+fn special(dtype: DType, bytes: &[u8], nan_only: bool) -> Option<(usize, f64)> {
+    let bad = |v: f64| if nan_only { v.is_nan() } else { !v.is_finite() };
+    fn first<const N: usize>(
+        bytes: &[u8],
+        value: impl Fn([u8; N]) -> f64,
+        bad: impl Fn(f64) -> bool,
+    ) -> Option<(usize, f64)> {
+        bytes.as_chunks().0.iter().enumerate().map(|(i, b)| (i, value(*b))).find(|(_, v)| bad(*v))
+    }
+    // By the bits, which is faster than conversion.
+    let sixteen = |bits: u16, infinite: u16| match (bits & 0x7fff).cmp(&infinite) {
+        Ordering::Less => 0.0,
+        Ordering::Equal => f64::INFINITY.copysign(if bits > 0x7fff { -1.0 } else { 1.0 }),
+        Ordering::Greater => f64::NAN,
+    };
+    // An 8-bit number by its bits without the sign: which are infinite, and which from some number on are no numbers.
+    let eight = |infinite: Option<u8>, nan: std::ops::RangeInclusive<u8>| {
+        let value = move |[b]: [u8; 1]| match b & 0x7f {
+            v if Some(v) == infinite => f64::INFINITY.copysign(if b > 0x7f { -1.0 } else { 1.0 }),
+            v if nan.contains(&v) => f64::NAN,
+            _ => 0.0,
         };
-        found.map_or(Ok(()), |index| Err(self.not_finite(tensor, f64::NAN, index)))
+        first(bytes, value, bad)
+    };
+    match dtype {
+        DType::F32 => first(bytes, |b| f64::from(f32::from_le_bytes(b)), bad),
+        DType::F64 => first(bytes, f64::from_le_bytes, bad),
+        DType::F16 => first(bytes, |b| sixteen(u16::from_le_bytes(b), 0x7c00), bad),
+        DType::BF16 => first(bytes, |b| sixteen(u16::from_le_bytes(b), 0x7f80), bad),
+        // Two numbers for each element.
+        DType::C64 => first(bytes, |b| f64::from(f32::from_le_bytes(b)), bad).map(|(i, v)| (i / 2, v)),
+        DType::F8_E4M3 => eight(None, 0x7f..=0x7f),
+        DType::F8_E5M2 => eight(Some(0x7c), 0x7d..=0x7f),
+        DType::F8_E8M0 => first(bytes, |[b]: [u8; 1]| if b == 0xff { f64::NAN } else { 0.0 }, bad),
+        DType::F8_E4M3FNUZ | DType::F8_E5M2FNUZ => {
+            first(bytes, |[b]: [u8; 1]| if b == 0x80 { f64::NAN } else { 0.0 }, bad)
+        }
+        _ => None,
     }
 }
 
@@ -185,4 +235,30 @@ pub fn paired(tensors: &BTreeMap<String, TensorInfo>) -> Vec<SourceLayer> {
             SourceLayer { name, content: SourceContent::Tensors { bias: bias_of(weight), weight: weight.clone() } }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found_in_every_dtype() {
+        let inf = f32::INFINITY.to_le_bytes();
+        let nan = f32::NAN.to_le_bytes();
+        for (dtype, bytes, nan_at, bad_at) in [
+            (DType::F32, [inf, nan].concat(), Some(1), Some(0)),
+            (DType::C64, [[0; 4], [0; 4], [0; 4], nan].concat(), Some(1), Some(1)),
+            (DType::F64, [1.0f64.to_le_bytes(), f64::NAN.to_le_bytes()].concat(), Some(1), Some(1)),
+            (DType::F16, vec![0, 0x7c, 1, 0x7c], Some(1), Some(0)),
+            (DType::BF16, vec![0x80, 0x7f, 0xc0, 0x7f], Some(1), Some(0)),
+            (DType::F8_E4M3, vec![0x38, 0xff, 0x7f], Some(1), Some(1)),
+            (DType::F8_E5M2, vec![0x7b, 0xfc, 0x7e], Some(2), Some(1)),
+            (DType::F8_E8M0, vec![0x7f, 0x80, 0xff], Some(2), Some(2)),
+            (DType::F8_E4M3FNUZ, vec![0x7f, 0xff, 0x80], Some(2), Some(2)),
+            (DType::U8, vec![0xff, 0x7f], None, None),
+        ] {
+            assert_eq!(special(dtype, &bytes, true).map(|(i, _)| i), nan_at, "{dtype:?}");
+            assert_eq!(special(dtype, &bytes, false).map(|(i, _)| i), bad_at, "{dtype:?}");
+        }
+    }
 }

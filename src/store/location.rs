@@ -12,6 +12,7 @@ use object_store::ObjectStore;
 use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
 
+use super::address;
 use super::format::{Format, Formats};
 use super::lock::OnWait;
 use super::memory::Memory;
@@ -60,11 +61,17 @@ impl Location {
     /// When nothing can lie at such an address, or a file lies there.
     pub fn new(uri: &str, hooks: &Hooks) -> Result<Self> {
         let registry = ObjectStoreRegistry::default();
-        let (uri, place) = match uri.split_once("://") {
-            Some((scheme, rest)) if scheme != "file" => {
-                (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, rest)?)
+        let (uri, place) = match uri.split_once(':') {
+            Some((scheme, _)) if scheme.eq_ignore_ascii_case("file") => local(uri, address::of_file_url(uri)?)?,
+            Some((scheme, rest)) if rest.starts_with("//") => {
+                (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, &rest[2..])?)
             }
-            _ => local(uri)?,
+            Some((scheme, rest)) if SCHEMES.contains(&scheme) => {
+                let reason =
+                    format!("expected {scheme}://{}, or ./{uri} for a directory", rest.trim_start_matches('/'));
+                return Err(Error::NotAStore { path: uri.into(), reason });
+            }
+            _ => local(uri, address::with_home(uri)?)?,
         };
         if let Place::Memory(memory) = &place {
             registry.insert("memory", memory.provider());
@@ -227,6 +234,18 @@ pub fn version_of(file: &str) -> Option<u64> {
     Some(if number.len() == 20 { u64::MAX - parsed } else { parsed })
 }
 
+/// Tries whether a store could be made, or written to, at an address, before the work that goes there. Nothing is made.
+///
+/// # Errors
+/// When nothing can lie at such an address, or its directory cannot be written to.
+pub(crate) fn check_place(uri: &str) -> Result<()> {
+    let location = Location::new(uri, &Hooks::default())?;
+    location.local().map_or(Ok(()), address::check_writable)
+}
+
+/// The schemes of addresses that are no path.
+const SCHEMES: [&str; 5] = ["s3", "gs", "az", "abfss", "memory"];
+
 /// The place behind an address with a scheme.
 fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
     match scheme {
@@ -244,25 +263,24 @@ fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
     }
 }
 
-/// The directory of a path, and the path in full.
-fn local(uri: &str) -> Result<(String, Place)> {
-    let path = Path::new(uri.strip_prefix("file://").unwrap_or(uri));
+/// The directory at a path, resolved, and its address: every table, lock and count of files is of this one path.
+fn local(uri: &str, path: PathBuf) -> Result<(String, Place)> {
+    let not_a_store = |reason: String| Error::NotAStore { path: uri.into(), reason };
     if path.as_os_str().is_empty() {
-        return Err(Error::NotAStore { path: uri.into(), reason: "the path is empty".into() });
+        return Err(not_a_store("the path is empty".into()));
     }
     // Lance takes a relative name that starts with 'db' for a cloud address.
-    let absolute = std::path::absolute(path).map_err(|e| Error::io(path, e))?;
-    if absolute.exists() && !absolute.is_dir() {
-        return Err(Error::NotAStore {
-            path: absolute.display().to_string(),
-            reason: "it is a file; a store is a directory".into(),
-        });
+    let resolved = address::resolved(&path)?;
+    if resolved.exists() && !resolved.is_dir() {
+        return Err(not_a_store("it is a file; a store is a directory".into()));
     }
-    let text = absolute.to_str().ok_or_else(|| Error::NotAStore {
-        path: absolute.display().to_string(),
-        reason: "the path is not UTF-8".into(),
-    })?;
-    Ok((text.to_owned(), Place::Local(absolute)))
+    let text = resolved.to_str().ok_or_else(|| not_a_store("the path is not UTF-8".into()))?;
+    if let Some(control) = text.chars().find(char::is_ascii_control) {
+        return Err(not_a_store(format!(
+            "the path holds the control character {control:?}, which Lance's storage cannot name: expected a path without"
+        )));
+    }
+    Ok((text.to_owned(), Place::Local(resolved)))
 }
 
 /// A local file system that syncs every file, and its directory, before a write returns. Lance and object_store leave
@@ -316,8 +334,42 @@ mod tests {
     }
 
     #[test]
+    fn one_directory_has_one_address() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        let at = |uri: &str| {
+            let location = Location::new(uri, &Hooks::default()).unwrap();
+            assert_eq!(location.local().unwrap(), Path::new(location.uri()), "tables and locks are in one place");
+            location.uri().to_owned()
+        };
+        let expected = root.join("a b").display().to_string();
+        let path = root.display();
+        for uri in [
+            format!("{path}/a b"),
+            format!("{path}//x/.././a b/"),
+            format!("file://{path}/a%20b"),
+            format!("file:{path}/a b/"),
+            format!("FILE://localhost{path}/a%20b"),
+        ] {
+            assert_eq!(at(&uri), expected, "{uri}");
+        }
+        #[cfg(unix)]
+        {
+            std::fs::create_dir_all(root.join("real/deep")).unwrap();
+            std::os::unix::fs::symlink("real/deep", root.join("link")).unwrap();
+            assert_eq!(at(&format!("{path}/link/../st")), root.join("real/st").display().to_string());
+            assert_eq!(at(&format!("{path}/link")), root.join("real/deep").display().to_string());
+        }
+    }
+
+    #[test]
     fn addresses_that_no_store_lies_at() {
-        for bad in ["", "ftp://a", "s3://", "memory://", "memory:///a", "file://"] {
+        let tab = "a\tb";
+        for bad in ["", "ftp://a", "s3://", "memory://", "memory:///a", "file://", "file:a", "file://host/a", tab] {
+            let error = Location::new(bad, &Hooks::default()).unwrap_err();
+            assert!(matches!(error, Error::NotAStore { .. }), "{bad}: {error}");
+        }
+        for bad in ["s3:/bucket", "memory:a", "file:///a?b", "file:///a#b", "file:///a%00", "~nobody/s"] {
             let error = Location::new(bad, &Hooks::default()).unwrap_err();
             assert!(matches!(error, Error::NotAStore { .. }), "{bad}: {error}");
         }

@@ -4,6 +4,7 @@
 //! artifact is which model's which layer, and every change of it is one version. See `docs/design.md` for the tables
 //! and the commit protocol.
 
+mod address;
 mod agreement;
 mod attention;
 mod catalogue;
@@ -44,6 +45,7 @@ pub use attention::AttentionHandle;
 pub use format::FORMAT_VERSION;
 pub use gc::GcReport;
 pub use handle::LayerHandle;
+pub(crate) use location::check_place;
 pub use lock::OnWait;
 pub use metadata::DamagedMetadata;
 pub use module::ModuleHandle;

@@ -91,7 +91,7 @@ impl Store {
             let parts = layer.to_parts();
             let id = parts.id();
             let provenance = Provenance { recipe: id.0, relative_error: None, error_basis: ErrorBasis::Weights };
-            writer.add(&parts, provenance).await?;
+            writer.add(&parts, provenance).await.map_err(|e| e.in_layer(name))?;
             let tensors = source_tensors(name, &**layer, id)?;
             records.push(LayerRecord {
                 model: model.to_owned(),

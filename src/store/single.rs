@@ -80,7 +80,7 @@ async fn save(record: LayerRecord, parts: Parts, uri: &str, options: StoreOption
     // It was made elsewhere: its name says all that is known.
     let provenance =
         Provenance { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
-    writer.add(&parts, provenance).await?;
+    writer.add(&parts, provenance).await.map_err(|e| e.in_layer(&record.layer))?;
     let model = record.model.clone();
     writer.commit_in((&model, Scope::Alone), &[record], None).await?;
     Ok(())

@@ -8,6 +8,7 @@ use chrono::Utc;
 use lance::Dataset;
 use lance::dataset::transaction::Operation;
 use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
+use layerstore_core::layer::registry;
 use serde_json::Value;
 
 use super::agreement::DataTables;
@@ -23,6 +24,7 @@ use super::tables::to_batches;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
+use crate::tasks::unwrap_join;
 
 /// Parts gathered before they are written: the memory that an import takes beside the layer at work.
 const PENDING_BYTES: u64 = 256 << 20;
@@ -146,12 +148,18 @@ impl Writer {
         self.written_bytes + self.pending_bytes
     }
 
-    /// Adds an artifact, unless the store has it. Returns its name, and whether it was new.
+    /// Adds an artifact, unless the store has it. Returns its name, and whether it was new. What is new is built into a layer
+    /// first, so that nothing is stored that cannot be loaded.
     ///
     /// # Errors
-    /// When the parts do not fit the tables, or writing a full buffer fails.
+    /// When no layer can be built from the parts, a number of theirs is not finite, they do not fit the tables, or writing a full
+    /// buffer fails.
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
         let id = parts.id();
+        if !self.known.contains_key(&id) {
+            let parts = parts.clone();
+            unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&parts).map(drop)).await)??;
+        }
         let stored_bytes = parts.stored_bytes();
         let stored = ArtifactInfo {
             artifact: id,

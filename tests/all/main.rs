@@ -4,6 +4,7 @@ mod attention;
 mod calibration;
 mod cli;
 mod faults;
+mod files;
 mod golden;
 mod keys;
 mod matmul_free;

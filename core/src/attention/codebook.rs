@@ -165,7 +165,7 @@ impl AttentionCodebook {
 
     /// Updates the codewords from vectors `[heads, n, dim]` by exponential moving averages (as VQ-VAE and Transformer-VQ do): running
     /// sums and counts become `gamma` of what they were and `1 − gamma` of these vectors'. Vectors where `mask` `[n]` is false are
-    /// left out.
+    /// left out. As there, a codeword whose count is below 0.01 shrinks; [`AttentionCodebook::learn`] lets it be.
     ///
     /// # Errors
     /// As [`AttentionCodebook::assign`], when `gamma` is not within 0 … 1, or the mask has another length.
@@ -191,6 +191,36 @@ impl AttentionCodebook {
         }
         *self = Self::of_sums(sums, counts)?;
         Ok(CodebookUpdate { codes, squared_errors, commitment: (commitment / n.max(1) as f64) as f32 })
+    }
+
+    /// Does [`AttentionCodebook::update`] with all vectors, for training of any length: a codeword that no vector is nearest to
+    /// stays as it is, whatever its count has fallen to, until it is [revived](AttentionCodebook::revive), and one whose count is
+    /// small becomes the mean of what it stood for and its vectors.
+    ///
+    /// # Errors
+    /// As [`AttentionCodebook::update`].
+    pub fn learn(&mut self, x: ArrayView3<f32>, gamma: f32) -> Result<CodebookUpdate> {
+        let before = self.clone();
+        let update = self.update(x, None, gamma)?;
+        let mut vectors = vec![vec![]; self.heads() * self.codes()];
+        for ((h, i), &code) in update.codes.indexed_iter() {
+            vectors[h * self.codes() + code as usize].push(i);
+        }
+        for (place, vectors) in vectors.iter().enumerate() {
+            let (h, code) = (place / self.codes(), place % self.codes());
+            let (was, now) = (before.counts[[h, code]], self.counts[[h, code]]);
+            let old = before.codewords.slice(s![h, code, ..]);
+            let mut codeword = self.codewords.slice_mut(s![h, code, ..]);
+            if vectors.is_empty() || now == 0.0 {
+                codeword.assign(&old);
+            } else if was < LEAST_COUNT || now < LEAST_COUNT {
+                codeword.assign(&(&old * (gamma * was / now)));
+                for &i in vectors {
+                    codeword.scaled_add((1.0 - gamma) / now, &x.slice(s![h, i, ..]));
+                }
+            }
+        }
+        Ok(update)
     }
 
     /// Returns the squared distances `[heads, n]` of vectors `[heads, n, dim]` to the codewords of their codes.

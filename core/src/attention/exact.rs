@@ -25,7 +25,8 @@ const PARALLEL_FROM: usize = 1 << 20;
 /// Time is that of the products of all visible pairs, memory a tile of scores for each thread beside the output.
 ///
 /// # Errors
-/// When shapes do not fit, a number is not finite, or scores are beyond what f32 can hold.
+/// When shapes do not fit, a causal attention has more queries than keys, a number is not finite, or scores are beyond what f32 can
+/// hold.
 pub fn exact(
     q: ArrayView4<f32>,
     k: ArrayView4<f32>,
@@ -33,7 +34,8 @@ pub fn exact(
     scale: f32,
     mask: &AttentionMask,
 ) -> Result<AttentionOutput> {
-    let AttentionShape { batch, heads, group, queries, keys, value_dim } = AttentionShape::of(q, k, v, mask)?;
+    let shape = AttentionShape::of(q, k, v, mask)?;
+    let AttentionShape { batch, heads, group, queries, keys, value_dim } = shape;
     check_scale(scale)?;
     let mut output = large_zeros((batch * heads, queries, value_dim));
     let mut log_sum_exp = Array2::from_elem((batch * heads, queries), f32::NEG_INFINITY);
@@ -42,7 +44,15 @@ pub fn exact(
         let (b, h) = (head / heads, head % heads);
         let q = q.slice(s![b, h, first..first + log_sum_exp.len(), ..]);
         let (k, v) = (k.slice(s![b, h / group, .., ..]), v.slice(s![b, h / group, .., ..]));
-        attend_tile(q, k, v, scale, &TileMask { mask: *mask, batch: b, first_query: first }, output, log_sum_exp);
+        attend_tile(
+            q,
+            k,
+            v,
+            scale,
+            &TileMask { mask: *mask, batch: b, first_query: first, offset: shape.offset() },
+            output,
+            log_sum_exp,
+        );
     };
     if batch * heads * queries * keys * (q.dim().3 + value_dim) < PARALLEL_FROM {
         tiles.into_iter().for_each(work);

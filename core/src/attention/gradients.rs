@@ -56,7 +56,17 @@ pub fn exact_gradients(
     let mut of_v = Array3::zeros((batch * kv_heads, shape.keys, shape.value_dim));
     let tasks = of_q.outer_iter_mut().zip(of_k.outer_iter_mut()).zip(of_v.outer_iter_mut()).enumerate();
     let tasks: Vec<_> = tasks.map(|(head, ((q, k), v))| (head, q, k, v)).collect();
-    let backward = Backward { q, k, v, scale, mask: *mask, grad_output, forward: &forward, group: shape.group };
+    let backward = Backward {
+        q,
+        k,
+        v,
+        scale,
+        mask: *mask,
+        grad_output,
+        forward: &forward,
+        group: shape.group,
+        offset: shape.offset(),
+    };
     in_pool(|| on_all_threads(tasks, |(head, q, k, v)| backward.head((head / kv_heads, head % kv_heads), q, k, v)));
     let of_shape = |e: ShapeError| Error::Numeric(e.to_string());
     Ok(AttentionGradients {
@@ -77,6 +87,8 @@ struct Backward<'a, 'm> {
     forward: &'a AttentionOutput,
     /// Consecutive query heads that share one head of keys.
     group: usize,
+    /// Position of the first query among the keys, in causal attention.
+    offset: usize,
 }
 
 impl Backward<'_, '_> {
@@ -92,7 +104,7 @@ impl Backward<'_, '_> {
         let (k, v) = (self.k.slice(s![b, kv_head, .., ..]), self.v.slice(s![b, kv_head, .., ..]));
         for (place, first) in (0..self.group).flat_map(|p| (0..queries).step_by(TILE_QUERIES).map(move |f| (p, f))) {
             let (head, rows) = (kv_head * self.group + place, first..queries.min(first + TILE_QUERIES));
-            let mask = TileMask { mask: self.mask, batch: b, first_query: first };
+            let mask = TileMask { mask: self.mask, batch: b, first_query: first, offset: self.offset };
             let end = mask.visible_end(rows.len(), k.nrows());
             let (k, v) = (k.slice(s![..end, ..]), v.slice(s![..end, ..]));
             let q = self.q.slice(s![b, head, rows.clone(), ..]);

@@ -5,7 +5,8 @@ use ndarray::{ArrayView2, ArrayViewMut2, s};
 /// Which keys each query sees.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AttentionMask<'a> {
-    /// Whether a query sees only the keys up to its own position.
+    /// Whether a query sees only the keys up to its own position. The last query is at the last key's, and there are no more
+    /// queries than keys: queries that go on with a sequence come with the keys of all of it.
     pub causal: bool,
     /// `[batch, keys]`: `true` where a key is there, `false` where it is padding that no query sees. `None` when all are there.
     pub keys: Option<ArrayView2<'a, bool>>,
@@ -19,14 +20,16 @@ pub(super) struct TileMask<'a> {
     pub mask: AttentionMask<'a>,
     /// The sequence's place in the batch.
     pub batch: usize,
-    /// Position of the tile's first query.
+    /// Number of the tile's first query.
     pub first_query: usize,
+    /// Position of the first of all queries among the keys, in causal attention.
+    pub offset: usize,
 }
 
 impl TileMask<'_> {
     /// Returns the end of the keys that one of the tile's `queries` may see, of `keys` in all.
     pub fn visible_end(&self, queries: usize, keys: usize) -> usize {
-        if self.mask.causal { keys.min(self.first_query + queries) } else { keys }
+        if self.mask.causal { keys.min(self.offset + self.first_query + queries) } else { keys }
     }
 
     /// Sets `scores` `[queries, keys]`, whose keys begin at position `first_key`, to −∞ where a query does not see the key.
@@ -47,8 +50,9 @@ impl TileMask<'_> {
                 let others = of_keys.slice(s![self.batch, first_key..first_key + keys]);
                 row.zip_mut_with(&others, |score, of| *score = if *of == own { *score } else { f32::NEG_INFINITY });
             }
-            if self.mask.causal && query + 1 < first_key + keys {
-                row.slice_mut(s![(query + 1).saturating_sub(first_key)..]).fill(f32::NEG_INFINITY);
+            let position = self.offset + query;
+            if self.mask.causal && position + 1 < first_key + keys {
+                row.slice_mut(s![(position + 1).saturating_sub(first_key)..]).fill(f32::NEG_INFINITY);
             }
         }
     }

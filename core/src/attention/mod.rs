@@ -7,8 +7,8 @@
 //! | [`HyperAttention`] | keys of a query's own hash bucket, and a sample of the others |
 //!
 //! Arrays are `[batch, heads, tokens, dim]`, f32. The number of query heads may be a whole multiple of the number of key heads: that
-//! many consecutive query heads share one head of keys and values (grouped-query attention). In causal attention query i sees key j
-//! where j ≤ i.
+//! many consecutive query heads share one head of keys and values (grouped-query attention). In causal attention query i of n
+//! sees key j of m where j ≤ i + m − n: the last query is at the last key.
 //!
 //! Dependencies inside the module point one way: `mask`, then `shape`, `output` and `softmax`, then `exact`; `codebook` and `cache`,
 //! then `compressed` and `window`, then `vector_quantized`; `hyper` and `gradients` stand on `exact`.

@@ -1,6 +1,6 @@
 //! The result of attention, and its division into tiles of queries that threads write independently.
 
-use ndarray::{Array2, Array3, Array4, ArrayViewMut1, ArrayViewMut2, Axis, ShapeError};
+use ndarray::{Array2, Array3, Array4, ArrayViewMut1, ArrayViewMut2, Axis, ShapeError, s};
 
 use crate::error::{Error, Result};
 
@@ -14,6 +14,15 @@ pub struct AttentionOutput {
 }
 
 impl AttentionOutput {
+    /// Returns the result of the last `queries` queries.
+    pub(super) fn of_last(self, queries: usize) -> AttentionOutput {
+        let first = self.output.dim().2 - queries;
+        AttentionOutput {
+            output: self.output.slice(s![.., .., first.., ..]).to_owned(),
+            log_sum_exp: self.log_sum_exp.slice(s![.., .., first..]).to_owned(),
+        }
+    }
+
     /// Builds the result from outputs `[batch · heads, queries, value dim]` and ln Σ exp(score) `[batch · heads, queries]`.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! The sizes of queries, keys and values, checked against each other.
 
-use ndarray::ArrayView4;
+use ndarray::{Array4, ArrayView4, s};
 
 use super::mask::AttentionMask;
 use crate::error::{Error, Result};
@@ -25,7 +25,8 @@ impl AttentionShape {
     /// `[batch, kv heads, keys, value dim]`.
     ///
     /// # Errors
-    /// When shapes, or those of the mask, do not fit each other, or a number is not finite.
+    /// When shapes, or those of the mask, do not fit each other, a causal attention has more queries than keys, or a number is
+    /// not finite.
     pub fn of(
         q: ArrayView4<f32>,
         k: ArrayView4<f32>,
@@ -46,11 +47,37 @@ impl AttentionShape {
             return Err(Error::expected("shape of the values", format!("{:?}", v.shape()), expected));
         }
         check_mask(mask, batch, queries, keys)?;
+        if mask.causal && queries > keys {
+            return Err(Error::expected(
+                "queries of a causal attention",
+                format!("{queries} for {keys} keys"),
+                "no more than keys: the last query is at the last key",
+            ));
+        }
         for (what, array) in [("the queries", q), ("the keys", k), ("the values", v)] {
             require_finite(what, array.iter())?;
         }
         Ok(AttentionShape { batch, heads, group: heads / k_heads, queries, keys, value_dim })
     }
+}
+
+impl AttentionShape {
+    /// Returns the position of the first query of a causal attention among the keys: the last query is at the last key.
+    pub fn offset(&self) -> usize {
+        self.keys.saturating_sub(self.queries)
+    }
+}
+
+/// Puts queries of nothing before queries `[batch, heads, queries, dim]`, so that there are as many as keys and each is at its key's
+/// position; `None` where there are.
+pub(super) fn aligned(q: ArrayView4<f32>, keys: usize) -> Option<Array4<f32>> {
+    let (batch, heads, queries, dim) = q.dim();
+    if queries >= keys {
+        return None;
+    }
+    let mut all = Array4::zeros((batch, heads, keys, dim));
+    all.slice_mut(s![.., .., keys - queries.., ..]).assign(&q);
+    Some(all)
 }
 
 fn check_mask(mask: &AttentionMask, batch: usize, queries: usize, keys: usize) -> Result<()> {

@@ -9,6 +9,7 @@ use super::flat::FlatIndex;
 use super::search::{ContributionRange, IndexInfo, SearchIndex};
 use super::space::{ContributionSpace, check_scales};
 use crate::error::{Error, Result};
+use crate::linalg::unit_of_f32;
 use crate::quant::{kmeans, nearest};
 
 /// An index of product codes in cells, of which a search looks into some.
@@ -50,7 +51,11 @@ impl IvfPqIndex {
         if clusters == 0 || clusters > codes.len() {
             return Err(Error::expected("clusters", clusters, format!("1 to {}, the layer's keys", codes.len())));
         }
-        let points = space.keys(keys, scales);
+        let mut points = space.keys(keys, scales);
+        // Cells are put in order by what they may add, in whatever unit that is.
+        if let Some(unit) = unit_of_f32(points.iter()) {
+            points *= 1.0 / unit;
+        }
         let centres = kmeans(points.view(), &vec![1.0; points.nrows()], clusters, seed);
         let mut radii = Array1::zeros(clusters);
         let cells = points.rows().into_iter().map(|point| {

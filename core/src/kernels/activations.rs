@@ -13,8 +13,8 @@ pub enum ActivationFormat {
     /// by more than 1/255 of the row's largest. NF4's levels become 127ths of the scale with it, off by at most 1/254
     /// of it.
     Int8,
-    /// Whole numbers −127 … 127, each input row with a scale of its own, `max|x| / 127`, of sizes from 1e-5 to 1e9
-    /// (BitNet b1.58, Keras-MML): no number is off by more than 1/254 of the row's largest.
+    /// Whole numbers −127 … 127, each input row with a scale of its own, `max|x| / 127` (BitNet b1.58, Keras-MML): no number is
+    /// off by more than 1/254 of the row's largest.
     #[serde(rename = "int8_absmax")]
     Int8Absmax,
 }
@@ -32,6 +32,16 @@ impl ActivationFormat {
             (round(row, self, &mut whole), whole)
         })
     }
+}
+
+/// Rows of smaller numbers are rounded as if their largest were this: f32 holds no finer steps.
+const LEAST_SIZE: f32 = 127.0 * f32::MIN_POSITIVE;
+
+/// Returns the steps of a unit for a row whose largest size is `most`; a row of nothing has those of Keras-MML's least size, 1e-5.
+#[inline(always)]
+pub fn absmax_steps(most: f32) -> f32 {
+    let size = if most < LEAST_SIZE { LEAST_SIZE } else { most };
+    127.0 / if most == 0.0 { 1e-5 } else { size }
 }
 
 /// Adding it rounds to the nearest whole number, ties to even.
@@ -54,12 +64,12 @@ pub fn round(row: &[f32], format: ActivationFormat, out: &mut [i8]) -> f32 {
     let most = f32::from_bits(most);
     let (scale, reciprocal) = match format {
         ActivationFormat::Int8Absmax => {
-            let steps = 127.0 / most.clamp(1e-5, 1e9);
+            let steps = absmax_steps(most);
             (1.0 / steps, steps)
         }
         ActivationFormat::Int8 | ActivationFormat::F32 => {
             let scale = most * (1.0 / 127.5);
-            let scale = if scale < f32::MIN_POSITIVE.sqrt() { 1.0 } else { scale };
+            let scale = if scale < f32::MIN_POSITIVE { 1.0 } else { scale };
             (scale, 1.0 / scale)
         }
     };
@@ -88,8 +98,22 @@ mod tests {
             for (format, steps) in [(ActivationFormat::Int8, 255.0), (ActivationFormat::Int8Absmax, 254.0)] {
                 let (scale, whole) = format.whole(&values).unwrap();
                 for (v, w) in values.iter().zip(&whole) {
-                    prop_assert!((v - f32::from(*w) * scale).abs() <= most.max(1e-5) / steps * 1.0001);
+                    prop_assert!((v - f32::from(*w) * scale).abs() <= most / steps * 1.0001);
                 }
+            }
+        }
+
+        /// Inputs of any size become the same whole numbers.
+        #[test]
+        fn sizes_do_not_matter(values in proptest::collection::vec(-9f32..9.0, 1..40), power in -100i32..120) {
+            for format in [ActivationFormat::Int8, ActivationFormat::Int8Absmax] {
+                let scaled: Vec<f32> = values.iter().map(|v| (v + 0.01) * 2f32.powi(power)).collect();
+                let plain: Vec<f32> = values.iter().map(|v| v + 0.01).collect();
+                let ((scale, whole), (plain_scale, plain)) = (format.whole(&scaled).unwrap(), format.whole(&plain).unwrap());
+                let off = whole.iter().zip(&plain).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+                prop_assert!(off <= 1, "{:?} {:?}", whole, plain);
+                let ratio = f64::from(scale) / f64::from(plain_scale) / f64::from(power).exp2();
+                prop_assert!((ratio - 1.0).abs() < 1e-5, "{}", ratio);
             }
         }
     }

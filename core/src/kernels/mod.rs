@@ -39,6 +39,7 @@ mod simd;
 mod tile;
 
 pub use activations::ActivationFormat;
+pub(crate) use activations::absmax_steps;
 #[cfg(test)]
 pub use isa::{Isa, available, best};
 pub use packed::{CodeFormat, PackedRows, Weights};

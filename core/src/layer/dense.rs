@@ -14,7 +14,7 @@ use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
 use super::traits::{Accuracy, Gradients, Layer, Output, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::linalg::{matmul, matmul_nt};
+use crate::linalg::{Loss, matmul, matmul_nt};
 
 /// An element type, by its safetensors name.
 pub use safetensors::Dtype as DType;
@@ -279,26 +279,75 @@ impl Layer for DenseLayer {
 /// Little-endian elements as f32.
 ///
 /// # Errors
-/// When the dtype is not F32, F16, BF16 or F64.
+/// When the dtype is not F32, F16, BF16 or F64, or an F64 element is beyond what f32 holds.
 pub fn to_f32(dtype: DType, raw: &[u8]) -> Result<Vec<f32>> {
     Ok(match dtype {
         DType::F32 => super::parts::bytes_f32(raw),
         DType::F16 => raw.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
         DType::BF16 => raw.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
-        DType::F64 => raw.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+        DType::F64 => narrowed(raw.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)))?,
         other => return Err(Error::expected("dtype to compute with", format!("{other:?}"), "F32, F16, BF16 or F64")),
     })
 }
 
-/// Returns f32 values as little-endian elements of `dtype`.
+/// F64 numbers as f32.
 ///
 /// # Errors
-/// When the dtype is not F32, F16, BF16 or F64.
+/// When one is finite and beyond f32, or they are so small that f32 loses more than a millionth of them.
+fn narrowed(values: impl Iterator<Item = f64>) -> Result<Vec<f32>> {
+    let mut loss = Loss::default();
+    let mut narrow = Vec::with_capacity(values.size_hint().0);
+    for (index, value) in values.enumerate() {
+        let kept = value as f32;
+        if value.is_finite() {
+            if kept.is_infinite() {
+                return Err(Error::expected(
+                    format!("element {index} of an F64 tensor to compute with"),
+                    format!("{value:e}"),
+                    format!("at most {:e} in size", f32::MAX),
+                ));
+            }
+            loss.add(value, kept.into());
+        }
+        narrow.push(kept);
+    }
+    // Squares of the smallest are beyond f64 itself.
+    let vanishes = loss.whole == 0.0 && loss.lost == 0.0;
+    if !vanishes && !loss.within(1e-6) {
+        return Err(Error::expected(
+            "F64 tensor to compute with",
+            format!("numbers of {:e} on average", (loss.whole / narrow.len() as f64).sqrt()),
+            format!("few below {:e} in size", f32::MIN_POSITIVE),
+        ));
+    }
+    Ok(narrow)
+}
+
+/// What a weight that is brought back from few bits may be beyond the largest number of its checkpoint's dtype, in its sizes: the
+/// weight that it stands for was not.
+const OVERSHOOT: f32 = 2.0;
+
+/// Returns f32 values as little-endian elements of `dtype`. One a little beyond the largest number of `dtype`, as rounding
+/// leaves it, becomes that number.
+///
+/// # Errors
+/// When the dtype is not F32, F16, BF16 or F64, or a finite value is more than twice its largest number.
 pub fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
+    let within = |most: f32| {
+        let beyond = |(_, v): &(usize, &f32)| v.is_finite() && v.abs() / OVERSHOOT > most;
+        match values.iter().enumerate().find(beyond) {
+            Some((index, value)) => Err(Error::expected(
+                format!("value {index} to write as {dtype:?}"),
+                format!("{value:e}"),
+                format!("at most {most:e} in size"),
+            )),
+            None => Ok(values.iter().map(move |v| if v.is_finite() { v.clamp(-most, most) } else { *v })),
+        }
+    };
     Ok(match dtype {
         DType::F32 => f32_bytes(values),
-        DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        DType::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        DType::F16 => within(f16::MAX.to_f32())?.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
+        DType::BF16 => within(bf16::MAX.to_f32())?.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
         DType::F64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
         other => return Err(Error::expected("dtype to compute with", format!("{other:?}"), "F32, F16, BF16 or F64")),
     })
@@ -343,6 +392,20 @@ mod tests {
                 assert_eq!((back.dtype(), back.shape(), back.raw()), (dtype, shape.as_slice(), &raw));
             }
         }
+    }
+
+    #[test]
+    fn narrowing_looks_at_both_ends() {
+        let halves = |values: &[f32]| from_f32(DType::F16, values).map(|raw| to_f32(DType::F16, &raw).unwrap());
+        assert_eq!(halves(&[-65_520.0, 70_000.0, 1.0]).unwrap(), [-65_504.0, 65_504.0, 1.0]);
+        assert!(halves(&[1.0, 2e5]).unwrap_err().to_string().contains("value 1 to write as F16"));
+        assert!(from_f32(DType::BF16, &[f32::MAX]).is_ok_and(|raw| to_f32(DType::BF16, &raw).unwrap()[0].is_finite()));
+        assert_eq!(halves(&[f32::INFINITY]).unwrap(), [f32::INFINITY]);
+        let doubles =
+            |values: &[f64]| to_f32(DType::F64, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>());
+        assert_eq!(doubles(&[1.0, 1e-60, f64::INFINITY]).unwrap(), [1.0, 0.0, f32::INFINITY]);
+        assert!(doubles(&[1.0, 1e39]).unwrap_err().to_string().contains("element 1"));
+        assert!(doubles(&[1e-45, 1e-46]).unwrap_err().to_string().contains("F64"));
     }
 
     #[test]

@@ -73,6 +73,12 @@ pub trait Method: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned 
         Ok(None)
     }
 
+    /// Returns why a layer with inputs of these statistics is compressed as if it had none, where that is so; its error is then that
+    /// of its weight.
+    fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
+        calibration.vanishes(false)
+    }
+
     /// Compresses `weight` `[out_features, in_features]` with its bias `[out_features]`. Settings, shapes and numbers have been
     /// checked.
     ///
@@ -125,6 +131,7 @@ trait AnyMethod: fmt::Debug + Send + Sync {
     fn validate(&self) -> Result<()>;
     fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()>;
     fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>>;
+    fn unusable(&self, calibration: &Calibration) -> Option<&'static str>;
     fn compress(
         &self,
         weight: ArrayView2<f32>,
@@ -155,6 +162,9 @@ impl<M: Method> AnyMethod for M {
     }
     fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
         Method::expected_bytes(self, out_features, in_features)
+    }
+    fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
+        Method::unusable(self, calibration)
     }
     fn compress(
         &self,
@@ -247,6 +257,11 @@ impl MethodConfig {
     /// When the settings do not fit the shape.
     pub fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
         self.0.expected_bytes(out_features, in_features)
+    }
+
+    /// Returns why a layer is compressed as if it had no statistics of its inputs, as [`Method::unusable`].
+    pub fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
+        self.0.unusable(calibration)
     }
 
     /// Compresses a weight, as [`compress`].

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::name::MethodName;
 use crate::error::{Error, Result};
+use crate::linalg::require_finite;
 
 /// An artifact's name: the BLAKE3 hash of its canonical content. Written as 64 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -188,6 +189,31 @@ impl Parts {
         self.tensors.iter().find(|t| t.name == name)
     }
 
+    /// Checks the numbers of all arrays of f32.
+    ///
+    /// # Errors
+    /// When one is not finite.
+    pub fn require_finite(&self) -> Result<()> {
+        if let Some(keys) = &self.keys {
+            require_finite("stored keys", keys.vectors.iter())?;
+            require_finite("stored scales of keys", keys.scales.iter())?;
+        }
+        if let Some(values) = &self.values {
+            require_finite("stored values", values.iter())?;
+        }
+        for book in &self.codebooks {
+            require_finite(&format!("stored codewords of {}", book.role), book.vectors.iter())?;
+        }
+        for factor in &self.factors {
+            require_finite(&format!("stored factor {}", factor.side.as_str()), factor.vectors.iter())?;
+            require_finite("stored singular values", factor.singular_values.iter())?;
+        }
+        for tensor in self.tensors.iter().filter(|tensor| tensor.dtype == "F32") {
+            require_finite(&format!("stored tensor '{}'", tensor.name), bytes_f32(&tensor.data).iter())?;
+        }
+        Ok(())
+    }
+
     /// Returns the artifact's name.
     ///
     /// The hash covers a format tag, the method, the config with sorted keys, then every array in the order of the
@@ -334,6 +360,25 @@ mod tests {
         assert_eq!(text.parse::<ArtifactId>().unwrap(), a.id());
         assert!("xyz".parse::<ArtifactId>().is_err());
         assert_eq!(a.stored_bytes(), 4);
+    }
+
+    #[test]
+    fn what_cannot_be_read_back_is_found() {
+        use crate::layer::registry::rebuilt_layer;
+        use crate::layer::{KeyValueConfig, Layer, compress};
+        let weight = Array2::from_shape_fn((3, 4), |(i, j)| (i * 4 + j) as f32);
+        let good = compress(&KeyValueConfig::default(), weight.view(), None, None).unwrap().to_parts();
+        assert_eq!(rebuilt_layer(&good).unwrap().to_parts(), good);
+        // As a number that is not finite becomes in JSON.
+        let mut parts = good.clone();
+        parts.config["truncation"] = json!(f64::INFINITY);
+        assert!(rebuilt_layer(&parts).unwrap_err().to_string().contains("null"));
+        let mut parts = good.clone();
+        parts.keys.as_mut().unwrap().scales[1] = f32::INFINITY;
+        assert!(rebuilt_layer(&parts).unwrap_err().to_string().contains("scales of keys"));
+        let mut parts = good;
+        parts.tensors.retain(|tensor| tensor.name != "mean");
+        assert!(rebuilt_layer(&parts).unwrap_err().to_string().contains("mean"));
     }
 
     /// The name of a released artifact must never change.

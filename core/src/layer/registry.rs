@@ -135,6 +135,19 @@ pub fn is_linear(name: &MethodName) -> bool {
     method(name.as_str()).is_ok_and(|entry| entry.kind == MethodKind::Linear)
 }
 
+/// Returns the layer that `parts` are the stored form of, as a reader will have it, and checks that all their numbers are finite
+/// but for those of a dense layer, which are the checkpoint's own.
+///
+/// # Errors
+/// As [`layer_from_parts`], and when a number is not finite.
+pub fn rebuilt_layer(parts: &Parts) -> Result<SharedLayer> {
+    let layer = layer_from_parts(parts.clone())?;
+    if parts.method != Dense::NAME {
+        parts.require_finite()?;
+    }
+    Ok(layer)
+}
+
 /// Returns the layer that `parts` are the stored form of, run as its defaults say until [`Layer::configured`].
 ///
 /// # Errors

@@ -75,6 +75,13 @@ pub struct SearchReport {
     /// The bound that the layer gives for an input's relative error; `None` where one input has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean_certified_error: Option<f64>,
+    /// Inputs whose bound is above the error that the settings ask for, or that have none; `None` where they ask for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missed_queries: Option<usize>,
+    /// The largest bound that rounded keys and values leave for an input, every key used: no search of it certifies less. `None`
+    /// where the settings ask for no error, or one input has no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_floor: Option<f64>,
 }
 
 /// A layer of any method, shared between threads.

@@ -191,7 +191,7 @@ pub fn regularized_inverse(matrix: ArrayView2<f64>, ridge: f64) -> Result<Array2
 /// Returns the lower-triangular L with `matrix = L · Lᵀ`.
 ///
 /// # Errors
-/// When the matrix is not symmetric positive definite: the message says at which row and what to do.
+/// When the matrix is not symmetric positive definite, to working precision.
 pub fn cholesky(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
     require_finite("the covariance matrix", matrix.iter())?;
     let n = matrix.nrows();
@@ -205,12 +205,18 @@ pub fn cholesky(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
     if n == 0 {
         return Ok(Array2::zeros((0, 0)));
     }
-    let factor = view(&matrix).llt(Side::Lower).map_err(|_| {
+    let singular = || {
         Error::Numeric(format!(
-            "the {n} × {n} covariance matrix is not positive definite: raise ridge_regularization or ridge_relative"
+            "the {n} × {n} matrix of second moments is not positive definite: raise damping, ridge_regularization or ridge_relative"
         ))
-    })?;
+    };
+    let factor = view(&matrix).llt(Side::Lower).map_err(|_| singular())?;
     let l = factor.L();
+    // What is left of a row that others make up is noise.
+    let least = n as f64 * f64::EPSILON;
+    if (0..n).any(|i| l[(i, i)] * l[(i, i)] <= least * matrix[[i, i]]) {
+        return Err(singular());
+    }
     Ok(Array2::from_shape_fn((n, n), |(i, j)| if j <= i { l[(i, j)] } else { 0.0 }))
 }
 

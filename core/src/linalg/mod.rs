@@ -10,6 +10,7 @@
 mod convert;
 mod decompose;
 mod finite;
+mod narrow;
 mod normal;
 mod pages;
 mod product;
@@ -29,7 +30,9 @@ pub use statistics::{Ridge, covariance, covariance_of, second_moment_of};
 pub use whitening::Whitening;
 
 pub(crate) use decompose::{cholesky, kept_rank, solve_lower_transposed, spectral_norm_bound, svd};
+pub(crate) use narrow::{HALF_ROUNDING, Loss, unit_of, unit_of_f32};
 pub(crate) use normal::{normal_matrix, normal_survival};
 pub(crate) use pages::large_zeros;
 pub(crate) use product::{dot_f64, product_into};
+pub(crate) use statistics::with_floor;
 pub(crate) use threads::{in_pool, on_all_threads};

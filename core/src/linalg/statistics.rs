@@ -29,6 +29,30 @@ impl Ridge {
     }
 }
 
+/// Runs `factor` on a second moment to which what settings say has been added, and where that is singular, with one of these shares of
+/// its diagonal's mean added as well, the first that will do; also returns that share.
+///
+/// # Errors
+/// As `factor`; the last error where it is singular with each of them.
+pub(crate) fn with_floor<T>(
+    second: ArrayView2<f64>,
+    floors: &[f64],
+    factor: impl Fn(ArrayView2<f64>) -> Result<T>,
+) -> Result<(T, Option<f64>)> {
+    let mut failed = match factor(second) {
+        Err(e @ Error::Numeric(_)) => e,
+        done => return Ok((done?, None)),
+    };
+    for &floor in floors {
+        let raised = Ridge { absolute: 0.0, relative: floor }.added_to(second.to_owned());
+        match factor(raised.view()) {
+            Err(e @ Error::Numeric(_)) => failed = e,
+            done => return Ok((done?, Some(floor))),
+        }
+    }
+    Err(failed)
+}
+
 /// E\[x xᵀ\] of inputs `[tokens, features]`, not centred, in f64: `[features, features]`. There is at least one token.
 pub fn second_moment_of(inputs: ArrayView2<f32>) -> Array2<f64> {
     let wide = inputs.mapv(f64::from);

@@ -11,9 +11,9 @@ use super::dual::column_scales;
 use super::format::{Group, WeightFormat};
 use super::packed::PackedMatrix;
 use super::quantizer::{Clipping, QuantParams, Quantizer};
-use super::round::check;
+use super::round::{check, check_half_scales, in_units};
 use crate::error::{Error, Result};
-use crate::linalg::{cholesky, inverse_lower, matmul};
+use crate::linalg::{cholesky, inverse_lower, matmul, unit_of};
 
 /// Columns whose errors are handed on to all later ones at once.
 const BLOCK: usize = 128;
@@ -46,11 +46,34 @@ impl PackedMatrix {
         how: Calibrated,
     ) -> Result<Self> {
         check(weight, format, clipping)?;
-        let (rows, columns) = weight.dim();
+        let columns = weight.ncols();
         if second.dim() != (columns, columns) {
             let found = format!("{} × {}", second.nrows(), second.ncols());
             return Err(Error::expected("shape of the second moment", found, format!("{columns} × {columns}")));
         }
+        // Inputs and weights in units in which f32 holds their squares.
+        if let Some(unit) = unit_of(second.diag().fold(0f64, |most, v| most.max(v.abs())).sqrt()) {
+            let second = second.mapv(|v| v / unit / unit);
+            return Self::quantize_calibrated(weight, format, clipping, second.view(), how);
+        }
+        in_units(weight, format, |weight| {
+            let packed = Self::calibrated_in_units(weight, format, clipping, second, how)?;
+            if !how.dual_scaling {
+                check_half_scales(weight, &packed, clipping)?;
+            }
+            Ok(packed)
+        })
+    }
+
+    /// Does [`PackedMatrix::quantize_calibrated`] for a checked weight and inputs whose squares f32 holds.
+    fn calibrated_in_units(
+        weight: ArrayView2<f32>,
+        format: WeightFormat,
+        clipping: Clipping,
+        second: ArrayView2<f64>,
+        how: Calibrated,
+    ) -> Result<Self> {
+        let (rows, columns) = weight.dim();
         if how.dual_scaling {
             let scales = column_scales(weight);
             let quotients = &weight / &ArrayView1::from(&scales);
@@ -275,6 +298,29 @@ mod tests {
             + sample(3 * columns, columns, seed + 2) * 0.2;
         let x = x.mapv(f64::from);
         x.t().dot(&x) / x.nrows() as f64
+    }
+
+    /// Weights and inputs of any size get the same codes.
+    #[test]
+    fn sizes_do_not_matter() {
+        let (w, h) = (sample(8, 32, 1), second(32, 2));
+        for how in [
+            Calibrated { sweeps: 2, ..Calibrated::default() },
+            Calibrated { dual_scaling: true, ..Calibrated::default() },
+        ] {
+            let codes = |weights: f32, inputs: f64| {
+                let format = WeightFormat { group: Group::Size(16), ..WeightFormat::default() };
+                let (w, h) = (&w * weights, &h * (inputs * inputs));
+                PackedMatrix::quantize_calibrated(w.view(), format, Clipping::Mse, h.view(), how)
+                    .unwrap()
+                    .packed()
+                    .clone()
+            };
+            let plain = codes(1.0, 1.0);
+            for (weights, inputs) in [(-100, 0), (90, 0), (0, -200), (0, 60), (-60, 70)] {
+                assert_eq!(codes(2f32.powi(weights), 2f64.powi(inputs)), plain, "2^{weights}, 2^{inputs}");
+            }
+        }
     }
 
     fn error(w: &Array2<f32>, q: &PackedMatrix, second: &Array2<f64>) -> f64 {

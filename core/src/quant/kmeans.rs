@@ -5,18 +5,37 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::nearest::nearest_rows;
+use crate::linalg::unit_of_f32;
 
 const ITERATIONS: usize = 25;
 
 /// Returns the nearest row of a codebook, and its squared distance.
 pub fn nearest(codebook: &Array2<f32>, point: &[f32]) -> (usize, f32) {
     let distance = |word: &[f32]| word.iter().zip(point).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
-    let words = codebook.as_slice().expect("standard layout").chunks(point.len().max(1));
-    words.map(distance).enumerate().fold((0, f32::INFINITY), |best, (i, d)| if d < best.1 { (i, d) } else { best })
+    let words = || codebook.as_slice().expect("standard layout").chunks(point.len().max(1));
+    let found = words()
+        .map(distance)
+        .enumerate()
+        .fold((0, f32::INFINITY), |best, (i, d)| if d < best.1 { (i, d) } else { best });
+    if found.1.is_normal() {
+        return found;
+    }
+    // Equal, or apart by so much or so little that f32 does not hold the square.
+    let distance =
+        |word: &[f32]| word.iter().zip(point).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>();
+    let best = words()
+        .map(distance)
+        .enumerate()
+        .fold((0, f64::INFINITY), |best, (i, d)| if d < best.1 { (i, d) } else { best });
+    (best.0, best.1 as f32)
 }
 
 /// Lloyd's iterations from a k-means++ start. A codeword that loses all its points moves to the point that is worst off.
 pub fn kmeans(points: ArrayView2<f32>, weights: &[f32], k: usize, seed: u64) -> Array2<f32> {
+    if let Some(unit) = unit_of_f32(points.iter()) {
+        // In units in which f32 holds squared distances.
+        return kmeans((&points * (1.0 / unit)).view(), weights, k, seed) * unit;
+    }
     let mut centres = spread_out(points, weights, k, seed);
     let width = points.ncols();
     let mut previous = f64::INFINITY;
@@ -76,4 +95,30 @@ fn spread_out(points: ArrayView2<f32>, weights: &[f32], k: usize, seed: u64) -> 
         chosen = costs.iter().position(within).unwrap_or(0);
     }
     centres
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::normal_matrix;
+
+    /// Points of any size fall into the same clusters.
+    #[test]
+    fn sizes_do_not_matter() {
+        let points = normal_matrix(60, 3, 1).mapv(|v| v as f32);
+        let clusters = |scale: f32| {
+            let points = &points * scale;
+            let centres = kmeans(points.view(), &[1.0; 60], 5, 7);
+            let mut codes = vec![0; 60];
+            nearest_rows(centres.view(), points.view(), &mut codes);
+            let own: Vec<u32> =
+                points.rows().into_iter().map(|point| nearest(&centres, &point.to_vec()).0 as u32).collect();
+            assert_eq!(own, codes, "{scale}");
+            (centres / scale, codes)
+        };
+        let plain = clusters(1.0);
+        for power in [-100, -70, 70, 100] {
+            assert_eq!(clusters(2f32.powi(power)), plain, "2^{power}");
+        }
+    }
 }

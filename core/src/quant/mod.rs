@@ -31,6 +31,7 @@ pub use gptq::Calibrated;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};
 pub use product::{ProductFormat, ProductQuantizer};
+pub(crate) use quantizer::absmean_scale;
 pub use quantizer::{Clipping, NORMAL_FLOAT, QuantParams, Quantizer};
 pub use row_format::{RowFormat, RowType};
 pub use rows::RowMatrix;

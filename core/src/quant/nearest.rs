@@ -2,13 +2,18 @@
 
 use ndarray::{Array1, Array2, ArrayView2, s};
 
-use crate::linalg::product_into;
+use crate::linalg::{product_into, unit_of_f32};
 
 /// Vectors at a time.
 const BLOCK: usize = 128;
 
 /// The nearest row of `words` `[codes, dim]` to each of `x`, the first of equally near ones, by ‖c‖² − 2⟨x, c⟩.
 pub fn nearest_rows(words: ArrayView2<f32>, x: ArrayView2<f32>, codes: &mut [u32]) {
+    if let Some(unit) = unit_of_f32(words.iter()) {
+        // In units in which f32 holds the words' squares.
+        let (words, x) = (&words * (1.0 / unit), &x * (1.0 / unit));
+        return nearest_rows(words.view(), x.view(), codes);
+    }
     let norms: Array1<f32> = words.rows().into_iter().map(|word| word.dot(&word)).collect();
     let mut products = Array2::<f32>::zeros((BLOCK.min(x.nrows()), words.nrows()));
     for (block, codes) in codes.chunks_mut(BLOCK).enumerate() {

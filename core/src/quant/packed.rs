@@ -73,6 +73,12 @@ impl PackedMatrix {
         Ok(PackedMatrix { column_scales: scales, ..self })
     }
 
+    /// Returns the same codes with scales that are multiplied with a power of two.
+    pub(super) fn scaled_by(&self, unit: f32) -> Self {
+        let scales = self.scales.iter().map(|scale| self.format.stored_scale(scale * unit)).collect();
+        PackedMatrix { scales, ..self.clone() }
+    }
+
     /// Packs codes, a byte each, with the parameters of each row's groups.
     ///
     /// # Panics

@@ -14,7 +14,7 @@ pub enum Clipping {
     /// They span all of it but the largest weights: this percentile of |w|, and half of what it leaves at each end of an
     /// asymmetric group.
     Percentile(f64),
-    /// The mean of |w|, at least 1e-5 and at most 1e9, for ternary weights alone (BitNet b1.58).
+    /// The mean of |w|, for ternary weights alone (BitNet b1.58); 1e-5 where all are 0.
     Absmean,
     /// Narrower spans and other zero points are tried, then the best scale for the codes: the least squared error, each
     /// column's weighed by its E\[x²\] where inputs are known.
@@ -150,7 +150,7 @@ fn reach(weights: &[f32], clipping: Clipping) -> f32 {
     }
 }
 
-/// A scale of (nearly) nothing stands for weights of nothing.
+/// A scale of (nearly) nothing stands for weights of nothing, beside others of a size that needs no unit.
 fn or_one(scale: f32) -> f32 {
     if scale < f32::MIN_POSITIVE.sqrt() { 1.0 } else { scale }
 }
@@ -321,8 +321,11 @@ struct Ternary;
 /// Scales to try, in mean sizes of the weights: normal ones want 1.53, evenly spread ones less, peaked ones more.
 const TIMES_MEAN: [f64; 7] = [1.5, 1.0, 1.25, 1.75, 2.0, 2.25, 2.5];
 
-/// Sizes of weights from which on a mean of them is a scale, and the largest scale (Keras-MML's).
-const MEANS: std::ops::RangeInclusive<f64> = 1e-5..=1e9;
+/// Returns the scale of ternary weights of this mean size: the mean itself, or 1e-5 (Keras-MML's least) where it is 0.
+pub(crate) fn absmean_scale(mean: f64) -> f32 {
+    let scale = mean as f32;
+    if scale > 0.0 { scale } else { 1e-5 }
+}
 
 impl Quantizer for Ternary {
     fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
@@ -330,7 +333,7 @@ impl Quantizer for Ternary {
         let sum: f64 = weights.iter().map(|w| f64::from(w.abs())).sum();
         let mean = sum / weights.len().max(1) as f64;
         match clipping {
-            Clipping::Absmean => vec![params(mean.clamp(*MEANS.start(), *MEANS.end()))],
+            Clipping::Absmean => vec![QuantParams { scale: absmean_scale(mean), zero: 0 }],
             Clipping::Absmax | Clipping::Percentile(_) => {
                 vec![QuantParams { scale: or_one(reach(weights, clipping)), zero: 0 }]
             }

@@ -9,7 +9,7 @@ use super::format::{Group, ScaleType, WeightFormat, WeightType};
 use super::packed::PackedMatrix;
 use super::quantizer::{Clipping, QuantParams};
 use crate::error::{Error, Result};
-use crate::linalg::require_finite;
+use crate::linalg::{HALF_ROUNDING, Loss, require_finite, unit_of_f32};
 
 /// No weight may be larger: sums of levels times scales stay finite.
 pub const LARGEST: f32 = f32::MAX / 16.0;
@@ -28,15 +28,33 @@ impl PackedMatrix {
         importance: Option<&[f32]>,
     ) -> Result<Self> {
         check(weight, format, clipping)?;
-        let (rows, columns) = weight.dim();
+        let columns = weight.ncols();
         if let Some(importance) = importance
             && importance.len() != columns
         {
             return Err(Error::expected("numbers of importance", importance.len(), format!("{columns}, one a column")));
         }
-        let Some(quantizer) = format.quantizer() else { return Ok(Self::floats(weight, format)) };
+        if format.weight_type.is_float() {
+            return Self::floats(weight, format);
+        }
         let even = vec![1f32; columns];
         let importance = importance.unwrap_or(&even);
+        in_units(weight, format, |weight| {
+            let packed = Self::quantize_plain(weight, format, clipping, importance)?;
+            check_half_scales(weight, &packed, clipping)?;
+            Ok(packed)
+        })
+    }
+
+    /// Does [`PackedMatrix::quantize`] for a checked weight whose squares f32 holds.
+    fn quantize_plain(
+        weight: ArrayView2<f32>,
+        format: WeightFormat,
+        clipping: Clipping,
+        importance: &[f32],
+    ) -> Result<Self> {
+        let (rows, columns) = weight.dim();
+        let Some(quantizer) = format.quantizer() else { return Self::floats(weight, format) };
         let weight = weight.as_standard_layout();
         let all = weight.as_slice().expect("standard layout");
         let group = format.group_size(columns)?.max(1);
@@ -71,14 +89,16 @@ impl PackedMatrix {
         importance: Option<&[f32]>,
     ) -> Result<Self> {
         check(weight, format, clipping)?;
-        let scales = column_scales(weight);
-        // An error in a quotient is that many times as large in its product.
-        let importance: Vec<f32> = match importance {
-            Some(importance) => importance.iter().zip(&scales).map(|(i, s)| i * s * s).collect(),
-            None => scales.iter().map(|s| s * s).collect(),
-        };
-        let quotients = &weight / &ArrayView1::from(&scales);
-        Self::quantize(quotients.view(), format, clipping, Some(&importance))?.with_column_scales(scales)
+        in_units(weight, format, |weight| {
+            let scales = column_scales(weight);
+            // An error in a quotient is that many times as large in its product.
+            let importance: Vec<f32> = match importance {
+                Some(importance) => importance.iter().zip(&scales).map(|(i, s)| i * s * s).collect(),
+                None => scales.iter().map(|s| s * s).collect(),
+            };
+            let quotients = &weight / &ArrayView1::from(&scales);
+            Self::quantize(quotients.view(), format, clipping, Some(&importance))?.with_column_scales(scales)
+        })
     }
 
     /// Packs weights `[rows, columns]` that are ternary already, all with one scale.
@@ -102,14 +122,108 @@ impl PackedMatrix {
         Ok(Self::from_codes(format, weights.dim(), &codes, group_params))
     }
 
-    fn floats(weight: ArrayView2<f32>, format: WeightFormat) -> Self {
-        let half = |w: &f32| match format.weight_type {
-            WeightType::Bf16 => bf16::from_f32(*w).to_le_bytes(),
-            _ => f16::from_f32(*w).to_le_bytes(),
+    fn floats(weight: ArrayView2<f32>, format: WeightFormat) -> Result<Self> {
+        let is_brain = format.weight_type == WeightType::Bf16;
+        let mut loss = Loss::default();
+        let half = |w: &f32| {
+            let (kept, bytes) = match is_brain {
+                true => (bf16::from_f32(*w).to_f64(), bf16::from_f32(*w).to_le_bytes()),
+                false => (f16::from_f32(*w).to_f64(), f16::from_f32(*w).to_le_bytes()),
+            };
+            loss.add(f64::from(*w), kept);
+            bytes
         };
         let packed: Vec<u8> = weight.iter().flat_map(half).collect();
-        Self::from_floats(format, weight.dim(), packed)
+        if !loss.within(if is_brain { BRAIN_ROUNDING } else { HALF_ROUNDING }) {
+            let least = if is_brain { bf16::MIN_POSITIVE.to_f32() } else { f16::MIN_POSITIVE.to_f32() };
+            return Err(Error::expected(
+                format!("weight to store as {}", format.weight_type),
+                format!("numbers of {:e} on average", (loss.whole / weight.len() as f64).sqrt()),
+                format!("few below {least:e} in size: use a type with scales"),
+            ));
+        }
+        Ok(Self::from_floats(format, weight.dim(), packed))
     }
+}
+
+/// The largest relative error of a number that bf16 holds as a normal one.
+const BRAIN_ROUNDING: f64 = 1.0 / 256.0;
+
+/// The share of a weight that narrower scales may lose, and the share of the error that rounding it leaves anyway.
+const LOST_BY_SCALES: (f64, f64) = (2.0 * HALF_ROUNDING, 0.2);
+
+/// Runs `quantize` with a weight in units in which f32 holds its squares, and brings the scales back.
+///
+/// # Errors
+/// As `quantize`, and when scales are beyond what f32 holds.
+pub(super) fn in_units(
+    weight: ArrayView2<f32>,
+    format: WeightFormat,
+    quantize: impl FnOnce(ArrayView2<f32>) -> Result<PackedMatrix>,
+) -> Result<PackedMatrix> {
+    // What f16 holds needs no unit, and is rounded as it is.
+    let is_half = format.scales == ScaleType::F16 && !matches!(format.weight_type, WeightType::MxInt(_));
+    match unit_of_f32(weight.iter()).filter(|_| !is_half) {
+        None => quantize(weight),
+        Some(unit) => {
+            let packed = quantize((&weight * (1.0 / unit)).view())?;
+            let there = packed.scaled_by(unit);
+            let mut loss = Loss::default();
+            let pairs = packed.dequantize().into_iter().zip(there.dequantize());
+            pairs.for_each(|(wanted, kept)| loss.add(f64::from(wanted) * f64::from(unit), kept.into()));
+            if !loss.within(LOST_BY_SCALES.0) {
+                let most = weight.iter().fold(0f32, |most, w| most.max(w.abs()));
+                let expected = format!("larger numbers, whose scales are at least {:e}", f32::MIN_POSITIVE);
+                return Err(Error::expected("weight to quantise", format!("numbers of at most {most:e}"), expected));
+            }
+            Ok(there)
+        }
+    }
+}
+
+/// Checks that f16 holds the scales of a weight's groups, where they are f16: what they lose is little beside what rounding the
+/// weight loses.
+///
+/// # Errors
+/// When that is not so.
+pub(super) fn check_half_scales(weight: ArrayView2<f32>, packed: &PackedMatrix, clipping: Clipping) -> Result<()> {
+    let format = packed.format();
+    let Some(quantizer) = format.quantizer().filter(|_| format.scale_bytes() == 2) else { return Ok(()) };
+    let group = match format.group {
+        Group::Tensor => weight.len(),
+        _ => format.group_size(weight.ncols())?,
+    };
+    let unit = unit_of_f32(weight.iter()).unwrap_or(1.0);
+    let weights = &weight.as_standard_layout() * (1.0 / unit);
+    let weights = weights.as_slice().expect("standard layout");
+    let clipping = if clipping == Clipping::Absmean { clipping } else { Clipping::Absmax };
+    let (mut loss, mut worst, mut worst_lost) = (Loss::default(), 0f64, 0f64);
+    for weights in weights.chunks(group.max(1)) {
+        let whole: f64 = weights.iter().map(|w| f64::from(*w).powi(2)).sum();
+        if whole == 0.0 {
+            continue;
+        }
+        let wanted = f64::from(quantizer.candidates(weights, clipping)[0].scale) * f64::from(unit);
+        let lost = (f64::from(format.stored_scale(wanted as f32)) / wanted - 1.0).powi(2) * whole;
+        if lost > worst_lost {
+            (worst, worst_lost) = (wanted, lost);
+        }
+        loss = Loss { lost: loss.lost + lost, whole: loss.whole + whole };
+    }
+    if loss.within(LOST_BY_SCALES.0) {
+        return Ok(());
+    }
+    let mut rounding = Loss::default();
+    let pairs = packed.dequantize().into_iter().zip(weights);
+    pairs.for_each(|(kept, &w)| rounding.add(w.into(), f64::from(kept) / f64::from(unit)));
+    if loss.lost <= LOST_BY_SCALES.1.powi(2) * rounding.lost {
+        return Ok(());
+    }
+    Err(Error::expected(
+        "scale of a group of weights to store as f16",
+        format!("{worst:e}"),
+        format!("{:e} to {}: use scales = \"f32\"", f16::MIN_POSITIVE.to_f32(), f16::MAX),
+    ))
 }
 
 /// Checks that a weight can be quantised like this.
@@ -255,6 +369,87 @@ mod tests {
         let zero = PackedMatrix::quantize(Array2::zeros((2, 5)).view(), format, Clipping::Absmean, None).unwrap();
         assert_eq!((zero.scales()[0], zero.dequantize().sum()), (1e-5, 0.0));
         assert!(PackedMatrix::quantize(w.view(), WeightFormat::default(), Clipping::Absmean, None).is_err());
+    }
+
+    fn normal(rows: usize, columns: usize) -> Array2<f32> {
+        crate::linalg::normal_matrix(rows, columns, 3).mapv(|v| v as f32)
+    }
+
+    /// Whatever the size of the weights, the same codes; scales that f16 cannot hold are refused.
+    #[test]
+    fn sizes_do_not_matter() {
+        use crate::linalg::relative_error;
+        for weight_type in
+            [WeightType::Int(4), WeightType::Int(8), WeightType::Nf4, WeightType::MxInt(4), WeightType::Ternary]
+        {
+            for clipping in [Clipping::Mse, Clipping::Absmax, Clipping::Hqq, Clipping::Percentile(99.0)] {
+                for dual in [false, true] {
+                    let quantize = |scale: f32, scales: ScaleType| {
+                        let format = WeightFormat { weight_type, scales, ..WeightFormat::default() };
+                        let w = normal(8, 64) * scale;
+                        let of = if dual { PackedMatrix::quantize_dual } else { PackedMatrix::quantize };
+                        let packed = of(w.view(), format, clipping, None)?;
+                        Ok::<_, Error>(relative_error(packed.dequantize().view(), w.view()))
+                    };
+                    let plain = quantize(1.0, ScaleType::F32).unwrap();
+                    // Scales that are powers of two follow weights that are multiplied with one.
+                    let is_power = matches!(weight_type, WeightType::MxInt(_));
+                    for scale in [1e-33f32, 1e-30, 1e-20, 1e-9, 1e-6, 1e7, 1e20, 1e36] {
+                        let scale = if is_power { scale.log2().round().exp2() } else { scale };
+                        let found = quantize(scale, ScaleType::F32).unwrap();
+                        assert!(
+                            (found / plain - 1.0).abs() < 0.02,
+                            "{weight_type} {clipping:?} × {scale}: {found} {plain}"
+                        );
+                    }
+                    if is_power {
+                        continue;
+                    }
+                    let half = quantize(1.0, ScaleType::F16).unwrap();
+                    for scale in [1e-30, 1e-9, 1e-7, 1e-5, 1e-4, 1e-2, 1e3, 1e7, 1e20] {
+                        match quantize(scale, ScaleType::F16) {
+                            Ok(found) => {
+                                assert!((found / half - 1.0).abs() < 0.05, "{weight_type} × {scale}: {found} {half}")
+                            }
+                            Err(e) => {
+                                assert!(!(1e-2..1e4).contains(&scale), "{weight_type} × {scale}: {e}");
+                                assert!(e.to_string().contains("f16"), "{e}");
+                            }
+                        }
+                    }
+                    for scale in [1e-9, 1e7] {
+                        assert!(quantize(scale, ScaleType::F16).is_err(), "{weight_type} × {scale}");
+                    }
+                }
+            }
+        }
+        // A group of hardly anything beside others is no reason.
+        let mut w = normal(8, 64);
+        w.row_mut(3).mapv_inplace(|v| v * 1e-12);
+        let format = WeightFormat { scales: ScaleType::F16, ..WeightFormat::default() };
+        assert!(PackedMatrix::quantize(w.view(), format, Clipping::Mse, None).is_ok());
+        for (weight_type, scale, good) in [
+            (WeightType::F16, 1e-2, true),
+            (WeightType::F16, 1e-7, false),
+            (WeightType::F16, 1e6, false),
+            (WeightType::Bf16, 1e-30, true),
+            (WeightType::Bf16, 1e30, true),
+        ] {
+            let format = WeightFormat { weight_type, ..WeightFormat::default() };
+            let done = PackedMatrix::quantize((normal(8, 64) * scale).view(), format, Clipping::Mse, None);
+            assert_eq!(done.is_ok(), good, "{weight_type} × {scale}");
+        }
+        // Ternary weights by their mean, however small or large.
+        let format = WeightFormat { weight_type: WeightType::Ternary, group: Group::Tensor, ..WeightFormat::default() };
+        let codes = |scale: f32| {
+            PackedMatrix::quantize((normal(8, 64) * scale).view(), format, Clipping::Absmean, None)
+                .unwrap()
+                .packed()
+                .clone()
+        };
+        for scale in [2f32.powi(-60), 2f32.powi(-20), 2f32.powi(34), 2f32.powi(100)] {
+            assert_eq!(codes(scale), codes(1.0), "{scale}");
+        }
     }
 
     #[test]

@@ -86,7 +86,8 @@ impl RowMatrix {
                 let mut scales = Vec::with_capacity(matrix.nrows());
                 for row in matrix.rows() {
                     let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-                    let scale = largest / 127.0;
+                    // Numbers near the lower end of f32 are nothing: the reciprocal of their scale is beyond the upper one.
+                    let scale = if largest < 127.0 * f32::MIN_POSITIVE { 0.0 } else { largest / 127.0 };
                     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
                     numbers.extend(row.iter().map(|v| (v * inverse).round().clamp(-127.0, 127.0) as i8));
                     scales.push(scale);

@@ -10,6 +10,7 @@ use ndarray::{Array1, Array2, ArrayD};
 use rawzip::{CompressionMethod, ZipArchive};
 use serde_json::Value;
 
+use super::super::regular;
 use crate::error::{Error, Result};
 
 /// A `.keras` file.
@@ -24,7 +25,8 @@ impl Archive {
     /// When the file cannot be read, or is no `.keras` file.
     pub fn open(path: &Path) -> Result<Self> {
         let wrong = |reason: String| Error::file(path, format!("not a .keras file that can be read: {reason}"));
-        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        let mut bytes = Vec::new();
+        regular::open(path)?.read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
         let (mut config, mut weights) = (None, None);
         let archive = ZipArchive::from_slice(&bytes[..]).map_err(|e| wrong(e.to_string()))?;
         let mut entries = archive.entries();

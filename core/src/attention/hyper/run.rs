@@ -20,11 +20,11 @@ use crate::linalg::{in_pool, large_zeros, on_all_threads};
 const SHARE: usize = 256;
 
 impl HyperAttention {
-    /// Estimates [`exact`](crate::attention::exact()) over all keys, or those up to each query's own.
+    /// Estimates [`exact`](crate::attention::exact()) over all keys, or those up to each query's own; causal queries that are fewer
+    /// than keys are those of the last keys, and see all of theirs.
     ///
     /// # Errors
-    /// As [`exact`](crate::attention::exact()); when a block is of no keys, there are more projections than 24, or a causal attention
-    /// has not a key for each query.
+    /// As [`exact`](crate::attention::exact()); when a block is of no keys, or there are more projections than 24.
     pub fn attend(
         &self,
         q: ArrayView4<f32>,
@@ -33,14 +33,18 @@ impl HyperAttention {
         scale: f32,
         causal: bool,
     ) -> Result<AttentionOutput> {
-        AttentionShape::of(q, k, v, &AttentionMask::default())?;
+        let shape = AttentionShape::of(q, k, v, &AttentionMask { causal, ..AttentionMask::default() })?;
+        if causal && shape.queries < shape.keys {
+            self.validate()?;
+            return exact(q, k, v, scale, &AttentionMask { causal, ..AttentionMask::default() });
+        }
         self.attend_with(q, k, v, scale, causal, &self.sample(q, k, causal)?)
     }
 
     /// Does what [`HyperAttention::attend`] does with a given sample.
     ///
     /// # Errors
-    /// As there; and when the sample is of another shape, or names keys that are not there.
+    /// As there; when a causal attention has not a key for each query; and when the sample is of another shape, or names keys that are not there.
     pub fn attend_with(
         &self,
         q: ArrayView4<f32>,
@@ -50,7 +54,7 @@ impl HyperAttention {
         causal: bool,
         sample: &HyperAttentionSample,
     ) -> Result<AttentionOutput> {
-        let shape = AttentionShape::of(q, k, v, &AttentionMask::default())?;
+        let shape = AttentionShape::of(q, k, v, &AttentionMask { causal, ..AttentionMask::default() })?;
         self.check(q, k, causal)?;
         if !causal && shape.queries < self.min_seq_len {
             return exact(q, k, v, scale, &AttentionMask::default());
@@ -153,7 +157,7 @@ impl Inputs<'_> {
         on_all_threads(shares, |(head, run, first, output, lse)| {
             let run = Part { head, queries: run.clone(), keys: run, sampled: ArrayView1::from(&[]) };
             let mask = AttentionMask { causal: true, ..AttentionMask::default() };
-            let mask = TileMask { mask, batch: 0, first_query: first };
+            let mask = TileMask { mask, batch: 0, first_query: first, offset: 0 };
             let q = self.queries(&run).slice_move(s![first..first + lse.len(), ..]);
             let (k, v) = self.keys(&run);
             attend_tile(q, k, v, self.scale, &mask, output, lse);

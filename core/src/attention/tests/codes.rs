@@ -161,11 +161,38 @@ fn codes_that_do_not_fit_are_refused() {
         assert!(message.contains(expected), "{message}");
     };
     refuse(&attention, x(1, 5, 4), x(1, 5, 4), "codewords of keys");
-    refuse(&attention, x(2, 4, 4), x(2, 5, 4), "a key for each query");
+    refuse(&attention, x(2, 6, 4), x(2, 5, 4), "6 for 5 keys");
     refuse(&VqAttention { block_len: 0, ..attention }, x(2, 5, 4), x(2, 5, 4), "at least 1");
     let mut small = CompressedCache::new(1, 2, 2, 4);
     let found = attention.causal(x(2, 5, 4).view(), x(2, 5, 4).view(), x(2, 5, 4).view(), &mut small);
     assert!(found.unwrap_err().to_string().contains("shapes of the cache"));
     let causal = AttentionMask { causal: true, ..AttentionMask::default() };
     assert!(attention.bidirectional(x(2, 5, 4).view(), x(2, 5, 4).view(), x(2, 5, 4).view(), &causal).is_err());
+}
+
+/// Codewords that no vector is nearest to stay where they are, however long the others are trained; of a small count, the mean.
+#[test]
+fn codewords_without_hits_stay() {
+    let words = ndarray::Array3::from_shape_fn((2, 4, 3), |(h, c, d)| (1 + h + 2 * c + d) as f32 * 10.0);
+    let mut book = AttentionCodebook::of_codewords(words.clone()).unwrap();
+    let x = ndarray::Array3::from_elem((2, 5, 3), 1.0);
+    for _ in 0..700 {
+        book.learn(x.view(), 0.99).unwrap();
+    }
+    assert!(book.counts()[[0, 3]] < 0.01);
+    assert_eq!(book.codewords().slice(s![.., 1.., ..]), words.slice(s![.., 1.., ..]));
+    assert!(book.codewords().slice(s![.., 0, ..]).iter().all(|v| (v - 1.0).abs() < 0.1));
+    // What a codeword of next to no count stood for counts next to nothing.
+    let mut faint =
+        AttentionCodebook::new(words.slice(s![..1, ..1, ..]).to_owned(), Array2::from_elem((1, 1), 1e-6)).unwrap();
+    faint.learn(x.slice(s![..1, ..1, ..]), 0.999).unwrap();
+    assert!(faint.codewords().iter().all(|v| (v - 1.0).abs() < 0.1), "{:?}", faint.codewords());
+    // With counts of any size, as `update` has it.
+    let (mut a, b) = (AttentionCodebook::of_codewords(words).unwrap(), three((2, 40, 3), 3) * 50.0);
+    let mut other = a.clone();
+    let (learned, updated) = (a.learn(b.view(), 0.9).unwrap(), other.update(b.view(), None, 0.9).unwrap());
+    assert_eq!(learned.codes, updated.codes);
+    for code in learned.codes.row(0) {
+        assert_eq!(a.codewords().slice(s![0, *code as usize, ..]), other.codewords().slice(s![0, *code as usize, ..]));
+    }
 }

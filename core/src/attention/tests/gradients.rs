@@ -18,6 +18,7 @@ proptest! {
         masked in any::<bool>(),
         seed in any::<u64>(),
     ) {
+        let keys = if causal { keys.max(queries) } else { keys };
         let (q, k, v) = (sample((2, heads.0, queries, 3), seed), sample((2, heads.1, keys, 3), seed ^ 1), sample((2, heads.1, keys, 4), seed ^ 2));
         let grad = sample((2, heads.0, queries, 4), seed ^ 3);
         let there = Array2::from_shape_fn((2, keys), |(b, j)| !(j + b).is_multiple_of(3));

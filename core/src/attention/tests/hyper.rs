@@ -115,7 +115,7 @@ fn settings_and_draws_that_do_not_fit_are_refused() {
     refuse(HyperAttention { block_size: 0, ..hyper }, 40, "at least 1");
     refuse(HyperAttention { projections: 25, ..hyper }, 40, "24 projections");
     refuse(HyperAttention { min_seq_len: 0, ..hyper }, 40, "min_seq_len");
-    refuse(hyper, 39, "a key for each query");
+    refuse(hyper, 39, "40 for 39 keys");
     let mut sample = hyper.sample(x.view(), x.view(), false).unwrap();
     let run = |sample: &_| hyper.attend_with(x.view(), x.view(), x.view(), 1.0, false, sample);
     assert!(run(&sample).is_ok());

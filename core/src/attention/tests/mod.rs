@@ -25,7 +25,7 @@ fn naive(
 ) -> (Array4<f64>, Array3<f64>) {
     let shared = q.dim().1 / k.dim().1;
     weighed(q, v, |b, h, i, j| {
-        let sees = (!mask.causal || j <= i)
+        let sees = (!mask.causal || j + q.dim().2 <= i + k.dim().2)
             && mask.keys.is_none_or(|there| there[[b, j]])
             && mask.segments.is_none_or(|(q, k)| q[[b, i]] == k[[b, j]]);
         let (q, k) = (q.slice(s![b, h, i, ..]), k.slice(s![b, h / shared, j, ..]));

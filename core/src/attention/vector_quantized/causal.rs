@@ -11,7 +11,7 @@ use crate::attention::compressed::{CompressedKeys, ScoreTable};
 use crate::attention::gather::gather_rows;
 use crate::attention::mask::AttentionMask;
 use crate::attention::output::{AttentionOutput, QueryTile};
-use crate::attention::shape::AttentionShape;
+use crate::attention::shape::{AttentionShape, aligned};
 use crate::attention::softmax::{OnlineSoftmax, finish};
 use crate::attention::window::WindowKeys;
 use crate::error::{Error, Result};
@@ -31,10 +31,11 @@ struct Tokens<'a> {
 
 impl VqAttention<'_> {
     /// Computes the attention of each query to the keys up to its own and to the tokens in `cache`, which came before; then adds the
-    /// call's tokens to the cache. A long sequence can be given in pieces, or token by token, with the same result.
+    /// call's tokens to the cache. A long sequence can be given in pieces, or token by token, with the same result. Where there are
+    /// fewer queries than keys, they are those of the last keys.
     ///
     /// # Errors
-    /// As [`VqAttention::bidirectional`]; and when queries are not as many as keys, or the cache is of other sizes.
+    /// As [`VqAttention::bidirectional`]; and when there are more queries than keys, or the cache is of other sizes.
     pub fn causal(
         &self,
         q: ArrayView4<f32>,
@@ -44,13 +45,11 @@ impl VqAttention<'_> {
     ) -> Result<AttentionOutput> {
         let shape = AttentionShape::of(q, k, v, &AttentionMask { causal: true, ..AttentionMask::default() })?;
         self.check(q, k)?;
-        if shape.queries != shape.keys || self.block_len == 0 {
-            let found = format!("{} queries, {} keys, block_len {}", shape.queries, shape.keys, self.block_len);
-            return Err(Error::expected(
-                "tokens of a causal attention",
-                found,
-                "a key for each query, in blocks of at least 1",
-            ));
+        if self.block_len == 0 {
+            return Err(Error::expected("block_len of a causal attention", 0, "at least 1"));
+        }
+        if let Some(all) = aligned(q, shape.keys) {
+            return Ok(self.causal(all.view(), k, v, cache)?.of_last(shape.queries));
         }
         cache.check((shape.batch, k.dim().1, self.keys.codes(), shape.value_dim))?;
         let cached = cache.recent_codes.dim().2;

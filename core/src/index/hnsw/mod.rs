@@ -17,7 +17,7 @@ use super::flat::FlatIndex;
 use super::search::{ContributionRange, IndexInfo, SearchIndex};
 use super::space::{ContributionSpace, check_scales};
 use crate::error::{Error, Result};
-use crate::linalg::dot_f64;
+use crate::linalg::{HALF_ROUNDING, Loss, dot_f64};
 
 /// Number of searches that may run at once; a further one scans every key instead.
 const THREADS: usize = 256;
@@ -63,6 +63,11 @@ impl HnswIndex {
                 largest,
                 format!("at most {}", half::f16::MAX),
             ));
+        }
+        let held = || Loss::of_halves(vectors.iter().map(|&v| f64::from(v))).within(8.0 * HALF_ROUNDING);
+        if options.vectors == GraphType::F16 && !held() {
+            let expected = format!("few below {:e} in size: use f32 or bf16", half::f16::MIN_POSITIVE.to_f32());
+            return Err(Error::expected("numbers of an f16 graph", format!("{largest:e} at most"), expected));
         }
         // All vectors are equally long. A half leaves room for rounding to the graph's type.
         let longest = format::LONGEST / 2.0;

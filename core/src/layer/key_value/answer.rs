@@ -147,15 +147,19 @@ impl Core {
         let contributed_norm = contributed.sqrt();
         let values = self.config.value_error * contributed_norm;
         // ⟨u_i, W μ⟩ is known of rounded values only.
+        let terms = self.mean_output_norm + contributed_norm;
+        let rounding = self.config.rounding * distance
+            + f64::from(f32::EPSILON) * (2.0 * self.mean_output_norm + contributed_norm);
         let squared = self.mean_output_norm.powi(2) + contributed + 2.0 * (crossed - values * self.mean_output_norm);
+        // Where the terms cancel, what is left of the squares may be their rounding: (‖a‖ + r)² − ‖a‖² of terms of this length.
+        let squared = squared - rounding * (2.0 * terms + rounding);
         Certificate {
             norm: squared.max(0.0).sqrt(),
             contributed,
             truncated,
             rounded: key_error * distance,
             values,
-            rounding: self.config.rounding * distance
-                + f64::from(f32::EPSILON) * (2.0 * self.mean_output_norm + contributed_norm),
+            rounding,
         }
     }
 }

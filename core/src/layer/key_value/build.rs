@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use half::f16;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
 use super::backend::{Backend, fitted_format};
@@ -11,8 +12,10 @@ use super::threshold::Curves;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::index::{FlatIndex, HnswIndex, IvfPqIndex, KeyIndex, SearchIndex};
+use crate::layer::method::Method;
 use crate::linalg::{
-    cholesky, kept_rank, matmul_f64, matmul_nt, require_finite, solve_lower_transposed, spectral_norm_bound, svd,
+    HALF_ROUNDING, Loss, cholesky, kept_rank, matmul_f64, matmul_nt, require_finite, solve_lower_transposed,
+    spectral_norm_bound, svd, unit_of_f32, with_floor,
 };
 use crate::quant::{RowFormat, RowMatrix, RowType};
 
@@ -42,18 +45,22 @@ impl KeyValueLayer {
         let keys = components.keys.mapv(|v| v as f32).as_standard_layout().to_owned();
         require_finite("the folded keys", keys.iter())?;
         let scales: Vec<f32> = components.scales.iter().map(|&s| s as f32).collect();
+        check_scales(&components.scales, &scales)?;
         let rank = scales.len();
         let (backend, mut adapted) = config.backend.fitted(config.on_misfit, rank, in_features)?;
         let (value_format, more) = fitted_format(config.values, config.on_misfit, "values", rank, out_features)?;
         adapted.extend(more);
+        adapted.extend(inputs.adapted.iter().cloned());
         // A wrong score moves the output by its key's scale.
-        let weights: Vec<f32> = scales.iter().map(|s| s * s).collect();
+        let unit = unit_of_f32(scales.iter()).unwrap_or(1.0);
+        let weights: Vec<f32> = scales.iter().map(|s| (s / unit) * (s / unit)).collect();
         let float_keys = (backend.stores_float_keys() && backend.format() != F32).then(|| keys.clone());
         let index = key_index(backend, keys, &scales, &weights, inputs.spread.clone())?;
         let values = RowMatrix::in_format(components.values.mapv(|v| v as f32), value_format, &weights)?;
         let bounds = ErrorBounds::of(&components, &scales, backend, index.rows(), value_format, &values);
         let mean = inputs.mean.mapv(|v| v as f32);
-        let sample = calibration.map(Calibration::sample).filter(|sample| sample.nrows() > 0);
+        let sample = calibration.filter(|_| inputs.factor.is_some()).map(Calibration::sample);
+        let sample = sample.filter(|sample| sample.nrows() > 0);
         let curves = sample.map(|x| {
             let centred = &x - &mean;
             let scores = match &float_keys {
@@ -62,8 +69,21 @@ impl KeyValueLayer {
             };
             Curves::measure(scores.view(), &scales)
         });
+        if let Some(curves) = &curves {
+            require_finite("the thresholds of the calibration inputs", curves.thresholds.iter())?;
+        }
         // Of the mean as it is subtracted from queries, rounding included.
         let mean_output = weight.mapv(f64::from).dot(&mean.mapv(f64::from)).mapv(|v| v as f32);
+        require_finite("the inputs' mean", mean.iter())?;
+        require_finite("the output of the inputs' mean", mean_output.iter())?;
+        for (what, bound) in [
+            ("the norm of what was dropped", components.truncation),
+            ("the error of keys", bounds.keys),
+            ("the error of values", bounds.values),
+            ("the error of f32 arithmetic", bounds.rounding),
+        ] {
+            require_finite(what, [bound].iter())?;
+        }
         let stored = StoredConfig {
             settings: StoredSettings { backend, values: value_format, ..config.stored() },
             adapted,
@@ -95,9 +115,20 @@ fn key_index(
     spread: Option<Array1<f32>>,
 ) -> Result<KeyIndex> {
     let format = backend.format();
-    // Types of few bits keep keys in units of the spread.
-    let in_units = !matches!(format, RowFormat::Plain(RowType::F32 | RowType::F16));
-    let units = spread.clone().filter(|_| in_units);
+    // Types of few bits keep keys in units of the spread, f16 where it would lose too much of them as they are.
+    let units = match format {
+        RowFormat::Plain(RowType::F32) => None,
+        RowFormat::Plain(RowType::F16) if halves_hold(keys.view(), scales, spread.as_ref(), None) => None,
+        _ => spread.clone(),
+    };
+    if format == RowFormat::Plain(RowType::F16) && !halves_hold(keys.view(), scales, spread.as_ref(), units.as_ref()) {
+        let most = keys.iter().fold(0f32, |most, v| most.max(v.abs()));
+        return Err(Error::expected(
+            "keys to store as f16",
+            format!("numbers of at most {most:e}"),
+            "numbers that f16 holds: use keys = \"f32\" or \"int8\"",
+        ));
+    }
     Ok(match (backend, backend.graph()) {
         (_, Some(options)) => {
             KeyIndex::Hnsw(HnswIndex::fit(keys.view(), scales, spread, options, backend.stores_float_keys())?)
@@ -109,6 +140,45 @@ fn key_index(
         }
         _ => KeyIndex::Flat(FlatIndex::in_format(keys, format, weights, units)?),
     })
+}
+
+/// The share of scores that keys may lose as f16.
+const LOST_BY_HALVES: f64 = 4.0 * HALF_ROUNDING;
+
+/// Returns whether f16 holds keys `[keys, in]` multiplied with `units` well enough, for inputs of this spread.
+fn halves_hold(
+    keys: ArrayView2<f32>,
+    scales: &[f32],
+    spread: Option<&Array1<f32>>,
+    units: Option<&Array1<f32>>,
+) -> bool {
+    let mut loss = Loss::default();
+    for (key, &scale) in keys.rows().into_iter().zip(scales) {
+        for (j, &v) in key.iter().enumerate() {
+            let unit = units.map_or(1.0, |units| f64::from(units[j]));
+            let weight = f64::from(scale) * spread.map_or(1.0, |spread| f64::from(spread[j])) / unit;
+            let wanted = f64::from(v) * unit;
+            loss.add(wanted * weight, f16::from_f64(wanted).to_f64() * weight);
+        }
+    }
+    loss.within(LOST_BY_HALVES)
+}
+
+/// Checks that f32 holds the scales of components.
+///
+/// # Errors
+/// When one is beyond it, or the largest is too small to be a normal number.
+fn check_scales(wanted: &[f64], scales: &[f32]) -> Result<()> {
+    require_finite("the components' scales", scales.iter())?;
+    let most = wanted.iter().fold(0f64, |most, s| most.max(*s));
+    if most > 0.0 && most < f64::from(f32::MIN_POSITIVE) {
+        return Err(Error::expected(
+            "largest scale of a layer's components",
+            format!("{most:e}"),
+            format!("0, or at least {:e}", f32::MIN_POSITIVE),
+        ));
+    }
+    Ok(())
 }
 
 /// Bounds on the errors of stored keys and values, as [`StoredConfig`] has them.
@@ -153,21 +223,30 @@ pub(super) struct Inputs {
     pub factor: Option<Array2<f64>>,
     /// Standard deviation of each input, `[in]`; none where nothing is known of them.
     spread: Option<Array1<f32>>,
+    /// What the statistics made necessary, as [`StoredConfig`] has it.
+    adapted: Vec<String>,
 }
 
+/// Ridges beside those of the settings, where the covariance is singular with them.
+const RIDGE_FLOORS: [f64; 3] = [1e-6, 1e-4, 1e-2];
+
 impl Inputs {
-    /// Returns the statistics of calibration inputs, with the config's ridge added; without inputs, mean 0 and covariance I.
+    /// Returns the statistics of calibration inputs, with the config's ridge added; without inputs, or where they tell nothing, mean 0
+    /// and covariance I.
     pub fn new(config: &KeyValueConfig, in_features: usize, calibration: Option<&Calibration>) -> Result<Self> {
-        let (mean, covariance) = match calibration {
-            Some(calibration) => {
-                let covariance = config.ridge().added_to(calibration.covariance()?.into_owned());
-                (calibration.mean().clone(), Some(covariance))
-            }
-            None => (Array1::zeros(in_features), None),
-        };
-        let spread = covariance.as_ref().map(|c| c.diag().mapv(|v| v.sqrt() as f32));
-        let factor = covariance.map(|c| cholesky(c.view())).transpose()?;
-        Ok(Inputs { mean, factor, spread })
+        let unknown = |adapted| Inputs { mean: Array1::zeros(in_features), factor: None, spread: None, adapted };
+        let Some(calibration) = calibration else { return Ok(unknown(vec![])) };
+        if let Some(reason) = config.unusable(calibration) {
+            return Ok(unknown(vec![format!("calibration: not used, {reason}")]));
+        }
+        let covariance = config.ridge().added_to(calibration.covariance()?.into_owned());
+        let with_diagonal = |c: ArrayView2<f64>| Ok((c.diag().to_owned(), cholesky(c)?));
+        let ((diagonal, factor), floor) = with_floor(covariance.view(), &RIDGE_FLOORS, with_diagonal)?;
+        let spread = diagonal.mapv(|v| v.sqrt() as f32);
+        require_finite("the spread of the inputs with its ridge", spread.iter())?;
+        let ridge = config.ridge_relative;
+        let adapted = floor.map(|floor| format!("ridge_relative: {ridge} to {}", ridge + floor)).into_iter().collect();
+        Ok(Inputs { mean: calibration.mean().clone(), factor: Some(factor), spread: Some(spread), adapted })
     }
 }
 

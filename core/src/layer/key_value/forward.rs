@@ -1,6 +1,6 @@
 //! Searches and forward passes.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis};
 
 use super::answer::Answer;
 use super::layer::KeyValueLayer;
@@ -15,6 +15,9 @@ pub(super) const PRODUCT_FROM: usize = 8;
 
 /// They do where hits are at least one key in this many: a gather reads only the hits, but at a fraction of a product's speed.
 const PRODUCT_SHARE: usize = 2;
+
+/// Inputs whose contributions of all keys are in memory at a time.
+const FLOOR_ROWS: usize = 512;
 
 /// Multiply-adds from which several threads share the work.
 const PARALLEL_FROM: usize = 1 << 17;
@@ -110,10 +113,50 @@ impl KeyValueLayer {
         let answers = self.search(inputs, None)?;
         let keys = answers.iter().map(|a| a.hits.len()).sum::<usize>() as f64 / answers.len() as f64;
         let bounds: Option<Vec<f64>> = answers.iter().map(|a| a.certified_error).collect();
+        let asked = self.asked_error();
+        let floor = || {
+            let centred = &inputs - &self.core.mean;
+            let parts = centred.axis_chunks_iter(Axis(0), FLOOR_ROWS);
+            worst(parts.flat_map(|x| self.core.every_contribution(x).1))
+        };
         Ok(SearchReport {
             mean_keys: Some(keys),
             mean_certified_error: bounds.map(|b| b.iter().sum::<f64>() / b.len() as f64),
+            missed_queries: asked.map(|asked| missed(&answers, asked)),
+            error_floor: asked.and_then(|_| floor()),
         })
+    }
+
+    /// Returns the largest error that the settings have each query certify, where they ask for one.
+    pub fn asked_error(&self) -> Option<f64> {
+        match self.settings.limit(self.rank()) {
+            Limit::MaxError(asked) if self.settings.use_approximate_inference => Some(asked),
+            _ => None,
+        }
+    }
+
+    /// Returns what to tell a person where the layer cannot certify the error that its settings ask for, for all of `inputs`
+    /// `[batch, in_features]`, of which `report` is; without inputs, for any.
+    pub fn unkept_promise(&self, inputs: usize, report: &SearchReport) -> Option<String> {
+        let asked = self.asked_error()?;
+        if inputs == 0 {
+            // Inputs have mean 0, and outputs are no longer than the largest scale makes them.
+            let config = &self.core.config;
+            let most = self.core.scales.iter().fold(0f32, |most, s| most.max(*s));
+            let keys =
+                if most > 0.0 && self.core.float_keys.is_none() { config.key_error / f64::from(most) } else { 0.0 };
+            let least = config.value_error + keys;
+            return (least > asked).then(|| {
+                format!("max_relative_error = {asked} is missed by every input: rounded keys and values alone leave {least:.4} or more")
+            });
+        }
+        let missed = report.missed_queries.filter(|missed| *missed > 0)?;
+        let why = match report.error_floor {
+            Some(floor) if floor <= asked => ": max_ids_capacity keeps keys out".to_owned(),
+            Some(floor) => format!(": rounded keys and values alone leave up to {floor:.4}"),
+            None => ": for one of them no bound can be given".to_owned(),
+        };
+        Some(format!("max_relative_error = {asked} is missed by {missed} of {inputs} inputs{why}"))
     }
 }
 
@@ -121,6 +164,13 @@ impl KeyValueLayer {
 fn many(answers: &[Answer], keys: usize) -> bool {
     let used: usize = answers.iter().map(|answer| answer.hits.len()).sum();
     used * PRODUCT_SHARE >= answers.len() * keys && answers.len() >= PRODUCT_FROM
+}
+
+/// Returns how many answers have no bound of at most `asked`.
+fn missed(answers: &[QueryHits], asked: f64) -> usize {
+    // A budget that is used up to the last bit is no miss.
+    let kept = |answer: &&QueryHits| answer.certified_error.is_some_and(|bound| bound <= asked * (1.0 + 1e-9));
+    answers.len() - answers.iter().filter(kept).count()
 }
 
 /// Returns the largest bound, where there is one for every row.

@@ -25,6 +25,10 @@ impl Method for KeyValueConfig {
         self.check(out_features, in_features)
     }
 
+    fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
+        calibration.vanishes(true)
+    }
+
     fn compress(
         &self,
         weight: ArrayView2<f32>,

@@ -6,7 +6,7 @@ use super::*;
 use crate::calibration::Calibration;
 use crate::error::{Error, ErrorKind};
 use crate::index::GraphType;
-use crate::layer::{Accuracy, Layer, MethodConfig, SharedLayer, compress, configured, layer_from_parts};
+use crate::layer::{Accuracy, Layer, MethodConfig, SearchReport, SharedLayer, compress, configured, layer_from_parts};
 use crate::linalg::relative_error;
 use crate::quant::RowFormat;
 
@@ -409,4 +409,149 @@ fn changed_graphs_are_refused() {
     graph.data = bytes.into();
     refused(layer_from_parts(parts), &["hash"]);
     refused(layer.search(x.view(), Some(Limit::MaxError(0.1))), &["max_relative_error", "flat"]);
+}
+
+/// The same error whatever the size of inputs and weights, in every format of keys and values; what f32 cannot hold is refused.
+#[test]
+fn sizes_do_not_matter() {
+    let normal = |rows, seed| crate::linalg::normal_matrix(rows, 32, seed).mapv(|v| v as f32);
+    let (w, x) = (normal(32, 1), normal(200, 2) + 0.5);
+    for (backend, values) in [
+        (r#"{"type": "flat"}"#, r#""f32""#),
+        (r#"{"type": "flat", "keys": "f16"}"#, r#""f16""#),
+        (r#"{"type": "flat", "keys": "int8"}"#, r#""int8""#),
+        (r#"{"type": "pq", "subvectors": 16}"#, r#"{"type": "pq"}"#),
+        (r#"{"type": "ivf_pq", "clusters": 4, "probes": 4, "subvectors": 16}"#, r#""f32""#),
+        (r#"{"type": "hnsw"}"#, r#""f32""#),
+        (r#"{"type": "hnsw", "vectors": "f16"}"#, r#""f32""#),
+    ] {
+        let config = format!(
+            r#"{{"ridge_regularization": 0, "expected_keys_per_query": 32, "backend": {backend}, "values": {values}}}"#
+        );
+        let config: KeyValueConfig = serde_json::from_str(&config).unwrap();
+        let error = |weights: f32, inputs: f32| {
+            let (w, x) = (&w * weights, &x * inputs);
+            let layer = compress(&config, w.view(), None, Some(&Calibration::of(x.clone())?))?;
+            let y = layer_from_parts(layer.to_parts())?.linear(x.view(), Accuracy::Approximate)?.y;
+            Ok::<_, Error>(relative_error(y.view(), x.dot(&w.t()).view()))
+        };
+        let plain = error(1.0, 1.0).unwrap();
+        for (weights, inputs) in
+            [(1.0, 1e7), (1.0, 1e-7), (1.0, 1e12), (1e20, 1e-10), (1e20, 1.0), (1e-15, 1e-10), (1e-20, 1.0)]
+        {
+            match error(weights, inputs) {
+                Ok(found) => assert!(found < 1.05 * plain + 1e-5, "{backend} × {weights}, × {inputs}: {found} {plain}"),
+                Err(e) => assert!(
+                    backend.contains("f16") && backend.contains("hnsw"),
+                    "{backend} × {weights}, × {inputs}: {e}"
+                ),
+            }
+        }
+    }
+    let huge = &normal(32, 1).mapv(|v| v.clamp(-3.0, 3.0)) * 1e38;
+    refused_as(compress(&KeyValueConfig::default(), huge.view(), None, None), "only finite numbers");
+    let steep = KeyValueConfig { ridge_relative: 1e300, ..KeyValueConfig::default() };
+    refused_as(compress(&steep, w.view(), None, Some(&Calibration::of(x).unwrap())), "only finite numbers");
+}
+
+/// An output that is far shorter than the terms that cancel to it has a bound that holds, or none.
+#[test]
+fn outputs_that_cancel_have_no_bound_that_does_not_hold() {
+    let w = sample(24, 32, 1);
+    let w64 = w.mapv(f64::from);
+    let inverse = crate::linalg::regularized_inverse(w64.dot(&w64.t()).view(), 0.0).unwrap();
+    let to_null_space = Array2::<f64>::eye(32) - w64.t().dot(&inverse).dot(&w64);
+    let inputs = sample(40, 32, 7).mapv(f64::from);
+    let norm = |v: Array1<f64>| v.dot(&v).sqrt();
+    let mut bounded = 0;
+    for mean in [0.0, 5.0] {
+        // Every key is used.
+        let layer = build(&KeyValueConfig::default(), &w, None, Some(&(sample(128, 32, 3) + mean)));
+        for share in [0.0, 1e-9, 1e-6, 1e-3, 1.0] {
+            for length in [0.0, 1e-8, 1e-3, 1.0] {
+                let x = ((inputs.dot(&to_null_space) + &inputs * share) * length).mapv(|v| v as f32);
+                let exact = x.mapv(f64::from).dot(&w64.t());
+                let y = layer.linear(x.view(), Accuracy::Approximate).unwrap().y.mapv(f64::from);
+                for (i, answer) in layer.search(x.view(), None).unwrap().iter().enumerate() {
+                    let Some(bound) = answer.certified_error else { continue };
+                    bounded += 1;
+                    let relative = norm(&y.row(i) - &exact.row(i)) / norm(exact.row(i).to_owned());
+                    assert!(relative <= bound, "mean {mean}, {share}, {length}: true {relative} certified {bound}");
+                }
+            }
+        }
+    }
+    assert!(bounded > 40, "{bounded}");
+}
+
+#[track_caller]
+fn refused_as<T>(result: Result<T, Error>, says: &str) {
+    let Err(error) = result else { panic!("nothing was refused; expected {says}") };
+    assert!(error.to_string().contains(says), "{error}");
+}
+
+/// Inputs that say nothing leave the layer as it is without them, and it says so.
+#[test]
+fn statistics_that_vanish_are_not_used() {
+    let normal = |rows, seed| crate::linalg::normal_matrix(rows, 32, seed).mapv(|v| v as f32);
+    let w = normal(24, 1);
+    let config = KeyValueConfig::default();
+    let plain = compress(&config, w.view(), None, None).unwrap();
+    let of = |config: &KeyValueConfig, x: Array2<f32>| {
+        let layer = compress(config, w.view(), None, Some(&Calibration::of(x).unwrap())).unwrap();
+        (layer.config()["adapted"].clone(), layer_from_parts(layer.to_parts()).unwrap().to_parts())
+    };
+    for x in [Array2::zeros((16, 32)), Array2::ones((100, 32)), Array2::ones((1, 32))] {
+        let (adapted, parts) = of(&config, x);
+        assert!(adapted[0].as_str().unwrap().starts_with("calibration: not used"), "{adapted}");
+        assert_eq!(
+            (parts.keys, parts.values, parts.tensors),
+            (plain.to_parts().keys, plain.to_parts().values, plain.to_parts().tensors)
+        );
+    }
+    let bare = KeyValueConfig { ridge_regularization: 0.0, ridge_relative: 0.0, ..config.clone() };
+    let (adapted, _) = of(&bare, normal(8, 2));
+    assert!(adapted[0].as_str().unwrap().starts_with("ridge_relative: 0 to"), "{adapted}");
+    assert!(of(&config, normal(8, 2)).0.is_null());
+}
+
+/// A bound that rounding does not let a layer certify: how many inputs miss it, and why.
+#[test]
+fn promises_that_are_not_kept_say_so() {
+    let normal = |rows, seed| crate::linalg::normal_matrix(rows, 32, seed).mapv(|v| v as f32);
+    let (w, x) = (normal(32, 1), normal(128, 2));
+    let of = |values: &str, asked: f64, capacity: Option<usize>, calibrated: bool| {
+        let values: RowFormat = serde_json::from_str(values).unwrap();
+        let config = KeyValueConfig {
+            values,
+            max_relative_error: Some(asked),
+            max_ids_capacity: capacity,
+            ..KeyValueConfig::default()
+        };
+        let calibration = calibrated.then(|| Calibration::of(x.clone()).unwrap());
+        let layer = compress(&config, w.view(), None, calibration.as_ref()).unwrap();
+        let report = layer.search_report(x.view()).unwrap();
+        let answers = layer.search(x.view(), None).unwrap();
+        let above = answers.iter().filter(|a| a.certified_error.is_none_or(|bound| bound > asked)).count();
+        assert_eq!(report.missed_queries, Some(above));
+        if capacity.is_none() {
+            let floors = layer.search(x.view(), Some(Limit::Threshold(0.0))).unwrap();
+            let floor = floors.iter().map(|a| a.certified_error.unwrap()).fold(0.0, f64::max);
+            assert!((report.error_floor.unwrap() - floor).abs() < 1e-5, "{report:?} {floor}");
+        }
+        (layer.unkept_promise(128, &report), layer.unkept_promise(0, &SearchReport::default()), report)
+    };
+    let (note, known, report) = of(r#""f32""#, 0.05, None, true);
+    assert_eq!((note, known, report.missed_queries), (None, None, Some(0)));
+    for calibrated in [true, false] {
+        let (note, _, report) = of(r#""int8""#, 1e-3, None, calibrated);
+        assert_eq!(report.missed_queries, Some(128));
+        assert!(note.unwrap().contains("missed by 128 of 128 inputs: rounded keys and values alone leave up to 0.0"));
+    }
+    assert!(of(r#""int8""#, 1e-3, None, false).1.unwrap().contains("every input"));
+    assert!(of(r#""f32""#, 0.05, Some(2), true).0.unwrap().contains("max_ids_capacity"));
+    let few = KeyValueConfig { expected_keys_per_query: Some(4.0), ..KeyValueConfig::default() };
+    let layer = compress(&few, w.view(), None, None).unwrap();
+    let report = layer.search_report(x.view()).unwrap();
+    assert_eq!((report.missed_queries, report.error_floor, layer.unkept_promise(128, &report)), (None, None, None));
 }

@@ -6,10 +6,12 @@
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 use super::config::{LowRankConfig, MaxError, Rank, SvdMethod};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linalg::{
-    LinearOperator, SketchOptions, Svd, cholesky, leading_svd, matmul_f64, randomized_svd, solve_lower_transposed,
+    LinearOperator, Loss, SketchOptions, Svd, cholesky, leading_svd, matmul_f64, randomized_svd, require_finite,
+    solve_lower_transposed, unit_of, unit_of_f32,
 };
+use crate::quant::RowType;
 
 /// A sketch takes a share of the work of a full decomposition where the rank is below this share of the smaller side.
 const SKETCHED_BELOW: f64 = 0.25;
@@ -57,6 +59,25 @@ impl Transform {
     /// When the matrix is not positive definite.
     pub fn exact(second: ArrayView2<f64>) -> Result<Self> {
         Ok(Transform::Cholesky(cholesky(second)?))
+    }
+
+    /// Returns the power of two that the largest number of T is counted in, where T needs one.
+    fn unit(&self) -> Option<f64> {
+        let most = |numbers: &mut dyn Iterator<Item = &f64>| numbers.fold(0f64, |most, v| most.max(v.abs()));
+        match self {
+            Transform::Identity => None,
+            Transform::Diagonal(d) => unit_of(most(&mut d.iter())),
+            Transform::Cholesky(l) => unit_of(most(&mut l.iter())),
+        }
+    }
+
+    /// Returns T / unit.
+    fn divided(&self, unit: f64) -> Self {
+        match self {
+            Transform::Identity => Transform::Identity,
+            Transform::Diagonal(d) => Transform::Diagonal(d / unit),
+            Transform::Cholesky(l) => Transform::Cholesky(l / unit),
+        }
     }
 
     /// `M Tᵀ`.
@@ -130,6 +151,23 @@ impl Correction {
         config: &LowRankConfig,
         transform: &Transform,
     ) -> Result<Self> {
+        // In units in which f32 holds all products. A · B does not depend on the one of T.
+        if let Some(unit) = transform.unit() {
+            let found = Self::of(error, weight, config, &transform.divided(unit))?;
+            let singular_values: Vec<f32> =
+                found.singular_values.iter().map(|&s| (f64::from(s) * unit) as f32).collect();
+            require_finite("the correction's singular values", singular_values.iter())?;
+            return Ok(Correction { singular_values, ..found });
+        }
+        let unit = unit_of_f32(error.iter()).unwrap_or(1.0);
+        let (in_units, weight_in_units);
+        let (error, weight) = match unit == 1.0 {
+            true => (error, weight),
+            false => {
+                (in_units, weight_in_units) = (&error * (1.0 / unit), &weight * (1.0 / unit));
+                (in_units.view(), weight_in_units.view())
+            }
+        };
         let (out, inputs) = error.dim();
         let rank = config.largest_rank(out, inputs)?;
         let found = match (config.rank, config.svd) {
@@ -153,12 +191,65 @@ impl Correction {
             _ => leading_svd(transform.applied(error).view(), rank)?,
         };
         let Svd { u, s, vt } = found;
-        let a = (&u * &s.view().insert_axis(Axis(0))).reversed_axes();
+        let mut a = (&u * &s.view().insert_axis(Axis(0))).reversed_axes() * f64::from(unit);
+        let mut b = transform.undone(&vt);
+        if config.factors == RowType::F16 {
+            let size = weight.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() * f64::from(unit).powi(2);
+            balance_for_halves(&mut a, &mut b, size)?;
+        }
         let narrow = |m: Array2<f64>| m.mapv(|v| v as f32).as_standard_layout().to_owned();
-        Ok(Correction {
+        let found = Correction {
             a: narrow(a),
-            b: narrow(transform.undone(&vt)),
-            singular_values: s.iter().map(|&v| v as f32).collect(),
-        })
+            b: narrow(b),
+            singular_values: s.iter().map(|&v| (v * f64::from(unit)) as f32).collect(),
+        };
+        require_finite("the correction's factor A", found.a.iter())?;
+        require_finite("the correction's factor B", found.b.iter())?;
+        require_finite("the correction's singular values", found.singular_values.iter())?;
+        Ok(found)
+    }
+}
+
+/// The share of the correction, and the share of the weight, that may be lost where factors become f16.
+const LOST_BY_HALVES: (f64, f64) = (1.0 / 64.0, 1.0 / 16_384.0);
+
+/// Makes each component's halves `[rank, out]` and `[rank, in]` equally large, by a power of two that one is multiplied with and
+/// the other divided by, where f16 would lose some of them as they are; `size` is the weight's ‖W‖².
+///
+/// # Errors
+/// When f16 holds them in no way.
+fn balance_for_halves(a: &mut Array2<f64>, b: &mut Array2<f64>, size: f64) -> Result<()> {
+    let lost = |a: &Array2<f64>, b: &Array2<f64>| {
+        let mut all = Loss::default();
+        for (a, b) in a.rows().into_iter().zip(b.rows()) {
+            let (a, b) = (Loss::of_halves(a.iter().copied()), Loss::of_halves(b.iter().copied()));
+            if a.whole > 0.0 && b.whole > 0.0 {
+                all.lost += a.lost * b.whole + a.whole * b.lost;
+                all.whole += a.whole * b.whole;
+            }
+        }
+        all
+    };
+    let held = |loss: Loss| loss.within(LOST_BY_HALVES.0) || loss.lost <= LOST_BY_HALVES.1.powi(2) * size;
+    if held(lost(a, b)) {
+        return Ok(());
+    }
+    for (mut a, mut b) in a.rows_mut().into_iter().zip(b.rows_mut()) {
+        let most = |row: &ndarray::ArrayViewMut1<f64>| row.iter().fold(0f64, |most, v| most.max(v.abs()));
+        let apart = most(&b).log2() - most(&a).log2();
+        if apart.is_finite() {
+            let factor = (apart / 2.0).round().exp2();
+            a *= factor;
+            b /= factor;
+        }
+    }
+    let loss = lost(a, b);
+    match held(loss) {
+        true => Ok(()),
+        false => Err(Error::expected(
+            "the correction's factors to store as f16",
+            format!("components of size {:e} in all", loss.whole.sqrt()),
+            "sizes that f16 holds: use factors = \"f32\" or \"int8\"",
+        )),
     }
 }

@@ -21,11 +21,17 @@ use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::linalg::{Ridge, matmul, matmul_nt, relative_error};
+use crate::linalg::{Loss, Ridge, matmul, matmul_nt, relative_error, require_finite, unit_of, with_floor};
 use crate::quant::{ActivationFormat, Calibrated, PackedMatrix, RowMatrix, RowType, WeightFormat};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
+
+/// Damping beside that of the settings, where the second moment is singular with it.
+const GPTQ_FLOORS: [f64; 2] = [1e-2, 1e-1];
+
+/// Ridges beside those of the settings, likewise.
+const RIDGE_FLOORS: [f64; 3] = [1e-6, 1e-4, 1e-2];
 
 /// A low-rank layer.
 #[derive(Debug, Clone)]
@@ -84,14 +90,41 @@ impl<'a> Inputs<'a> {
         if self.centred { self.calibration.variance() } else { self.calibration.second_diagonal() }
     }
 
-    fn transform(&self, config: &LowRankConfig) -> Result<Transform> {
+    /// Returns T, and what had to be added to the diagonal beside the ridge.
+    fn transform(&self, config: &LowRankConfig) -> Result<(Transform, Option<f64>)> {
         Ok(match config.scaling {
-            Scaling::Identity => Transform::Identity,
-            Scaling::MeanAbs => Transform::mean_abs(self.calibration.mean_abs().clone()),
-            Scaling::Rms => Transform::rms(self.squares()),
-            Scaling::Exact => Transform::exact(config.ridge().added_to(self.second()?.into_owned()).view())?,
+            Scaling::Identity => (Transform::Identity, None),
+            Scaling::MeanAbs => (Transform::mean_abs(self.calibration.mean_abs().clone()), None),
+            Scaling::Rms => (Transform::rms(self.squares()), None),
+            Scaling::Exact => {
+                let second = config.ridge().added_to(self.second()?.into_owned());
+                with_floor(second.view(), &RIDGE_FLOORS, Transform::exact)?
+            }
         })
     }
+}
+
+/// Returns numbers as they weigh errors, in a unit in which f32 holds them.
+fn as_importance(squares: &Array1<f64>) -> Vec<f32> {
+    let unit = unit_of(squares.fold(0f64, |most, v| most.max(*v))).unwrap_or(1.0);
+    squares.iter().map(|&v| (v / unit) as f32).collect()
+}
+
+/// The share of an output bias correction, and the share of the outputs, that it may lose as f16.
+const LOST_BY_SHIFT: (f64, f64) = (1.0 / 256.0, 1.0 / 4096.0);
+
+/// Returns the type that an output bias correction `[out, 1]` is kept as: f16, unless too much of it would be lost.
+fn shift_type(mean_error: ArrayView2<f32>, weight: ArrayView2<f32>, calibration: &Calibration) -> RowType {
+    let loss = Loss::of_halves(mean_error.iter().map(|&v| f64::from(v)));
+    // Of outputs, if inputs are independent of each other.
+    let squares = calibration.second_diagonal();
+    let outputs: f64 = weight
+        .rows()
+        .into_iter()
+        .map(|row| row.iter().zip(&squares).map(|(&w, square)| f64::from(w).powi(2) * square).sum::<f64>())
+        .sum();
+    let held = loss.within(LOST_BY_SHIFT.0) || loss.lost <= LOST_BY_SHIFT.1.powi(2) * outputs;
+    if held { RowType::F16 } else { RowType::F32 }
 }
 
 fn f32_factors() -> RowType {
@@ -118,7 +151,12 @@ impl LowRankLayer {
         calibration: Option<&Calibration>,
     ) -> Result<Self> {
         let (out_features, in_features) = weight.dim();
-        let inputs = calibration.filter(|_| config.calibrates().is_some()).map(|c| Inputs::new(c, config));
+        let mut adapted = vec![];
+        let calibration = calibration.filter(|_| config.calibrates().is_some());
+        let unusable = calibration.and_then(|calibration| config.unusable(calibration));
+        adapted.extend(unusable.map(|reason| format!("calibration: not used, {reason}")));
+        let calibration = calibration.filter(|_| unusable.is_none());
+        let inputs = calibration.map(|c| Inputs::new(c, config));
         let packed = match (&inputs, config.rounding) {
             (Some(inputs), Rounding::Gptq) => {
                 let damped = Ridge { absolute: 0.0, relative: config.damping }.added_to(inputs.second()?.into_owned());
@@ -127,17 +165,25 @@ impl LowRankLayer {
                     sweeps: config.sweeps,
                     dual_scaling: config.dual_scaling,
                 };
-                PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped.view(), how)?
+                let (packed, floor) = with_floor(damped.view(), &GPTQ_FLOORS, |damped| {
+                    PackedMatrix::quantize_calibrated(weight, config.weight, config.clipping, damped, how)
+                })?;
+                adapted.extend(floor.map(|floor| format!("damping: {} to {}", config.damping, config.damping + floor)));
+                packed
             }
             _ => {
                 let importance = inputs.as_ref().map(Inputs::squares);
-                let importance: Option<Vec<f32>> =
-                    importance.map(|squares| squares.iter().map(|&v| v as f32).collect());
+                let importance = importance.map(|squares| as_importance(&squares));
                 let quantize = if config.dual_scaling { PackedMatrix::quantize_dual } else { PackedMatrix::quantize };
                 quantize(weight, config.weight, config.clipping, importance.as_deref())?
             }
         };
-        let transform = inputs.as_ref().map_or(Ok(Transform::Identity), |inputs| inputs.transform(config))?;
+        let (transform, floor) = match &inputs {
+            Some(inputs) => inputs.transform(config)?,
+            None => (Transform::Identity, None),
+        };
+        let ridge = config.ridge_relative;
+        adapted.extend(floor.map(|floor| format!("ridge_relative: {ridge} to {}", ridge + floor)));
         let error = &weight - &packed.dequantize();
         let (corrects_bias, activations) = (config.bias_correction, config.activations);
         let correction = Correction::of(error.view(), weight, config, &transform)?;
@@ -147,6 +193,9 @@ impl LowRankLayer {
         };
         for own in ["weight", "rank", "factors", "activations"] {
             made.remove(own);
+        }
+        if !adapted.is_empty() {
+            made.insert("adapted".into(), json!(adapted));
         }
         let config = StoredConfig {
             weight: config.weight,
@@ -162,7 +211,9 @@ impl LowRankLayer {
                 let kept = packed.dequantize() + matmul(a.to_f32().t(), b.to_f32().view());
                 let mean = calibration.mean().mapv(|v| v as f32).insert_axis(Axis(1));
                 let mean_error = matmul((&weight - &kept).view(), mean.view());
-                Some(RowMatrix::new(mean_error.reversed_axes(), RowType::F16)?)
+                require_finite("the output bias correction", mean_error.iter())?;
+                let kind = shift_type(mean_error.view(), weight, calibration);
+                Some(RowMatrix::new(mean_error.reversed_axes(), kind)?)
             }
             _ => None,
         };
@@ -180,7 +231,7 @@ impl LowRankLayer {
         let none = |length: usize| RowMatrix::new(Array2::zeros((0, length)), factors);
         let (a, b) = (none(out_features)?, none(in_features)?);
         if let Some(bias) = &bias {
-            crate::linalg::require_finite("the bias", bias.iter())?;
+            require_finite("the bias", bias.iter())?;
         }
         Self::new(Inner { config, weight, a, b, singular_values: vec![], bias_correction: None, bias })
     }
@@ -340,7 +391,10 @@ impl LowRankLayer {
         let (a, b) = (factor(Side::A, outputs)?, factor(Side::B, inputs)?);
         let bias_correction = parts
             .tensor("shift")
-            .map(|t| RowMatrix::from_bytes(RowType::F16, (1, outputs), &t.data, &[]))
+            .map(|t| {
+                let kind = if t.dtype == "F32" { RowType::F32 } else { RowType::F16 };
+                RowMatrix::from_bytes(kind, (1, outputs), &t.data, &[])
+            })
             .transpose()?;
         let bias = parts.tensor("bias").map(Tensor::to_vector).transpose()?;
         Self::new(Inner { config, weight, a, b, singular_values, bias_correction, bias })
@@ -361,6 +415,10 @@ impl Method for LowRankConfig {
 
     fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
         self.expected_bytes(out_features, in_features)
+    }
+
+    fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
+        calibration.vanishes(self.bias_correction)
     }
 
     fn compress(
@@ -495,7 +553,8 @@ impl Layer for LowRankLayer {
         if let Some(correction) = &inner.bias_correction {
             let data = correction.bytes().into_raw_vec_and_offset().0.into();
             let shape = vec![self.out_features()];
-            parts.tensors.push(Tensor { name: "shift".into(), dtype: "F16".into(), shape, data });
+            let dtype = if correction.floats().is_some() { "F32" } else { "F16" };
+            parts.tensors.push(Tensor { name: "shift".into(), dtype: dtype.into(), shape, data });
         }
         if let Some(bias) = &inner.bias {
             parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
@@ -632,6 +691,108 @@ mod tests {
             let bits = |rank| 8.0 * base.stored_bytes(24, 16, rank).unwrap() as f64 / (24.0 * 16.0);
             prop_assert!(bits(rank) <= max_bits + 1e-9 && (rank == 16 || bits(rank + 1) > max_bits - 0.1));
         }
+    }
+
+    /// The same error whatever the size of inputs and weights, or a refusal.
+    #[test]
+    fn sizes_do_not_matter() {
+        let normal = |rows, seed| crate::linalg::normal_matrix(rows, 64, seed).mapv(|v| v as f32);
+        let (w, x) = (normal(64, 1) * 0.02, normal(256, 2) + 0.5);
+        for scaling in [Scaling::Identity, Scaling::MeanAbs, Scaling::Rms, Scaling::Exact] {
+            for (factors, gptq, bias_correction) in [
+                (RowType::F16, false, false),
+                (RowType::F16, true, true),
+                (RowType::F32, false, true),
+                (RowType::Int8, false, false),
+            ] {
+                let config = LowRankConfig {
+                    scaling,
+                    factors,
+                    bias_correction,
+                    rounding: if gptq { Rounding::Gptq } else { Rounding::Nearest },
+                    rank: Rank::Components(8),
+                    ..LowRankConfig::default()
+                };
+                let error = |weights: f32, inputs: f32| {
+                    let (w, x) = (&w * weights, &x * inputs);
+                    let layer = compress(&config, w.view(), None, Some(&Calibration::of(x.clone())?))?;
+                    let back = layer_from_parts(layer.to_parts()).unwrap();
+                    let y = back.linear(x.view(), Accuracy::Approximate)?.y;
+                    Ok::<_, Error>(relative_error(y.view(), matmul_nt(x.view(), w.view()).view()))
+                };
+                let plain = error(1.0, 1.0).unwrap();
+                for inputs in [1e-12, 1e-6, 1e-5, 1e-3, 1e3, 1e6, 1e7, 1e15] {
+                    let found = error(1.0, inputs).unwrap();
+                    assert!((found / plain - 1.0).abs() < 0.05, "{config:?} inputs × {inputs}: {found} {plain}");
+                }
+                for weights in [1e-12, 1e-9, 1e-5, 1e6, 1e12] {
+                    match error(weights, 1.0) {
+                        Ok(found) => {
+                            assert!((found / plain - 1.0).abs() < 0.05, "{config:?} × {weights}: {found} {plain}")
+                        }
+                        Err(e) => assert!(
+                            factors == RowType::F16 && e.to_string().contains("f16"),
+                            "{config:?} × {weights}: {e}"
+                        ),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Inputs that say nothing, or too little: the layer is what it is without them, and says so; or is made with a floor.
+    #[test]
+    fn statistics_that_vanish_are_not_used() {
+        let normal = |rows, seed| crate::linalg::normal_matrix(rows, 64, seed).mapv(|v| v as f32);
+        let w = normal(32, 1);
+        let base = LowRankConfig { rank: Rank::Components(4), ..LowRankConfig::default() };
+        let uncalibrated = compress(&base, w.view(), None, None).unwrap().weight().unwrap();
+        let (zeros, ones) = (Array2::zeros((16, 64)), Array2::ones((100, 64)));
+        let of = |config: &LowRankConfig, x: &Array2<f32>| {
+            let calibration = Calibration::of(x.clone()).unwrap();
+            let layer = compress(config, w.view(), None, Some(&calibration)).unwrap();
+            let back = layer_from_parts(layer.to_parts()).unwrap();
+            assert_eq!(back.to_parts(), layer.to_parts());
+            (config.unusable(&calibration), layer)
+        };
+        let gptq = || LowRankConfig { rounding: Rounding::Gptq, ..base.clone() };
+        for (config, x) in [
+            (gptq(), &zeros),
+            (LowRankConfig { bias_correction: true, ..gptq() }, &zeros),
+            (LowRankConfig { scaling: Scaling::Exact, ..base.clone() }, &zeros),
+            (LowRankConfig { scaling: Scaling::Rms, ..base.clone() }, &zeros),
+            (LowRankConfig { scaling: Scaling::MeanAbs, ..base.clone() }, &zeros),
+            (LowRankConfig { bias_correction: true, ..gptq() }, &ones),
+            (LowRankConfig { bias_correction: true, ..gptq() }, &Array2::ones((1, 64))),
+            (LowRankConfig { bias_correction: true, scaling: Scaling::Exact, ..base.clone() }, &ones),
+        ] {
+            let (reason, layer) = of(&config, x);
+            assert_eq!(layer.weight().unwrap(), uncalibrated, "{config:?}");
+            let noted = layer.config()["adapted"][0].as_str().unwrap().to_owned();
+            assert!(noted.contains("not used") && noted.contains(reason.unwrap()), "{noted}");
+        }
+        for (config, says) in [
+            (LowRankConfig { damping: 0.0, ..gptq() }, "damping: 0 to 0.01"),
+            (LowRankConfig { damping: 0.0, bias_correction: true, ..gptq() }, "damping: 0 to 0.01"),
+            (LowRankConfig { scaling: Scaling::Exact, ridge_relative: 0.0, ..base.clone() }, "ridge_relative: 0 to"),
+        ] {
+            let (reason, layer) = of(&config, &normal(8, 2));
+            assert!(
+                reason.is_none() && layer.config()["adapted"][0].as_str().unwrap().starts_with(says),
+                "{}",
+                layer.config()
+            );
+            assert!(relative_error(layer.weight().unwrap().view(), w.view()) < 0.2);
+        }
+        // What needs no help is not noted.
+        assert!(of(&gptq(), &normal(8, 2)).1.config().get("adapted").is_none());
+        assert!(
+            of(&LowRankConfig { scaling: Scaling::Exact, ..base }, &Array2::ones((100, 64)))
+                .1
+                .config()
+                .get("adapted")
+                .is_none()
+        );
     }
 
     /// How inputs are rounded is no part of the artifact: the catalogue says it.

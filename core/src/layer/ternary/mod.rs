@@ -155,6 +155,15 @@ impl Method for TernaryConfig {
         Method::expected_bytes(&self.weights, out_features, in_features)
     }
 
+    fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
+        // What the weights meet.
+        let normalized = match self.norm {
+            true => calibration.mapped(|x| RmsNorm::default().forward(x)).ok(),
+            false => None,
+        };
+        Method::unusable(&self.weights, normalized.as_ref().unwrap_or(calibration))
+    }
+
     fn compress(
         &self,
         weight: ArrayView2<f32>,

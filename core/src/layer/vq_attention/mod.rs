@@ -216,7 +216,8 @@ impl VqAttentionLayer {
     }
 
     /// Runs one training step of the codebooks on queries `[tokens, heads · d_k]` and keys `[tokens, kv heads · d_k]`: exponential
-    /// moving averages with `c_gamma`, then dead codewords replaced by vectors of this step. No rows leave a codebook as it is.
+    /// moving averages with `c_gamma`, then dead codewords replaced by vectors of this step. A codeword that no vector is nearest to
+    /// stays as it is until then. No rows leave a codebook as it is.
     ///
     /// # Errors
     /// When vectors are of another length, or a number is not finite.
@@ -229,7 +230,7 @@ impl VqAttentionLayer {
                 return Ok((Some(book.clone()), None));
             }
             let (mut book, x) = (book.clone(), in_heads(x, heads, what)?);
-            let learned = book.update(x.view(), None, config.c_gamma as f32)?;
+            let learned = book.learn(x.view(), config.c_gamma as f32)?;
             let even = book.counts().sum() / (book.heads() * book.codes()) as f32;
             revived += book.revive(x.view(), DEAD_BELOW * even, config.seed.wrapping_add(step))?;
             Ok::<_, Error>((Some(book), Some(learned)))

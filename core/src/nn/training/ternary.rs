@@ -3,11 +3,10 @@
 use ndarray::{Array1, Array2, ArrayView2, Axis, Zip};
 
 use crate::error::{Error, Result};
+use crate::kernels::absmax_steps;
 use crate::layer::{Activation, NormGradients, RmsNorm, TernaryConfig, TernaryLayer, compress};
 use crate::linalg::{matmul, matmul_nt, require_finite};
-
-/// Bounds of the scale of weights, and of the largest magnitude of a row of inputs, as Keras-MatMulLess has them.
-const SCALE_BOUNDS: (f32, f32) = (1e-5, 1e9);
+use crate::quant::absmean_scale;
 
 /// A ternary layer in training, Keras-MatMulLess's `DenseMML`: `y = activation(γ (x̃ · W̃ᵀ) + b)`.
 #[derive(Debug, Clone)]
@@ -65,7 +64,7 @@ impl TernaryTraining {
         require_finite("the kernel", self.kernel.iter())?;
         let (codes, code_scales) = int8_rows(self.norm.forward(x)?);
         let mean = self.kernel.iter().map(|w| f64::from(w.abs())).sum::<f64>() / self.kernel.len().max(1) as f64;
-        let scale = (mean as f32).clamp(SCALE_BOUNDS.0, SCALE_BOUNDS.1);
+        let scale = absmean_scale(mean);
         let inverse = 1.0 / scale;
         let ternary = self.kernel.mapv(|w| (w * inverse).round_ties_even().clamp(-1.0, 1.0));
         // Sums of whole numbers are exact, in whatever order: the frozen layer gives the same, to the bit.
@@ -98,7 +97,7 @@ impl TernaryTraining {
         // Through W̃ = round(W / γ), where γ cancels against the γ of the product, and through that γ = mean|W|.
         let product = matmul(grad.t(), tape.rounded.view());
         let mut kernel = &product * tape.scale;
-        if tape.scale > SCALE_BOUNDS.0 && tape.scale < SCALE_BOUNDS.1 {
+        if self.kernel.iter().any(|w| *w != 0.0) {
             let pairs = product.iter().zip(&tape.ternary);
             let scale_gradient: f64 = pairs.map(|(p, t)| f64::from(*p) * f64::from(*t)).sum();
             let per_weight = (scale_gradient / self.kernel.len() as f64) as f32;
@@ -126,7 +125,7 @@ fn int8_rows(mut x: Array2<f32>) -> (Array2<f32>, Array2<f32>) {
     let mut scales = Array2::zeros((x.nrows(), 1));
     for (mut row, scale) in x.rows_mut().into_iter().zip(&mut scales) {
         let largest = row.iter().fold(0f32, |largest, v| largest.max(v.abs()));
-        let inverse = 127.0 / largest.clamp(SCALE_BOUNDS.0, SCALE_BOUNDS.1);
+        let inverse = absmax_steps(largest);
         row.mapv_inplace(|v| (v * inverse).round_ties_even().clamp(-128.0, 127.0));
         *scale = 1.0 / inverse;
     }

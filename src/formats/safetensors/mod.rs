@@ -1,5 +1,8 @@
 //! Safetensors checkpoints: one file, a sharded index, or a folder; tensors are read when they are asked for.
 
+mod files;
+mod header;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -7,14 +10,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use safetensors::SafeTensors;
-use serde::Deserialize;
 
+use self::files::Chosen;
+use super::regular;
 use super::source::{TensorInfo, TensorSource};
 use crate::error::{Error, Result};
-use crate::layer::DType;
-
-const INDEX: &str = "model.safetensors.index.json";
 
 /// An open safetensors checkpoint. Dropping it closes its files.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ pub struct SafetensorsSource {
     /// Where each tensor lies.
     places: HashMap<String, Place>,
     metadata: BTreeMap<String, String>,
+    notes: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -76,32 +77,62 @@ struct Place {
 }
 
 impl SafetensorsSource {
-    /// Opens a `.safetensors` file, a `.index.json` of shards, or a folder that holds either.
+    /// Opens a `.safetensors` file, an index of shards (`.json`), or a folder.
+    ///
+    /// In a folder an index, `X.safetensors.index.json`, says which files and tensors belong to the checkpoint; without one,
+    /// names with `-00001-of-0000N` do, all of which have to be there; without such names it is one file. What else lies
+    /// there is left out, and [`TensorSource::notes`] names it.
     ///
     /// The files should not be changed while the checkpoint is open. A tensor that a file no longer holds whole is an error.
     ///
     /// # Errors
-    /// When a file is missing, truncated, or not what safetensors allows: the message names the file and what was
-    /// found. Nothing beyond the headers is read.
+    /// When a file is missing, truncated, or not what safetensors allows, or nothing says which of several files are meant:
+    /// the message names the file and what was found. Nothing beyond the headers is read.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let kind = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        let files = if kind.is_dir() {
-            let index = path.join(INDEX);
-            if index.is_file() { shards(&index)? } else { files_in(path)? }
-        } else if path.extension().is_some_and(|e| e == "json") {
-            shards(path)?
-        } else {
-            vec![path.to_owned()]
-        };
-        let mut checkpoint = SafetensorsSource::empty(path);
+        let Chosen { files, listed, notes } = files::chosen(path)?;
+        let mut checkpoint = SafetensorsSource { notes, ..SafetensorsSource::empty(path) };
+        let mut unlisted = BTreeMap::new();
         for file in files {
-            checkpoint.add_file(&file)?;
+            checkpoint.add_file(&file, listed.as_ref(), &mut unlisted)?;
+        }
+        if let Some(listed) = listed {
+            for (tensor, shard) in &listed {
+                if checkpoint.tensors.contains_key(tensor) {
+                    continue;
+                }
+                let found = unlisted.get(tensor).map_or("in no shard".to_owned(), |file| format!("in {file}"));
+                return Err(Error::file(
+                    path,
+                    format!("the index says that tensor '{tensor}' is in {shard}; it is {found}"),
+                ));
+            }
+            // Those that are taken from another shard are no loss.
+            unlisted.retain(|tensor, _| !listed.contains_key(tensor));
+            if let Some((tensor, file)) = unlisted.first_key_value() {
+                checkpoint.notes.push(match unlisted.len() {
+                    1 => format!("tensor '{tensor}' of {file} is left out of the checkpoint: the index does not list it"),
+                    n => format!(
+                        "{n} tensors are left out of the checkpoint, such as '{tensor}' of {file}: the index does not list \
+                         them"
+                    ),
+                });
+            }
         }
         if checkpoint.tensors.is_empty() {
             return Err(Error::file(path, "the checkpoint holds no tensor"));
         }
         Ok(checkpoint)
+    }
+
+    /// Opens a file of tensors, which may hold none.
+    ///
+    /// # Errors
+    /// As [`SafetensorsSource::open`].
+    pub(crate) fn open_file(path: &Path) -> Result<Self> {
+        let mut file = SafetensorsSource::empty(path);
+        file.add_file(path, None, &mut BTreeMap::new())?;
+        Ok(file)
     }
 
     fn empty(path: &Path) -> Self {
@@ -111,24 +142,43 @@ impl SafetensorsSource {
             tensors: BTreeMap::new(),
             places: HashMap::new(),
             metadata: BTreeMap::new(),
+            notes: vec![],
         }
     }
 
-    fn add_file(&mut self, path: &Path) -> Result<()> {
-        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    /// Adds the tensors of a file; with `listed`, only those that it says are there, and the others to `unlisted`.
+    fn add_file(
+        &mut self,
+        path: &Path,
+        listed: Option<&HashMap<String, String>>,
+        unlisted: &mut BTreeMap<String, String>,
+    ) -> Result<()> {
+        let file = regular::open(path)?;
         // SAFETY: only the header is read from it, now.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        let (tensors, metadata) = read_header(&map).map_err(|reason| Error::file(path, reason))?;
+        let header = header::read(&map).map_err(|reason| Error::file(path, reason))?;
+        let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
         let index = self.files.len();
-        for (name, dtype, shape, start, end) in tensors {
-            self.tensors.insert(name.clone(), TensorInfo { name: name.clone(), dtype, shape });
-            if let Some(other) = self.places.insert(name.clone(), Place { file: index, bytes: start..end }) {
+        for tensor in header.tensors {
+            let tensor_name = tensor.name;
+            if listed.is_some_and(|listed| listed.get(&tensor_name) != Some(&name)) {
+                unlisted.insert(tensor_name, name.clone());
+                continue;
+            }
+            let info = TensorInfo { name: tensor_name.clone(), dtype: tensor.dtype, shape: tensor.shape };
+            self.tensors.insert(tensor_name.clone(), info);
+            let place = Place { file: index, bytes: tensor.start..tensor.end };
+            if let Some(other) = self.places.insert(tensor_name.clone(), place) {
                 let other = &self.files[other.file].name;
-                return Err(Error::file(path, format!("tensor '{name}' is in this file and in {other}")));
+                return Err(Error::file(path, format!("tensor '{tensor_name}' is in this file and in {other}")));
             }
         }
-        self.metadata.extend(metadata);
-        let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
+        for (key, value) in header.metadata {
+            if self.metadata.get(&key).is_some_and(|other| *other != value) {
+                self.notes.push(format!("metadata '{key}' differs between the shards: that of {name} is taken"));
+            }
+            self.metadata.insert(key, value);
+        }
         self.files.push(OpenFile { name, path: path.to_owned(), file });
         Ok(())
     }
@@ -162,131 +212,17 @@ impl TensorSource for SafetensorsSource {
     fn metadata(&self) -> BTreeMap<String, String> {
         self.metadata.clone()
     }
-}
 
-#[derive(Deserialize)]
-struct ShardIndex {
-    weight_map: HashMap<String, String>,
-}
-
-/// The shard files that an index names, in order.
-fn shards(index: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string(index).map_err(|e| Error::io(index, e))?;
-    let parsed: ShardIndex = serde_json::from_str(&text)
-        .map_err(|e| Error::file(index, format!("not an index of safetensors shards: {e}")))?;
-    let mut names: Vec<&String> = parsed.weight_map.values().collect();
-    names.sort();
-    names.dedup();
-    if names.is_empty() {
-        return Err(Error::file(index, "the index's weight_map names no shard"));
+    fn notes(&self) -> Vec<String> {
+        self.notes.clone()
     }
-    let folder = index.parent().unwrap_or(Path::new("."));
-    let mut files = Vec::with_capacity(names.len());
-    for name in names {
-        // A shard lies beside its index: anything else is a mistake or an attempt to read other files.
-        if Path::new(name).file_name().is_none_or(|n| n != name.as_str()) {
-            return Err(Error::file(index, format!("shard '{name}' is not a plain file name")));
-        }
-        let file = folder.join(name);
-        if !file.is_file() {
-            return Err(Error::file(index, format!("shard '{name}' is missing from {}", folder.display())));
-        }
-        files.push(file);
-    }
-    let mut open = SafetensorsSource::empty(index);
-    for file in &files {
-        open.add_file(file)?;
-    }
-    for (tensor, shard) in &parsed.weight_map {
-        let found = open.tensors.get(tensor).map(|t| open.file_name(&t.name));
-        if found.as_deref() != Some(shard.as_str()) {
-            let found = found.map_or("in no shard".to_owned(), |f| format!("in {f}"));
-            return Err(Error::file(
-                index,
-                format!("the index says that tensor '{tensor}' is in {shard}; it is {found}"),
-            ));
-        }
-    }
-    Ok(files)
-}
-
-/// All safetensors files of a folder, in order.
-fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
-        let path = entry.map_err(|e| Error::io(folder, e))?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
-            files.push(path);
-        }
-    }
-    files.sort();
-    if files.is_empty() {
-        return Err(Error::file(folder, format!("the folder holds neither {INDEX} nor a .safetensors file")));
-    }
-    Ok(files)
-}
-
-type Header = (Vec<(String, DType, Vec<usize>, usize, usize)>, HashMap<String, String>);
-
-/// Reads and checks a header; the reason why not, if it cannot be used.
-fn read_header(bytes: &[u8]) -> std::result::Result<Header, String> {
-    let size = bytes.len();
-    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
-        return Err(format!("the file has {size} bytes; a safetensors file has at least 8"));
-    };
-    if bytes.starts_with(b"version https://git-lfs") {
-        return Err("the file is a Git LFS pointer, not the checkpoint: fetch it with git lfs pull".into());
-    }
-    let length = u64::from_le_bytes(*length);
-    let header = match usize::try_from(length).ok().and_then(|n| rest.get(..n)) {
-        Some(header) => header,
-        None => {
-            return Err(format!(
-                "the header claims {length} bytes in a file of {size}: the file is truncated, or not safetensors"
-            ));
-        }
-    };
-    // The library adds offsets without a check for overflow, so hold them to the file first.
-    let data = (rest.len() - header.len()) as u64;
-    #[derive(Deserialize)]
-    struct Offsets {
-        data_offsets: (u64, u64),
-    }
-    let claims: HashMap<String, serde_json::Value> =
-        serde_json::from_slice(header).map_err(|e| format!("the header is not JSON: {e}"))?;
-    for (name, claim) in &claims {
-        if name == "__metadata__" {
-            continue;
-        }
-        let Offsets { data_offsets: (start, end) } =
-            Offsets::deserialize(claim).map_err(|e| format!("the header's entry '{name}' is malformed: {e}"))?;
-        if start > end || end > data {
-            return Err(format!(
-                "tensor '{name}' lies at bytes {start} to {end}, but the file holds {data} bytes of data"
-            ));
-        }
-    }
-    let parsed = SafeTensors::deserialize(bytes).map_err(|e| format!("not a valid safetensors file: {e}"))?;
-    let start_of_data = 8 + header.len();
-    let mut tensors = Vec::with_capacity(parsed.len());
-    for (name, view) in parsed.iter() {
-        // A zero in a shape hides what the other numbers come to.
-        let size = view.shape().iter().filter(|n| **n > 0).try_fold(8usize, |n, &d| n.checked_mul(d));
-        if size.is_none() {
-            return Err(format!("tensor '{name}' has shape {:?}, which overflows", view.shape()));
-        }
-        let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-        debug_assert!(start >= start_of_data || view.data().is_empty());
-        tensors.push((name.to_owned(), view.dtype(), view.shape().to_vec(), start, start + view.data().len()));
-    }
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
-    Ok((tensors, metadata.metadata().clone().unwrap_or_default()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::source::{SourceContent, SourceLayer};
     use super::*;
+    use crate::layer::DType;
     use proptest::prelude::*;
     use safetensors::tensor::TensorView;
 
@@ -336,8 +272,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), "s1.safetensors", &[("a.weight", vec![1, 1], vec![1.0])]);
         write(folder.path(), "s2.safetensors", &[("b.weight", vec![1, 1], vec![2.0])]);
-        assert_eq!(SafetensorsSource::open(folder.path()).unwrap().tensors().len(), 2);
-        let index = folder.path().join(INDEX);
+        assert!(SafetensorsSource::open(folder.path()).unwrap_err().to_string().contains("nothing says which"));
+        let index = folder.path().join("model.safetensors.index.json");
         let say = |map: &str| {
             std::fs::write(&index, format!(r#"{{"weight_map":{{{map}}}}}"#)).unwrap();
             SafetensorsSource::open(folder.path()).map(|c| c.tensors().len()).map_err(|e| e.to_string())
@@ -349,12 +285,29 @@ mod tests {
             (r#""a.weight":"s3.safetensors""#, "is missing"),
             (r#""a.weight":"../s1.safetensors""#, "plain file name"),
             ("", "no shard"),
+            (r#""a.weight":"s2.safetensors","b.weight":"s1.safetensors""#, "it is in s"),
         ] {
             assert!(say(map).unwrap_err().contains(expected), "{map}");
         }
-        write(folder.path(), "s2.safetensors", &[("a.weight", vec![1, 1], vec![2.0])]);
+        // A tensor that lies in two shards is taken from the one that the index names; what it does not list is left out.
+        let more =
+            [("a.weight", vec![1, 1], vec![3.0]), ("b.weight", vec![1, 1], vec![2.0]), ("c", vec![1], vec![0.0])];
+        write(folder.path(), "s2.safetensors", &more);
+        assert_eq!(say(r#""a.weight":"s1.safetensors","b.weight":"s2.safetensors""#), Ok(2));
+        let open = SafetensorsSource::open(folder.path()).unwrap();
+        let source: &dyn TensorSource = &open;
+        assert_eq!(source.matrix(source.tensor("a.weight").unwrap()).unwrap()[(0, 0)], 1.0);
+        assert_eq!(
+            open.notes(),
+            ["tensor 'c' of s2.safetensors is left out of the checkpoint: the index does not list it"]
+        );
         std::fs::remove_file(&index).unwrap();
-        assert!(SafetensorsSource::open(folder.path()).unwrap_err().to_string().contains("in this file and in s1"));
+        for n in [1, 2] {
+            let [old, new] = [format!("s{n}.safetensors"), format!("m-0000{n}-of-00002.safetensors")];
+            std::fs::rename(folder.path().join(old), folder.path().join(new)).unwrap();
+        }
+        let twice = SafetensorsSource::open(folder.path()).unwrap_err().to_string();
+        assert!(twice.contains("in this file and in m-00001"), "{twice}");
     }
 
     fn open_bytes(bytes: &[u8]) -> Result<SafetensorsSource> {
@@ -376,6 +329,7 @@ mod tests {
             format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#)
         };
         let two = r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}"#;
+        let one = r#""a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}"#;
         for (bytes, expected) in [
             (vec![], "0 bytes"),
             (vec![1, 2, 3], "3 bytes"),
@@ -389,6 +343,19 @@ mod tests {
             (with_header(two, 6), "not a valid"),
             (with_header(r#"{"a":1}"#, 0), "malformed"),
             (with_header("{}", 0), "no tensor"),
+            (with_header(&format!("{{{one},{one}}}"), 4), "'a' is given twice"),
+            (with_header(&format!(r#"{{{one},"__metadata__":{{"k":"1","k":"2"}}}}"#), 4), "'k' is given twice"),
+            (
+                with_header(&format!(r#"{{"__metadata__":{{}},{one},"__metadata__":{{}}}}"#), 4),
+                "'__metadata__' is given twice",
+            ),
+            (
+                with_header(r#"{"a":{"dtype":"U8","shape":[4],"shape":[2,2],"data_offsets":[0,4]}}"#, 4),
+                "duplicate field",
+            ),
+            (with_header(&format!(r#"{{{one},"__metadata__":{{"k":1}}}}"#), 4), "malformed"),
+            (b"\x93NUMPY\x01\x00v\x00".to_vec(), "an .npy array"),
+            (b"PK\x03\x04\x14\x00\x00\x00".to_vec(), "a ZIP archive"),
             (b"version https://git-lfs.github.com/spec/v1".to_vec(), "LFS"),
         ] {
             let message = open_bytes(&bytes).unwrap_err().to_string();

@@ -1,0 +1,76 @@
+//! What an import looks at before its first layer: that rules and calibration fit, and that every value can be used.
+
+use std::collections::HashSet;
+
+use super::calibration::CalibrationFile;
+use super::plan::{Planned, Work, plan};
+use super::rules::Rules;
+use super::work::Cancel;
+use crate::error::{Error, Result};
+use crate::formats::{SourceContent, TensorInfo, TensorSource};
+
+/// Plans an import, and reads every value that it will use.
+///
+/// # Errors
+/// When rules, calibration or values do not fit: one error names all that do not. When a file cannot be read, or the work is
+/// cancelled.
+pub(super) fn checked(
+    source: &dyn TensorSource,
+    rules: &Rules,
+    calibration: Option<&CalibrationFile>,
+    cancel: &Cancel,
+) -> Result<Work> {
+    let mut work = plan(source, rules, calibration);
+    let mut misfits = std::mem::take(&mut work.misfits);
+    for layer in &work.layers {
+        if cancel.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        misfits.keep(&layer.source.name, values_of(source, layer));
+    }
+    // Layers may share what they are calibrated with.
+    let mut read = HashSet::new();
+    for (layer, in_features) in inputs_used(&work) {
+        if let Some(calibration) = calibration
+            && read.insert(calibration.owner(layer))
+        {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            misfits.keep(layer, calibration.check_values(layer, in_features));
+        }
+    }
+    misfits.result(source.path())?;
+    Ok(work)
+}
+
+/// The layers whose calibration will be used, and their widths.
+fn inputs_used(work: &Work) -> impl Iterator<Item = (&str, usize)> {
+    let layers = work.layers.iter().filter(|l| l.calibrated).map(|l| (l.source.name.as_str(), l.shape().1 as usize));
+    let blocks = work.blocks.iter().flat_map(|block| &block.projections);
+    layers.chain(blocks.map(|p| (p.layer.as_str(), p.weight.shape.get(1).copied().unwrap_or(0))))
+}
+
+/// Refuses NaN, and in what is to be compressed every number that is not finite.
+fn values_of(source: &dyn TensorSource, layer: &Planned) -> Result<()> {
+    match (&layer.source.content, &layer.method) {
+        (SourceContent::Tensors { weight, bias }, method) => {
+            let check = |tensor: &TensorInfo| match method {
+                Some(_) => source.refuse_not_finite(tensor),
+                None => source.refuse_nan(tensor),
+            };
+            std::iter::once(weight).chain(bias).try_for_each(check)
+        }
+        (SourceContent::Ready { layer: ready, .. }, Some(_)) => {
+            let weight = ready.weight()?;
+            match weight.iter().position(|v| !v.is_finite()) {
+                Some(index) => {
+                    let value = weight.iter().nth(index).copied().unwrap_or(f32::NAN);
+                    Err(Error::NotFinite { what: "the weight".into(), value: f64::from(value), index })
+                }
+                None => Ok(()),
+            }
+        }
+        (SourceContent::Ready { .. }, None) => Ok(()),
+    }
+}
