@@ -7,7 +7,10 @@
 mod address;
 mod agreement;
 mod attention;
+mod batches;
+mod blocks;
 mod catalogue;
+mod columns;
 mod data;
 mod format;
 mod gc;
@@ -25,6 +28,7 @@ mod on_disk;
 mod reader;
 mod record;
 mod root;
+mod scan;
 mod schema;
 mod shared;
 mod single;

@@ -487,7 +487,7 @@ fn without_async() {
     assert_eq!((diff.removed.len(), diff.changed.len()), (0, 0));
     assert_eq!(store.restore("s").unwrap().version, 7);
     assert_eq!((store.log().unwrap().len(), store.snapshots().unwrap().len()), (7, 1));
-    assert_eq!((store.format().unwrap(), store.upgrade().unwrap()), (1, 1));
+    assert_eq!((store.format().unwrap(), store.upgrade().unwrap()), (2, 2));
     assert_eq!(store.verify(|_, _| ()).unwrap().corrupt, []);
     assert!(store.gc(Duration::ZERO, true).unwrap().applied);
     assert_eq!(store.delete_snapshot("s").unwrap().version, Some(3));
