@@ -22,8 +22,8 @@ use ndarray::{Array1, Array2, ArrayView2};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::compress::{
-    self, ActivationsFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, Progress, SharedDirections,
-    SharedOptions, Training, TrainingReport,
+    self, ActivationsFile, Cancel, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport, Progress,
+    SharedDirections, SharedOptions, Training, TrainingReport,
 };
 use crate::error::{Error, Result};
 use crate::formats::TensorSource;
@@ -418,14 +418,8 @@ pub fn import(
 ///
 /// # Errors
 /// As there.
-pub fn export(
-    snapshot: &Snapshot,
-    model: &str,
-    output: &Path,
-    progress: Arc<dyn Progress>,
-    cancel: Cancel,
-) -> Result<ExportReport> {
-    snapshot.runtime.block_on(compress::export(&snapshot.snapshot, model, output, progress, cancel))
+pub fn export(snapshot: &Snapshot, model: &str, output: &Path, options: ExportOptions) -> Result<ExportReport> {
+    snapshot.runtime.block_on(compress::export(&snapshot.snapshot, model, output, options))
 }
 
 /// Measures a model's layers on inputs, against their dense weights: [`evaluate`](crate::evaluate).

@@ -71,10 +71,10 @@ pub mod nn;
 pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment};
 
 pub use compress::{
-    ActivationsFile, CalibrationFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, LayerEvaluation,
-    LayerReport, Plan, PlannedLayer, Progress, Rule, Rules, SharedDirections, SharedOptions, Silent, Training,
-    TrainingReport, evaluate, exact_layer, export, import, preview, read_attention_settings, shared_directions,
-    train_codebooks, write_statistics,
+    ActivationsFile, CalibrationFile, Cancel, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport,
+    LayerEvaluation, LayerReport, Plan, PlannedLayer, Progress, Rule, Rules, SharedDirections, SharedOptions, Silent,
+    Training, TrainingReport, evaluate, exact_layer, export, import, preview, read_attention_settings,
+    shared_directions, train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;

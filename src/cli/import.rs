@@ -7,7 +7,7 @@ use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::signals::cancel_on_interrupt;
 use super::{Context, ImportArgs};
-use crate::compress::{self, CalibrationFile, ImportOptions, ImportReport, Plan, Rules};
+use crate::compress::{self, CalibrationFile, ExportOptions, ImportOptions, ImportReport, Plan, Rules};
 use crate::error::Result;
 use crate::formats;
 use crate::store::{check_model_name, check_place};
@@ -134,12 +134,19 @@ fn human(report: &ImportReport) -> String {
     )
 }
 
-pub async fn export(context: &Context, model: &str, output: &Path) -> Result<u8> {
+pub async fn export(context: &Context, model: &str, output: &Path, allow_approximate: bool) -> Result<u8> {
     let snapshot = context.snapshot().await?;
     let progress = Arc::new(context.output.progress());
-    let report = compress::export(&snapshot, model, output, progress, cancel_on_interrupt()).await?;
+    let options = ExportOptions { allow_approximate, progress, cancel: cancel_on_interrupt() };
+    let report = compress::export(&snapshot, model, output, options).await?;
+    let notes = report.notes.iter();
+    note_layers(context, notes.flat_map(|(layer, all)| all.iter().map(move |note| (layer.as_str(), note.as_str()))));
     context.output.result(&report, |r| {
-        format!("{} layers, {} in {}", r.layers, bytes(r.bytes), escape::name(&output.to_string_lossy()))
+        let added = match r.added_biases.len() {
+            0 => String::new(),
+            count => format!(", {count} biases added"),
+        };
+        format!("{} layers, {} in {}{added}", r.layers, bytes(r.bytes), escape::name(&output.to_string_lossy()))
     })?;
     Ok(0)
 }

@@ -97,11 +97,16 @@ enum Command {
         /// A snapshot or version number.
         new: String,
     },
-    /// Write a model as a safetensors checkpoint again.
+    /// Write a model as a safetensors checkpoint again: each layer as the weight and the bias that give its outputs with every
+    /// key and inputs as they are. Biases are added where the checkpoint had none and the outputs need one.
     Export {
         model: String,
         #[arg(long, short, value_name = "FILE.safetensors")]
         output: PathBuf,
+        /// Write also what a weight and a bias do not say, without it: a norm before a layer's weight, an activation after it. A note
+        /// says where.
+        #[arg(long)]
+        allow_approximate: bool,
     },
     /// Open every version and snapshot, hash every artifact and compare with its name; exit 1 when anything is damaged.
     Verify,
@@ -288,7 +293,9 @@ async fn run(cli: Cli) -> Result<u8> {
     let context = Context { store: cli.store, at: cli.at, output };
     match cli.command {
         Command::Import(args) => import::import(&context, args).await,
-        Command::Export { model, output } => import::export(&context, &model, &output).await,
+        Command::Export { model, output, allow_approximate } => {
+            import::export(&context, &model, &output, allow_approximate).await
+        }
         Command::Models => catalogue::models(&context).await,
         Command::Layers { model } => catalogue::layers(&context, &model).await,
         Command::Show { model, layer } => catalogue::show(&context, &model, &layer).await,

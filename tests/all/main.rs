@@ -3,6 +3,7 @@
 mod attention;
 mod calibration;
 mod cli;
+mod export;
 mod faults;
 mod files;
 mod golden;

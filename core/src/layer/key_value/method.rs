@@ -92,6 +92,16 @@ impl Layer for KeyValueLayer {
         Ok(self.core.bias.clone())
     }
 
+    /// Returns (W − Ŵ) μ: keys see inputs less their mean μ, whose output W μ is stored.
+    fn offset(&self) -> Result<Option<Array1<f32>>> {
+        Ok(self.mean_error())
+    }
+
+    fn approximations(&self) -> Vec<String> {
+        let searches = self.settings.use_approximate_inference;
+        searches.then(|| "keys that its search does not find are left out".to_owned()).into_iter().collect()
+    }
+
     /// Returns Σ s_i u_i κ_iᵀ.
     fn weight(&self) -> Result<Array2<f32>> {
         Ok(matmul(self.values().t(), self.scaled_keys().view()))

@@ -469,6 +469,16 @@ impl Layer for LowRankLayer {
         Ok(self.inner.bias.clone())
     }
 
+    /// Returns the output bias correction.
+    fn offset(&self) -> Result<Option<Array1<f32>>> {
+        Ok(self.inner.bias_correction.as_ref().map(|row| row.to_f32().into_iter().collect()))
+    }
+
+    fn approximations(&self) -> Vec<String> {
+        let rounds = self.activations.rounds();
+        rounds.then(|| "inputs are rounded to whole numbers".to_owned()).into_iter().collect()
+    }
+
     fn weight(&self) -> Result<Array2<f32>> {
         let (a, b) = self.factors();
         Ok(self.inner.weight.dequantize() + matmul(a.t(), b.view()))
