@@ -269,12 +269,10 @@ pub async fn replace(
     operation: &str,
     message: Option<&str>,
 ) -> Result<u64> {
-    let action = || format!("committing model '{model}'");
     let new: HashMap<&str, &LayerRecord> = records.iter().map(|r| (r.layer.as_str(), r)).collect();
     let mut attempt = 1;
     loop {
         let dataset = writable(location).await?;
-        let format = location.format_of(&dataset)?;
         let filter = (!matches!(scope, Scope::Alone)).then(|| format!("model = {}", quoted(model)));
         let mut present = rows(location, &dataset, filter.as_deref()).await?;
         if let Scope::Alone = scope
@@ -304,24 +302,54 @@ pub async fn replace(
                 Some(format!("model = {} AND layer IN ({})", quoted(model), names.join(", ")))
             }
         };
-        let batch = without_missing(layers_batch(records)?, (LAYERS, &dataset), (location.uri(), format))?;
-        let batch = with_foreign(batch, (LAYERS, &dataset))?;
-        let replaced = replace_once(dataset, removed, batch, properties(format!("{operation} {model}"), message));
-        match replaced.caught().await {
-            Ok(version) => return Ok(version),
+        let change = Change { model, records, removed, operation: format!("{operation} {model}"), message };
+        if let Some(version) = change.commit(location, dataset, &mut attempt).await? {
+            return Ok(version);
+        }
+    }
+}
+
+/// A change of the catalogue's rows.
+pub struct Change<'a> {
+    /// The model that errors name.
+    pub model: &'a str,
+    /// Rows to update, by model and layer, or to insert.
+    pub records: &'a [LayerRecord],
+    /// Selects rows to delete (SQL), those aside that are among the records.
+    pub removed: Option<String>,
+    /// What the log calls it.
+    pub operation: String,
+    /// The message in the log.
+    pub message: Option<&'a str>,
+}
+
+impl Change<'_> {
+    /// Commits the change on the version that is open, the latest one, and returns the new version; `None` where another commit came
+    /// between, and the change is to be made of the latest version again. `attempt` counts these.
+    ///
+    /// # Errors
+    /// When the storage refuses, or others commit again and again.
+    pub async fn commit(self, location: &Location, latest: Dataset, attempt: &mut u32) -> Result<Option<u64>> {
+        let format = location.format_of(&latest)?;
+        let batch = without_missing(layers_batch(self.records)?, (LAYERS, &latest), (location.uri(), format))?;
+        let batch = with_foreign(batch, (LAYERS, &latest))?;
+        let committed = commit_once(latest, self.removed, batch, properties(self.operation, self.message));
+        match committed.caught().await {
+            Ok(version) => Ok(Some(version)),
             Err(lance::Error::RetryableCommitConflict { .. } | lance::Error::CommitConflict { .. })
-                if attempt < COMMIT_ATTEMPTS =>
+                if *attempt < COMMIT_ATTEMPTS =>
             {
-                attempt += 1;
+                *attempt += 1;
+                Ok(None)
             }
-            Err(e) => return Err(storage_error(action())(e)),
+            Err(e) => Err(storage_error(format!("committing model '{}'", self.model))(e)),
         }
     }
 }
 
 /// Updates rows by model and layer, inserts those that are not there, and deletes those that `removed` (SQL) selects and that are not
 /// in the batch.
-async fn replace_once(
+async fn commit_once(
     dataset: Dataset,
     removed: Option<String>,
     batch: RecordBatch,
