@@ -82,6 +82,15 @@ pub enum Error {
         version: u64,
     },
 
+    /// A model was given a new name that is taken.
+    #[error("a model named '{name}' exists already, of {layers} layers: remove it first or choose another name")]
+    ModelExists {
+        /// The name.
+        name: String,
+        /// How many layers the model of that name has.
+        layers: usize,
+    },
+
     /// A name holds what a name of its kind must not.
     #[error("'{name}' is not a valid {what} name: {reason}")]
     InvalidName {
@@ -284,7 +293,7 @@ impl Error {
             | Error::UnknownLayer { .. }
             | Error::UnknownSnapshot { .. }
             | Error::UnknownVersion { .. } => ErrorKind::NotFound,
-            Error::SnapshotExists { .. } | Error::Busy { .. } => ErrorKind::Conflict,
+            Error::SnapshotExists { .. } | Error::ModelExists { .. } | Error::Busy { .. } => ErrorKind::Conflict,
             Error::Format { .. } | Error::OlderFormat { .. } | Error::UnknownMethod { .. } => ErrorKind::Incompatible,
             Error::Corrupt { .. } | Error::Damaged { .. } => ErrorKind::Corrupt,
             Error::Io { .. } | Error::Storage { .. } => ErrorKind::Storage,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::signals::cancel_on_interrupt;
+use super::summary::{FEW_LAYERS, summary};
 use super::{Context, ImportArgs};
 use crate::compress::{self, CalibrationFile, ExportOptions, ImportOptions, ImportReport, Plan, Rules};
 use crate::error::Result;
@@ -22,9 +23,9 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     let source = formats::open(&args.checkpoint)?;
     if args.dry_run {
         let plan = tokio::task::block_in_place(|| compress::preview(&*source, &rules, calibration.as_ref()))?;
+        context.output.result(&plan, planned)?;
         note_unused(context, &plan.unused_rules);
         note_all(context, &plan.notes);
-        context.output.result(&plan, planned)?;
         return Ok(0);
     }
     let options = ImportOptions {
@@ -38,6 +39,8 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     let prepared = compress::Prepared::new(source, &args.model, options).await?;
     let store = cancel.unless(context.create()).await?;
     let report = prepared.import_into(&store).await?;
+    context.output.result(&report, |report| human(report, args.all))?;
+    // Behind the table, where they are seen.
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
         let count = report.unmatched_calibration.len();
@@ -51,7 +54,6 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
         context,
         report.layers.iter().flat_map(|l| l.notes.iter().map(|note| (l.layer.as_str(), note.as_str()))),
     );
-    context.output.result(&report, human)?;
     Ok(0)
 }
 
@@ -102,7 +104,25 @@ fn planned(plan: &Plan) -> String {
     format!("{layers}\n{} layers, {total} from {}; nothing has been stored", plan.layers.len(), bytes(dense))
 }
 
-fn human(report: &ImportReport) -> String {
+fn human(report: &ImportReport, all: bool) -> String {
+    let layers = match all || report.layers.len() <= FEW_LAYERS {
+        true => each(report),
+        false => summary(&report.layers),
+    };
+    format!(
+        "{layers}\n{} at version {}: {} layers, {} from {} ({}), {} new\n",
+        report.model,
+        report.version,
+        report.layers.len(),
+        bytes(report.stored_bytes),
+        bytes(report.dense_bytes),
+        ratio(report.dense_bytes, report.stored_bytes),
+        bytes(report.written_bytes),
+    )
+}
+
+/// A row for each layer.
+fn each(report: &ImportReport) -> String {
     let rows = report.layers.iter().map(|l| {
         vec![
             l.layer.clone(),
@@ -118,19 +138,9 @@ fn human(report: &ImportReport) -> String {
             format!("{:.2} s", l.seconds),
         ]
     });
-    let layers = table(
+    table(
         &["layer", "method", "shape", "error", "uncorrected", "over", "stored", "ratio", "bits", "reused", "time"],
         rows,
-    );
-    format!(
-        "{layers}\n{} at version {}: {} layers, {} from {} ({}), {} new\n",
-        report.model,
-        report.version,
-        report.layers.len(),
-        bytes(report.stored_bytes),
-        bytes(report.dense_bytes),
-        ratio(report.dense_bytes, report.stored_bytes),
-        bytes(report.written_bytes),
     )
 }
 

@@ -1,14 +1,13 @@
-//! `nearest`, `shared`, `index` and `copy`: keys of all layers as one collection, and one layer by itself.
+//! `nearest`, `shared` and `index`: keys of all layers as one collection.
 
 use serde::Serialize;
 
-use super::escape;
 use super::output::table;
 use super::{Context, NearestArgs, SharedArgs};
 use crate::compress::{self, SharedOptions};
 use crate::error::{Error, Result};
 use crate::formats;
-use crate::store::{NearKey, check_place};
+use crate::store::NearKey;
 
 #[derive(Serialize)]
 struct Nearest {
@@ -89,22 +88,6 @@ pub async fn index(context: &Context) -> Result<u8> {
             vec![r.table.clone(), r.keys.to_string(), made]
         });
         table(&["table", "keys", "index"], rows)
-    })?;
-    Ok(0)
-}
-
-#[derive(Serialize)]
-struct Copied {
-    model: String,
-    layer: String,
-    store: String,
-}
-
-pub async fn copy(context: &Context, model: String, layer: String, store: String) -> Result<u8> {
-    check_place(&store)?;
-    context.snapshot().await?.layer(&model, &layer).await?.copy_to(&store).await?;
-    context.output.result(&Copied { model, layer, store }, |c| {
-        format!("layer '{}' of '{}' is in {}", escape::name(&c.layer), escape::name(&c.model), escape::name(&c.store))
     })?;
     Ok(0)
 }

@@ -3,6 +3,7 @@
 mod attention;
 mod calibration;
 mod codebooks;
+mod copy;
 mod evaluate;
 mod export;
 mod import;
@@ -20,10 +21,13 @@ mod work;
 
 pub use calibration::{ActivationsFile, CalibrationFile, write_statistics};
 pub use codebooks::{Training, TrainingReport, train_codebooks};
+pub(crate) use copy::Selected;
+pub use copy::{CopyReport, copy};
 pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
 pub use export::{ExportOptions, ExportReport, export};
 pub(crate) use import::Prepared;
 pub use import::{ImportOptions, ImportReport, LayerReport, import};
+pub(crate) use plan::stored_bits;
 pub use preview::{Plan, PlannedLayer, preview};
 pub use rules::{Rule, Rules, read_attention_settings};
 pub use shared::{SharedDirections, SharedOptions, shared_directions};

@@ -271,12 +271,10 @@ pub async fn replace(
     operation: &str,
     message: Option<&str>,
 ) -> Result<u64> {
-    let action = || format!("committing model '{model}'");
     let new: HashMap<&str, &LayerRecord> = records.iter().map(|r| (r.layer.as_str(), r)).collect();
     let mut attempt = 1;
     loop {
         let dataset = writable(location).await?;
-        let format = location.format_of(&dataset)?;
         let filter = (!matches!(scope, Scope::Alone)).then(|| format!("model = {}", quoted(model)));
         let mut present = rows(location, &dataset, filter.as_deref()).await?;
         if let Scope::Alone = scope
@@ -306,29 +304,58 @@ pub async fn replace(
                 Some(format!("model = {} AND layer IN ({})", quoted(model), names.join(", ")))
             }
         };
+        let change = Change { model, records, removed, operation: format!("{operation} {model}"), message };
+        if let Some(version) = change.commit(location, dataset, &mut attempt).await? {
+            return Ok(version);
+        }
+    }
+}
+
+/// A change of the catalogue's rows.
+pub struct Change<'a> {
+    /// The model that errors name.
+    pub model: &'a str,
+    /// Rows to update, by model and layer, or to insert.
+    pub records: &'a [LayerRecord],
+    /// Selects rows to delete (SQL), those aside that are among the records.
+    pub removed: Option<String>,
+    /// What the log calls it.
+    pub operation: String,
+    /// The message in the log.
+    pub message: Option<&'a str>,
+}
+
+impl Change<'_> {
+    /// Commits the change on the version that is open, the latest one, and returns the new version; `None` where another commit came
+    /// between, and the change is to be made of the latest version again. `attempt` counts these.
+    ///
+    /// # Errors
+    /// When the storage refuses, or others commit again and again.
+    pub async fn commit(self, location: &Location, latest: Dataset, attempt: &mut u32) -> Result<Option<u64>> {
+        let format = location.format_of(&latest)?;
         let fitted = |batch| {
-            let batch = without_missing(batch, (LAYERS, &dataset), (location.uri(), format))?;
-            with_foreign(batch, (LAYERS, &dataset))
+            let batch = without_missing(batch, (LAYERS, &latest), (location.uri(), format))?;
+            with_foreign(batch, (LAYERS, &latest))
         };
-        let batches = layers_batches(records)?.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
-        let properties = properties(format!("{operation} {model}"), message);
-        let replaced =
-            replace_once(dataset, removed, batches, (properties, !matches!(location.place(), Place::Remote)));
-        match replaced.caught().await {
-            Ok(version) => return Ok(version),
+        let batches = layers_batches(self.records)?.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
+        let alone = !matches!(location.place(), Place::Remote);
+        let committed = commit_once(latest, self.removed, batches, (properties(self.operation, self.message), alone));
+        match committed.caught().await {
+            Ok(version) => Ok(Some(version)),
             Err(lance::Error::RetryableCommitConflict { .. } | lance::Error::CommitConflict { .. })
-                if attempt < COMMIT_ATTEMPTS =>
+                if *attempt < COMMIT_ATTEMPTS =>
             {
-                attempt += 1;
+                *attempt += 1;
+                Ok(None)
             }
-            Err(e) => return Err(storage_error(action())(e)),
+            Err(e) => Err(storage_error(format!("committing model '{}'", self.model))(e)),
         }
     }
 }
 
 /// Updates rows by model and layer, inserts those that are not there, and deletes those that `removed` (SQL) selects and that are not
 /// in the batches. `alone` says that nobody else commits meanwhile.
-async fn replace_once(
+async fn commit_once(
     dataset: Dataset,
     removed: Option<String>,
     batches: Vec<RecordBatch>,

@@ -19,6 +19,9 @@ use crate::layer::{ArtifactId, MethodName};
 /// The column of both tables that holds an artifact's [`RowLocations`], as JSON.
 pub const LOCATIONS: &str = "places";
 
+/// The entry of a layer's config that says what was adapted to the layer, in a list of texts.
+pub const ADAPTED: &str = "adapted";
+
 /// What a relative error was measured over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -112,7 +115,18 @@ fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Res
     serializer.collect_str(id)
 }
 
+/// Returns what a config says was adapted to its layer.
+pub fn adapted(config: &Value) -> Vec<String> {
+    let all = config[ADAPTED].as_array().map_or(&[][..], Vec::as_slice);
+    all.iter().filter_map(|note| note.as_str().map(str::to_owned)).collect()
+}
+
 impl LayerRecord {
+    /// Returns what was adapted to the layer when it was made: settings that did not fit it, and inputs that were not used.
+    pub fn notes(&self) -> Vec<String> {
+        adapted(&self.config)
+    }
+
     /// Returns what the list of artifacts would say of the layer's artifact, with its own name as its recipe and the layer's
     /// settings, which may be more than the artifact's.
     pub(super) fn artifact_record(&self) -> ArtifactRecord {

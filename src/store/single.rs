@@ -58,7 +58,8 @@ pub async fn load_backend(uri: &str) -> Result<SharedLayer> {
 }
 
 impl LayerHandle {
-    /// Copies this layer, with its names, into a store of its own at `uri`.
+    /// Copies this layer, with its names, into a store of its own at `uri`, and nothing that it runs with: [`copy`](crate::copy) takes
+    /// an attention block's projections along, and a module's layers, and copies into stores that hold something.
     ///
     /// # Errors
     /// As [`save_backend`], and when the layer cannot be read.

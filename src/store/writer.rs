@@ -129,7 +129,7 @@ impl Writer {
     }
 
     /// Returns whether the store has an artifact, or will have it with the next flush.
-    pub(super) fn has(&self, artifact: &ArtifactId) -> bool {
+    pub(crate) fn has(&self, artifact: &ArtifactId) -> bool {
         self.known.contains_key(artifact)
     }
 
@@ -302,7 +302,7 @@ impl Writer {
     ///
     /// # Errors
     /// As [`Writer::commit`].
-    pub(super) async fn commit_in(
+    pub(crate) async fn commit_in(
         mut self,
         (model, scope): (&str, Scope<'_>),
         records: &[LayerRecord],

@@ -2,6 +2,7 @@
 
 mod attention;
 mod calibration;
+mod catalogue;
 mod cli;
 mod export;
 mod faults;

@@ -26,6 +26,8 @@ pub struct MethodEntry {
     pub name: &'static str,
     /// What its layers stand for.
     pub kind: MethodKind,
+    /// The entries of its layers' configs that are no settings, as [`Method::MEASURED`].
+    pub measured: &'static [&'static str],
     implemented_by: TypeId,
     read_settings: Option<ReadSettings>,
     from_parts: fn(Parts) -> Result<SharedLayer>,
@@ -47,6 +49,7 @@ impl MethodEntry {
         MethodEntry {
             name: M::NAME,
             kind: M::KIND,
+            measured: M::MEASURED,
             implemented_by: TypeId::of::<M>(),
             read_settings: Some(read_settings::<M>),
             from_parts: |parts| Ok(M::from_parts(parts)?.shared()),
@@ -81,6 +84,7 @@ pub const BUILT_IN: [MethodEntry; 6] = [
     MethodEntry {
         name: ModuleLayer::METHOD,
         kind: MethodKind::Module,
+        measured: &[],
         implemented_by: TypeId::of::<ModuleLayer>(),
         read_settings: None,
         from_parts: |parts| Ok(ModuleLayer::from_parts(parts)?.shared()),

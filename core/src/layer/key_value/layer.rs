@@ -257,7 +257,7 @@ mod tests {
 
     use super::*;
     use crate::layer::parts::canonical_json;
-    use crate::layer::{Layer, compress};
+    use crate::layer::{Layer, Method, compress};
 
     const SETTINGS: &str = r#"{
         "decomposition": "svd", "energy_keep": 0.9, "min_singular_value": 0.25, "ridge_regularization": 0.001,
@@ -284,9 +284,9 @@ mod tests {
         assert_eq!(serde_json::from_value::<StoredConfig>(parts.config.clone()).unwrap(), layer.core.config);
         // What was measured differs in its last bits between processors.
         let mut config = parts.config;
-        for measured in ["key_error", "rounding", "truncation", "value_error"] {
-            assert!(config[measured].is_number());
-            config[measured] = 0.0.into();
+        for measured in KeyValueConfig::MEASURED {
+            assert!(config[*measured].is_number());
+            config[*measured] = 0.0.into();
         }
         assert_eq!(canonical_json(&config), STORED);
         let mut fitted = settings.clone();

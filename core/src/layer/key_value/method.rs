@@ -15,6 +15,7 @@ use crate::linalg::matmul;
 
 impl Method for KeyValueConfig {
     const NAME: &'static str = "key_value";
+    const MEASURED: &'static [&'static str] = &["key_error", "rounding", "truncation", "value_error"];
     type Layer = KeyValueLayer;
 
     fn validate(&self) -> Result<()> {
