@@ -11,7 +11,7 @@ use super::escape;
 use super::output::bytes;
 use super::signals::cancel_on_interrupt;
 use crate::compress::{self, Training};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::formats;
 use crate::layer::Accuracy;
 use crate::store::check_model_name;
@@ -142,14 +142,18 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
             losses.map(|[first, last]| format!("loss of {what} {first:.4}, then {last:.4}"))
         };
         let losses: Vec<String> = [of("queries", r.queries), of("keys", r.keys)].into_iter().flatten().collect();
+        let error = r.attention_error;
+        let error = error.map_or("attention error: not measured".to_owned(), |[before, after]| {
+            format!("attention error {before:.4}, then {after:.4}")
+        });
         format!(
-            "'{}' of '{}' at version {}: {} steps; {}; {} dead codewords given away; {}",
+            "'{}' of '{}' at version {}: {}; {error}; {}; {} given away; {}",
             escape::name(&r.layer),
             escape::name(&r.model),
             r.version,
-            r.steps,
+            counted(r.steps, "step", "steps"),
             losses.join("; "),
-            r.revived,
+            counted(r.revived, "dead codeword", "dead codewords"),
             bytes(r.stored_bytes),
         )
     })?;

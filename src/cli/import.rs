@@ -8,7 +8,7 @@ use super::output::{bytes, error, ratio, table};
 use super::signals::cancel_on_interrupt;
 use super::{Context, ImportArgs};
 use crate::compress::{self, CalibrationFile, ImportOptions, ImportReport, Plan, Rules};
-use crate::error::Result;
+use crate::error::{Result, closest, counted};
 use crate::formats;
 use crate::store::{check_model_name, check_place};
 
@@ -40,11 +40,11 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     let report = prepared.import_into(&store).await?;
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
-        let count = report.unmatched_calibration.len();
-        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
-        context
-            .output
-            .note(format!("note: calibration tensor '{name}'{others}: no layer of this checkpoint has the name"));
+        let more = and_more(report.unmatched_calibration.len());
+        let near = closest(name, report.layers.iter().map(|l| l.layer.as_str()), 1).concat();
+        context.output.note(format!(
+            "note: calibration tensor '{name}'{more}: no layer of this checkpoint has the name; the closest is '{near}'"
+        ));
     }
     note_all(context, &report.notes);
     note_layers(
@@ -71,9 +71,13 @@ fn note_layers<'a>(context: &Context, notes: impl Iterator<Item = (&'a str, &'a 
         }
     }
     for (layer, text, count) in by_text {
-        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
-        context.output.note(format!("note: layer '{layer}'{others}: {text}"));
+        context.output.note(format!("note: layer '{layer}'{}: {text}", and_more(count)));
     }
+}
+
+/// Says how many there are beside the first, which was named.
+fn and_more(count: usize) -> String {
+    if count > 1 { format!(" and {} more", count - 1) } else { String::new() }
 }
 
 fn note_unused(context: &Context, rules: &[String]) {
@@ -99,7 +103,8 @@ fn planned(plan: &Plan) -> String {
     let dense = plan.layers.iter().map(|l| l.dense_bytes).sum();
     let known: Option<Vec<u64>> = plan.layers.iter().map(|l| l.expected_bytes).collect();
     let total = known.map_or("some of them by their numbers".to_owned(), |all| bytes(all.iter().sum()));
-    format!("{layers}\n{} layers, {total} from {}; nothing has been stored", plan.layers.len(), bytes(dense))
+    let count = counted(plan.layers.len(), "layer", "layers");
+    format!("{layers}\n{count}, {total} from {}; nothing has been stored", bytes(dense))
 }
 
 fn human(report: &ImportReport) -> String {
@@ -123,10 +128,10 @@ fn human(report: &ImportReport) -> String {
         rows,
     );
     format!(
-        "{layers}\n{} at version {}: {} layers, {} from {} ({}), {} new\n",
+        "{layers}\n{} at version {}: {}, {} from {} ({}), {} new\n",
         report.model,
         report.version,
-        report.layers.len(),
+        counted(report.layers.len(), "layer", "layers"),
         bytes(report.stored_bytes),
         bytes(report.dense_bytes),
         ratio(report.dense_bytes, report.stored_bytes),
@@ -139,7 +144,8 @@ pub async fn export(context: &Context, model: &str, output: &Path) -> Result<u8>
     let progress = Arc::new(context.output.progress());
     let report = compress::export(&snapshot, model, output, progress, cancel_on_interrupt()).await?;
     context.output.result(&report, |r| {
-        format!("{} layers, {} in {}", r.layers, bytes(r.bytes), escape::name(&output.to_string_lossy()))
+        let layers = counted(r.layers, "layer", "layers");
+        format!("{layers}, {} in {}", bytes(r.bytes), escape::name(&output.to_string_lossy()))
     })?;
     Ok(0)
 }

@@ -1,13 +1,13 @@
 //! Attention blocks of a checkpoint: found by the names of their projections, their codebooks made from calibration inputs.
 
 use layerstore_core::linalg::{add_outer, matmul_nt, relative_error};
-use ndarray::{Array2, ArrayView1, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, s};
 
 use super::calibration::CalibrationFile;
 use super::misfits::Misfits;
 use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest, known_list};
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 use crate::layer::{Accuracy, Method, MethodName, VqAttentionConfig, VqAttentionLayer};
 use crate::nn::AttentionBlock;
@@ -103,11 +103,15 @@ fn planned(
             Some(SourceContent::Tensors { weight, bias }) if weight.is_float_matrix() => {
                 Ok(Projection { layer: name, weight: weight.clone(), bias: bias.clone() })
             }
-            _ => Err(Error::expected(
-                "projection of an attention block",
-                format!("no matrix '{name}'"),
-                "a layer of that name",
-            )),
+            _ => {
+                let matrices = layers.iter().filter(|layer| match &layer.content {
+                    SourceContent::Tensors { weight, .. } => weight.is_float_matrix(),
+                    SourceContent::Ready { .. } => false,
+                });
+                let near = closest(&name, matrices.map(|layer| layer.name.as_str()), 3);
+                let expected = format!("one that is there; {}", known_list("closest names", &near));
+                Err(Error::expected("projection of an attention block", format!("no matrix '{name}'"), expected))
+            }
         }
     };
     let projections = [named(&config.query)?, named(&config.key)?, named(&config.value)?];
@@ -195,23 +199,24 @@ pub(super) fn make_block(
     };
     let error = match (queries, keys, values) {
         (Some(q), Some(k), Some(v)) if q.nrows() == k.nrows() && k.nrows() == v.nrows() => {
-            let exact = AttentionBlock::new(layer.exact()?, None, None)?;
-            let block = AttentionBlock::new(layer.clone(), None, None)?;
-            Some(windowed_error(&block, &exact, [&q, &k, &v])?)
+            Some(attention_error(&layer, [q.view(), k.view(), v.view()])?)
         }
         _ => None,
     };
     Ok((layer, error))
 }
 
-/// ‖ŷ − y‖ / ‖y‖ of outputs of the heads, each window of tokens by itself.
-fn windowed_error(block: &AttentionBlock, exact: &AttentionBlock, [q, k, v]: [&Array2<f32>; 3]) -> Result<f64> {
+/// Returns ‖ŷ − y‖ / ‖y‖ of outputs of the heads against those of exact attention, each window of tokens by itself; NaN where they
+/// are all 0. Queries, keys and values are a row a token, and as many of each.
+pub(super) fn attention_error(layer: &VqAttentionLayer, [q, k, v]: [ArrayView2<f32>; 3]) -> Result<f64> {
+    let exact = AttentionBlock::new(layer.exact()?, None, None)?;
+    let block = AttentionBlock::new(layer.clone(), None, None)?;
     let (mut found, mut expected) = (vec![], vec![]);
     for start in (0..q.nrows()).step_by(WINDOW) {
         let tokens = start..q.nrows().min(start + WINDOW);
-        let part = |x: &Array2<f32>| x.slice(s![tokens.clone(), ..]).insert_axis(ndarray::Axis(0)).to_owned();
+        let part = |x: ArrayView2<f32>| x.slice(s![tokens.clone(), ..]).insert_axis(ndarray::Axis(0)).to_owned();
         let (q, k, v) = (part(q), part(k), part(v));
-        for (block, all) in [(block, &mut found), (exact, &mut expected)] {
+        for (block, all) in [(&block, &mut found), (&exact, &mut expected)] {
             let y = block.attend(q.view(), k.view(), v.view(), None, None, Accuracy::Full)?;
             all.extend(y);
         }
