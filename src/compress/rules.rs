@@ -356,7 +356,7 @@ method = "dense"
             (&rule("method = 'vq_attention'\nn_head = 4"), 1, "query, key and value"),
             (&rule("method = 'vq_attention'\nn_head = 4\nquery = 'q'\nkey = 'k'"), 6, "all three"),
             (&rule("method = 'vq_attention'\nmechanism = 'flash'"), 4, "vq_qk"),
-            (&rule("method = 'module'"), 3, "no rule makes a module"),
+            (&rule("method = 'module'"), 3, "found 'module', expected one of dense"),
             (&rule("method = 'ternary'\ngroup = 'row'"), 4, "channel"),
             (&rule("method = 'ternary'\nrank = 4\nnorm = 7"), 5, "norm"),
         ] {

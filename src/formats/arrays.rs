@@ -82,7 +82,7 @@ pub fn write_any_array(location: &str, array: ArrayViewD<f32>) -> Result<()> {
         Location::Npy(path) => staged::write(path, |staged| write_npy(staged, &shape, values)).map(drop),
         Location::Safetensors(path, name) => {
             let (name, bytes) = (name.unwrap_or(OUTPUT), f32_bytes(values));
-            merged::put(path, &[NewTensor { name, dtype: DType::F32, shape: &shape, bytes: &bytes }])
+            merged::put(path, &[NewTensor { name, dtype: DType::F32, shape: &shape, bytes: &bytes }], &[])
         }
     }
 }

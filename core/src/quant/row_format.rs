@@ -72,7 +72,12 @@ impl<'de> Deserialize<'de> for RowFormat {
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<RowFormat, A::Error> {
                 TaggedFormat::deserialize(MapAccessDeserializer::new(map))
                     .map(|TaggedFormat::Pq(format)| RowFormat::Product(format))
-                    .map_err(|e| serde::de::Error::custom(format!("{e}; other formats are written without a table")))
+                    .map_err(|e| match e.to_string() {
+                        of if of.starts_with("unknown variant") => {
+                            serde::de::Error::custom(format!("{of}; other formats are written without a table"))
+                        }
+                        _ => e,
+                    })
             }
         }
         deserializer.deserialize_any(Either)
