@@ -38,7 +38,10 @@ pub async fn verify(context: &Context) -> Result<u8> {
                 vec![what, d.reason.clone(), d.file.clone()]
             });
             text += &table(&["damaged", "reason", "file"], rows);
-            text += &format!("\ndamaged: {}\n\n", counted(report.damaged.len(), "version or snapshot", "versions and snapshots"));
+            text += &format!(
+                "\ndamaged: {}\n\n",
+                counted(report.damaged.len(), "version or snapshot", "versions and snapshots")
+            );
         }
         let rows = report.corrupt.iter().map(|c| {
             let layers: Vec<String> = c.layers.iter().map(|l| format!("{}: {}", l.model, l.layer)).collect();

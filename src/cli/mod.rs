@@ -321,7 +321,8 @@ async fn run(cli: Cli) -> Result<u8> {
 
 /// The commands that --at is for.
 const READ_A_VERSION: [&str; 12] = [
-    "models", "layers", "show", "forward", "attend", "search", "nearest", "shared", "copy", "evaluate", "export", "stats",
+    "models", "layers", "show", "forward", "attend", "search", "nearest", "shared", "copy", "evaluate", "export",
+    "stats",
 ];
 
 /// What every command needs.

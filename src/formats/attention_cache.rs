@@ -35,7 +35,10 @@ pub fn read_attention_cache(path: &Path, block: &str) -> Result<CompressedCache>
             return Err(Error::file(path, reason));
         }
         None => {
-            return Err(Error::file(path, "there is no state in it; expected one of this block, or no file, to begin a sequence"));
+            return Err(Error::file(
+                path,
+                "there is no state in it; expected one of this block, or no file, to begin a sequence",
+            ));
         }
     }
     Ok(CompressedCache {

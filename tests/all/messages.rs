@@ -13,21 +13,28 @@ fn rule(lines: &str) -> String {
 
 #[test]
 fn settings_of_another_type_are_told_what_to_write() {
-    const HYPER: &str = "method = 'vq_attention'\nn_head = 2\nquery = 'q'\nkey = 'k'\nvalue = 'v'\nmechanism = 'hyper'\n";
+    const HYPER: &str =
+        "method = 'vq_attention'\nn_head = 2\nquery = 'q'\nkey = 'k'\nvalue = 'v'\nmechanism = 'hyper'\n";
     for (lines, says) in [
         (
             "method = 'low_rank'\nweight = 'int4'",
             &["line 4", "weight: ", "string \"int4\"", "a table, such as { type = \"int4\", group = 64 }"][..],
         ),
         ("method = 'low_rank'\nweight = 4", &["integer `4`", "a table, such as"]),
-        ("method = 'key_value'\nbackend = 'flat'", &["string \"flat\"", "a table with a type, such as { type = \"flat\" }"]),
+        (
+            "method = 'key_value'\nbackend = 'flat'",
+            &["string \"flat\"", "a table with a type, such as { type = \"flat\" }"],
+        ),
         ("method = 'key_value'\nvalues = 'pq'", &["string \"pq\"", "\"int8\" or a table { type = \"pq\" }"]),
         ("method = 'key_value'\nvalues = { type = 'int8' }", &["without a table"]),
         ("method = 'key_value'\nbackend = { type = 'pq', subvectors = -1 }", &["`-1`", "a whole number of at least 0"]),
         ("method = 'key_value'\nmax_ids_capacity = 0", &["line 4: max_ids_capacity: found 0, expected at least 1"]),
         ("method = 'low_rank'\nclipping = 'percentile'", &["string \"percentile\"", "a table { percentile = 99.9 }"]),
         ("method = 'low_rank'\nclipping = 0.99", &["`0.99`", "{ percentile = 99.9 }"]),
-        ("method = 'low_rank'\nclipping = { percentile = nan }", &["line 4: clipping.percentile: found NaN, expected a finite"]),
+        (
+            "method = 'low_rank'\nclipping = { percentile = nan }",
+            &["line 4: clipping.percentile: found NaN, expected a finite"],
+        ),
         ("method = 'low_rank'\nrank = { max_bits = inf }", &["rank.max_bits: found inf, expected a finite number"]),
         ("method = 'low_rank'\nrank = 'full'", &["string \"full\"", "0 for none", "{ max_bits = 4.5 }"]),
         ("method = 'ternary'\nweight = { type = 'int4' }", &["weight: ", "`group` and `scales`"]),
@@ -67,7 +74,9 @@ fn patterns_in_double_quotes_are_told_of_single_ones() {
         let message = Rules::parse(text, "r.toml").unwrap_err().to_string();
         assert!(!message.contains("single quotes"), "{message}");
     }
-    assert!(Rules::parse("[[rule]]\nlayers = \"a\\\\.b\"\nmethod = \"dense\"", "r.toml").unwrap().find("a.b").is_some());
+    assert!(
+        Rules::parse("[[rule]]\nlayers = \"a\\\\.b\"\nmethod = \"dense\"", "r.toml").unwrap().find("a.b").is_some()
+    );
 }
 
 #[test]
@@ -77,12 +86,19 @@ fn methods_that_need_inputs_name_the_option() {
     let at = rules.display().to_string();
     let weight = "weight = { type = 'int4', group = 16 }\nrank = 4";
     for needs in ["rounding = 'gptq'", "scaling = 'exact'", "bias_correction = true"] {
-        std::fs::write(&rules, format!("[[rule]]\nlayers = 'blocks\\.0\\.up'\nmethod = 'low_rank'\n{weight}\n{needs}\n"))
-            .unwrap();
+        std::fs::write(
+            &rules,
+            format!("[[rule]]\nlayers = 'blocks\\.0\\.up'\nmethod = 'low_rank'\n{weight}\n{needs}\n"),
+        )
+        .unwrap();
         let name = needs.split(' ').next().unwrap();
         place.fails(
             1,
-            &["layer 'blocks.0.up'", name, "found none, expected --calibration FILE with a tensor [tokens, 48] named after"],
+            &[
+                "layer 'blocks.0.up'",
+                name,
+                "found none, expected --calibration FILE with a tensor [tokens, 48] named after",
+            ],
             &["import", CHECKPOINT, "--model", "m", "--rules", &at],
         );
     }
@@ -98,11 +114,18 @@ fn names_that_are_not_there_are_answered_with_the_nearest() {
     place.fails(1, &["no model named 'othr'", "models: other, bert"], &["layers", "othr"]);
     place.fails(1, &["closest names: blocks.0.up, "], &["show", "bert", "blocks.0.up.weight"]);
     place.fails(1, &["no snapshot named 'befor'; snapshots: before"], &["--at", "befor", "models"]);
-    place.fails(1, &["no model named 'brt'", "bert, other"], &["nearest", "bert", "blocks.0.up", "1", "--among", "brt"]);
+    place.fails(
+        1,
+        &["no model named 'brt'", "bert, other"],
+        &["nearest", "bert", "blocks.0.up", "1", "--among", "brt"],
+    );
     let missing = format!("{CHECKPOINT}:blocks.0.up.wieght");
     place.fails(
         1,
-        &["found no 'blocks.0.up.wieght', expected one that is there; closest names: blocks.0.up.weight, ", " and 8 more"],
+        &[
+            "found no 'blocks.0.up.wieght', expected one that is there; closest names: blocks.0.up.weight, ",
+            " and 8 more",
+        ],
         &["forward", "bert", "blocks.0.up", "--input", &missing],
     );
     place.fails(
@@ -113,10 +136,17 @@ fn names_that_are_not_there_are_answered_with_the_nearest() {
     // Inputs, too, are named after layers.
     let inputs = place.path("inputs.safetensors").display().to_string();
     write_array(&format!("{inputs}:block.0.up"), Array2::ones((3, 48)).view(), false).unwrap();
-    place.fails(1, &["inputs for 'block.0.up'", "such as 'blocks.0.up'"], &["evaluate", "bert", "--activations", &inputs]);
+    place.fails(
+        1,
+        &["inputs for 'block.0.up'", "such as 'blocks.0.up'"],
+        &["evaluate", "bert", "--activations", &inputs],
+    );
     let import = ["import", CHECKPOINT, "--model", "c", "--calibration", &inputs];
     let said = place.run(&import).err;
-    assert!(said.contains("tensor 'block.0.up': no layer of this checkpoint has the name; the closest is 'blocks.0.up'"), "{said}");
+    assert!(
+        said.contains("tensor 'block.0.up': no layer of this checkpoint has the name; the closest is 'blocks.0.up'"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -129,13 +159,34 @@ fn files_of_another_kind_are_named() {
     std::fs::write(&rules, "[[rule]]\nlayers = '.*'\nmethod = 'dense'\n").unwrap();
     let inputs = "named after each layer";
     for (args, says) in [
-        (["import", CHECKPOINT, "--model", "n", "--calibration", &npy], &["x.npy: the file is an .npy array", inputs][..]),
-        (["evaluate", "m", "--activations", &npy, "--checkpoint", CHECKPOINT], &["an .npy array; expected safetensors", inputs]),
-        (["evaluate", "m", "--activations", INPUTS, "--checkpoint", &npy], &["the file is an .npy array; expected safetensors"]),
-        (["import", &rules, "--model", "n", "--rules", &rules], &["rules.toml: the file is text; expected safetensors"]),
-        (["import", CHECKPOINT, "--model", "n", "--rules", &npy], &["the file is an .npy array; expected rules in TOML"]),
-        (["import", CHECKPOINT, "--model", "n", "--rules", CHECKPOINT], &["a safetensors file; expected rules in TOML"]),
-        (["import", CHECKPOINT, "--model", "n", "--rules", "tests"], &["a directory; expected a file of rules in TOML"]),
+        (
+            ["import", CHECKPOINT, "--model", "n", "--calibration", &npy],
+            &["x.npy: the file is an .npy array", inputs][..],
+        ),
+        (
+            ["evaluate", "m", "--activations", &npy, "--checkpoint", CHECKPOINT],
+            &["an .npy array; expected safetensors", inputs],
+        ),
+        (
+            ["evaluate", "m", "--activations", INPUTS, "--checkpoint", &npy],
+            &["the file is an .npy array; expected safetensors"],
+        ),
+        (
+            ["import", &rules, "--model", "n", "--rules", &rules],
+            &["rules.toml: the file is text; expected safetensors"],
+        ),
+        (
+            ["import", CHECKPOINT, "--model", "n", "--rules", &npy],
+            &["the file is an .npy array; expected rules in TOML"],
+        ),
+        (
+            ["import", CHECKPOINT, "--model", "n", "--rules", CHECKPOINT],
+            &["a safetensors file; expected rules in TOML"],
+        ),
+        (
+            ["import", CHECKPOINT, "--model", "n", "--rules", "tests"],
+            &["a directory; expected a file of rules in TOML"],
+        ),
     ] {
         place.fails(1, says, &args);
     }
@@ -167,7 +218,8 @@ fn counts_have_the_number_of_their_noun() {
     assert!(gc.starts_with("0 artifacts and 0 stray rows"), "{gc}");
     let exported = place.run(&["export", "m", "--output", &place.path("two.safetensors").display().to_string()]).out;
     assert!(exported.starts_with("1 layer, "), "{exported}");
-    write_array(&place.path("2.safetensors:a.weight").display().to_string(), Array2::ones((4, 4)).view(), false).unwrap();
+    write_array(&place.path("2.safetensors:a.weight").display().to_string(), Array2::ones((4, 4)).view(), false)
+        .unwrap();
     place.json(&["import", &place.path("2.safetensors").display().to_string(), "--model", "m"]);
     let gc = place.run(&["gc", "--older-than", "0s"]).out;
     assert!(gc.starts_with("1 artifact and 0 stray rows"), "{gc}");
@@ -228,7 +280,7 @@ fn addresses_of_no_store_say_what_is_wanted() {
     // By an option, or by the environment.
     let at = |option: Option<&str>, variable: Option<&str>, args: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_layerstore"));
-        command.current_dir(place.folder.path()).args(option.map(|store| format!("--store={store}"))).args(args);
+        command.current_dir(place.folder.path()).args(option.iter().flat_map(|store| ["--store", store])).args(args);
         match variable {
             Some(variable) => command.env("LAYERSTORE_URI", variable),
             None => command.env_remove("LAYERSTORE_URI"),
@@ -251,7 +303,10 @@ fn addresses_of_no_store_say_what_is_wanted() {
     for (option, variable) in [(Some(""), None), (Some(""), Some("layers")), (None, Some(""))] {
         let (code, said) = at(option, variable, &["models"]);
         assert_eq!(code, Some(2), "{said}");
-        assert!(said.contains("the address is empty") && said.contains("LAYERSTORE_URI not set, for ./layers"), "{said}");
+        assert!(
+            said.contains("the address is empty") && said.contains("LAYERSTORE_URI not set, for ./layers"),
+            "{said}"
+        );
     }
     let (code, said) = at(None, None, &["models"]);
     assert!(code == Some(1) && said.contains("/layers is not a layer store"), "{said}");
@@ -316,7 +371,10 @@ fn a_state_is_of_one_block() {
     let attend = |block: &'static str| ["attend", "m", block, "--q", &x, "--state", &state].map(str::to_owned);
     let run = |block| place.json(&attend(block).each_ref().map(String::as_str));
     let refuse = |block, says: &[&str]| place.fails(1, says, &attend(block).each_ref().map(String::as_str));
-    refuse("both", &["layer 'both'", "found a block that is not causal, expected a causal block of mechanism \"vq_qk\""]);
+    refuse(
+        "both",
+        &["layer 'both'", "found a block that is not causal, expected a causal block of mechanism \"vq_qk\""],
+    );
     assert!(!place.path("state.safetensors").exists());
     run("first");
     run("first");
@@ -361,7 +419,10 @@ fn training_is_called_training_and_counted_in_epochs() {
     let next = place.json(&train);
     assert_eq!(error(&next, 0), error(&last, 1));
     let log = place.json(&["log"]);
-    assert_eq!((field(&log[0], "operation"), field(&log[0], "message")), (&"train m".into(), &"codebooks of 'block', 3 epochs".into()));
+    assert_eq!(
+        (field(&log[0], "operation"), field(&log[0], "message")),
+        (&"train m".into(), &"codebooks of 'block', 3 epochs".into())
+    );
     // Keys of another number than queries: nothing to attend with.
     let keys = place.path("keys.npy").display().to_string();
     write_array(&keys, Array2::from_shape_fn((30, 8), |(i, j)| ((i + 3 * j) as f32).cos()).view(), false).unwrap();

@@ -63,7 +63,9 @@ impl<'de> Deserialize<'de> for Rank {
         impl<'de> Visitor<'de> for Either {
             type Value = Rank;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a whole number of components (0 for none), or a table { max_error = 0.05 } or { max_bits = 4.5 }")
+                f.write_str(
+                    "a whole number of components (0 for none), or a table { max_error = 0.05 } or { max_bits = 4.5 }",
+                )
             }
             fn visit_u64<E: serde::de::Error>(self, n: u64) -> std::result::Result<Rank, E> {
                 let rank = usize::try_from(n).map(Rank::Components);
