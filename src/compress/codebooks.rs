@@ -88,6 +88,7 @@ pub async fn train_codebooks(
     let begin = there.filter(|_| !training.anew && training.config.is_none());
     let batches = batches(training.epochs, inputs.q.nrows().max(inputs.k.nrows()), training.batch)?;
     progress.training_started(training.epochs, batches);
+    progress.layer(layer);
     let trained = learn(begin, config, inputs, (training.epochs, batches), progress, cancel).await;
     progress.finished();
     let Trained { attention, queries, keys, attention_error, revived, steps } = trained?;

@@ -169,11 +169,10 @@ impl Settings {
     /// Reads the settings; a mistake is that of the key without which the complaint goes away, or of them all, which begin at
     /// `start`.
     fn read<T>(
-        mut self,
+        self,
         start: usize,
         read: impl Fn(Map<String, Value>) -> std::result::Result<T, String>,
     ) -> std::result::Result<T, Mistake> {
-        self.values.remove("method");
         read(self.values.clone()).map_err(|message| {
             let blamed = self.values.keys().find(|key| {
                 let mut without = self.values.clone();
@@ -190,6 +189,7 @@ impl Settings {
     }
 }
 
+/// Reads a rule.
 fn read_rule(table: Table, line_of: &impl Fn(usize) -> usize) -> std::result::Result<Rule, Mistake> {
     let start = table.span().start;
     let mut layers = None;
@@ -262,11 +262,11 @@ pub fn read_attention_settings(path: &Path) -> Result<VqAttentionConfig> {
 }
 
 /// Reads the method of a rule's table, which begins at `start`.
-fn read_method(settings: Settings, start: usize) -> std::result::Result<MethodConfig, Mistake> {
+fn read_method(mut settings: Settings, start: usize) -> std::result::Result<MethodConfig, Mistake> {
     let names = || registry::names_for_rules().join(", ");
     let at = settings.places.get("method").copied().unwrap_or(start);
-    let name = match settings.values.get("method") {
-        Some(Value::String(name)) => name.clone(),
+    let name = match settings.values.remove("method") {
+        Some(Value::String(name)) => name,
         Some(_) => return Err((at, format!("method must be one of {}, in quotes", names()))),
         None => return Err((start, format!("the rule has no 'method': give one of {}", names()))),
     };

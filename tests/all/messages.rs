@@ -199,6 +199,15 @@ fn files_of_another_kind_are_named() {
     }
     std::fs::copy(&npy, place.path("model.keras")).unwrap();
     place.fails(1, &["an .npy array; expected a ZIP archive"], &["import", &at("model.keras"), "--model", "n"]);
+    std::fs::write(place.path("block.toml"), "n_head = 2\nn_code = 0\nmethod = 'vq_attention'\n").unwrap();
+    let train = |settings: &str, says: &[&str]| {
+        place.fails(1, says, &["codebooks", "train", "m", "a", "--queries", &npy, "--settings", settings]);
+    };
+    train(&at("block.toml"), &["block.toml, line 3: method: unknown field `method`"]);
+    std::fs::write(place.path("block.toml"), "n_head = 2\nn_code = 0\nscale = nan\n").unwrap();
+    train(&at("block.toml"), &["block.toml, line 3: scale: found NaN, expected a finite number"]);
+    std::fs::write(place.path("block.toml"), "n_head = 2\nn_code = 0\n").unwrap();
+    train(&at("block.toml"), &["block.toml, line 2: n_code: found 0, expected at least 1"]);
     let settings = ["codebooks", "train", "m", "a", "--queries", &npy, "--settings", &npy];
     place.fails(1, &["an .npy array; expected settings of an attention block in TOML"], &settings);
 }
