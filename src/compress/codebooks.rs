@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::Serialize;
 
-use super::attention::attention_error;
+use super::measure::measure_attention;
 use super::work::{Cancel, Progress};
 use crate::error::{Error, Result, counted};
 use crate::layer::{Accuracy, CodebookStep, Layer, Method, Parts, VqAttentionConfig, VqAttentionLayer};
@@ -136,8 +136,8 @@ impl Inputs {
     fn error(&self, attention: &VqAttentionLayer) -> Result<Option<f64>> {
         let Some(v) = self.v.as_ref().filter(|_| self.q.nrows() == self.k.nrows()) else { return Ok(None) };
         let first = self.q.nrows().min(layerstore_core::calibration::SAMPLE_ROWS);
-        let inputs = [&self.q, &self.k, v].map(|x| x.slice(s![..first, ..]));
-        Ok(Some(attention_error(attention, inputs)?).filter(|e| e.is_finite()))
+        let [q, k, v] = [&self.q, &self.k, v].map(|x| x.slice(s![..first, ..]).to_owned());
+        Ok(Some(measure_attention(attention, [&q, &k, &v])?).filter(|e| e.is_finite()))
     }
 }
 

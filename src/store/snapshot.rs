@@ -209,7 +209,7 @@ impl Snapshot {
         LayerHandle::new(self.shared.clone(), record)
     }
 
-    /// Returns the error of a model that is not in this version.
+    /// Returns the error of a name that no model has.
     pub(super) async fn unknown_model(&self, model: &str) -> Result<Error> {
         let all = self.catalogue.names().await?.models();
         let known = closest(model, all.iter().map(String::as_str), all.len());
