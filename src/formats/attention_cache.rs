@@ -29,7 +29,7 @@ pub fn read_attention_cache(path: &Path, block: &str) -> Result<CompressedCache>
                           projections changed; expected a state of this block, or no file, to begin a sequence";
             return Err(Error::file(path, reason));
         }
-        None if file.tensor("recent_codes").is_some() => {
+        None if file.tensors().contains_key("recent_codes") => {
             let reason = "the state in it does not say which block it is of, as older versions of layerstore wrote it; \
                           expected a state of this block, or no file, to begin a sequence";
             return Err(Error::file(path, reason));
