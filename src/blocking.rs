@@ -332,6 +332,11 @@ impl AttentionHandle {
         &self.handle
     }
 
+    /// Returns what names the block's content, as [`AttentionHandle::id`](crate::AttentionHandle::id).
+    pub fn id(&self) -> String {
+        self.handle.id()
+    }
+
     run_to_end! { "AttentionHandle", self => self.handle;
         /// Loads codebooks and settings.
         fn load_attention() -> VqAttentionLayer;

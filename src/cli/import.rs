@@ -9,7 +9,7 @@ use super::signals::cancel_on_interrupt;
 use super::summary::{FEW_LAYERS, summary};
 use super::{Context, ImportArgs};
 use crate::compress::{self, CalibrationFile, ExportOptions, ImportOptions, ImportReport, Plan, Rules};
-use crate::error::Result;
+use crate::error::{Result, closest, counted};
 use crate::formats;
 use crate::store::{check_model_name, check_place};
 
@@ -43,11 +43,11 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     // Behind the table, where they are seen.
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
-        let count = report.unmatched_calibration.len();
-        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
-        context
-            .output
-            .note(format!("note: calibration tensor '{name}'{others}: no layer of this checkpoint has the name"));
+        let more = and_more(report.unmatched_calibration.len());
+        let near = closest(name, report.layers.iter().map(|l| l.layer.as_str()), 1).concat();
+        context.output.note(format!(
+            "note: calibration tensor '{name}'{more}: no layer of this checkpoint has the name; the closest is '{near}'"
+        ));
     }
     note_all(context, &report.notes);
     note_layers(
@@ -73,9 +73,13 @@ fn note_layers<'a>(context: &Context, notes: impl Iterator<Item = (&'a str, &'a 
         }
     }
     for (layer, text, count) in by_text {
-        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
-        context.output.note(format!("note: layer '{layer}'{others}: {text}"));
+        context.output.note(format!("note: layer '{layer}'{}: {text}", and_more(count)));
     }
+}
+
+/// Says how many there are beside the first, which was named.
+fn and_more(count: usize) -> String {
+    if count > 1 { format!(" and {} more", count - 1) } else { String::new() }
 }
 
 fn note_unused(context: &Context, rules: &[String]) {
@@ -101,7 +105,8 @@ fn planned(plan: &Plan) -> String {
     let dense = plan.layers.iter().map(|l| l.dense_bytes).sum();
     let known: Option<Vec<u64>> = plan.layers.iter().map(|l| l.expected_bytes).collect();
     let total = known.map_or("some of them by their numbers".to_owned(), |all| bytes(all.iter().sum()));
-    format!("{layers}\n{} layers, {total} from {}; nothing has been stored", plan.layers.len(), bytes(dense))
+    let count = counted(plan.layers.len(), "layer", "layers");
+    format!("{layers}\n{count}, {total} from {}; nothing has been stored", bytes(dense))
 }
 
 fn human(report: &ImportReport, all: bool) -> String {
@@ -110,10 +115,10 @@ fn human(report: &ImportReport, all: bool) -> String {
         false => summary(&report.layers),
     };
     format!(
-        "{layers}\n{} at version {}: {} layers, {} from {} ({}), {} new\n",
+        "{layers}\n{} at version {}: {}, {} from {} ({}), {} new\n",
         report.model,
         report.version,
-        report.layers.len(),
+        counted(report.layers.len(), "layer", "layers"),
         bytes(report.stored_bytes),
         bytes(report.dense_bytes),
         ratio(report.dense_bytes, report.stored_bytes),
@@ -152,11 +157,12 @@ pub async fn export(context: &Context, model: &str, output: &Path, allow_approxi
     let notes = report.notes.iter();
     note_layers(context, notes.flat_map(|(layer, all)| all.iter().map(move |note| (layer.as_str(), note.as_str()))));
     context.output.result(&report, |r| {
+        let layers = counted(r.layers, "layer", "layers");
         let added = match r.added_biases.len() {
             0 => String::new(),
-            count => format!(", {count} biases added"),
+            count => format!(", {} added", counted(count, "bias", "biases")),
         };
-        format!("{} layers, {} in {}{added}", r.layers, bytes(r.bytes), escape::name(&output.to_string_lossy()))
+        format!("{layers}, {} in {}{added}", bytes(r.bytes), escape::name(&output.to_string_lossy()))
     })?;
     Ok(0)
 }

@@ -29,7 +29,7 @@ use crate::store::{OnWait, Snapshot, Store, StoreOptions};
 #[command(name = "layerstore", version, about, max_term_width = 100)]
 pub struct Cli {
     /// The store: a directory (~/ and file:///PATH are understood), or an object-store URI.
-    #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers")]
+    #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers", value_parser = address)]
     store: String,
     /// Read at this snapshot, or version number, in place of the latest version; snapshot create names it.
     #[arg(long, global = true, value_name = "SNAPSHOT")]
@@ -42,6 +42,14 @@ pub struct Cli {
     quiet: bool,
     #[command(subcommand)]
     command: Command,
+}
+
+/// The address of a store, as an option or the environment gives it.
+fn address(given: &str) -> Result<String, &'static str> {
+    match given {
+        "" => Err("the address is empty; expected a directory or a URI, or LAYERSTORE_URI not set, for ./layers"),
+        given => Ok(given.to_owned()),
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -334,6 +342,12 @@ async fn run(cli: Cli) -> Result<u8> {
     }
 }
 
+/// The commands that --at is for.
+const READ_A_VERSION: [&str; 12] = [
+    "models", "layers", "show", "forward", "attend", "search", "nearest", "shared", "copy", "evaluate", "export",
+    "stats",
+];
+
 /// What every command needs.
 struct Context {
     store: String,
@@ -375,7 +389,7 @@ impl Context {
             Some(at) => Err(Error::Usage {
                 option: "--at".into(),
                 found: format!("'{at}' with {command}"),
-                expected: "a command that reads a version".into(),
+                expected: format!("a command that reads a version ({})", READ_A_VERSION.join(", ")),
             }),
             None => Ok(()),
         }

@@ -84,7 +84,7 @@ impl<'a> Selected<'a> {
         // The last moment at which it can be given up.
         cancel.unless(writer.ready()).await?;
         let message = format!("copied from {}, version {}", self.snapshot.uri(), self.snapshot.version());
-        let version = writer.commit_in((self.model, self.scope), &records, Some(&message)).await?;
+        let version = writer.commit_in((self.model, self.scope), &records, ("copy", Some(&message))).await?;
         Ok(CopyReport {
             model: self.model.to_owned(),
             version,

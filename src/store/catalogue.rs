@@ -96,10 +96,13 @@ fn check_format(location: &Location, dataset: Dataset) -> Result<Dataset> {
 
 fn not_a_store(location: &Location) -> Error {
     let reason = match location.place() {
-        Place::Local(path) if !path.exists() => "the directory does not exist; `layerstore import` makes a store",
-        _ => "it holds no table named 'layers'; `layerstore import` makes a store",
+        Place::Local(path) if !path.exists() => {
+            let link = location.link().map(|link| format!(" (the symbolic link {} leads there)", link.display()));
+            format!("the directory does not exist{}; `layerstore import` makes a store", link.unwrap_or_default())
+        }
+        _ => "it holds no table named 'layers'; `layerstore import` makes a store".to_owned(),
     };
-    Error::NotAStore { path: location.uri().to_owned(), reason: reason.into() }
+    Error::NotAStore { path: location.uri().to_owned(), reason }
 }
 
 /// Opens the catalogue, or makes an empty one.

@@ -83,6 +83,6 @@ async fn save(record: LayerRecord, parts: Parts, uri: &str, options: StoreOption
         Provenance { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
     writer.add(&parts, provenance).await.map_err(|e| e.in_layer(&record.layer))?;
     let model = record.model.clone();
-    writer.commit_in((&model, Scope::Alone), &[record], None).await?;
+    writer.commit_in((&model, Scope::Alone), &[record], ("copy", None)).await?;
     Ok(())
 }

@@ -235,8 +235,10 @@ impl Snapshot {
         LayerHandle::new(self.shared.clone(), record)
     }
 
-    async fn unknown_model(&self, model: &str) -> Result<Error> {
-        let known = self.catalogue.names().await?.models();
+    /// Returns the error of a name that no model has.
+    pub(super) async fn unknown_model(&self, model: &str) -> Result<Error> {
+        let all = self.catalogue.names().await?.models();
+        let known = closest(model, all.iter().map(String::as_str), all.len());
         Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
     }
 

@@ -16,7 +16,7 @@ use super::lock;
 use super::schema::LAYERS;
 use super::upgrade::with_format;
 use super::waiting::{Waiting, reason, storage_error};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest};
 
 /// A version of the store, as `log` lists it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -25,7 +25,7 @@ pub struct VersionInfo {
     pub version: u64,
     /// When it was committed.
     pub time: DateTime<Utc>,
-    /// What made it: `create`, `import`, `remove`, `rename`, `restore` or `upgrade`, and of what.
+    /// What made it: `create`, `import`, `train`, `save`, `copy`, `remove`, `rename`, `restore` or `upgrade`, and of what.
     pub operation: String,
     /// The message that it was committed with.
     pub message: Option<String>,
@@ -186,7 +186,7 @@ pub async fn delete_snapshot(location: &Location, name: &str) -> Result<DeletedS
     let dataset = writable(location).await?;
     let known = tag_names(location).await?;
     if !known.iter().any(|known| known == name) {
-        return Err(Error::UnknownSnapshot { name: name.to_owned(), known });
+        return Err(unknown_snapshot(name, &known));
     }
     let version = tag(location, &dataset, name).await.ok();
     let time = match version {
@@ -210,8 +210,13 @@ pub async fn resolve(location: &Location, dataset: &Dataset, name: &str) -> Resu
     match known.iter().any(|known| known == name) {
         true => tag(location, dataset, name).await,
         false if name == LATEST => Ok(open(location, None).await?.version_id()),
-        false => Err(Error::UnknownSnapshot { name: name.to_owned(), known }),
+        false => Err(unknown_snapshot(name, &known)),
     }
+}
+
+fn unknown_snapshot(name: &str, known: &[String]) -> Error {
+    let known = closest(name, known.iter().map(String::as_str), known.len());
+    Error::UnknownSnapshot { name: name.to_owned(), known }
 }
 
 fn check_snapshot_name(name: &str) -> Result<()> {

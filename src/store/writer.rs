@@ -286,7 +286,8 @@ impl Writer {
     /// # Errors
     /// When a record names an artifact that is not in the store, or the storage refuses: then nothing has changed.
     pub async fn commit(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
-        self.commit_in((model, Scope::Model), records, message).await
+        let operation = if records.is_empty() { "remove" } else { "import" };
+        self.commit_in((model, Scope::Model), records, (operation, message)).await
     }
 
     /// Puts `records` in the place of the model's layers of the same names, as one new version, and returns its number. Other layers
@@ -295,10 +296,18 @@ impl Writer {
     /// # Errors
     /// As [`Writer::commit`].
     pub async fn commit_layers(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
-        self.commit_in((model, Scope::Layers), records, message).await
+        self.commit_in((model, Scope::Layers), records, ("import", message)).await
     }
 
-    /// Puts `records` in the place of what is in a scope.
+    /// Commits layers as [`Writer::commit_layers`] does; the log calls it training.
+    ///
+    /// # Errors
+    /// As [`Writer::commit`].
+    pub(crate) async fn commit_trained(self, model: &str, records: &[LayerRecord], message: &str) -> Result<u64> {
+        self.commit_in((model, Scope::Layers), records, ("train", Some(message))).await
+    }
+
+    /// Puts `records` in the place of what is in a scope. The log has the operation, with the model's name, and the message.
     ///
     /// # Errors
     /// As [`Writer::commit`].
@@ -306,7 +315,7 @@ impl Writer {
         mut self,
         (model, scope): (&str, Scope<'_>),
         records: &[LayerRecord],
-        message: Option<&str>,
+        (operation, message): (&str, Option<&str>),
     ) -> Result<u64> {
         check_model_name(model)?;
         if let Some(record) = records.iter().find(|r| r.model != model) {
@@ -328,7 +337,6 @@ impl Writer {
             ));
         }
         self.ready().await?;
-        let operation = if records.is_empty() && matches!(scope, Scope::Model) { "remove" } else { "import" };
         let mut records = records.to_vec();
         for record in &mut records {
             record.locations = self.known.get(&record.artifact).cloned().unwrap_or_default();

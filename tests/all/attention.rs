@@ -280,7 +280,7 @@ fn rules_for_blocks_that_do_not_fit_are_refused() {
         "mechanism = \"vq_k\"",
         "mechanism = \"hyper\"\nhyper = { sample_size = 99999999999 }",
         true,
-        "65536 samples",
+        "sample_size: found 99999999999, expected at most 65536",
     );
     refuse("value = \"v\"", "", true, "all three");
     assert!(!place.path("layers").exists() || place.json(&["models"]).as_array().unwrap().is_empty());

@@ -10,6 +10,7 @@ mod files;
 mod golden;
 mod keys;
 mod matmul_free;
+mod messages;
 mod method;
 mod mutations;
 mod processes;

@@ -863,9 +863,21 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<LowRankConfig>(text).map(|c| c.rank);
         assert_eq!(read(r#"{"rank": 4}"#).unwrap(), Rank::Components(4));
         assert_eq!(read(r#"{"rank": {"max_bits": 4.5}}"#).unwrap(), Rank::MaxBits(MaxBits { max_bits: 4.5 }));
-        for bad in ["-1", "{\"max_bit\": 3}", "\"all\""] {
+        for (bad, says) in [
+            ("-1", "integer `-1`, expected a whole number"),
+            ("4.5", "floating point `4.5`, expected a whole number"),
+            ("\"all\"", "{ max_error = 0.05 }"),
+            ("{\"max_bit\": 3}", "expected `max_error` or `max_bits`"),
+            ("{\"max_bits\": \"few\"}", "string \"few\""),
+            ("{\"max_bits\": 3, \"max_error\": 0.1}", "map"),
+            ("{}", "map"),
+        ] {
             let message = read(&format!(r#"{{"rank": {bad}}}"#)).unwrap_err().to_string();
-            assert!(message.contains("max_error"), "{message}");
+            assert!(message.contains(says), "{bad}: {message}");
+        }
+        for rank in [Rank::Components(0), Rank::MaxError(MaxError { max_error: 0.5 })] {
+            let text = serde_json::to_string(&LowRankConfig { rank, ..LowRankConfig::default() }).unwrap();
+            assert_eq!(read(&text).unwrap(), rank, "{text}");
         }
     }
 }
