@@ -220,7 +220,7 @@ impl Part {
             (Part::Weights(WeightRows { packed, scales, zeros, .. }), layout) => {
                 let mut bytes = 0;
                 for (what, all) in [("packed", packed), ("scales", scales), ("zeros", zeros)] {
-                    if all.len() % rows != 0 {
+                    if !all.len().is_multiple_of(rows) {
                         let expected = format!("a multiple of its {rows} rows");
                         return Err(Error::expected(format!("bytes of a stored weight's {what}"), all.len(), expected));
                     }
@@ -536,8 +536,9 @@ mod tests {
         refuse(Table::WeightBlocks, &with_counts([2, 0, 1], [0, 2, 2]), "no rows where row 2");
         refuse(Table::WeightBlocks, &with_counts([2, 2, 2], [0, 2, 4]), "2 rows of packed in 2 bytes");
         refuse(Table::WeightBlocks, &with_counts([2, u32::MAX, 1], [0, 2, 1]), "rows from row 2 on");
-        assert!(all_of(&[keys.clone()], id, 3) && all_of(&[keys.slice(1, 2)], id, 2));
-        assert!(!all_of(&[keys.clone()], id, 2) && !all_of(&[keys.clone()], ArtifactId([0; 32]), 3));
+        let all = std::slice::from_ref(keys);
+        assert!(all_of(all, id, 3) && all_of(&[keys.slice(1, 2)], id, 2));
+        assert!(!all_of(all, id, 2) && !all_of(all, ArtifactId([0; 32]), 3));
     }
 
     /// What no row can hold is refused before anything is written.

@@ -44,7 +44,7 @@ pub fn codebooks(batches: Vec<RecordBatch>) -> Found<Vec<Codebook>> {
     let books = matrices(batches, of)?.into_iter().map(|((role, subspace), blocks)| {
         let (rows, bytes) = matrix(&blocks, "codewords")?;
         let numbers = bytes_f32(&bytes);
-        if numbers.len() * 4 != bytes.len() || numbers.len() % rows.max(1) != 0 {
+        if numbers.len() * 4 != bytes.len() || !numbers.len().is_multiple_of(rows.max(1)) {
             return Err(format!("{rows} codewords of f32 in {} bytes", bytes.len()));
         }
         let shape = (rows, numbers.len() / rows.max(1));

@@ -110,8 +110,8 @@ async fn another_format_is_named() {
     let place = Place::new();
     place.import("m", None);
     let mut table = lance::Dataset::open(&format!("{}/layers.lance", place.store())).await.unwrap();
-    table.update_schema_metadata([("layerstore:format", "2")]).await.unwrap();
-    place.fails(1, &["format version 2", "reads version 1"], &["models"]);
+    table.update_schema_metadata([("layerstore:format", "3")]).await.unwrap();
+    place.fails(1, &["format version 3", "reads versions 1 to 2"], &["models"]);
     let error = Store::open(&place.store()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Incompatible);
 }

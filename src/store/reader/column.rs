@@ -208,15 +208,14 @@ impl PlainColumn {
 
     fn variable(&self, file: &File) -> io::Result<ArrayRef> {
         // Where each row begins in the column's bytes, and the last ends.
-        let mut starts: Vec<usize> = vec![];
-        starts.try_reserve_exact(self.rows.checked_add(1).ok_or_else(|| contradiction("too long"))?)?;
-        starts.push(0);
+        let mut starts: Vec<usize> = vec![0];
         let mut runs = Vec::with_capacity(self.pieces.len());
         for piece in &self.pieces {
             let first = starts.len() - 1;
             let run = match &piece.bytes {
                 PageBytes::Prefixed { data, prefix, index } => {
-                    Run::Prefixed { at: self.index(file, piece, (data, *prefix, index), &mut starts)?, prefix: *prefix }
+                    let at = add_starts(file, &piece.rows, (data, *prefix, index), &mut starts)?;
+                    Run::Prefixed { at, prefix: *prefix }
                 }
                 PageBytes::SameAt(data) => {
                     let value = self.single(file, data)?;
@@ -258,44 +257,6 @@ impl PlainColumn {
         Ok(array)
     }
 
-    /// Adds the starts of a piece's rows, as its page's index says, and returns where the first row lies in the file.
-    fn index(
-        &self,
-        file: &File,
-        piece: &Piece,
-        (data, prefix, (index, width)): (&Range<u64>, usize, &(Range<u64>, u64)),
-        starts: &mut Vec<usize>,
-    ) -> io::Result<u64> {
-        // The index has an entry for each row of the page and one more, all of them in the file.
-        let rows = piece.rows.end - piece.rows.start;
-        let mut entries = Vec::new();
-        entries.try_reserve_exact((rows + 1) as usize * *width as usize)?;
-        append::<u8>(
-            file,
-            index.start + piece.rows.start * width,
-            (rows + 1) as usize * *width as usize,
-            &mut entries,
-        )?;
-        let mut entries = entries.chunks_exact((*width as usize).max(1)).map(|entry| {
-            let mut bytes = [0; 8];
-            bytes[..entry.len()].copy_from_slice(entry);
-            u64::from_le_bytes(bytes)
-        });
-        let first = entries.next().ok_or_else(|| contradiction("a page has no index"))?;
-        let (mut before, mut end) = (first, starts.last().copied().unwrap_or_default());
-        for entry in entries {
-            let length = entry.checked_sub(before).and_then(|length| length.checked_sub(prefix as u64));
-            let length = length.and_then(|length| usize::try_from(length).ok());
-            end = length.and_then(|length| end.checked_add(length)).ok_or_else(|| contradiction("rows overlap"))?;
-            starts.push(end);
-            before = entry;
-        }
-        if before > data.end - data.start {
-            return Err(contradiction("a row ends behind its page"));
-        }
-        Ok(data.start + first)
-    }
-
     /// The bytes of a value that Lance wrote by itself.
     fn single(&self, file: &File, data: &Range<u64>) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(data.end - data.start).map_err(io::Error::other)?];
@@ -323,16 +284,52 @@ enum Run {
     Same(Vec<u8>),
 }
 
+/// Adds the starts of some rows of a page, as its index says, and returns where the first of them lies in the file. The index has an
+/// entry for each row of the page and one more, and ends within the file.
+fn add_starts(
+    file: &File,
+    rows: &Range<u64>,
+    (data, prefix, (index, width)): (&Range<u64>, usize, &(Range<u64>, u64)),
+    starts: &mut Vec<usize>,
+) -> io::Result<u64> {
+    let bytes = usize::try_from((rows.end - rows.start + 1) * width).map_err(io::Error::other)?;
+    let mut entries = Vec::new();
+    entries.try_reserve_exact(bytes)?;
+    append::<u8>(file, index.start + rows.start * width, bytes, &mut entries)?;
+    let mut entries = entries.chunks_exact((*width as usize).max(1)).map(|entry| {
+        let mut bytes = [0; 8];
+        bytes[..entry.len()].copy_from_slice(entry);
+        u64::from_le_bytes(bytes)
+    });
+    let first = entries.next().ok_or_else(|| contradiction("a page has no index"))?;
+    starts.try_reserve(entries.len())?;
+    let (mut before, mut end) = (first, starts.last().copied().unwrap_or_default());
+    for entry in entries {
+        let length = entry.checked_sub(before).and_then(|length| length.checked_sub(prefix as u64));
+        let length = length.and_then(|length| usize::try_from(length).ok());
+        end = length.and_then(|length| end.checked_add(length)).ok_or_else(|| contradiction("rows overlap"))?;
+        starts.push(end);
+        before = entry;
+    }
+    if before > data.end - data.start {
+        return Err(contradiction("a row ends behind its page"));
+    }
+    Ok(data.start + first)
+}
+
 /// Adds the starts of rows that are all of one length. Together they may be as long as 32-bit offsets address, however few bytes of
 /// the file say so.
 fn repeat_starts(starts: &mut Vec<usize>, length: usize, rows: u64) -> io::Result<()> {
     let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(length));
     let first = starts.last().copied().unwrap_or_default();
     match total.filter(|&total| total <= i32::MAX as usize).and_then(|total| first.checked_add(total)) {
-        Some(_) => starts.extend((1..=rows as usize).map(|row| first + row * length)),
-        None => return Err(contradiction("more bytes than one array addresses")),
+        Some(_) => {
+            starts.try_reserve(rows as usize)?;
+            starts.extend((1..=rows as usize).map(|row| first + row * length));
+            Ok(())
+        }
+        None => Err(contradiction("more bytes than one array addresses")),
     }
-    Ok(())
 }
 
 /// Fills memory with a value again and again.
