@@ -127,7 +127,7 @@ impl Model {
         write(&place.path("inputs.safetensors"), activations);
         let store = Store::create(&format!("memory://export-{name}")).await.unwrap();
         let rules = Rules::parse(rules, "rules.toml").unwrap();
-        let calibration = Some(CalibrationFile::open(&place.path("inputs.safetensors")).unwrap());
+        let calibration = Some(CalibrationFile::open(place.path("inputs.safetensors")).unwrap());
         let options = ImportOptions { rules, calibration, ..ImportOptions::default() };
         let checkpoint = formats::open(place.path("checkpoint.safetensors")).unwrap();
         import(&store, checkpoint, "m", options).await.unwrap();
@@ -220,7 +220,7 @@ async fn every_layer_is_written_as_it_computes() {
                 assert!(notes.iter().any(|note| note.contains("bias is added")), "{layer}: {notes:?}");
                 // Without it the check above fails.
                 let error = apart(&plain(&*file, &layer, &x, false), &expected);
-                assert!(dtype != DType::F32 || error > 2.0 * tolerance, "{layer} {method} {settings}: {error}");
+                assert!(dtype != DType::F32 || error > tolerance, "{layer} {method} {settings}: {error}");
                 constants += 1;
             }
             outputs.insert(layer, found);
@@ -316,7 +316,7 @@ async fn constants_without_a_place_for_a_bias() {
     ];
     let mut activations: Vec<Tensor> =
         (10..).zip(layers).map(|(i, l)| matrix(l, DType::F32, &inputs(100, i))).collect();
-    activations[2].3.iter_mut().for_each(|v| *v *= 20.0);
+    activations[2].3.iter_mut().for_each(|v| *v *= 60.0);
     activations[3].3.iter_mut().for_each(|v| *v *= 3000.0);
     let model = Model::new("places", &tensors, &activations, rules).await;
     let says = [
