@@ -132,7 +132,8 @@ fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
     let mut file = BufReader::new(file);
     let start = file.fill_buf().map_err(|e| Error::io(path, e))?;
     if !start.starts_with(regular::NPY) {
-        let found = regular::kind_of_content(start).unwrap_or("of another kind");
+        let unknown = if start.is_empty() { "empty" } else { "of another kind" };
+        let found = regular::kind_of_content(start).unwrap_or(unknown);
         return Err(Error::file(path, format!("the file is {found}; expected an .npy array")));
     }
     let npy = NpyFile::new(file).map_err(|e| wrong(e.to_string()))?;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Unexpected, Visitor};
+use serde::de::{IgnoredAny, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
@@ -75,8 +75,12 @@ impl<'de> Deserialize<'de> for Rank {
                 let rank = usize::try_from(n).map(Rank::Components);
                 rank.map_err(|_| E::invalid_value(Unexpected::Signed(n), &self))
             }
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<Rank, A::Error> {
-                Ok(match Bound::deserialize(MapAccessDeserializer::new(map))? {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Rank, A::Error> {
+                let bound = Bound::deserialize(MapAccessDeserializer::new(&mut map))?;
+                if map.next_key::<IgnoredAny>()?.is_some() {
+                    return Err(serde::de::Error::invalid_length(2, &self));
+                }
+                Ok(match bound {
                     Bound::MaxError(max_error) => Rank::MaxError(MaxError { max_error }),
                     Bound::MaxBits(max_bits) => Rank::MaxBits(MaxBits { max_bits }),
                 })

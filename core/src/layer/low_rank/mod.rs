@@ -869,7 +869,7 @@ mod tests {
             ("\"all\"", "{ max_error = 0.05 }"),
             ("{\"max_bit\": 3}", "expected `max_error` or `max_bits`"),
             ("{\"max_bits\": \"few\"}", "string \"few\""),
-            ("{\"max_bits\": 3, \"max_error\": 0.1}", "map"),
+            ("{\"max_bits\": 3, \"max_error\": 0.1}", "invalid length 2, expected a whole number"),
             ("{}", "map"),
         ] {
             let message = read(&format!(r#"{{"rank": {bad}}}"#)).unwrap_err().to_string();
