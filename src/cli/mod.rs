@@ -344,8 +344,20 @@ async fn run(cli: Cli) -> Result<u8> {
 
 /// The commands that --at is for.
 const READ_A_VERSION: [&str; 14] = [
-    "models", "layers", "show", "compare", "forward", "attend", "search", "nearest", "shared", "copy", "evaluate",
-    "export", "stats", "snapshot create",
+    "models",
+    "layers",
+    "show",
+    "compare",
+    "forward",
+    "attend",
+    "search",
+    "nearest",
+    "shared",
+    "copy",
+    "evaluate",
+    "export",
+    "stats",
+    "snapshot create",
 ];
 
 /// What every command needs.

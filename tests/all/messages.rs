@@ -259,7 +259,8 @@ fn commands_that_read_no_version_refuse_one() {
         &["verify"],
         &["gc"],
     ] {
-        let says = [args[0], "expected a command that reads a version (models, layers, show, compare, forward, attend, "];
+        let says =
+            [args[0], "expected a command that reads a version (models, layers, show, compare, forward, attend, "];
         place.fails(2, &says, &[&["--at", "1"], args].concat());
     }
     // Those that the message names take one.
