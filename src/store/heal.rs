@@ -16,12 +16,19 @@ use crate::error::Result;
 use crate::layer::{ArtifactId, Parts, layer_from_parts};
 use crate::tasks::unwrap_join;
 
-/// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. `lost` are
-/// the records of artifacts that are listed and have lost rows. What cannot be read any more is left for `verify` to tell of.
+/// Begins a change of a store, after everything was completed that the list of artifacts or a data table has lost.
 ///
 /// # Errors
 /// When the catalogue cannot be read, or the storage refuses what is written.
-pub async fn complete(
+pub async fn begin(location: &Location, data: &Arc<Data>) -> Result<Writer> {
+    let (mut writer, lost) = Writer::begin(location, data).await?;
+    complete(&mut writer, location, data, &lost).await?;
+    Ok(writer)
+}
+
+/// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. `lost` are
+/// the records of artifacts that are listed and have lost rows. What cannot be read any more is left for `verify` to tell of.
+async fn complete(
     writer: &mut Writer,
     location: &Location,
     data: &Arc<Data>,

@@ -14,8 +14,8 @@ use object_store::local::LocalFileSystem;
 
 use super::address;
 use super::format::{Format, Formats};
-use super::lock::OnWait;
 use super::memory::Memory;
+use super::on_wait::OnWait;
 use super::testing::Hooks;
 use super::waiting::{Waiting, caught, detail};
 use crate::error::{Error, Result};

@@ -8,52 +8,20 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedMutexGuard, OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use super::location::{Location, Place};
+use super::on_wait::OnWait;
 use crate::error::{Error, Result};
 
 const USE: &str = "layerstore.lock";
 const COMMIT: &str = "layerstore.commit.lock";
 const INDEX: &str = "layerstore.index.lock";
 
-/// How long a lock is waited for before somebody is told.
-const UNTOLD: Duration = Duration::from_millis(300);
-
 /// How long to sleep between attempts at a lock: twice as long after each, up to the second.
 const NAPS: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(32));
-
-/// What is told when an operation has to wait for a lock that another holds: which one, and who it may be.
-#[derive(Clone)]
-pub struct OnWait(Arc<dyn Fn(&str) + Send + Sync>);
-
-impl OnWait {
-    /// Returns a listener that `tell` is called for.
-    pub fn new(tell: impl Fn(&str) + Send + Sync + 'static) -> Self {
-        OnWait(Arc::new(tell))
-    }
-
-    /// Waits for a lock; tells where that takes a while.
-    async fn told<T>(listener: Option<&Self>, what: impl Fn() -> String, lock: impl Future<Output = T>) -> T {
-        let mut lock = std::pin::pin!(lock);
-        if let Ok(lock) = tokio::time::timeout(UNTOLD, lock.as_mut()).await {
-            return lock;
-        }
-        if let Some(OnWait(tell)) = listener {
-            tell(&what());
-        }
-        lock.await
-    }
-}
-
-impl std::fmt::Debug for OnWait {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("OnWait")
-    }
-}
 
 /// A lock, held until it is dropped.
 #[derive(Debug)]
@@ -166,9 +134,10 @@ fn open(path: &Path) -> Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
 
     use super::*;
+    use crate::store::on_wait::UNTOLD;
     use crate::store::testing::Hooks;
 
     /// A lock that is held is told of, can be given up, and is had when it is free.

@@ -8,9 +8,10 @@ use futures::{StreamExt, TryStreamExt};
 use super::catalogue;
 use super::gc::{self, GcReport};
 use super::handle::LayerHandle;
+use super::heal;
 use super::location::Location;
-use super::lock::OnWait;
 use super::models;
+use super::on_wait::OnWait;
 use super::reader::Reader;
 use super::shared::Shared;
 use super::snapshot::Snapshot;
@@ -206,7 +207,7 @@ impl Store {
     /// # Errors
     /// When the store cannot be written.
     pub async fn writer(&self) -> Result<Writer> {
-        Writer::begin(&self.shared.location, &self.shared.data).await
+        heal::begin(&self.shared.location, &self.shared.data).await
     }
 
     /// Removes rows and files that no snapshot, and no version younger than `older_than`, reaches; only counts them

@@ -18,7 +18,6 @@ use super::batches::{ArtifactRows, Layout};
 use super::catalogue::{self, Scope, create_table, replace};
 use super::data::Data;
 use super::format::{Format, without_missing};
-use super::heal;
 use super::location::Location;
 use super::lock::{self, Guard};
 use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batches};
@@ -83,12 +82,15 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Takes the lock of imports, and reads which artifacts the store has. Those that the catalogue names and the list or a data
-    /// table has lost are written again.
+    /// Takes the lock of imports, and reads which artifacts the store has. Also returns the records of those that are listed and have
+    /// lost rows, which count as not there.
     ///
     /// # Errors
     /// When the storage refuses.
-    pub(super) async fn begin(location: &Location, data: &Arc<Data>) -> Result<Self> {
+    pub(super) async fn begin(
+        location: &Location,
+        data: &Arc<Data>,
+    ) -> Result<(Self, HashMap<ArtifactId, ArtifactRecord>)> {
         let guard = lock::importing(location).await?;
         let format = location.format_of(&catalogue::open(location, None).await?)?;
         let mut recipes = HashMap::new();
@@ -110,7 +112,7 @@ impl Writer {
             };
             recipes.insert(record.recipe, stored);
         }
-        let mut writer = Writer {
+        let writer = Writer {
             location: location.clone(),
             _guard: guard,
             format,
@@ -122,10 +124,7 @@ impl Writer {
             broken: false,
             commit: None,
         };
-        heal::complete(&mut writer, location, data, &lost).await?;
-        // What was lost is not the change's own.
-        writer.added_bytes = 0;
-        Ok(writer)
+        Ok((writer, lost))
     }
 
     /// Returns whether the store has an artifact, or will have it with the next flush.
@@ -168,11 +167,15 @@ impl Writer {
     /// When no layer can be built from the parts, a number of theirs is not finite, they do not fit the tables, or writing a full
     /// buffer fails.
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
-        self.add_as(parts, provenance, self.layout()).await
+        let (id, new) = self.add_as(parts, provenance, self.layout()).await?;
+        if new {
+            self.added_bytes += parts.stored_bytes();
+        }
+        Ok((id, new))
     }
 
     /// Adds an artifact as [`Writer::add`] does, in a layout that an older format of the store may have had: the catalogue says how
-    /// many rows an artifact has that was written before.
+    /// many rows an artifact has that was written before. The bytes are not counted as added: what was lost is not the change's own.
     pub(super) async fn add_as(
         &mut self,
         parts: &Parts,
@@ -213,7 +216,6 @@ impl Writer {
             created_at: Utc::now(),
         };
         self.pending_bytes += rows.held_bytes();
-        self.added_bytes += stored_bytes;
         self.pending.push((record, rows));
         if self.pending_bytes >= PENDING_BYTES {
             self.flush().await?;
