@@ -14,7 +14,7 @@ use crate::store::Store;
 /// Versions that are looked at, at most, beside the latest one.
 const MANY: usize = 24;
 
-/// Whether the store holds what the history has, and `verify` finds nothing.
+/// Checks that the store holds what the history has, and `verify` finds nothing.
 pub fn check(
     store: &Store,
     inputs: &Inputs,
@@ -61,7 +61,7 @@ pub fn check(
     }
 }
 
-/// Whether a version holds these models and no others.
+/// Checks that a version holds these models and no others.
 fn check_version(
     store: &Store,
     inputs: &Inputs,
@@ -79,7 +79,7 @@ fn check_version(
     check_models(store, inputs, version, state, exported)
 }
 
-/// Whether a version holds these models, layer by layer; contents that are not yet in `exported` are exported, too.
+/// Checks that a version holds these models, layer by layer; contents that are not yet in `exported` are exported, too.
 pub fn check_models(
     store: &Store,
     inputs: &Inputs,
@@ -99,7 +99,7 @@ pub fn check_models(
     Ok(())
 }
 
-/// Whether a version's model has these layers, with these artifacts.
+/// Checks that a version's model has these layers, with these artifacts.
 pub fn check_rows(store: &Store, inputs: &Inputs, version: u64, model: &str, content: Content) -> Result<(), Trouble> {
     let found = rows(&store.json(&args!["--at", version, "layers", model])?)?;
     let expected = inputs.rows(content);
@@ -110,7 +110,7 @@ pub fn check_rows(store: &Store, inputs: &Inputs, version: u64, model: &str, con
     Err(Trouble::lost(format!("version {version}, model '{model}': {found:?}; expected, among others, {other:?}")))
 }
 
-/// Whether a store at `path` holds this layer, with this method and artifact, and nothing else.
+/// Checks that a store at `path` holds this layer, with this method and artifact, and nothing else.
 pub fn check_copy(
     store: &Store,
     path: &Path,

@@ -180,7 +180,7 @@ fn judged(place: &mut Place, prepared: &Prepared, before: Option<&[bool]>) -> Re
     Ok(right)
 }
 
-/// Whether what a change acknowledged is there, or `verify` fails.
+/// Checks that what a change acknowledged is there, or that `verify` fails.
 fn acknowledged(place: &Place, history: &History, step: &Step, ran: &Ran) -> Result<(), Trouble> {
     let (true, Step::Import { model, .. } | Step::Train { model, .. }) = (ran.is_done(), step) else { return Ok(()) };
     let version = number(&serde_json::from_str(&ran.out)?, "version")?;
