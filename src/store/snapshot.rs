@@ -209,7 +209,8 @@ impl Snapshot {
         LayerHandle::new(self.shared.clone(), record)
     }
 
-    async fn unknown_model(&self, model: &str) -> Result<Error> {
+    /// Returns the error of a name that no model has.
+    pub(super) async fn unknown_model(&self, model: &str) -> Result<Error> {
         let known = self.catalogue.names().await?.models();
         Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
     }
