@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use chrono::Utc;
-use layerstore_core::layer::{dtype_name, registry};
+use layerstore_core::layer::dtype_name;
 use ndarray::ArrayView2;
 use serde::Serialize;
 use serde_json::Value;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::attention::{PlannedBlock, block_recipe, make_block};
 use super::calibration::CalibrationFile;
 use super::measure::measure;
-use super::plan::{Planned, Work, bits_per_weight};
+use super::plan::{Planned, Work};
 use super::preflight::checked;
 use super::recipe::Recipe;
 use super::rules::Rules;
@@ -25,7 +25,7 @@ use crate::layer::parts::Tensor;
 use crate::layer::{CorrectionReport, DenseLayer, KeyValueLayer, Layer, MethodName, Parts, SearchReport, SharedLayer};
 use crate::store::{
     ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
-    source_tensors,
+    source_tensors, weight_bits,
 };
 use crate::tasks::unwrap_join;
 
@@ -83,7 +83,7 @@ pub struct LayerReport {
     /// The artifact's name, in hex.
     pub artifact: String,
     /// ‖ŷ − y‖ / ‖y‖ over the calibration inputs where the layer had some, else ‖Ŵ − W‖ / ‖W‖; `None` where there is no such
-    /// number.
+    /// number. On the inputs that the layer was made for it is less than on others, which [`evaluate`](super::evaluate()) measures.
     pub relative_error: Option<f64>,
     /// What the error is measured on.
     pub error_basis: ErrorBasis,
@@ -91,8 +91,8 @@ pub struct LayerReport {
     pub dense_bytes: u64,
     /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
-    /// Stored bits for each weight, the bias and everything else counted.
-    pub bits_per_weight: f64,
+    /// Stored bits for each weight, the bias and everything else counted; `null` in JSON for layers without weights.
+    pub bits_per_weight: Option<f64>,
     /// What its correction gains; empty for layers that were not made anew, and for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
@@ -541,11 +541,7 @@ impl Done {
             error_basis: stored.error_basis,
             dense_bytes: self.dense_bytes,
             stored_bytes: stored.stored_bytes,
-            bits_per_weight: match registry::is_linear(&stored.method) {
-                true => bits_per_weight(stored.stored_bytes, self.out_features, self.in_features),
-                // They have none.
-                false => 0.0,
-            },
+            bits_per_weight: weight_bits(&stored.method, stored.stored_bytes, (self.out_features, self.in_features)),
             correction: self.correction.clone(),
             search: self.search.clone(),
             notes: self.notes.clone(),

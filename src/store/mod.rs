@@ -52,6 +52,7 @@ pub use module::ModuleHandle;
 pub(crate) use module::source_tensors;
 pub use nearest::{KeyIndexReport, NearKey};
 pub use reader::Reader;
+pub(crate) use record::weight_bits;
 pub use record::{ErrorBasis, LayerName, LayerRecord, RowLocations, Source, SourceTensor};
 pub use root::{DEFAULT_CACHE_BYTES, Store, StoreOptions};
 pub use single::{load_backend, save_backend};

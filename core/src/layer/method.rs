@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use super::check::check_inputs;
 use super::name::MethodName;
 use super::parts::Parts;
+use super::shape::LayerShape;
 use super::traits::{Layer, SharedLayer};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -58,18 +59,18 @@ pub trait Method: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned 
         Ok(())
     }
 
-    /// Checks the settings against a weight's shape and whether calibration statistics are at hand, before any work is done.
+    /// Checks the settings against a layer's shape and whether calibration statistics are at hand, before any work is done.
     ///
     /// # Errors
     /// When a setting does not fit, or calibration is needed and missing.
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()>;
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()>;
 
-    /// Returns the bytes that a layer's parts will take, the bias aside; `None` where that follows from its numbers.
+    /// Returns the bytes that a layer's parts will take, the bias included; `None` where that follows from its numbers.
     ///
     /// # Errors
     /// When the settings do not fit the shape.
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        let _ = (out_features, in_features);
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        let _ = shape;
         Ok(None)
     }
 
@@ -116,8 +117,9 @@ pub fn compress<M: Method>(
     calibration: Option<&Calibration>,
 ) -> Result<M::Layer> {
     let (out_features, in_features) = weight.dim();
+    let shape = LayerShape { out_features, in_features, has_bias: bias.is_some() };
     Method::validate(settings)?;
-    Method::check(settings, out_features, in_features, calibration.is_some())?;
+    Method::check(settings, shape, calibration.is_some())?;
     check_inputs(weight, bias, calibration)?;
     Method::compress(settings, weight, bias, calibration)
 }
@@ -129,8 +131,8 @@ trait AnyMethod: fmt::Debug + Send + Sync {
     fn kind(&self) -> MethodKind;
     fn settings(&self) -> Value;
     fn validate(&self) -> Result<()>;
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()>;
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>>;
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()>;
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>>;
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str>;
     fn compress(
         &self,
@@ -157,11 +159,11 @@ impl<M: Method> AnyMethod for M {
     fn validate(&self) -> Result<()> {
         Method::validate(self)
     }
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
-        Method::check(self, out_features, in_features, calibrated)
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
+        Method::check(self, shape, calibrated)
     }
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        Method::expected_bytes(self, out_features, in_features)
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        Method::expected_bytes(self, shape)
     }
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
         Method::unusable(self, calibration)
@@ -242,21 +244,21 @@ impl MethodConfig {
         self.0.validate()
     }
 
-    /// Checks the settings by themselves and against a weight's shape.
+    /// Checks the settings by themselves and against a layer's shape.
     ///
     /// # Errors
     /// When a setting does not fit, or calibration is needed and missing.
-    pub fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+    pub fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
         self.0.validate()?;
-        self.0.check(out_features, in_features, calibrated)
+        self.0.check(shape, calibrated)
     }
 
     /// Returns the bytes that a layer's parts will take, as [`Method::expected_bytes`].
     ///
     /// # Errors
     /// When the settings do not fit the shape.
-    pub fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        self.0.expected_bytes(out_features, in_features)
+    pub fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        self.0.expected_bytes(shape)
     }
 
     /// Returns why a layer is compressed as if it had no statistics of its inputs, as [`Method::unusable`].

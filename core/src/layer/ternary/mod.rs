@@ -15,6 +15,7 @@ use super::method::{Method, read_config};
 use super::name::MethodName;
 use super::parts::{Parts, Tensor, f32_bytes};
 use super::rms_norm::RmsNorm;
+use super::shape::LayerShape;
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -147,12 +148,12 @@ impl Method for TernaryConfig {
         self.validate()
     }
 
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
-        Method::check(&self.weights, out_features, in_features, calibrated)
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
+        Method::check(&self.weights, shape, calibrated)
     }
 
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        Method::expected_bytes(&self.weights, out_features, in_features)
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        Method::expected_bytes(&self.weights, shape)
     }
 
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
