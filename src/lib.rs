@@ -73,8 +73,8 @@ pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Res
 pub use compress::{
     ActivationsFile, CalibrationFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, LayerEvaluation,
     LayerReport, Plan, PlannedLayer, Progress, Rule, Rules, SharedDirections, SharedOptions, Silent, Training,
-    TrainingReport, evaluate, exact_layer, export, import, preview, read_attention_settings, shared_directions,
-    train_codebooks, write_statistics,
+    TrainingReport, UnmeasuredLayer, evaluate, exact_layer, export, import, preview, read_attention_settings,
+    shared_directions, train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;

@@ -48,7 +48,8 @@ enum Format {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Put a checkpoint into the store, each layer compressed by the first rule that takes it.
+    /// Put a checkpoint into the store, each layer compressed by the first rule that takes it. Errors over "calibration" are
+    /// measured on the calibration inputs themselves: evaluate measures on others.
     Import(ImportArgs),
     /// List the models.
     Models,
@@ -78,7 +79,8 @@ enum Command {
         /// The store to make: a directory, or an object-store URI.
         to: String,
     },
-    /// Measure a model's layers on inputs, against their dense weights.
+    /// Measure a model's layers on inputs, against their dense weights, and attention blocks against exact attention. Inputs that
+    /// no layer was calibrated with tell what the model is worth; what cannot be measured is listed with the reason.
     Evaluate(EvaluateArgs),
     /// Name the latest version, list the names, or delete one.
     #[command(subcommand)]
@@ -187,7 +189,7 @@ struct NearestArgs {
     /// How many keys to show.
     #[arg(long, value_name = "N", default_value_t = 10)]
     count: usize,
-    /// Only keys of this model; may be given more than once.
+    /// Only keys of this model, which has to be there; may be given more than once.
     #[arg(long, value_name = "MODEL")]
     among: Vec<String>,
 }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::escape;
 use crate::compress::Progress;
 use crate::error::{Error, Result};
+use crate::store::ErrorBasis;
 
 /// Where results and notes go.
 #[derive(Debug, Clone, Copy)]
@@ -87,6 +88,20 @@ pub fn ratio(dense: u64, stored: u64) -> String {
 /// An error for a person.
 pub fn error(value: Option<f64>) -> String {
     value.map_or("-".into(), |e| format!("{e:.4}"))
+}
+
+/// What a stored error is measured over, for a person: an import has no other inputs than those that it calibrates with.
+pub fn measured_over(error: Option<f64>, basis: ErrorBasis) -> &'static str {
+    match (error, basis) {
+        (None, _) => "",
+        (Some(_), ErrorBasis::Activations) => "calibration",
+        (Some(_), ErrorBasis::Weights) => "weights",
+    }
+}
+
+/// Bits for each weight, for a person.
+pub fn bits(value: Option<f64>) -> String {
+    value.map_or(String::new(), |bits| format!("{bits:.2}"))
 }
 
 /// A time for a person.
