@@ -6,7 +6,7 @@ use indicatif::ProgressBar;
 
 use super::Context;
 use super::output::{bytes, table};
-use crate::error::Result;
+use crate::error::{Result, counted};
 
 pub async fn verify(context: &Context) -> Result<u8> {
     context.refuse_at("verify")?;
@@ -22,7 +22,10 @@ pub async fn verify(context: &Context) -> Result<u8> {
     bar.finish_and_clear();
     context.output.result(&report, |report| {
         if report.is_sound() {
-            return format!("{} artifacts are as they were written", report.artifacts);
+            return match report.artifacts {
+                1 => "1 artifact is as it was written".to_owned(),
+                n => format!("{n} artifacts are as they were written"),
+            };
         }
         let mut text = String::new();
         if !report.damaged.is_empty() {
@@ -35,7 +38,10 @@ pub async fn verify(context: &Context) -> Result<u8> {
                 vec![what, d.reason.clone(), d.file.clone()]
             });
             text += &table(&["damaged", "reason", "file"], rows);
-            text += &format!("\n{} versions and snapshots are damaged\n\n", report.damaged.len());
+            text += &format!(
+                "\ndamaged: {}\n\n",
+                counted(report.damaged.len(), "version or snapshot", "versions and snapshots")
+            );
         }
         let rows = report.corrupt.iter().map(|c| {
             let layers: Vec<String> = c.layers.iter().map(|l| format!("{}: {}", l.model, l.layer)).collect();
@@ -45,7 +51,7 @@ pub async fn verify(context: &Context) -> Result<u8> {
             text += &table(&["corrupt artifact", "reason", "used by"], rows);
             text += "\n";
         }
-        text + &format!("{} of {} artifacts are corrupt", report.corrupt.len(), report.artifacts)
+        text + &format!("corrupt: {} of {}", report.corrupt.len(), counted(report.artifacts, "artifact", "artifacts"))
     })?;
     Ok(u8::from(!report.is_sound()))
 }
@@ -55,9 +61,9 @@ pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<
     let report = context.open().await?.gc(older_than, apply).await?;
     context.output.result(&report, |report| {
         let found = format!(
-            "{} artifacts and {} stray rows that nothing reaches, {}",
-            report.artifacts,
-            report.stray_rows,
+            "{} and {} that nothing reaches, {}",
+            counted(report.artifacts, "artifact", "artifacts"),
+            counted(report.stray_rows, "stray row", "stray rows"),
             bytes(report.reclaimable_bytes)
         );
         if apply {

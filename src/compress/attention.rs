@@ -7,7 +7,7 @@ use super::measure::{measure_attention, projected};
 use super::misfits::Misfits;
 use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest, known_list};
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 use crate::layer::{Method, MethodName, VqAttentionConfig, VqAttentionLayer};
 
@@ -99,11 +99,15 @@ fn planned(
             Some(SourceContent::Tensors { weight, bias }) if weight.is_float_matrix() => {
                 Ok(Projection { layer: name, weight: weight.clone(), bias: bias.clone() })
             }
-            _ => Err(Error::expected(
-                "projection of an attention block",
-                format!("no matrix '{name}'"),
-                "a layer of that name",
-            )),
+            _ => {
+                let matrices = layers.iter().filter(|layer| match &layer.content {
+                    SourceContent::Tensors { weight, .. } => weight.is_float_matrix(),
+                    SourceContent::Ready { .. } => false,
+                });
+                let near = closest(&name, matrices.map(|layer| layer.name.as_str()), 3);
+                let expected = format!("one that is there; {}", known_list("closest names", &near));
+                Err(Error::expected("projection of an attention block", format!("no matrix '{name}'"), expected))
+            }
         }
     };
     let projections = [named(&config.query)?, named(&config.key)?, named(&config.value)?];

@@ -9,7 +9,8 @@ use super::calibration::ActivationsFile;
 use super::measurable::{Measurable, UnmeasuredLayer, measurable};
 use super::measure::{measure, measure_attention, projected};
 use super::reference::Reference;
-use crate::error::{Error, Result};
+use super::unapplied::such_as;
+use crate::error::{Error, Result, closest};
 use crate::formats::TensorSource;
 use crate::layer::{CorrectionReport, MethodName, SearchReport, SharedLayer, VqAttentionLayer};
 use crate::store::{ErrorBasis, LayerRecord, Snapshot};
@@ -93,15 +94,12 @@ pub async fn evaluate(
     let (present, unmatched): (Vec<&str>, Vec<&str>) =
         activations.layers().partition(|name| records.iter().any(|r| r.layer == *name));
     if present.is_empty() {
+        let wanted = unmatched.first().copied().unwrap_or_default();
+        let near = closest(wanted, records.iter().map(|r| r.layer.as_str()), 1);
         return Err(Error::expected(
             "activations",
-            format!(
-                "inputs for {}",
-                unmatched
-                    .first()
-                    .map_or("no layer".to_owned(), |n| format!("'{n}' and {} others", unmatched.len() - 1))
-            ),
-            format!("inputs for layers of model '{model}'"),
+            format!("inputs for {}", if unmatched.is_empty() { "no layer".to_owned() } else { such_as(&unmatched) }),
+            format!("inputs for layers of model '{model}', such as '{}'", near.concat()),
         ));
     }
     let unmatched_activations = unmatched.into_iter().map(str::to_owned).collect();

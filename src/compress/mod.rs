@@ -3,12 +3,14 @@
 mod attention;
 mod calibration;
 mod codebooks;
+mod copy;
 mod evaluate;
 mod export;
 mod import;
 mod measurable;
 mod measure;
 mod misfits;
+mod outline;
 mod plan;
 mod preflight;
 mod preview;
@@ -21,8 +23,10 @@ mod work;
 
 pub use calibration::{ActivationsFile, CalibrationFile, write_statistics};
 pub use codebooks::{Training, TrainingReport, train_codebooks};
+pub(crate) use copy::Selected;
+pub use copy::{CopyReport, copy};
 pub use evaluate::{Evaluation, LayerEvaluation, evaluate};
-pub use export::{ExportReport, export};
+pub use export::{ExportOptions, ExportReport, export};
 pub(crate) use import::Prepared;
 pub use import::{ImportOptions, ImportReport, LayerReport, import};
 pub use measurable::UnmeasuredLayer;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ndarray::{Array1, Array2};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest, known_list};
 use crate::formats::{TensorInfo, TensorSource};
 use crate::layer::{ExactSource, SharedLayer};
 use crate::store::{LayerHandle, LayerRecord, Snapshot};
@@ -95,10 +95,11 @@ fn entry<'a>(
     let named = format!("{}.{part}", record.layer);
     let entry = source.and_then(|name| checkpoint.tensor(name)).or_else(|| checkpoint.tensor(&named));
     let entry = entry.ok_or_else(|| {
+        let near = closest(&named, checkpoint.tensors().keys().map(String::as_str), 3);
         Error::expected(
             format!("{part} of layer '{}'", record.layer),
             format!("no such tensor in {}", checkpoint.path().display()),
-            named,
+            format!("'{named}'; {}", known_list("closest names", &near)),
         )
     })?;
     match entry.shape == shape {

@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::agreement::{DataTables, Named, Names};
+use super::batches::Layout;
 use super::catalogue;
 use super::data::Data;
 use super::location::Location;
@@ -70,7 +71,9 @@ pub async fn complete(
             let recipe = lost.get(artifact).map_or(record.recipe, |record| record.recipe);
             let provenance =
                 Provenance { recipe, relative_error: record.relative_error, error_basis: record.error_basis };
-            writer.add(&parts, provenance).await?;
+            // As many rows as before in each table, which is what the catalogue says.
+            let layout = Layout::of_tables(record.locations.0.keys().map(String::as_str));
+            writer.add_as(&parts, provenance, layout).await?;
         }
     }
     writer.list(listed).await?;

@@ -22,7 +22,7 @@ const AT_ONCE: usize = 2;
 /// What verify found.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct VerifyReport {
-    /// Artifacts looked at.
+    /// Artifacts that are listed, or that a version names.
     pub artifacts: u64,
     /// Those that are not what was written, or that a table lacks which should have them.
     pub corrupt: Vec<CorruptArtifact>,
@@ -97,8 +97,10 @@ pub async fn verify(shared: &Arc<Shared>, seen: Arc<dyn Fn(usize, usize) + Send 
     }));
     let mut found: BTreeMap<ArtifactId, String> =
         checks.buffer_unordered(AT_ONCE).try_filter_map(|c| async { Ok(c) }).try_collect().await?;
+    let mut unlisted = 0;
     for (id, _) in named.iter().filter(|(id, _)| !listed.contains_key(id)) {
         found.insert(*id, "the table of artifacts does not list it".into());
+        unlisted += 1;
     }
     let mut tables = DataTables::of(location);
     for (id, locations) in &listed {
@@ -131,7 +133,7 @@ pub async fn verify(shared: &Arc<Shared>, seen: Arc<dyn Fn(usize, usize) + Send 
         reason,
         layers: users.remove(&id).unwrap_or_default().into_iter().collect(),
     });
-    Ok(VerifyReport { artifacts: total as u64, corrupt: corrupt.collect(), damaged })
+    Ok(VerifyReport { artifacts: total as u64 + unlisted, corrupt: corrupt.collect(), damaged })
 }
 
 /// The reason why an artifact is not what was written, if so.

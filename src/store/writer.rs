@@ -1,9 +1,11 @@
 //! Artifacts, written: gathered, then appended table by table in few large fragments, then listed as complete.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use arrow::array::{RecordBatch, RecordBatchIterator};
+use arrow::datatypes::SchemaRef;
+use arrow::error::ArrowError;
 use chrono::Utc;
 use lance::Dataset;
 use lance::dataset::transaction::Operation;
@@ -12,21 +14,22 @@ use layerstore_core::layer::registry;
 use serde_json::Value;
 
 use super::agreement::DataTables;
+use super::batches::{ArtifactRows, Layout};
 use super::catalogue::{self, Scope, create_table, replace};
 use super::data::Data;
 use super::format::{Format, without_missing};
 use super::heal;
 use super::location::Location;
 use super::lock::{self, Guard};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
-use super::schema::{ARTIFACTS, Table};
-use super::tables::to_batches;
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batches};
+use super::schema::{ARTIFACTS, Table, WEIGHT_BLOCKS};
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
 use crate::tasks::unwrap_join;
 
-/// Parts gathered before they are written: the memory that an import takes beside the layer at work.
+/// Bytes of parts and settings gathered before they are written: the memory that an import takes beside the layer at work. Rows
+/// are made of them while they are written, a batch at a time.
 const PENDING_BYTES: u64 = 256 << 20;
 
 /// What an artifact was made from, and how well it stands for it.
@@ -68,9 +71,11 @@ pub struct Writer {
     /// Artifacts that are complete in the store, by recipe.
     recipes: HashMap<[u8; 32], ArtifactInfo>,
     known: HashMap<ArtifactId, RowLocations>,
-    pending: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
+    pending: Vec<(ArtifactRecord, ArtifactRows)>,
+    /// Memory that is taken by what is pending.
     pending_bytes: u64,
-    written_bytes: u64,
+    /// Bytes of the arrays of artifacts that were new, written or pending.
+    added_bytes: u64,
     /// Set while rows are being written: what was gathered is gone if that fails or is given up.
     broken: bool,
     /// The lock of commits, where it was taken ahead.
@@ -113,18 +118,18 @@ impl Writer {
             known,
             pending: vec![],
             pending_bytes: 0,
-            written_bytes: 0,
+            added_bytes: 0,
             broken: false,
             commit: None,
         };
         heal::complete(&mut writer, location, data, &lost).await?;
         // What was lost is not the change's own.
-        writer.written_bytes = 0;
+        writer.added_bytes = 0;
         Ok(writer)
     }
 
     /// Returns whether the store has an artifact, or will have it with the next flush.
-    pub(super) fn has(&self, artifact: &ArtifactId) -> bool {
+    pub(crate) fn has(&self, artifact: &ArtifactId) -> bool {
         self.known.contains_key(artifact)
     }
 
@@ -133,7 +138,7 @@ impl Writer {
         if records.is_empty() {
             return Ok(());
         }
-        append((&self.location, self.format), ARTIFACTS, vec![artifacts_batch(&records)?]).await?;
+        append((&self.location, self.format), ARTIFACTS, artifacts_batches(&records)?).await?;
         self.known.extend(records.into_iter().map(|r| (r.artifact, r.locations)));
         Ok(())
     }
@@ -145,7 +150,15 @@ impl Writer {
 
     /// Returns the bytes of parts written so far; what the store held already is not counted.
     pub fn written_bytes(&self) -> u64 {
-        self.written_bytes + self.pending_bytes
+        self.added_bytes
+    }
+
+    /// The layout of the store's format.
+    fn layout(&self) -> Layout {
+        match self.location.formats().schema(WEIGHT_BLOCKS, self.format.version) {
+            Some(_) => Layout::Blocks,
+            None => Layout::Rows,
+        }
     }
 
     /// Adds an artifact, unless the store has it. Returns its name, and whether it was new. What is new is built into a layer
@@ -155,8 +168,20 @@ impl Writer {
     /// When no layer can be built from the parts, a number of theirs is not finite, they do not fit the tables, or writing a full
     /// buffer fails.
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
+        self.add_as(parts, provenance, self.layout()).await
+    }
+
+    /// Adds an artifact as [`Writer::add`] does, in a layout that an older format of the store may have had: the catalogue says how
+    /// many rows an artifact has that was written before.
+    pub(super) async fn add_as(
+        &mut self,
+        parts: &Parts,
+        provenance: Provenance,
+        layout: Layout,
+    ) -> Result<(ArtifactId, bool)> {
         let id = parts.id();
-        if !self.known.contains_key(&id) {
+        let new = !self.known.contains_key(&id);
+        if new {
             let parts = parts.clone();
             unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&parts).map(drop)).await)??;
         }
@@ -169,10 +194,13 @@ impl Writer {
             relative_error: provenance.relative_error,
             error_basis: provenance.error_basis,
         };
-        self.recipes.insert(provenance.recipe, stored);
-        if self.known.insert(id, RowLocations::default()).is_some() {
+        if !new {
+            self.recipes.insert(provenance.recipe, stored);
             return Ok((id, false));
         }
+        let rows = ArtifactRows::new(id, parts.clone(), layout)?;
+        self.recipes.insert(provenance.recipe, stored);
+        self.known.insert(id, RowLocations::default());
         let record = ArtifactRecord {
             artifact: id,
             method: parts.method.clone(),
@@ -184,8 +212,9 @@ impl Writer {
             error_basis: provenance.error_basis,
             created_at: Utc::now(),
         };
-        self.pending.push((record, to_batches(id, parts)?));
-        self.pending_bytes += stored_bytes;
+        self.pending_bytes += rows.held_bytes();
+        self.added_bytes += stored_bytes;
+        self.pending.push((record, rows));
         if self.pending_bytes >= PENDING_BYTES {
             self.flush().await?;
         }
@@ -213,7 +242,7 @@ impl Writer {
         let pending = std::mem::take(&mut self.pending);
         let records = self.write_rows(pending).await?;
         self.list(records).await?;
-        self.written_bytes += std::mem::take(&mut self.pending_bytes);
+        self.pending_bytes = 0;
         self.broken = false;
         Ok(())
     }
@@ -228,30 +257,24 @@ impl Writer {
     }
 
     /// Appends the rows of artifacts to their tables, and notes in the records where they are.
-    async fn write_rows(
-        &self,
-        artifacts: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
-    ) -> Result<Vec<ArtifactRecord>> {
-        let (mut records, mut by_table) = (vec![], BTreeMap::<Table, Vec<(usize, Vec<RecordBatch>)>>::new());
-        for (owner, (record, tables)) in artifacts.into_iter().enumerate() {
-            records.push(record);
-            for (table, batches) in tables {
-                by_table.entry(table).or_default().push((owner, batches));
-            }
-        }
-        for (table, owned) in by_table {
+    async fn write_rows(&self, pending: Vec<(ArtifactRecord, ArtifactRows)>) -> Result<Vec<ArtifactRecord>> {
+        let (mut records, artifacts): (Vec<ArtifactRecord>, Vec<ArtifactRows>) = pending.into_iter().unzip();
+        let artifacts = Arc::new(artifacts);
+        let tables: BTreeSet<Table> = artifacts.iter().flat_map(|rows| rows.tables().map(|(table, _)| table)).collect();
+        for table in tables {
             let name = table.name();
-            let rows = |batches: &[RecordBatch]| batches.iter().map(|b| b.num_rows() as u64).sum();
-            let counts: Vec<(usize, u64)> = owned.iter().map(|(owner, batches)| (*owner, rows(batches))).collect();
-            let batches = owned.into_iter().flat_map(|(_, batches)| batches).collect();
-            let mut written = Written::new(append((&self.location, self.format), &name, batches).await?);
-            for (owner, rows) in counts {
+            let mut written = Written::new(append_rows((&self.location, self.format), table, &artifacts).await?);
+            for (record, rows) in records.iter_mut().zip(artifacts.iter()) {
+                let rows: u64 = rows.tables().filter(|(of, _)| *of == table).map(|(_, rows)| rows).sum();
+                if rows == 0 {
+                    continue;
+                }
                 let ranges = written.take(rows).ok_or_else(|| Error::Storage {
                     action: format!("appending to table '{name}'"),
                     message: "fewer rows were written than given".into(),
                     source: None,
                 })?;
-                records[owner].locations.0.insert(name.clone(), TableRows { rows, ranges });
+                record.locations.0.insert(name.clone(), TableRows { rows, ranges });
             }
         }
         Ok(records)
@@ -263,7 +286,8 @@ impl Writer {
     /// # Errors
     /// When a record names an artifact that is not in the store, or the storage refuses: then nothing has changed.
     pub async fn commit(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
-        self.commit_in((model, Scope::Model), records, message).await
+        let operation = if records.is_empty() { "remove" } else { "import" };
+        self.commit_in((model, Scope::Model), records, (operation, message)).await
     }
 
     /// Puts `records` in the place of the model's layers of the same names, as one new version, and returns its number. Other layers
@@ -272,18 +296,26 @@ impl Writer {
     /// # Errors
     /// As [`Writer::commit`].
     pub async fn commit_layers(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
-        self.commit_in((model, Scope::Layers), records, message).await
+        self.commit_in((model, Scope::Layers), records, ("import", message)).await
     }
 
-    /// Puts `records` in the place of what is in a scope.
+    /// Commits layers as [`Writer::commit_layers`] does; the log calls it training.
     ///
     /// # Errors
     /// As [`Writer::commit`].
-    pub(super) async fn commit_in(
+    pub(crate) async fn commit_trained(self, model: &str, records: &[LayerRecord], message: &str) -> Result<u64> {
+        self.commit_in((model, Scope::Layers), records, ("train", Some(message))).await
+    }
+
+    /// Puts `records` in the place of what is in a scope. The log has the operation, with the model's name, and the message.
+    ///
+    /// # Errors
+    /// As [`Writer::commit`].
+    pub(crate) async fn commit_in(
         mut self,
         (model, scope): (&str, Scope<'_>),
         records: &[LayerRecord],
-        message: Option<&str>,
+        (operation, message): (&str, Option<&str>),
     ) -> Result<u64> {
         check_model_name(model)?;
         if let Some(record) = records.iter().find(|r| r.model != model) {
@@ -305,7 +337,6 @@ impl Writer {
             ));
         }
         self.ready().await?;
-        let operation = if records.is_empty() && matches!(scope, Scope::Model) { "remove" } else { "import" };
         let mut records = records.to_vec();
         for record in &mut records {
             record.locations = self.known.get(&record.artifact).cloned().unwrap_or_default();
@@ -340,38 +371,60 @@ fn check_name(what: &'static str, name: &str) -> Result<()> {
     Err(Error::InvalidName { what, name: name.escape_debug().to_string(), reason })
 }
 
-/// Appends to a table, made first in the store's format where it is missing, and returns the new data files with their
+/// Appends rows to a table, made first in the store's format where it is missing, and returns the new data files with their
 /// rows, in order.
 pub(super) async fn append(
     (location, format): (&Location, &Format),
     table: &str,
     batches: Vec<RecordBatch>,
 ) -> Result<Vec<(String, u64)>> {
-    let action = || format!("opening table '{table}'");
-    let dataset = match location.open_for_write(table).await {
-        Ok(dataset) => dataset,
-        Err(lance::Error::DatasetNotFound { .. }) => {
-            let schema = location.formats().schema(table, format.version);
-            create_table(
-                location,
-                table,
-                schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?,
-            )
-            .await?;
-            location.open_for_write(table).during(action()).await?
-        }
-        Err(e) => return Err(storage_error(action())(e)),
-    };
+    let dataset = opened((location, format), table).await?;
     let fitted = |batch| without_missing(batch, (table, &dataset), (location.uri(), format));
     let batches = batches.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
-    append_to(Arc::new(dataset), batches).during(format!("appending to table '{table}'")).await
+    let Some(schema) = batches.first().map(RecordBatch::schema) else { return Ok(vec![]) };
+    let appended = append_to(Arc::new(dataset), schema, batches.into_iter().map(Ok));
+    appended.during(format!("appending to table '{table}'")).await
+}
+
+/// Appends the rows that artifacts have in a table, as [`append`] does. They are made meanwhile, batch by batch.
+async fn append_rows(
+    (location, format): (&Location, &Format),
+    table: Table,
+    artifacts: &Arc<Vec<ArtifactRows>>,
+) -> Result<Vec<(String, u64)>> {
+    let dataset = opened((location, format), &table.name()).await?;
+    let pieces = artifacts.iter().enumerate().map(|(owner, rows)| (owner, rows.pieces(table)));
+    let pieces: Vec<_> = pieces.flat_map(|(owner, all)| all.into_iter().map(move |piece| (owner, piece))).collect();
+    let artifacts = artifacts.clone();
+    // They have no column that a later format adds to the table.
+    let batches = pieces.into_iter().map(move |(owner, piece)| artifacts[owner].batch(&piece));
+    let appended = append_to(Arc::new(dataset), table.schema(), batches);
+    appended.during(format!("appending to table '{}'", table.name())).await
+}
+
+/// Opens a table for writing, made first in the store's format where it is missing.
+async fn opened((location, format): (&Location, &Format), table: &str) -> Result<Dataset> {
+    let action = || format!("opening table '{table}'");
+    match location.open_for_write(table).await {
+        Ok(dataset) => Ok(dataset),
+        Err(lance::Error::DatasetNotFound { .. }) => {
+            let schema = location.formats().schema(table, format.version);
+            let schema = schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?;
+            create_table(location, table, schema).await?;
+            location.open_for_write(table).during(action()).await
+        }
+        Err(e) => Err(storage_error(action())(e)),
+    }
 }
 
 /// Columns of the table that the batches do not have, which take nulls, are left out of the new files.
-async fn append_to(dataset: Arc<Dataset>, batches: Vec<RecordBatch>) -> lance::Result<Vec<(String, u64)>> {
-    let Some(schema) = batches.first().map(RecordBatch::schema) else { return Ok(vec![]) };
+async fn append_to(
+    dataset: Arc<Dataset>,
+    schema: SchemaRef,
+    batches: impl Iterator<Item = std::result::Result<RecordBatch, ArrowError>> + Send + 'static,
+) -> lance::Result<Vec<(String, u64)>> {
     let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
-    let reader = RecordBatchIterator::new(batches.into_iter().map(Ok), schema);
+    let reader = RecordBatchIterator::new(batches, schema);
     let transaction =
         InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(reader).await?;
     let Operation::Append { fragments } = &transaction.operation else {
