@@ -345,9 +345,9 @@ async fn run(cli: Cli) -> Result<u8> {
 }
 
 /// The commands that --at is for.
-const READ_A_VERSION: [&str; 12] = [
-    "models", "layers", "show", "forward", "attend", "search", "nearest", "shared", "copy", "evaluate", "export",
-    "stats",
+const READ_A_VERSION: [&str; 14] = [
+    "models", "layers", "show", "compare", "forward", "attend", "search", "nearest", "shared", "copy", "evaluate",
+    "export", "stats", "snapshot create",
 ];
 
 /// What every command needs.

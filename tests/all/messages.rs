@@ -249,7 +249,8 @@ fn commands_that_read_no_version_refuse_one() {
         &["import", CHECKPOINT, "--model", "n"][..],
         &["codebooks", "train", "m", "a", "--queries", "x.npy"],
         &["index"],
-        &["snapshot", "create", "a"],
+        &["remove", "m"],
+        &["rename", "m", "n"],
         &["snapshot", "list"],
         &["snapshot", "delete", "a"],
         &["restore", "1"],
@@ -258,7 +259,7 @@ fn commands_that_read_no_version_refuse_one() {
         &["verify"],
         &["gc"],
     ] {
-        let says = [args[0], "expected a command that reads a version (models, layers, show, forward, attend, "];
+        let says = [args[0], "expected a command that reads a version (models, layers, show, compare, forward, attend, "];
         place.fails(2, &says, &[&["--at", "1"], args].concat());
     }
     // Those that the message names take one.
@@ -276,7 +277,9 @@ fn commands_that_read_no_version_refuse_one() {
         &["copy", "m", "blocks.0.up", &elsewhere],
         &["evaluate", "m", "--activations", INPUTS, "--checkpoint", CHECKPOINT],
         &["export", "m", "--output", &output],
+        &["compare", "m", "m@latest"],
         &["stats"],
+        &["snapshot", "create", "a"],
     ] {
         place.json(&[&["--at", "2"], args].concat());
     }
