@@ -197,11 +197,20 @@ impl Data {
             move || files.direct_rows(&wanted)
         });
         let local = local.await.map_err(|e| lance::Error::wrapped(Box::new(e)))?;
-        let found = match local.map_err(|e| lance::Error::io_source(Box::new(e)))? {
+        let found = match local.map_err(local_error)? {
             Some(batches) => batches.into_iter().map(|batch| vec![batch]).collect(),
             None => self.files.decoded_rows(&wanted).await?,
         };
         Ok(by_table(locations, found))
+    }
+}
+
+/// The error of a local file that cannot be read, or is not what was written.
+fn local_error(e: std::io::Error) -> lance::Error {
+    use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+    match e.kind() {
+        InvalidData | UnexpectedEof => lance::Error::corrupt_file_named("of the table", e.to_string()),
+        _ => lance::Error::io_source(Box::new(e)),
     }
 }
 

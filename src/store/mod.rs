@@ -9,6 +9,7 @@ mod agreement;
 mod attention;
 mod catalogue;
 mod data;
+mod durable;
 mod format;
 mod gc;
 mod handle;

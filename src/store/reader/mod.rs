@@ -10,8 +10,9 @@
 mod aligned;
 mod column;
 mod data_file;
+pub mod end;
 mod page;
-mod pread;
+pub mod pread;
 #[cfg(test)]
 mod tests;
 
@@ -35,7 +36,8 @@ use moka::future::Cache;
 use object_store::path::Path;
 use tokio::sync::OnceCell;
 
-use self::data_file::{DataFile, ROWS_PER_BYTE};
+use self::data_file::DataFile;
+use self::end::require_rows;
 use super::location::Location;
 use super::waiting::unfinished;
 use crate::error::{Error, Result};
@@ -133,6 +135,11 @@ pub struct FileRows {
 /// A file by its table's name and its own.
 type FileName = (String, String);
 
+/// The path of a data file of the store in `folder`.
+fn data_path(folder: &std::path::Path, table: &str, name: &str) -> std::path::PathBuf {
+    folder.join(format!("{table}.lance")).join("data").join(name)
+}
+
 /// The data files of a store.
 #[derive(Debug)]
 pub struct Files {
@@ -165,8 +172,14 @@ impl Files {
         let Some(folder) = self.direct_folder() else { return Ok(None) };
         let mut batches = Vec::with_capacity(wanted.len());
         for some in wanted {
-            let Some(file) = self.direct_file(folder, &some.table, &some.file)? else { return Ok(None) };
-            let Some(batch) = file.read(&some.rows)? else { return Ok(None) };
+            let named = |e: io::Error| match e.kind() {
+                io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                    io::Error::new(e.kind(), format!("{}: {e}", data_path(folder, &some.table, &some.file).display()))
+                }
+                _ => e,
+            };
+            let Some(file) = self.direct_file(folder, &some.table, &some.file).map_err(named)? else { return Ok(None) };
+            let Some(batch) = file.read(&some.rows).map_err(named)? else { return Ok(None) };
             batches.push(batch);
         }
         Ok(Some(batches))
@@ -189,7 +202,7 @@ impl Files {
         if let Some(file) = self.open_files().get(&key) {
             return Ok(Some(file.clone()));
         }
-        let path = folder.join(format!("{table}.lance")).join("data").join(name);
+        let path = data_path(folder, table, name);
         let opened = match DataFile::open(&path, &schema) {
             Err(e) if too_many_open(&e) => {
                 self.open_files().clear();
@@ -266,10 +279,8 @@ impl Files {
         let session = self.location.session();
         let (plugins, options) = (Arc::<DecoderPlugins>::default(), FileReaderOptions::default());
         let reader = FileReader::try_open(file, None, plugins, session.file_metadata_cache(), options).await?;
-        if reader.num_rows() / ROWS_PER_BYTE > size {
-            let found = format!("a file of {size} bytes claims {} rows", reader.num_rows());
-            return Err(lance::Error::invalid_input(found));
-        }
+        require_rows(reader.num_rows(), size)
+            .map_err(|e| lance::Error::corrupt_file_named("of the table", format!("{path}: {e}")))?;
         Ok(Arc::new(reader))
     }
 
