@@ -45,6 +45,9 @@ pub async fn layers(context: &Context, model: &str) -> Result<u8> {
 
 pub async fn show(context: &Context, model: &str, layer: &str) -> Result<u8> {
     let handle = context.snapshot().await?.layer(model, layer).await?;
+    if context.verify_loads {
+        handle.load().await?;
+    }
     context.output.result(handle.record(), |r| {
         let mut rows = vec![
             vec!["model".into(), r.model.clone()],

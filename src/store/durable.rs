@@ -21,8 +21,8 @@ use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetRange, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
+    CopyOptions, GetOptions, GetRange, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
 };
 use url::Url;
 
@@ -197,7 +197,7 @@ impl ObjectStore for Checked {
         let sorted = async move {
             let mut all: Vec<ObjectMeta> = listing.try_collect().await?;
             all.sort_by(|a, b| a.location.cmp(&b.location));
-            Ok(stream::iter(all.into_iter().map(Ok)))
+            Ok::<_, object_store::Error>(stream::iter(all.into_iter().map(Ok)))
         };
         stream::once(sorted).try_flatten().boxed()
     }

@@ -10,20 +10,24 @@ use arrow::array::{ArrayRef, BinaryArray, Float32Array, RecordBatch, StringArray
 use arrow::compute::{cast, concat_batches};
 use safetensors::tensor::TensorView;
 
+use super::append::append;
 use super::catalogue;
 use super::data::{Data, file_rows};
 use super::format::{AddedColumn, Format, Formats};
 use super::location::Location;
 use super::reader::{Files, Reader};
-use super::record::{ArtifactRecord, LayerRecord, TableRows};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
+use super::remedy::Remedy;
 use super::root::{Store, StoreOptions};
 use super::schema::{ARTIFACTS, LAYERS};
+use super::tables::to_batches;
 use super::testing::Hooks;
-use super::writer::append;
+use super::verify::VerifyDepth;
 use crate::compress::{ImportOptions, import};
 use crate::error::{Error, ErrorKind};
 use crate::formats;
-use crate::layer::DType;
+use crate::layer::parts::Tensor;
+use crate::layer::{DType, Parts};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -124,6 +128,8 @@ async fn both_readers_read_the_same() {
     let opened = |reader| StoreOptions { reader: Some(reader), ..StoreOptions::default() };
     let store = Store::create_with(&uri, opened(Reader::Direct)).await.unwrap();
     bring_every_method(&store, folder.path()).await;
+    let deep = store.verify_with(VerifyDepth::Deep, |_, _| ()).await.unwrap();
+    assert_eq!((deep.corrupt, deep.damaged), (vec![], vec![]));
     let through_lance = Store::open_with(&uri, opened(Reader::Lance)).await.unwrap();
     let files = |reader| Arc::new(Files::new(store.shared().location.clone(), reader));
     let (direct, lance) = (files(Reader::Direct), files(Reader::Lance));
@@ -260,6 +266,56 @@ async fn an_older_store_is_upgraded() {
     // Nor does one that was open already go on.
     assert!(matches!(before.latest().await.unwrap_err(), Error::Format { .. }));
     assert!(matches!(before.writer().await.unwrap_err(), Error::Format { .. }));
+}
+
+/// What hashes to its name may still be no layer, and what is one may not be what the catalogue says.
+#[tokio::test(flavor = "multi_thread")]
+async fn verification_builds_layers_and_runs_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::create(&folder.path().join("layers").display().to_string()).await.unwrap();
+    bring(&store, "m", None).await;
+    let location = store.shared().location.clone();
+    let format = location.format_of(&catalogue::open(&location, None).await.unwrap()).unwrap();
+    let mut parts = Parts::new("low_rank", serde_json::json!({"rank": 1}));
+    parts.tensors.push(Tensor::vector("bias", &[1.0]));
+    let id = parts.id();
+    let mut locations = RowLocations::default();
+    for (table, batches) in to_batches(id, &parts).unwrap() {
+        let files = append((&location, format), &table.name(), batches).await.unwrap();
+        let ranges = files.into_iter().map(|(file, rows)| RowRange { file, offset: 0, rows }).collect();
+        locations.0.insert(table.name(), TableRows { rows: 1, ranges });
+    }
+    let record = ArtifactRecord {
+        artifact: id,
+        method: parts.method.clone(),
+        config: parts.config.clone(),
+        locations,
+        stored_bytes: parts.stored_bytes(),
+        recipe: id.0,
+        relative_error: None,
+        error_basis: ErrorBasis::Weights,
+        created_at: chrono::Utc::now(),
+    };
+    append((&location, format), ARTIFACTS, vec![artifacts_batch(&[record]).unwrap()]).await.unwrap();
+    assert!(store.verify_with(VerifyDepth::Quick, |_, _| ()).await.unwrap().is_sound());
+    let found = store.verify(|_, _| ()).await.unwrap().corrupt;
+    assert_eq!(found.len(), 1);
+    assert!(found[0].reason.contains("no layer can be built"), "{found:?}");
+    assert_eq!((found[0].help.as_slice(), found[0].layers.len()), (&[Remedy::Gc][..], 0));
+    store.gc(Duration::ZERO, true).await.unwrap();
+    sound(&store).await;
+
+    let mut rows = store.latest().await.unwrap().layers("m").await.unwrap();
+    let embedding = rows.iter_mut().find(|row| row.layer == "embedding").unwrap();
+    embedding.in_features = 47;
+    store.writer().await.unwrap().commit("m", &rows, None).await.unwrap();
+    sound(&store).await;
+    let found = store.verify_with(VerifyDepth::Deep, |_, _| ()).await.unwrap().corrupt;
+    assert_eq!(found.len(), 1);
+    assert!(
+        found[0].reason.contains("layer 'embedding' of model 'm'") && found[0].reason.contains("(64, 47)"),
+        "{found:?}"
+    );
 }
 
 /// Rows that a catalogue claims and no file has are told as such, and nothing is asked of memory for them.

@@ -3,25 +3,23 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use arrow::array::{RecordBatch, RecordBatchIterator};
+use arrow::array::RecordBatch;
 use chrono::Utc;
-use lance::Dataset;
-use lance::dataset::transaction::Operation;
-use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
 use layerstore_core::layer::registry;
 use serde_json::Value;
 
 use super::agreement::DataTables;
-use super::catalogue::{self, Scope, create_table, replace};
-use super::data::Data;
-use super::format::{Format, without_missing};
-use super::heal;
-use super::location::Location;
+use super::append::{Written, append};
+use super::catalogue::{self, Scope, replace};
+use super::format::Format;
 use super::lock::{self, Guard};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
+use super::mend::{Again, mend};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, TableRows, artifacts_batch};
+use super::relist::relist;
 use super::schema::{ARTIFACTS, Table};
+use super::shared::Shared;
 use super::tables::to_batches;
-use super::waiting::{Waiting, storage_error};
+use super::waiting::Waiting;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
 use crate::tasks::unwrap_join;
@@ -57,18 +55,41 @@ pub struct ArtifactInfo {
     pub error_basis: ErrorBasis,
 }
 
+/// What a writer knows of an artifact that the store has, or will have with the next flush.
+#[derive(Debug, Clone)]
+struct Known {
+    locations: RowLocations,
+    recipe: [u8; 32],
+    content: Content,
+}
+
+/// Whether what the store has of an artifact is what its name stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Content {
+    /// Nobody has looked.
+    Unknown,
+    /// It is, or this writer writes it.
+    Sound,
+    /// It is not.
+    Damaged,
+}
+
 /// One change of a model, from its first artifact to its commit. Nobody sees any of it before [`Writer::commit`];
 /// dropping it leaves the catalogue as it was.
 #[derive(Debug)]
 pub struct Writer {
-    location: Location,
+    shared: Arc<Shared>,
     _guard: Guard,
     /// The store's format, which does not change while the guard is held.
     format: &'static Format,
     /// Artifacts that are complete in the store, by recipe.
     recipes: HashMap<[u8; 32], ArtifactInfo>,
-    known: HashMap<ArtifactId, RowLocations>,
+    known: HashMap<ArtifactId, Known>,
+    /// Artifacts that are listed, and whose rows are not there.
+    lost: HashMap<ArtifactId, ArtifactRecord>,
     pending: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
+    /// Artifacts to be written in the place of damaged rows.
+    again: Vec<Again>,
     pending_bytes: u64,
     written_bytes: u64,
     /// Set while rows are being written: what was gathered is gone if that fails or is given up.
@@ -78,48 +99,46 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Takes the lock of imports, and reads which artifacts the store has. Those that the catalogue names and the list or a data
-    /// table has lost are written again.
+    /// Takes the lock of imports, and reads which artifacts the store has.
     ///
     /// # Errors
     /// When the storage refuses.
-    pub(super) async fn begin(location: &Location, data: &Arc<Data>) -> Result<Self> {
+    pub(super) async fn begin(shared: &Arc<Shared>) -> Result<Self> {
+        let location = &shared.location;
         let guard = lock::importing(location).await?;
         let format = location.format_of(&catalogue::open(location, None).await?)?;
-        let mut recipes = HashMap::new();
-        let mut known = HashMap::new();
-        let (mut tables, mut lost) = (DataTables::of(location), HashMap::new());
-        for record in data.records().await? {
-            if tables.lack(record.artifact, &record.locations, false).await?.is_some() {
-                lost.insert(record.artifact, record);
-                continue;
-            }
-            known.insert(record.artifact, record.locations);
-            let stored = ArtifactInfo {
-                artifact: record.artifact,
-                method: record.method.clone(),
-                config: record.config,
-                stored_bytes: record.stored_bytes,
-                relative_error: record.relative_error,
-                error_basis: record.error_basis,
-            };
-            recipes.insert(record.recipe, stored);
-        }
         let mut writer = Writer {
-            location: location.clone(),
+            shared: shared.clone(),
             _guard: guard,
             format,
-            recipes,
-            known,
+            recipes: HashMap::new(),
+            known: HashMap::new(),
+            lost: HashMap::new(),
             pending: vec![],
+            again: vec![],
             pending_bytes: 0,
             written_bytes: 0,
             broken: false,
             commit: None,
         };
-        heal::complete(&mut writer, location, data, &lost).await?;
-        // What was lost is not the change's own.
-        writer.written_bytes = 0;
+        let mut tables = DataTables::of(location);
+        for record in shared.data.records().await? {
+            if tables.lack(record.artifact, &record.locations, false).await?.is_some() {
+                writer.lost.insert(record.artifact, record);
+                continue;
+            }
+            let (locations, recipe) = (record.locations, record.recipe);
+            writer.known.insert(record.artifact, Known { locations, recipe, content: Content::Unknown });
+            let stored = ArtifactInfo {
+                artifact: record.artifact,
+                method: record.method,
+                config: record.config,
+                stored_bytes: record.stored_bytes,
+                relative_error: record.relative_error,
+                error_basis: record.error_basis,
+            };
+            writer.recipes.insert(recipe, stored);
+        }
         Ok(writer)
     }
 
@@ -128,14 +147,84 @@ impl Writer {
         self.known.contains_key(artifact)
     }
 
-    /// Lists artifacts whose rows are there.
+    /// Returns the records of artifacts that are listed, and whose rows are not there.
+    pub(super) fn lost(&self) -> &HashMap<ArtifactId, ArtifactRecord> {
+        &self.lost
+    }
+
+    /// Counts what was written so far as no part of the change.
+    pub(super) fn forget_written_bytes(&mut self) {
+        self.written_bytes = 0;
+    }
+
+    /// Lists artifacts whose rows are there and are what their names stand for.
     pub(super) async fn list(&mut self, records: Vec<ArtifactRecord>) -> Result<()> {
-        if records.is_empty() {
-            return Ok(());
+        let (moved, new): (Vec<_>, Vec<_>) = records.into_iter().partition(|r| self.lost.contains_key(&r.artifact));
+        if !new.is_empty() {
+            append((&self.shared.location, self.format), ARTIFACTS, vec![artifacts_batch(&new)?]).await?;
         }
-        append((&self.location, self.format), ARTIFACTS, vec![artifacts_batch(&records)?]).await?;
-        self.known.extend(records.into_iter().map(|r| (r.artifact, r.locations)));
+        if !moved.is_empty() {
+            let list = self.shared.location.open_for_write(ARTIFACTS).during("opening the table of artifacts").await?;
+            relist(list, &moved.iter().map(|r| (r.artifact, r.locations.clone())).collect()).await?;
+        }
+        for record in new.into_iter().chain(moved) {
+            let recipe = self.lost.remove(&record.artifact).map_or(record.recipe, |listed| listed.recipe);
+            let known = Known { locations: record.locations, recipe, content: Content::Sound };
+            self.known.insert(record.artifact, known);
+        }
         Ok(())
+    }
+
+    /// Says that what the store has of an artifact is not what was written: it is written anew when it is added.
+    pub(super) fn distrust(&mut self, artifact: &ArtifactId) {
+        if let Some(known) = self.known.get_mut(artifact) {
+            known.content = Content::Damaged;
+        }
+    }
+
+    /// Returns the artifact that was made by this recipe, if the store has it and it is what was written: its rows are read, and
+    /// hashed.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn reusable(&mut self, recipe: &[u8; 32]) -> Result<Option<ArtifactInfo>> {
+        let Some(stored) = self.made_by(recipe).cloned() else { return Ok(None) };
+        Ok(self.is_sound(stored.artifact).await?.then_some(stored))
+    }
+
+    /// Whether what the store has of an artifact is what its name stands for: read and hashed where nobody has looked.
+    async fn is_sound(&mut self, id: ArtifactId) -> Result<bool> {
+        let Some(known) = self.known.get(&id) else { return Ok(false) };
+        if known.content != Content::Unknown {
+            return Ok(known.content == Content::Sound);
+        }
+        let record = match self.recipes.get(&known.recipe).filter(|stored| stored.artifact == id) {
+            Some(stored) => ArtifactRecord {
+                artifact: id,
+                method: stored.method.clone(),
+                config: stored.config.clone(),
+                locations: known.locations.clone(),
+                stored_bytes: stored.stored_bytes,
+                recipe: known.recipe,
+                relative_error: stored.relative_error,
+                error_basis: stored.error_basis,
+                created_at: Utc::now(),
+            },
+            // Two artifacts of one recipe.
+            None => self.shared.data.record(id).await?,
+        };
+        let content = match self.shared.data.parts(&record).await {
+            Ok(parts) => match unwrap_join(tokio::task::spawn_blocking(move || parts.id()).await)? == id {
+                true => Content::Sound,
+                false => Content::Damaged,
+            },
+            Err(Error::Corrupt { .. }) => Content::Damaged,
+            Err(e) => return Err(e),
+        };
+        if let Some(known) = self.known.get_mut(&id) {
+            known.content = content;
+        }
+        Ok(content == Content::Sound)
     }
 
     /// Returns the artifact that was made by this recipe, if the store has it.
@@ -148,51 +237,61 @@ impl Writer {
         self.written_bytes + self.pending_bytes
     }
 
-    /// Adds an artifact, unless the store has it. Returns its name, and whether it was new. What is new is built into a layer
-    /// first, so that nothing is stored that cannot be loaded.
+    /// Adds an artifact, unless the store has it. Returns its name, and whether it is written: it was new, or what the store had of it
+    /// was not what was written, and is replaced. What is written is built into a layer first, so that nothing is stored that cannot
+    /// be loaded.
     ///
     /// # Errors
-    /// When no layer can be built from the parts, a number of theirs is not finite, they do not fit the tables, or writing a full
-    /// buffer fails.
+    /// When no layer can be built from the parts, a number of theirs is not finite, they do not fit the tables, or the storage
+    /// refuses.
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
         let id = parts.id();
-        if !self.known.contains_key(&id) {
+        let sound = self.is_sound(id).await?;
+        if !sound {
             let parts = parts.clone();
             unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&parts).map(drop)).await)??;
         }
-        let stored_bytes = parts.stored_bytes();
-        let stored = ArtifactInfo {
-            artifact: id,
-            method: parts.method.clone(),
-            config: parts.config.clone(),
-            stored_bytes,
-            relative_error: provenance.relative_error,
-            error_basis: provenance.error_basis,
-        };
-        self.recipes.insert(provenance.recipe, stored);
-        if self.known.insert(id, RowLocations::default()).is_some() {
+        let recipe = provenance.recipe;
+        self.recipes.insert(recipe, info(id, parts, provenance));
+        if sound {
             return Ok((id, false));
         }
-        let record = ArtifactRecord {
-            artifact: id,
-            method: parts.method.clone(),
-            config: parts.config.clone(),
-            locations: RowLocations::default(),
-            stored_bytes,
-            recipe: provenance.recipe,
-            relative_error: provenance.relative_error,
-            error_basis: provenance.error_basis,
-            created_at: Utc::now(),
-        };
-        self.pending.push((record, to_batches(id, parts)?));
-        self.pending_bytes += stored_bytes;
-        if self.pending_bytes >= PENDING_BYTES {
-            self.flush().await?;
+        let rows = to_batches(id, parts)?;
+        if self.known.contains_key(&id) || self.lost.remove(&id).is_some() {
+            self.again.push(Again { artifact: id, rows });
+        } else {
+            self.pending.push((record(id, parts, provenance), rows));
         }
+        let known = self.known.entry(id).or_insert(Known {
+            locations: RowLocations::default(),
+            recipe,
+            content: Content::Unknown,
+        });
+        known.content = Content::Sound;
+        self.gathered(parts.stored_bytes()).await?;
         Ok((id, true))
     }
 
-    /// Writes what was gathered: data rows first, then the list of complete artifacts.
+    /// Adds an artifact that was read whole, and whose rows some tables have lost: they are written once more, and the list is told.
+    pub(super) async fn complete(&mut self, parts: &Parts, provenance: Provenance) -> Result<()> {
+        let id = parts.id();
+        self.recipes.insert(provenance.recipe, info(id, parts, provenance));
+        self.pending.push((record(id, parts, provenance), to_batches(id, parts)?));
+        let (locations, recipe) = (RowLocations::default(), provenance.recipe);
+        self.known.insert(id, Known { locations, recipe, content: Content::Sound });
+        self.gathered(parts.stored_bytes()).await
+    }
+
+    /// Counts what was gathered, and writes it where it is much.
+    async fn gathered(&mut self, bytes: u64) -> Result<()> {
+        self.pending_bytes += bytes;
+        match self.pending_bytes >= PENDING_BYTES {
+            true => self.flush().await,
+            false => Ok(()),
+        }
+    }
+
+    /// Writes what was gathered: data rows first, then the list of complete artifacts; then damaged artifacts anew.
     ///
     /// # Errors
     /// When the storage refuses. Rows that were written stay unseen, for gc.
@@ -204,15 +303,20 @@ impl Writer {
                 source: None,
             });
         }
-        if self.pending.is_empty() {
+        if self.pending.is_empty() && self.again.is_empty() {
             return Ok(());
         }
         self.broken = true;
-        // A table that is made now takes the lock for itself.
+        // A table that is made now takes the lock for itself, and so does whoever replaces rows.
         self.commit = None;
         let pending = std::mem::take(&mut self.pending);
         let records = self.write_rows(pending).await?;
         self.list(records).await?;
+        for (artifact, locations) in mend(&self.shared, self.format, std::mem::take(&mut self.again)).await? {
+            if let Some(known) = self.known.get_mut(&artifact) {
+                known.locations = locations;
+            }
+        }
         self.written_bytes += std::mem::take(&mut self.pending_bytes);
         self.broken = false;
         Ok(())
@@ -222,7 +326,7 @@ impl Writer {
     pub(crate) async fn ready(&mut self) -> Result<()> {
         self.flush().await?;
         if self.commit.is_none() {
-            self.commit = Some(lock::committing(&self.location).await?);
+            self.commit = Some(lock::committing(&self.shared.location).await?);
         }
         Ok(())
     }
@@ -244,7 +348,7 @@ impl Writer {
             let rows = |batches: &[RecordBatch]| batches.iter().map(|b| b.num_rows() as u64).sum();
             let counts: Vec<(usize, u64)> = owned.iter().map(|(owner, batches)| (*owner, rows(batches))).collect();
             let batches = owned.into_iter().flat_map(|(_, batches)| batches).collect();
-            let mut written = Written::new(append((&self.location, self.format), &name, batches).await?);
+            let mut written = Written::new(append((&self.shared.location, self.format), &name, batches).await?);
             for (owner, rows) in counts {
                 let ranges = written.take(rows).ok_or_else(|| Error::Storage {
                     action: format!("appending to table '{name}'"),
@@ -308,9 +412,37 @@ impl Writer {
         let operation = if records.is_empty() && matches!(scope, Scope::Model) { "remove" } else { "import" };
         let mut records = records.to_vec();
         for record in &mut records {
-            record.locations = self.known.get(&record.artifact).cloned().unwrap_or_default();
+            record.locations =
+                self.known.get(&record.artifact).map_or_else(RowLocations::default, |k| k.locations.clone());
         }
-        replace(&self.location, (model, scope), &records, operation, message).await
+        replace(&self.shared.location, (model, scope), &records, operation, message).await
+    }
+}
+
+/// What a writer tells of an artifact.
+fn info(artifact: ArtifactId, parts: &Parts, provenance: Provenance) -> ArtifactInfo {
+    ArtifactInfo {
+        artifact,
+        method: parts.method.clone(),
+        config: parts.config.clone(),
+        stored_bytes: parts.stored_bytes(),
+        relative_error: provenance.relative_error,
+        error_basis: provenance.error_basis,
+    }
+}
+
+/// What the list is to say of an artifact whose rows are not written yet.
+fn record(artifact: ArtifactId, parts: &Parts, provenance: Provenance) -> ArtifactRecord {
+    ArtifactRecord {
+        artifact,
+        method: parts.method.clone(),
+        config: parts.config.clone(),
+        locations: RowLocations::default(),
+        stored_bytes: parts.stored_bytes(),
+        recipe: provenance.recipe,
+        relative_error: provenance.relative_error,
+        error_basis: provenance.error_basis,
+        created_at: Utc::now(),
     }
 }
 
@@ -340,99 +472,9 @@ fn check_name(what: &'static str, name: &str) -> Result<()> {
     Err(Error::InvalidName { what, name: name.escape_debug().to_string(), reason })
 }
 
-/// Appends to a table, made first in the store's format where it is missing, and returns the new data files with their
-/// rows, in order.
-pub(super) async fn append(
-    (location, format): (&Location, &Format),
-    table: &str,
-    batches: Vec<RecordBatch>,
-) -> Result<Vec<(String, u64)>> {
-    let action = || format!("opening table '{table}'");
-    let dataset = match location.open_for_write(table).await {
-        Ok(dataset) => dataset,
-        Err(lance::Error::DatasetNotFound { .. }) => {
-            let schema = location.formats().schema(table, format.version);
-            create_table(
-                location,
-                table,
-                schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?,
-            )
-            .await?;
-            location.open_for_write(table).during(action()).await?
-        }
-        Err(e) => return Err(storage_error(action())(e)),
-    };
-    let fitted = |batch| without_missing(batch, (table, &dataset), (location.uri(), format));
-    let batches = batches.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
-    append_to(Arc::new(dataset), batches).during(format!("appending to table '{table}'")).await
-}
-
-/// Columns of the table that the batches do not have, which take nulls, are left out of the new files.
-async fn append_to(dataset: Arc<Dataset>, batches: Vec<RecordBatch>) -> lance::Result<Vec<(String, u64)>> {
-    let Some(schema) = batches.first().map(RecordBatch::schema) else { return Ok(vec![]) };
-    let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
-    let reader = RecordBatchIterator::new(batches.into_iter().map(Ok), schema);
-    let transaction =
-        InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(reader).await?;
-    let Operation::Append { fragments } = &transaction.operation else {
-        return Err(lance::Error::internal(format!("an append came to be {}", transaction.operation.name())));
-    };
-    let mut written = Vec::with_capacity(fragments.len());
-    for fragment in fragments {
-        let [file] = fragment.files.as_slice() else {
-            return Err(lance::Error::internal(format!("a new fragment has {} data files", fragment.files.len())));
-        };
-        written.push((file.path.clone(), fragment.physical_rows.unwrap_or_default() as u64));
-    }
-    CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction).await?;
-    Ok(written)
-}
-
-/// Hands out consecutive rows of a list of files.
-struct Written {
-    files: std::vec::IntoIter<(String, u64)>,
-    current: Option<(String, u64)>,
-    offset: u64,
-}
-
-impl Written {
-    fn new(files: Vec<(String, u64)>) -> Self {
-        Written { files: files.into_iter(), current: None, offset: 0 }
-    }
-
-    fn take(&mut self, mut rows: u64) -> Option<Vec<RowRange>> {
-        let mut ranges = Vec::new();
-        while rows > 0 {
-            match &self.current {
-                Some((file, size)) if self.offset < *size => {
-                    let taken = rows.min(size - self.offset);
-                    ranges.push(RowRange { file: file.clone(), offset: self.offset, rows: taken });
-                    self.offset += taken;
-                    rows -= taken;
-                }
-                _ => {
-                    self.current = Some(self.files.next()?);
-                    self.offset = 0;
-                }
-            }
-        }
-        Some(ranges)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges_go_on_in_the_next_file() {
-        let run = |file: &str, offset, rows| RowRange { file: file.into(), offset, rows };
-        let mut written = Written::new(vec![("a".into(), 3), ("b".into(), 0), ("c".into(), 10)]);
-        assert_eq!(written.take(2).unwrap(), [run("a", 0, 2)]);
-        assert_eq!(written.take(4).unwrap(), [run("a", 2, 1), run("c", 0, 3)]);
-        assert_eq!(written.take(0).unwrap(), []);
-        assert_eq!(written.take(8), None);
-    }
 
     #[test]
     fn names_that_would_be_trouble() {

@@ -3,6 +3,7 @@
 mod attention;
 mod calibration;
 mod cli;
+mod damage;
 mod faults;
 mod files;
 mod golden;

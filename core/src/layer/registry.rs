@@ -28,10 +28,13 @@ pub struct MethodEntry {
     pub kind: MethodKind,
     implemented_by: TypeId,
     read_settings: Option<ReadSettings>,
+    settings_of: Option<SettingsOf>,
     from_parts: fn(Parts) -> Result<SharedLayer>,
 }
 
 type ReadSettings = fn(Map<String, Value>) -> Result<MethodConfig>;
+
+type SettingsOf = fn(&Map<String, Value>) -> Result<MethodConfig>;
 
 fn read_settings<M: Method>(given: Map<String, Value>) -> Result<MethodConfig> {
     let settings: M = serde_json::from_value(Value::Object(given.clone()))
@@ -49,6 +52,7 @@ impl MethodEntry {
             kind: M::KIND,
             implemented_by: TypeId::of::<M>(),
             read_settings: Some(read_settings::<M>),
+            settings_of: Some(|config| Ok(M::from_config(config)?.into())),
             from_parts: |parts| Ok(M::from_parts(parts)?.shared()),
         }
     }
@@ -70,6 +74,24 @@ impl MethodEntry {
     }
 }
 
+impl MethodEntry {
+    /// Returns the settings that a layer of this full configuration, as the catalogue keeps it, is made with again:
+    /// [`Method::from_config`].
+    ///
+    /// # Errors
+    /// When they are not valid together, or no settings make such a layer.
+    pub fn settings_of(&self, config: &Value) -> Result<MethodConfig> {
+        match (self.settings_of, config) {
+            (Some(read), Value::Object(config)) => read(config),
+            _ => Err(Error::expected(
+                "configuration of a layer to make again",
+                config,
+                "one that a rule's settings made",
+            )),
+        }
+    }
+}
+
 /// This crate's methods, in the order in which they are documented.
 pub const BUILT_IN: [MethodEntry; 6] = [
     MethodEntry::of::<Dense>(),
@@ -83,6 +105,7 @@ pub const BUILT_IN: [MethodEntry; 6] = [
         kind: MethodKind::Module,
         implemented_by: TypeId::of::<ModuleLayer>(),
         read_settings: None,
+        settings_of: None,
         from_parts: |parts| Ok(ModuleLayer::from_parts(parts)?.shared()),
     },
 ];

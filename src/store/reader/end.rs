@@ -61,7 +61,8 @@ pub fn check(file: &File, size: u64) -> io::Result<()> {
         let column = pbfile::ColumnMetadata::decode(end.get(file, range(place)?)?)?;
         let mut rows = 0u64;
         let own = (&column.buffer_offsets, &column.buffer_sizes);
-        for (offsets, sizes) in column.pages.iter().map(|page| (&page.buffer_offsets, &page.buffer_sizes)).chain([own]) {
+        for (offsets, sizes) in column.pages.iter().map(|page| (&page.buffer_offsets, &page.buffer_sizes)).chain([own])
+        {
             if offsets.len() != sizes.len() {
                 return Err(contradiction("a page's buffers are not as many as their sizes"));
             }

@@ -228,6 +228,15 @@ impl Files {
         }
     }
 
+    /// Closes files of a table that have gone, so that nothing more is read of them.
+    pub async fn forget(&self, table: &str, names: impl IntoIterator<Item = String>) {
+        for name in names {
+            let key = (table.to_owned(), name);
+            self.open_files().pop(&key);
+            self.through_lance.invalidate(&key).await;
+        }
+    }
+
     /// Returns whether files are open, or none is to be opened ahead.
     pub fn are_open(&self, wanted: &BTreeSet<FileName>) -> bool {
         let open = self.open_files();
