@@ -212,7 +212,7 @@ impl Sources {
         if self.0.is_empty() {
             return Ok(());
         }
-        let row = work.row(id).await?;
+        let row = work.row(id).await;
         for (name, source) in &self.0 {
             let found = match source {
                 Opened::Store(store) => match cancel.unless(store.artifact(id)).await {
@@ -220,10 +220,13 @@ impl Sources {
                     Ok(Some(found)) => Ok(found),
                     Err(e) => Err(e),
                 },
-                Opened::Checkpoint(inputs, layers) => {
-                    let (inputs, layers, row) = (inputs.clone(), layers.clone(), row.clone());
-                    unless_cancelled(cancel, move || made_again(&inputs, &layers, id, row.as_ref())).await
-                }
+                Opened::Checkpoint(inputs, layers) => match &row {
+                    Ok(row) => {
+                        let (inputs, layers, row) = (inputs.clone(), layers.clone(), row.clone());
+                        unless_cancelled(cancel, move || made_again(&inputs, &layers, id, row.as_ref())).await
+                    }
+                    Err(e) => Err(Error::expected("row of the catalogue", e, "one that can be read")),
+                },
             };
             match found {
                 Ok((parts, provenance)) => {

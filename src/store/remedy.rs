@@ -30,7 +30,7 @@ impl Remedy {
                 "layerstore repair --from the checkpoint, or a store that has it; or an import of the checkpoint"
             }
             Remedy::RepairFromStore => "layerstore repair --from a store that has it",
-            Remedy::Gc => "layerstore gc --apply",
+            Remedy::Gc => "layerstore gc --apply, once it is old enough",
             Remedy::DeleteSnapshot => "layerstore snapshot delete",
             Remedy::RestoreFile => "a copy of the file, put in its place",
         }
