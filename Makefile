@@ -1,5 +1,6 @@
-# make demo   compress a real model, run it from the store, and compare
-# make test   build, and run every test
+# make demo       compress a real model, run it from the store, and compare
+# make test       build, and run every test
+# make campaign   kills, damage, full disks and crowds against the built binary
 # Each does its own set-up in .venv; see CONTRIBUTING.md for the rest.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo compare test lint bench check-kernels doc clean
+.PHONY: demo compare test campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --bins --examples
@@ -28,6 +29,33 @@ test: $(VENV)/.ready
 	$(CARGO) build --bins --examples
 	$(CARGO) test
 	scripts/notebook_check.sh $(TARGET)/debug $(BIN)/python
+
+# Faults against the built binary, with other options or for longer: make campaign CAMPAIGN="--only kill --minutes 30"
+CAMPAIGN ?=
+campaign: $(VENV)/.ready
+	$(CARGO) build --bin layerstore
+	$(CARGO) build --manifest-path fuzz/campaign/Cargo.toml --target-dir $(TARGET)/campaign
+	$(TARGET)/campaign/debug/layerstore-campaign --binary $(TARGET)/debug/layerstore --keep $(TARGET)/campaign/failures $(CAMPAIGN)
+
+# Each fuzz target for a number of runs, with cargo-fuzz on the stable toolchain; fuzz-core is the one that needs no Lance.
+FUZZ ?= rules checkpoint keras store
+FUZZ_RUNS ?= 1000000
+FUZZ_RUN = RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none --dev
+fuzz-core:
+	$(FUZZ_RUN) --fuzz-dir fuzz/core layer_from_parts -- -runs=$(FUZZ_RUNS)
+
+fuzz: fuzz-core $(VENV)/.ready
+	mkdir -p fuzz/corpus/checkpoint fuzz/corpus/rules
+	cp tests/fixtures/keras/*.safetensors fuzz/corpus/checkpoint
+	cp tests/fixtures/*.toml examples/rules/*.toml fuzz/corpus/rules
+	set -e; for target in $(FUZZ); do $(FUZZ_RUN) $$target -- -runs=$(FUZZ_RUNS); done
+
+# The harnesses of the fuzz targets over other changes than those of the tests, without coverage: make mutations SEEDS=1000..9000
+SEEDS ?= 0..100000
+MUTATIONS ?= mutations
+mutations: $(VENV)/.ready
+	LAYERSTORE_SEEDS=$(SEEDS) $(CARGO) test --test all $(MUTATIONS)
+	LAYERSTORE_SEEDS=$(SEEDS) $(CARGO) test -p layerstore-core --test parts
 
 lint: $(VENV)/.ready
 	$(CARGO) fmt --check

@@ -22,16 +22,16 @@ use ndarray::{Array1, Array2, ArrayView2};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::compress::{
-    self, ActivationsFile, Cancel, Evaluation, ExportReport, ImportOptions, ImportReport, Progress, RepairOptions,
-    RepairReport, SharedDirections, SharedOptions, Training, TrainingReport,
+    self, ActivationsFile, Cancel, CopyReport, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport,
+    Progress, RepairOptions, RepairReport, SharedDirections, SharedOptions, Training, TrainingReport,
 };
 use crate::error::{Error, Result};
 use crate::formats::TensorSource;
 use crate::layer::{Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer};
 use crate::nn::{AttentionBlock, Module};
 use crate::store::{
-    self, ArtifactInfo, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary, NearKey,
-    Provenance, SnapshotInfo, Stats, StoreOptions, VerifyDepth, VerifyReport, VersionInfo,
+    self, ArtifactInfo, Comparison, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary,
+    NearKey, Provenance, SnapshotInfo, Stats, StoreOptions, VerifyDepth, VerifyReport, VersionInfo,
 };
 
 /// Defines methods that run those of the same name of the async type to their ends.
@@ -118,7 +118,7 @@ impl Store {
         Ok(Snapshot { snapshot: self.run(self.store.latest())?, runtime: self.runtime.clone() })
     }
 
-    /// Opens the version that a snapshot's name, or a version's number, stands for.
+    /// Opens the version that a snapshot's name, or a version's number, stands for; `latest` is the latest version.
     ///
     /// # Errors
     /// As [`Store::at`](crate::Store::at).
@@ -180,6 +180,8 @@ impl Store {
     run_to_end! { "Store", self => self.store;
         /// Names the latest version.
         fn create_snapshot(name: &str) -> SnapshotInfo;
+        /// Names the version that another snapshot's name, or a version's number, stands for.
+        fn create_snapshot_at(name: &str, at: &str) -> SnapshotInfo;
         /// Returns all snapshots, by version.
         fn snapshots() -> Vec<SnapshotInfo>;
         /// Deletes a snapshot's name; its version stays until gc.
@@ -188,6 +190,10 @@ impl Store {
         fn restore(name: &str) -> SnapshotInfo;
         /// Returns all versions, newest first.
         fn log() -> Vec<VersionInfo>;
+        /// Removes a model, as one new version.
+        fn remove_model(model: &str) -> u64;
+        /// Gives a model another name, as one new version.
+        fn rename_model(model: &str, name: &str) -> u64;
         /// Removes rows and files that nothing reaches that is kept; only counts them unless `apply`.
         fn gc(older_than: Duration, apply: bool) -> GcReport;
         /// Returns the store's format version.
@@ -271,6 +277,14 @@ impl Snapshot {
         self.runtime.block_on(self.snapshot.diff(&newer.snapshot))
     }
 
+    /// Compares a model of this snapshot with a model of this or another one, layer by layer.
+    ///
+    /// # Errors
+    /// As [`Snapshot::compare`](crate::Snapshot::compare).
+    pub fn compare(&self, model: &str, other: &Snapshot, other_model: &str) -> Result<Comparison> {
+        self.runtime.block_on(self.snapshot.compare(model, &other.snapshot, other_model))
+    }
+
     run_to_end! { "Snapshot", self => self.snapshot;
         /// Returns every layer, by model and name.
         fn records() -> Vec<LayerRecord>;
@@ -328,6 +342,11 @@ impl AttentionHandle {
     /// Returns the async handle, which has those of the block's layers.
     pub fn inner(&self) -> &store::AttentionHandle {
         &self.handle
+    }
+
+    /// Returns what names the block's content, as [`AttentionHandle::id`](crate::AttentionHandle::id).
+    pub fn id(&self) -> String {
+        self.handle.id()
     }
 
     run_to_end! { "AttentionHandle", self => self.handle;
@@ -446,14 +465,23 @@ pub fn repair(store: &Store, options: RepairOptions) -> Result<RepairReport> {
 ///
 /// # Errors
 /// As there.
-pub fn export(
+pub fn export(snapshot: &Snapshot, model: &str, output: &Path, options: ExportOptions) -> Result<ExportReport> {
+    snapshot.runtime.block_on(compress::export(&snapshot.snapshot, model, output, options))
+}
+
+/// Copies a model, or a layer with what it runs with, into another store: [`copy`](crate::copy).
+///
+/// # Errors
+/// As there.
+pub fn copy(
     snapshot: &Snapshot,
     model: &str,
-    output: &Path,
-    progress: Arc<dyn Progress>,
-    cancel: Cancel,
-) -> Result<ExportReport> {
-    snapshot.runtime.block_on(compress::export(&snapshot.snapshot, model, output, progress, cancel))
+    layer: Option<&str>,
+    to: &Store,
+    progress: &dyn Progress,
+    cancel: &Cancel,
+) -> Result<CopyReport> {
+    snapshot.runtime.block_on(compress::copy(&snapshot.snapshot, model, layer, &to.store, progress, cancel))
 }
 
 /// Measures a model's layers on inputs, against their dense weights: [`evaluate`](crate::evaluate).

@@ -36,7 +36,7 @@ pub enum Error {
         model: String,
         /// The snapshot or version that was looked into.
         at: String,
-        /// The names of the models that are there.
+        /// The names of the models that are there, those most like it first.
         known: Vec<String>,
     },
 
@@ -58,7 +58,7 @@ pub enum Error {
     UnknownSnapshot {
         /// The name asked for.
         name: String,
-        /// The names of the snapshots that are there.
+        /// The names of the snapshots that are there, those most like it first.
         known: Vec<String>,
     },
 
@@ -80,6 +80,15 @@ pub enum Error {
         name: String,
         /// The version that has it.
         version: u64,
+    },
+
+    /// A model was given a new name that is taken.
+    #[error("a model named '{name}' exists already, of {layers} layers: remove it first or choose another name")]
+    ModelExists {
+        /// The name.
+        name: String,
+        /// How many layers the model of that name has.
+        layers: usize,
     },
 
     /// A name holds what a name of its kind must not.
@@ -284,7 +293,7 @@ impl Error {
             | Error::UnknownLayer { .. }
             | Error::UnknownSnapshot { .. }
             | Error::UnknownVersion { .. } => ErrorKind::NotFound,
-            Error::SnapshotExists { .. } | Error::Busy { .. } => ErrorKind::Conflict,
+            Error::SnapshotExists { .. } | Error::ModelExists { .. } | Error::Busy { .. } => ErrorKind::Conflict,
             Error::Format { .. } | Error::OlderFormat { .. } | Error::UnknownMethod { .. } => ErrorKind::Incompatible,
             Error::Corrupt { .. } | Error::Damaged { .. } => ErrorKind::Corrupt,
             Error::Io { .. } | Error::Storage { .. } => ErrorKind::Storage,
@@ -333,7 +342,8 @@ impl Error {
     }
 }
 
-fn known_list(what: &str, names: &[String]) -> String {
+/// Returns names as text behind what they are, the first few of them: for messages about a name that does not exist.
+pub fn known_list(what: &str, names: &[String]) -> String {
     const SHOWN: usize = 8;
     if names.is_empty() {
         return format!("there are no {what}");
@@ -345,17 +355,37 @@ fn known_list(what: &str, names: &[String]) -> String {
     text
 }
 
-/// Returns the `count` names nearest to `wanted`, for messages about a name that does not exist.
+/// Returns the `count` names nearest to `wanted`, nearest first, for messages about a name that does not exist. Upper and lower
+/// case are alike.
 pub fn closest<'a>(wanted: &str, names: impl Iterator<Item = &'a str>, count: usize) -> Vec<String> {
-    let mut scored: Vec<(f64, &str)> = names.map(|n| (strsim::jaro_winkler(wanted, n), n)).collect();
+    let wanted = wanted.to_lowercase();
+    let mut scored: Vec<(f64, &str)> = names.map(|n| (strsim::jaro_winkler(&wanted, &n.to_lowercase()), n)).collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
     scored.into_iter().take(count).map(|(_, n)| n.to_owned()).collect()
+}
+
+/// Returns a number with its noun, such as "1 layer" and "2 layers".
+pub fn counted(n: impl std::fmt::Display, one: &str, many: &str) -> String {
+    let n = n.to_string();
+    let noun = if n == "1" { one } else { many };
+    format!("{n} {noun}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::error::Error as _;
+
+    #[test]
+    fn names_that_are_like_a_name_come_first() {
+        let near = |wanted: &str| closest(wanted, ["other", "bert-base", "Bert", "gpt"].into_iter(), 2);
+        assert_eq!(near("bert"), ["Bert", "bert-base"]);
+        assert_eq!(near("GTP")[0], "gpt");
+        assert_eq!([0, 1, 2].map(|n| counted(n, "query", "queries")), ["0 queries", "1 query", "2 queries"]);
+        let many: Vec<String> = (0..10).map(|n| n.to_string()).collect();
+        assert_eq!(known_list("names", &many), "names: 0, 1, 2, 3, 4, 5, 6, 7 and 2 more");
+        assert_eq!(known_list("names", &[]), "there are no names");
+    }
 
     /// The library's error is still there, by its type, however often it was wrapped.
     #[test]

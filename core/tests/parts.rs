@@ -28,5 +28,5 @@ fn a_layer_or_an_error() {
         }
         allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
     }
-    assert!(refused > least && ran > least, "{refused} refused, {ran} ran");
+    assert!(refused >= least && ran >= least, "{refused} refused, {ran} ran");
 }

@@ -1,11 +1,11 @@
 //! Whatever text a rules file has: an answer, and no panic. `cargo fuzz run rules`.
 #![no_main]
 
-use layerstore::Rules;
 use libfuzzer_sys::fuzz_target;
 
+#[path = "../shared/rules.rs"]
+mod rules;
+
 fuzz_target!(|text: &str| {
-    if let Ok(rules) = Rules::parse(text, "rules.toml") {
-        let _ = rules.find("encoder.layer.0.attention.self.query");
-    }
+    rules::run(text);
 });

@@ -175,6 +175,10 @@ fn exercise(layer: &SharedLayer, choices: &mut Choices) -> Outcome {
     if let (Ok(Some(bias)), Ok(_)) = (&bias, layer.require_linear()) {
         assert_eq!(bias.len(), outputs, "{bias}");
     }
+    if let Ok(Some(offset)) = layer.offset() {
+        assert_eq!(offset.len(), outputs, "{offset}");
+    }
+    let _texts = (layer.nonlinearities(), layer.approximations());
     let _tensors =
         (layer.own_tensors(), layer.raw_weight(), layer.raw_bias(), layer.stored_bias().map_err(|e| e.to_string()));
     for position in 0..layer.positions().min(3) {

@@ -11,9 +11,10 @@ use super::escape;
 use super::output::bytes;
 use super::signals::cancel_on_interrupt;
 use crate::compress::{self, Training};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::formats;
 use crate::layer::Accuracy;
+use crate::nn::AttentionBlock;
 use crate::store::check_model_name;
 use crate::tasks::unwrap_join;
 
@@ -38,7 +39,7 @@ pub struct AttendArgs {
     #[arg(long)]
     exact: bool,
     /// What came before these tokens, in a .safetensors that is read where it is there, and written for the tokens that come
-    /// after: for a causal block with codebooks, whose sequence is too long for one call.
+    /// after: for a causal block with codebooks, whose sequence is too long for one call. A state of another block is refused.
     #[arg(long, value_name = "FILE", conflicts_with = "exact")]
     state: Option<PathBuf>,
 }
@@ -97,10 +98,13 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
     let stored = || block.attention().cache().cloned();
     let mut before = match &args.state {
         None => stored(),
-        Some(path) if path.exists() => Some(formats::read_attention_cache(path)?),
-        Some(_) => Some(stored().or_else(|| block.attention().empty_cache(1)).ok_or_else(|| {
-            Error::expected("--state", "a block without one", "a causal block with codebooks of keys")
-        })?),
+        Some(path) => {
+            let empty = block.attention().empty_cache(1).ok_or_else(|| no_state(&block).in_layer(&args.layer))?;
+            match path.exists() {
+                true => Some(formats::read_attention_cache(path, &handle.id())?),
+                false => stored().or(Some(empty)),
+            }
+        }
     };
     let done = tokio::task::spawn_blocking(move || {
         let [q, k, v] = [q, k, v].map(|x| x.insert_axis(Axis(0)));
@@ -112,7 +116,7 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         formats::write_array(path, y.view(), false)?;
     }
     if let (Some(path), Some(cache)) = (&args.state, &cache) {
-        formats::write_attention_cache(path, cache)?;
+        formats::write_attention_cache(path, cache, &handle.id())?;
     }
     context.output.result(&AttendReport { shape: y.shape().to_vec() }, |r| {
         let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {}", escape::name(p)));
@@ -120,6 +124,16 @@ pub async fn attend(context: &Context, args: AttendArgs) -> Result<u8> {
         format!("output of shape {:?}{place}{preview}", r.shape)
     })?;
     Ok(0)
+}
+
+/// The error of a block whose attention keeps no state of a sequence.
+fn no_state(block: &AttentionBlock) -> Error {
+    let settings = block.attention().settings();
+    let found = match settings.key_codes() {
+        Some(_) => "a block that is not causal".to_owned(),
+        None => format!("a block of mechanism {}", serde_json::to_value(settings.mechanism).unwrap_or_default()),
+    };
+    Error::expected("block for --state", found, "a causal block of mechanism \"vq_qk\" or \"vq_k\"")
 }
 
 pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u8> {
@@ -142,14 +156,18 @@ pub async fn codebooks(context: &Context, command: CodebooksCommand) -> Result<u
             losses.map(|[first, last]| format!("loss of {what} {first:.4}, then {last:.4}"))
         };
         let losses: Vec<String> = [of("queries", r.queries), of("keys", r.keys)].into_iter().flatten().collect();
+        let error = r.attention_error;
+        let error = error.map_or("attention error: not measured".to_owned(), |[before, after]| {
+            format!("attention error {before:.4}, then {after:.4}")
+        });
         format!(
-            "'{}' of '{}' at version {}: {} steps; {}; {} dead codewords given away; {}",
+            "'{}' of '{}' at version {}: {}; {error}; {}; {} given away; {}",
             escape::name(&r.layer),
             escape::name(&r.model),
             r.version,
-            r.steps,
+            counted(r.steps, "step", "steps"),
             losses.join("; "),
-            r.revived,
+            counted(r.revived, "dead codeword", "dead codewords"),
             bytes(r.stored_bytes),
         )
     })?;

@@ -1,9 +1,14 @@
-//! `models`, `layers`, `show`, `snapshot`, `restore`, `log` and `diff`.
+//! `models`, `layers`, `show`, `remove`, `rename`, `snapshot`, `restore`, `log` and `diff`.
 
+use serde::Serialize;
+
+use super::escape;
 use super::output::{bytes, error, ratio, table, time};
+use super::settings::{changes, pair};
 use super::{Context, SnapshotCommand};
+use crate::compress::stored_bits;
 use crate::error::Result;
-use crate::store::{LayerState, SnapshotInfo};
+use crate::store::{LayerRecord, LayerState, SnapshotInfo};
 
 pub async fn models(context: &Context) -> Result<u8> {
     let models = context.snapshot().await?.models().await?;
@@ -43,19 +48,33 @@ pub async fn layers(context: &Context, model: &str) -> Result<u8> {
     Ok(0)
 }
 
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    record: &'a LayerRecord,
+    bits_per_weight: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<String>,
+}
+
 pub async fn show(context: &Context, model: &str, layer: &str) -> Result<u8> {
     let handle = context.snapshot().await?.layer(model, layer).await?;
     if context.verify_loads {
         handle.load().await?;
     }
-    context.output.result(handle.record(), |r| {
+    let record = handle.record();
+    let shown = Shown { bits_per_weight: stored_bits(record), notes: record.notes(), record };
+    context.output.result(&shown, |shown| {
+        let r = shown.record;
         let mut rows = vec![
             vec!["model".into(), r.model.clone()],
             vec!["layer".into(), r.layer.clone()],
             vec!["method".into(), r.method.to_string()],
             vec!["shape".into(), format!("{} × {}", r.out_features, r.in_features)],
             vec!["error".into(), format!("{} over {}", error(r.relative_error), r.error_basis.as_str())],
+            vec!["dense".into(), bytes(r.dense_bytes)],
             vec!["stored".into(), format!("{} ({})", bytes(r.stored_bytes), ratio(r.dense_bytes, r.stored_bytes))],
+            vec!["bits".into(), shown.bits_per_weight.map_or("-".into(), |bits| format!("{bits:.2}"))],
             vec!["artifact".into(), r.artifact.to_string()],
             vec!["time (UTC)".into(), time(r.created_at)],
             vec!["file".into(), r.source.file.clone()],
@@ -63,6 +82,7 @@ pub async fn show(context: &Context, model: &str, layer: &str) -> Result<u8> {
         rows.extend(
             r.source.tensors.iter().map(|t| vec!["tensor".into(), format!("{} {} {:?}", t.tensor, t.dtype, t.shape)]),
         );
+        rows.extend(shown.notes.iter().map(|note| vec!["note".into(), note.clone()]));
         if let Some(config) = r.config.as_object() {
             rows.extend(config.iter().map(|(key, value)| vec![format!("config.{key}"), value.to_string()]));
         }
@@ -71,12 +91,49 @@ pub async fn show(context: &Context, model: &str, layer: &str) -> Result<u8> {
     Ok(0)
 }
 
+#[derive(Serialize)]
+struct Changed<'a> {
+    model: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    version: u64,
+}
+
+pub async fn remove(context: &Context, model: &str) -> Result<u8> {
+    context.refuse_at("remove")?;
+    let version = context.open().await?.remove_model(model).await?;
+    context.output.result(&Changed { model, name: None, version }, |c| {
+        format!("'{}' is removed, at version {}; gc frees what no kept version uses", escape::name(c.model), c.version)
+    })?;
+    Ok(0)
+}
+
+pub async fn rename(context: &Context, model: &str, name: &str) -> Result<u8> {
+    context.refuse_at("rename")?;
+    let version = context.open().await?.rename_model(model, name).await?;
+    context.output.result(&Changed { model, name: Some(name), version }, |c| {
+        format!("'{}' is named '{}', at version {}", escape::name(c.model), escape::name(name), c.version)
+    })?;
+    Ok(0)
+}
+
 pub async fn snapshot(context: &Context, command: SnapshotCommand) -> Result<u8> {
-    context.refuse_at("snapshot")?;
+    match &command {
+        // The version to name.
+        SnapshotCommand::Create { .. } => {}
+        SnapshotCommand::List => context.refuse_at("snapshot list")?,
+        SnapshotCommand::Delete { .. } => context.refuse_at("snapshot delete")?,
+    }
     let store = context.open().await?;
     let one = |s: &SnapshotInfo| format!("{} is version {}", s.name, s.version);
     match command {
-        SnapshotCommand::Create { name } => context.output.result(&store.create_snapshot(&name).await?, one)?,
+        SnapshotCommand::Create { name } => {
+            let created = match &context.at {
+                Some(at) => store.create_snapshot_at(&name, at).await?,
+                None => store.create_snapshot(&name).await?,
+            };
+            context.output.result(&created, one)?;
+        }
         SnapshotCommand::Delete { name } => {
             context.output.result(&store.delete_snapshot(&name).await?, |s| match s.version {
                 Some(version) => format!("deleted; {} was version {version}", s.name),
@@ -129,12 +186,12 @@ pub async fn diff(context: &Context, old: &str, new: &str) -> Result<u8> {
                 l.state.method.to_string(),
                 bytes(l.state.stored_bytes),
                 error(l.state.relative_error),
+                String::new(),
             ]
         };
         let mut rows: Vec<Vec<String>> = diff.added.iter().map(|l| whole("+", l)).collect();
         rows.extend(diff.removed.iter().map(|l| whole("-", l)));
         rows.extend(diff.changed.iter().map(|c| {
-            let pair = |a: String, b: String| if a == b { a } else { format!("{a} → {b}") };
             vec![
                 "~".into(),
                 c.model.clone(),
@@ -142,12 +199,13 @@ pub async fn diff(context: &Context, old: &str, new: &str) -> Result<u8> {
                 pair(c.before.method.to_string(), c.after.method.to_string()),
                 pair(bytes(c.before.stored_bytes), bytes(c.after.stored_bytes)),
                 pair(error(c.before.relative_error), error(c.after.relative_error)),
+                changes(&c.settings),
             ]
         }));
         if rows.is_empty() {
             "no difference".into()
         } else {
-            table(&["", "model", "layer", "method", "stored", "error"], rows)
+            table(&["", "model", "layer", "method", "stored", "error", "settings"], rows)
         }
     })?;
     Ok(0)

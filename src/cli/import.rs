@@ -6,9 +6,10 @@ use std::sync::Arc;
 use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::signals::cancel_on_interrupt;
+use super::summary::{FEW_LAYERS, summary};
 use super::{Context, ImportArgs};
-use crate::compress::{self, CalibrationFile, ImportOptions, ImportReport, Plan, Rules};
-use crate::error::Result;
+use crate::compress::{self, CalibrationFile, ExportOptions, ImportOptions, ImportReport, Plan, Rules};
+use crate::error::{Result, closest, counted};
 use crate::formats;
 use crate::store::{check_model_name, check_place};
 
@@ -22,9 +23,9 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     let source = formats::open(&args.checkpoint)?;
     if args.dry_run {
         let plan = tokio::task::block_in_place(|| compress::preview(&*source, &rules, calibration.as_ref()))?;
+        context.output.result(&plan, planned)?;
         note_unused(context, &plan.unused_rules);
         note_all(context, &plan.notes);
-        context.output.result(&plan, planned)?;
         return Ok(0);
     }
     let options = ImportOptions {
@@ -38,20 +39,21 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     let prepared = compress::Prepared::new(source, &args.model, options).await?;
     let store = cancel.unless(context.create()).await?;
     let report = prepared.import_into(&store).await?;
+    context.output.result(&report, |report| human(report, args.all))?;
+    // Behind the table, where they are seen.
     note_unused(context, &report.unused_rules);
     if let Some(name) = report.unmatched_calibration.first() {
-        let count = report.unmatched_calibration.len();
-        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
-        context
-            .output
-            .note(format!("note: calibration tensor '{name}'{others}: no layer of this checkpoint has the name"));
+        let more = and_more(report.unmatched_calibration.len());
+        let near = closest(name, report.layers.iter().map(|l| l.layer.as_str()), 1).concat();
+        context.output.note(format!(
+            "note: calibration tensor '{name}'{more}: no layer of this checkpoint has the name; the closest is '{near}'"
+        ));
     }
     note_all(context, &report.notes);
     note_layers(
         context,
         report.layers.iter().flat_map(|l| l.notes.iter().map(|note| (l.layer.as_str(), note.as_str()))),
     );
-    context.output.result(&report, human)?;
     Ok(0)
 }
 
@@ -71,9 +73,13 @@ fn note_layers<'a>(context: &Context, notes: impl Iterator<Item = (&'a str, &'a 
         }
     }
     for (layer, text, count) in by_text {
-        let others = if count > 1 { format!(" and {} others", count - 1) } else { String::new() };
-        context.output.note(format!("note: layer '{layer}'{others}: {text}"));
+        context.output.note(format!("note: layer '{layer}'{}: {text}", and_more(count)));
     }
+}
+
+/// Says how many there are beside the first, which was named.
+fn and_more(count: usize) -> String {
+    if count > 1 { format!(" and {} more", count - 1) } else { String::new() }
 }
 
 fn note_unused(context: &Context, rules: &[String]) {
@@ -99,10 +105,29 @@ fn planned(plan: &Plan) -> String {
     let dense = plan.layers.iter().map(|l| l.dense_bytes).sum();
     let known: Option<Vec<u64>> = plan.layers.iter().map(|l| l.expected_bytes).collect();
     let total = known.map_or("some of them by their numbers".to_owned(), |all| bytes(all.iter().sum()));
-    format!("{layers}\n{} layers, {total} from {}; nothing has been stored", plan.layers.len(), bytes(dense))
+    let count = counted(plan.layers.len(), "layer", "layers");
+    format!("{layers}\n{count}, {total} from {}; nothing has been stored", bytes(dense))
 }
 
-fn human(report: &ImportReport) -> String {
+fn human(report: &ImportReport, all: bool) -> String {
+    let layers = match all || report.layers.len() <= FEW_LAYERS {
+        true => each(report),
+        false => summary(&report.layers),
+    };
+    format!(
+        "{layers}\n{} at version {}: {}, {} from {} ({}), {} new\n",
+        report.model,
+        report.version,
+        counted(report.layers.len(), "layer", "layers"),
+        bytes(report.stored_bytes),
+        bytes(report.dense_bytes),
+        ratio(report.dense_bytes, report.stored_bytes),
+        bytes(report.written_bytes),
+    )
+}
+
+/// A row for each layer.
+fn each(report: &ImportReport) -> String {
     let rows = report.layers.iter().map(|l| {
         vec![
             l.layer.clone(),
@@ -118,28 +143,26 @@ fn human(report: &ImportReport) -> String {
             format!("{:.2} s", l.seconds),
         ]
     });
-    let layers = table(
+    table(
         &["layer", "method", "shape", "error", "uncorrected", "over", "stored", "ratio", "bits", "reused", "time"],
         rows,
-    );
-    format!(
-        "{layers}\n{} at version {}: {} layers, {} from {} ({}), {} new\n",
-        report.model,
-        report.version,
-        report.layers.len(),
-        bytes(report.stored_bytes),
-        bytes(report.dense_bytes),
-        ratio(report.dense_bytes, report.stored_bytes),
-        bytes(report.written_bytes),
     )
 }
 
-pub async fn export(context: &Context, model: &str, output: &Path) -> Result<u8> {
+pub async fn export(context: &Context, model: &str, output: &Path, allow_approximate: bool) -> Result<u8> {
     let snapshot = context.snapshot().await?;
     let progress = Arc::new(context.output.progress());
-    let report = compress::export(&snapshot, model, output, progress, cancel_on_interrupt()).await?;
+    let options = ExportOptions { allow_approximate, progress, cancel: cancel_on_interrupt() };
+    let report = compress::export(&snapshot, model, output, options).await?;
+    let notes = report.notes.iter();
+    note_layers(context, notes.flat_map(|(layer, all)| all.iter().map(move |note| (layer.as_str(), note.as_str()))));
     context.output.result(&report, |r| {
-        format!("{} layers, {} in {}", r.layers, bytes(r.bytes), escape::name(&output.to_string_lossy()))
+        let layers = counted(r.layers, "layer", "layers");
+        let added = match r.added_biases.len() {
+            0 => String::new(),
+            count => format!(", {} added", counted(count, "bias", "biases")),
+        };
+        format!("{layers}, {} in {}{added}", bytes(r.bytes), escape::name(&output.to_string_lossy()))
     })?;
     Ok(0)
 }

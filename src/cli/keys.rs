@@ -1,14 +1,13 @@
-//! `nearest`, `shared`, `index` and `copy`: keys of all layers as one collection, and one layer by itself.
+//! `nearest`, `shared` and `index`: keys of all layers as one collection.
 
 use serde::Serialize;
 
-use super::escape;
 use super::output::table;
 use super::{Context, NearestArgs, SharedArgs};
 use crate::compress::{self, SharedOptions};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::formats;
-use crate::store::{NearKey, check_place};
+use crate::store::NearKey;
 
 #[derive(Serialize)]
 struct Nearest {
@@ -26,7 +25,8 @@ pub async fn nearest(context: &Context, args: NearestArgs) -> Result<u8> {
         }
         ([], Some(input)) => formats::read_array(input)?.0,
         (of, input) => {
-            let found = format!("{} names{}", of.len(), if input.is_some() { " and --input" } else { "" });
+            let names = counted(of.len(), "name", "names");
+            let found = format!("{names}{}", if input.is_some() { " and --input" } else { "" });
             return Err(Error::expected("what to look for", found, "MODEL LAYER KEY, or --input FILE"));
         }
     };
@@ -78,33 +78,17 @@ pub async fn shared(context: &Context, args: SharedArgs) -> Result<u8> {
 
 pub async fn index(context: &Context) -> Result<u8> {
     context.refuse_at("index")?;
-    let note = |name: &str, keys: usize| context.output.note(format!("{name}: {keys} keys"));
+    let note = |name: &str, keys: usize| context.output.note(format!("{name}: {}", counted(keys, "key", "keys")));
     let reports = context.open().await?.index_keys(note).await?;
     context.output.result(&reports, |reports| {
         if reports.is_empty() {
             return "no table of float keys, and so nothing to index".to_owned();
         }
         let rows = reports.iter().map(|r| {
-            let made = r.partitions.map_or("none: too few keys".to_owned(), |n| format!("{n} partitions"));
+            let made = r.partitions.map_or("none: too few keys".to_owned(), |n| counted(n, "partition", "partitions"));
             vec![r.table.clone(), r.keys.to_string(), made]
         });
         table(&["table", "keys", "index"], rows)
-    })?;
-    Ok(0)
-}
-
-#[derive(Serialize)]
-struct Copied {
-    model: String,
-    layer: String,
-    store: String,
-}
-
-pub async fn copy(context: &Context, model: String, layer: String, store: String) -> Result<u8> {
-    check_place(&store)?;
-    context.snapshot().await?.layer(&model, &layer).await?.copy_to(&store).await?;
-    context.output.result(&Copied { model, layer, store }, |c| {
-        format!("layer '{}' of '{}' is in {}", escape::name(&c.layer), escape::name(&c.model), escape::name(&c.store))
     })?;
     Ok(0)
 }

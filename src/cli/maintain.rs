@@ -9,7 +9,7 @@ use super::output::{bytes, table};
 use super::signals::cancel_on_interrupt;
 use super::{Context, RepairArgs, VerifyArgs};
 use crate::compress::{self, CalibrationFile, RepairOptions, RepairReport, RepairSource};
-use crate::error::Result;
+use crate::error::{Result, counted};
 use crate::store::{CorruptArtifact, DamagedMetadata, Remedy, VerifyDepth};
 
 pub async fn verify(context: &Context, args: VerifyArgs) -> Result<u8> {
@@ -29,13 +29,19 @@ pub async fn verify(context: &Context, args: VerifyArgs) -> Result<u8> {
         })
         .await?;
     bar.finish_and_clear();
-    context.output.result(&report, |report| match (report.is_sound(), depth) {
-        (true, VerifyDepth::Quick) => format!("{} artifacts are listed, and have all their rows", report.artifacts),
-        (true, VerifyDepth::Full) => format!("{} artifacts are as they were written", report.artifacts),
-        (true, VerifyDepth::Deep) => format!("{} artifacts are as they were written, and run", report.artifacts),
-        (false, _) => {
+    context.output.result(&report, |report| {
+        let artifacts = counted(report.artifacts, "artifact", "artifacts");
+        if !report.is_sound() {
             let found = findings(&report.corrupt, &report.damaged);
-            found + &format!("{} of {} artifacts are corrupt", report.corrupt.len(), report.artifacts)
+            return found + &format!("corrupt: {} of {artifacts}", report.corrupt.len());
+        }
+        match (report.artifacts, depth) {
+            (1, VerifyDepth::Quick) => "1 artifact is listed, and has all its rows".to_owned(),
+            (_, VerifyDepth::Quick) => format!("{artifacts} are listed, and have all their rows"),
+            (1, VerifyDepth::Full) => "1 artifact is as it was written".to_owned(),
+            (_, VerifyDepth::Full) => format!("{artifacts} are as they were written"),
+            (1, VerifyDepth::Deep) => "1 artifact is as it was written, and runs".to_owned(),
+            (_, VerifyDepth::Deep) => format!("{artifacts} are as they were written, and run"),
         }
     })?;
     Ok(u8::from(!report.is_sound()))
@@ -55,7 +61,7 @@ fn findings(corrupt: &[CorruptArtifact], damaged: &[DamagedMetadata]) -> String 
             vec![what, d.reason.clone(), d.file.clone(), help(&d.help)]
         });
         text += &table(&["damaged", "reason", "file", "what helps"], rows);
-        text += &format!("\n{} files of tables and snapshots are damaged\n\n", damaged.len());
+        text += &format!("\ndamaged: {}\n\n", files(damaged));
     }
     if !corrupt.is_empty() {
         let rows = corrupt.iter().map(|c| {
@@ -66,6 +72,10 @@ fn findings(corrupt: &[CorruptArtifact], damaged: &[DamagedMetadata]) -> String 
         text += "\n";
     }
     text
+}
+
+fn files(damaged: &[DamagedMetadata]) -> String {
+    counted(damaged.len(), "file or snapshot", "files and snapshots")
 }
 
 pub async fn repair(context: &Context, args: RepairArgs) -> Result<u8> {
@@ -104,17 +114,14 @@ fn repaired(report: &RepairReport) -> String {
     text += &findings(&report.corrupt, &report.damaged);
     let left = match report.is_sound() {
         true => "nothing is damaged any more".to_owned(),
-        false => format!(
-            "{} artifacts and {} files or snapshots are still damaged",
-            report.corrupt.len(),
-            report.damaged.len()
-        ),
+        false => {
+            let corrupt = counted(report.corrupt.len(), "artifact", "artifacts");
+            format!("still damaged: {corrupt}, {}", files(&report.damaged))
+        }
     };
     let (listed, written, mended) = (report.listed.len(), report.written.len(), report.mended.len());
-    text + &format!(
-        "{} artifacts: {listed} listed again, {written} written again, {mended} mended; {left}",
-        report.artifacts
-    )
+    let artifacts = counted(report.artifacts, "artifact", "artifacts");
+    text + &format!("{artifacts}: {listed} listed again, {written} written again, {mended} mended; {left}")
 }
 
 pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<u8> {
@@ -122,9 +129,9 @@ pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<
     let report = context.open().await?.gc(older_than, apply).await?;
     context.output.result(&report, |report| {
         let found = format!(
-            "{} artifacts and {} stray rows that nothing reaches, {}",
-            report.artifacts,
-            report.stray_rows,
+            "{} and {} that nothing reaches, {}",
+            counted(report.artifacts, "artifact", "artifacts"),
+            counted(report.stray_rows, "stray row", "stray rows"),
             bytes(report.reclaimable_bytes)
         );
         if apply {

@@ -2,6 +2,8 @@
 
 mod attention;
 mod catalogue;
+mod compare;
+mod copy;
 mod escape;
 mod import;
 mod keys;
@@ -9,7 +11,9 @@ mod maintain;
 mod output;
 mod panics;
 mod run;
+mod settings;
 mod signals;
+mod summary;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,9 +29,9 @@ use crate::store::{OnWait, Snapshot, Store, StoreOptions};
 #[command(name = "layerstore", version, about, max_term_width = 100)]
 pub struct Cli {
     /// The store: a directory (~/ and file:///PATH are understood), or an object-store URI.
-    #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers")]
+    #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers", value_parser = address)]
     store: String,
-    /// Read at this snapshot, or version number, in place of the latest version.
+    /// Read at this snapshot, or version number, in place of the latest version; snapshot create names it.
     #[arg(long, global = true, value_name = "SNAPSHOT")]
     at: Option<String>,
     /// How results are printed; json is one document on standard output.
@@ -38,6 +42,14 @@ pub struct Cli {
     quiet: bool,
     #[command(subcommand)]
     command: Command,
+}
+
+/// The address of a store, as an option or the environment gives it.
+fn address(given: &str) -> Result<String, &'static str> {
+    match given {
+        "" => Err("the address is empty; expected a directory or a URI, or LAYERSTORE_URI not set, for ./layers"),
+        given => Ok(given.to_owned()),
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -77,13 +89,19 @@ enum Command {
     Shared(SharedArgs),
     /// Make, or make anew, the index of every table of keys, which nearest uses.
     Index,
-    /// Copy one layer into a store of its own.
-    Copy {
+    /// Copy a model, or one layer with what it runs with, into another store. There, a model is replaced as by an import, and a layer is
+    /// put beside the others of its model.
+    Copy(copy::CopyArgs),
+    /// Remove a model, as a new version. Older versions keep it; gc frees the bytes once no version is kept that has it.
+    Remove { model: String },
+    /// Give a model another name, as a new version.
+    Rename {
         model: String,
-        layer: String,
-        /// The store to make: a directory, or an object-store URI.
-        to: String,
+        /// The new name, which no model has.
+        name: String,
     },
+    /// Show how two models, or two versions of one, differ: errors and bytes side by side, the largest difference of errors first.
+    Compare(compare::CompareArgs),
     /// Measure a model's layers on inputs, against their dense weights.
     Evaluate(EvaluateArgs),
     /// Name the latest version, list the names, or delete one.
@@ -98,12 +116,13 @@ enum Command {
     Log,
     /// Show what changed between two versions.
     Diff {
-        /// A snapshot or version number.
+        /// A snapshot, a version number, or `latest`.
         old: String,
-        /// A snapshot or version number.
+        /// Likewise.
         new: String,
     },
-    /// Write a model as a safetensors checkpoint again.
+    /// Write a model as a safetensors checkpoint again: each layer as the weight and the bias that give its outputs with every
+    /// key and inputs as they are. Biases are added where the checkpoint had none and the outputs need one.
     Export {
         model: String,
         #[arg(long, short, value_name = "FILE.safetensors")]
@@ -111,6 +130,10 @@ enum Command {
         /// Fail unless the arrays of every layer hash to its artifact's name.
         #[arg(long)]
         verify: bool,
+        /// Write also what a weight and a bias do not say, without it: a norm before a layer's weight, an activation after it. A note
+        /// says where.
+        #[arg(long)]
+        allow_approximate: bool,
     },
     /// Look for damage, and say what helps: open every version and snapshot, count rows, hash every artifact and compare with its
     /// name, and build its layer. Exit 1 when anything is damaged.
@@ -171,6 +194,9 @@ struct ImportArgs {
     /// A message for the log.
     #[arg(long, value_name = "TEXT")]
     message: Option<String>,
+    /// Print a row for each layer, however many there are; without it, more than 20 are summed up by kind.
+    #[arg(long)]
+    all: bool,
     /// Only look through everything, values included, and say which rule takes which layer, and how many bytes it will take. No
     /// store is made or changed.
     #[arg(long)]
@@ -272,7 +298,7 @@ struct EvaluateArgs {
 
 #[derive(Debug, Subcommand)]
 enum SnapshotCommand {
-    /// Name the latest version.
+    /// Name the latest version, or that of --at.
     Create { name: String },
     /// List the snapshots.
     List,
@@ -326,7 +352,9 @@ async fn run(cli: Cli) -> Result<u8> {
     let context = Context { store: cli.store, at: cli.at, verify_loads: cli.command.verifies_loads(), output };
     match cli.command {
         Command::Import(args) => import::import(&context, args).await,
-        Command::Export { model, output, verify: _ } => import::export(&context, &model, &output).await,
+        Command::Export { model, output, allow_approximate, verify: _ } => {
+            import::export(&context, &model, &output, allow_approximate).await
+        }
         Command::Models => catalogue::models(&context).await,
         Command::Layers { model } => catalogue::layers(&context, &model).await,
         Command::Show { model, layer, verify: _ } => catalogue::show(&context, &model, &layer).await,
@@ -341,7 +369,10 @@ async fn run(cli: Cli) -> Result<u8> {
         Command::Nearest(args) => keys::nearest(&context, args).await,
         Command::Shared(args) => keys::shared(&context, args).await,
         Command::Index => keys::index(&context).await,
-        Command::Copy { model, layer, to } => keys::copy(&context, model, layer, to).await,
+        Command::Copy(args) => copy::copy(&context, args).await,
+        Command::Remove { model } => catalogue::remove(&context, &model).await,
+        Command::Rename { model, name } => catalogue::rename(&context, &model, &name).await,
+        Command::Compare(args) => compare::compare(&context, args).await,
         Command::Evaluate(args) => run::evaluate(&context, args).await,
         Command::Verify(args) => maintain::verify(&context, args).await,
         Command::Repair(args) => maintain::repair(&context, args).await,
@@ -361,6 +392,12 @@ impl Command {
         }
     }
 }
+
+/// The commands that --at is for.
+const READ_A_VERSION: [&str; 12] = [
+    "models", "layers", "show", "forward", "attend", "search", "nearest", "shared", "copy", "evaluate", "export",
+    "stats",
+];
 
 /// What every command needs.
 struct Context {
@@ -388,7 +425,10 @@ impl Context {
 
     /// The version that a reading command reads.
     async fn snapshot(&self) -> Result<Snapshot> {
-        let store = self.open().await?;
+        self.snapshot_of(&self.open().await?).await
+    }
+
+    async fn snapshot_of(&self, store: &Store) -> Result<Snapshot> {
         match &self.at {
             Some(name) => store.at(name).await,
             None => store.latest().await,
@@ -401,7 +441,7 @@ impl Context {
             Some(at) => Err(Error::Usage {
                 option: "--at".into(),
                 found: format!("'{at}' with {command}"),
-                expected: "a command that reads a version".into(),
+                expected: format!("a command that reads a version ({})", READ_A_VERSION.join(", ")),
             }),
             None => Ok(()),
         }

@@ -1,7 +1,7 @@
 //! What commands print: one JSON document, or a table and a few lines.
 
 use std::io::{IsTerminal, Write};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use comfy_table::{Table, presets::NOTHING};
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::escape;
 use crate::compress::Progress;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 
 /// Where results and notes go.
 #[derive(Debug, Clone, Copy)]
@@ -94,31 +94,59 @@ pub fn time(t: chrono::DateTime<chrono::Utc>) -> String {
     t.format("%Y-%m-%d %H:%M:%S").to_string()
 }
 
-/// Progress over layers, by bytes, with the layer's name and the time left.
+/// Progress over layers, by bytes, with the layer's name and the time left; or over the epochs of a training, by steps.
 pub struct Bar {
     bar: ProgressBar,
     shown: bool,
     state: Mutex<Option<State>>,
 }
 
+/// Layers, or epochs, that are done and were told of.
 struct State {
     total: u64,
     done: u64,
     said: u64,
+    /// Steps that an epoch has, and those of this one that are done; 0 of layers.
+    steps: u64,
+    step: u64,
+}
+
+impl State {
+    /// Counts one that is done; `true` where a log file gets a line, which it does for each tenth.
+    fn count(&mut self) -> bool {
+        self.done += 1;
+        let tenth = self.done.saturating_mul(10) / self.total.max(1);
+        let more = tenth > self.said;
+        self.said = self.said.max(tenth);
+        more
+    }
+}
+
+impl Bar {
+    fn begin(&self, state: State, length: u64, template: &str) {
+        if !self.shown {
+            return;
+        }
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+        if std::io::stderr().is_terminal() {
+            self.bar.set_length(length);
+            let style = ProgressStyle::with_template(template);
+            self.bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+    }
 }
 
 impl Progress for Bar {
     fn started(&self, layers: usize, bytes: u64) {
-        if !self.shown {
-            return;
-        }
-        *self.state.lock().unwrap_or_else(|e| e.into_inner()) = Some(State { total: layers as u64, done: 0, said: 0 });
-        if std::io::stderr().is_terminal() {
-            self.bar.set_length(bytes);
-            let style = ProgressStyle::with_template("{bar:24} {bytes}/{total_bytes}, {eta} left  {wide_msg}");
-            self.bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
-        }
+        let state = State { total: layers as u64, done: 0, said: 0, steps: 0, step: 0 };
+        self.begin(state, bytes, "{bar:24} {bytes}/{total_bytes}, {eta} left  {wide_msg}");
+    }
+
+    fn training_started(&self, epochs: usize, steps: usize) {
+        let (epochs, steps) = (epochs as u64, steps as u64);
+        let state = State { total: epochs, done: 0, said: 0, steps, step: 0 };
+        self.begin(state, epochs.saturating_mul(steps), "{bar:24} {eta} left  {wide_msg}");
     }
 
     fn layer(&self, name: &str) {
@@ -127,17 +155,27 @@ impl Progress for Bar {
 
     fn layer_done(&self, bytes: u64, _skipped: bool) {
         self.bar.inc(bytes);
-        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(state) = state.as_mut()
+        if let Some(state) = self.state.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
+            && state.count()
             && self.bar.is_hidden()
         {
-            state.done += 1;
-            // A log file gets a line for each tenth.
-            let tenth = state.done.saturating_mul(10) / state.total.max(1);
-            if tenth > state.said {
-                state.said = tenth;
-                say(&format!("{} of {} layers, now {}", state.done, state.total, self.bar.message()));
+            say(&format!("{} of {}, now {}", state.done, counted(state.total, "layer", "layers"), self.bar.message()));
+        }
+    }
+
+    fn step_done(&self) {
+        self.bar.inc(1);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(state) = state.as_mut() else { return };
+        state.step += 1;
+        if state.step >= state.steps {
+            state.step = 0;
+            let told = state.count();
+            let epochs = format!("{} of {}", state.done, counted(state.total, "epoch", "epochs"));
+            if told && self.bar.is_hidden() {
+                say(&epochs);
             }
+            self.bar.set_message(epochs);
         }
     }
 

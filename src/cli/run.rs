@@ -6,7 +6,7 @@ use super::escape;
 use super::output::{bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::compress::{self, ActivationsFile};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest, counted};
 use crate::formats;
 use crate::layer::{Accuracy, KeyValueLayer, Layer, Limit, ModuleLayer, QueryHits, SearchSettings, SharedLayer};
 use crate::store::Snapshot;
@@ -71,7 +71,8 @@ pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
         let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {}", escape::name(p)));
         let preview = if args.output.is_some() { String::new() } else { format!("\n{:.4}", answer.y) };
         let missed = r.missed_queries.filter(|missed| *missed > 0);
-        let missed = missed.map_or(String::new(), |missed| format!(", more than asked for {missed} of {rows} inputs"));
+        let inputs = counted(rows, "input", "inputs");
+        let missed = missed.map_or(String::new(), |missed| format!(", more than asked for {missed} of {inputs}"));
         format!("output of shape {:?}{place}{bound}{missed}{preview}", r.shape)
     })?;
     Ok(0)
@@ -155,10 +156,8 @@ pub async fn search(context: &Context, args: SearchArgs) -> Result<u8> {
             let kept = |answer: &&QueryHits| answer.certified_error.is_some_and(|bound| bound <= asked * (1.0 + 1e-9));
             let missed = answers.len() - answers.iter().filter(kept).count();
             if missed > 0 {
-                let all = answers.len();
-                context
-                    .output
-                    .note(format!("note: an error of {asked} is certified for all but {missed} of {all} queries"));
+                let all = counted(answers.len(), "query", "queries");
+                context.output.note(format!("note: an error of {asked} is certified for all but {missed} of {all}"));
             }
         }
         answers
@@ -187,20 +186,21 @@ pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
     let activations = ActivationsFile::open(&args.activations)?;
     let checkpoint = args.checkpoint.map(formats::open).transpose()?;
     let evaluation = compress::evaluate(&snapshot, &args.model, activations, checkpoint).await?;
-    if !evaluation.unmatched_activations.is_empty() {
-        let names = &evaluation.unmatched_activations;
+    if let Some(name) = evaluation.unmatched_activations.first() {
+        let layers = snapshot.layers(&args.model).await?;
+        let near = closest(name, layers.iter().map(|l| l.layer.as_str()), 1).concat();
         context.output.note(format!(
-            "note: the model has no layer for {} of the activations, such as '{}'",
-            names.len(),
-            names[0]
+            "note: the model has no layer for {} of activations, such as '{name}'; the closest name is '{near}'",
+            counted(evaluation.unmatched_activations.len(), "tensor", "tensors"),
         ));
     }
     for layer in evaluation.layers.iter().filter(|l| l.search.missed_queries.is_some_and(|missed| missed > 0)) {
         let missed = layer.search.missed_queries.unwrap_or_default();
         let floor = layer.search.error_floor.map_or("no bound for one".to_owned(), |floor| format!("up to {floor:.4}"));
         context.output.note(format!(
-            "note: layer '{}': {missed} of {} inputs miss its max_relative_error; with every key: {floor}",
-            layer.layer, layer.tokens
+            "note: layer '{}': its max_relative_error is missed by {missed} of {}; with every key: {floor}",
+            layer.layer,
+            counted(layer.tokens, "input", "inputs")
         ));
     }
     context.output.result(&evaluation, |evaluation| {
@@ -221,8 +221,8 @@ pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
         let head = ["layer", "method", "error", "uncorrected", "rank", "keys", "certified", "stored", "ratio", "bits"];
         let layers = table(&head, rows);
         format!(
-            "{layers}\nmean relative error of {} layers: {}",
-            evaluation.layers.len(),
+            "{layers}\nmean relative error of {}: {}",
+            counted(evaluation.layers.len(), "layer", "layers"),
             error(evaluation.mean_relative_error)
         )
     })?;

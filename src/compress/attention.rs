@@ -1,19 +1,15 @@
 //! Attention blocks of a checkpoint: found by the names of their projections, their codebooks made from calibration inputs.
 
-use layerstore_core::linalg::{add_outer, matmul_nt, relative_error};
-use ndarray::{Array2, ArrayView1, s};
+use ndarray::Array2;
 
 use super::calibration::CalibrationFile;
+use super::measure::{measure_attention, projected};
 use super::misfits::Misfits;
 use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest, known_list};
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
-use crate::layer::{Accuracy, Method, MethodName, VqAttentionConfig, VqAttentionLayer};
-use crate::nn::AttentionBlock;
-
-/// Calibration tokens that attend to each other when a block is measured: inputs do not say where sequences end.
-const WINDOW: usize = 128;
+use crate::layer::{Method, MethodName, VqAttentionConfig, VqAttentionLayer};
 
 /// A projection of a block: a matrix of the source and its bias.
 #[derive(Debug, Clone)]
@@ -103,11 +99,15 @@ fn planned(
             Some(SourceContent::Tensors { weight, bias }) if weight.is_float_matrix() => {
                 Ok(Projection { layer: name, weight: weight.clone(), bias: bias.clone() })
             }
-            _ => Err(Error::expected(
-                "projection of an attention block",
-                format!("no matrix '{name}'"),
-                "a layer of that name",
-            )),
+            _ => {
+                let matrices = layers.iter().filter(|layer| match &layer.content {
+                    SourceContent::Tensors { weight, .. } => weight.is_float_matrix(),
+                    SourceContent::Ready { .. } => false,
+                });
+                let near = closest(&name, matrices.map(|layer| layer.name.as_str()), 3);
+                let expected = format!("one that is there; {}", known_list("closest names", &near));
+                Err(Error::expected("projection of an attention block", format!("no matrix '{name}'"), expected))
+            }
         }
     };
     let projections = [named(&config.query)?, named(&config.key)?, named(&config.value)?];
@@ -179,12 +179,8 @@ pub(super) fn make_block(
         if x.sample().nrows() == 0 {
             return Ok(None);
         }
-        let mut y = matmul_nt(x.sample(), source.matrix(&projection.weight)?.view());
-        if let Some(bias) = &projection.bias {
-            let bias = source.vector(bias)?;
-            add_outer(&mut y, bias.view());
-        }
-        Ok(Some(y))
+        let bias = projection.bias.as_ref().map(|bias| source.vector(bias)).transpose()?;
+        Ok(Some(projected(x.sample(), source.matrix(&projection.weight)?.view(), bias.as_ref())))
     };
     let (queries, keys, values) = (inputs(q)?, inputs(k)?, inputs(v)?);
     let layer = match (&queries, &keys) {
@@ -195,31 +191,9 @@ pub(super) fn make_block(
     };
     let error = match (queries, keys, values) {
         (Some(q), Some(k), Some(v)) if q.nrows() == k.nrows() && k.nrows() == v.nrows() => {
-            let exact = AttentionBlock::new(layer.exact()?, None, None)?;
-            let block = AttentionBlock::new(layer.clone(), None, None)?;
-            Some(windowed_error(&block, &exact, [&q, &k, &v])?)
+            Some(measure_attention(&layer, [&q, &k, &v])?)
         }
         _ => None,
     };
     Ok((layer, error))
-}
-
-/// ‖ŷ − y‖ / ‖y‖ of outputs of the heads, each window of tokens by itself.
-fn windowed_error(block: &AttentionBlock, exact: &AttentionBlock, [q, k, v]: [&Array2<f32>; 3]) -> Result<f64> {
-    let (mut found, mut expected) = (vec![], vec![]);
-    for start in (0..q.nrows()).step_by(WINDOW) {
-        let tokens = start..q.nrows().min(start + WINDOW);
-        let part = |x: &Array2<f32>| x.slice(s![tokens.clone(), ..]).insert_axis(ndarray::Axis(0)).to_owned();
-        let (q, k, v) = (part(q), part(k), part(v));
-        for (block, all) in [(block, &mut found), (exact, &mut expected)] {
-            let y = block.attend(q.view(), k.view(), v.view(), None, None, Accuracy::Full)?;
-            all.extend(y);
-        }
-    }
-    if expected.iter().all(|v| *v == 0.0) {
-        // No measure.
-        return Ok(f64::NAN);
-    }
-    let row = |all: &[f32]| ArrayView1::from(all).insert_axis(ndarray::Axis(0)).to_owned();
-    Ok(relative_error(row(&found).view(), row(&expected).view()))
 }

@@ -45,7 +45,7 @@ impl ActivationsFile {
     /// # Errors
     /// As [`SafetensorsSource::open`], and when it is a statistics file, which holds no activations to measure with.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let file = SafetensorsSource::open(path)?;
+        let file = SafetensorsSource::open(path).map_err(as_inputs)?;
         if file.metadata().contains_key(MARK) {
             return Err(Error::file(
                 file.path(),
@@ -93,6 +93,17 @@ impl ActivationsFile {
     }
 }
 
+/// Says of a file that cannot be read what a file of inputs is.
+fn as_inputs(error: Error) -> Error {
+    match error {
+        Error::File { path, reason } => {
+            let inputs = "inputs are safetensors, with a tensor [tokens, in_features] named after each layer";
+            Error::File { path, reason: format!("{reason} ({inputs})") }
+        }
+        other => other,
+    }
+}
+
 fn is_float(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
@@ -115,7 +126,7 @@ impl CalibrationFile {
     /// # Errors
     /// As [`SafetensorsSource::open`], and when a statistics file is of an unknown version, or lacks a tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let file = SafetensorsSource::open(path)?;
+        let file = SafetensorsSource::open(path).map_err(as_inputs)?;
         let kind = match file.metadata().get(MARK) {
             None => Kind::Activations(ActivationsFile { file }),
             Some(version) => Kind::Statistics(StatisticsFile::of(file, &version.clone())?),
@@ -402,6 +413,12 @@ mod tests {
     fn activations_are_checked() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
+        std::fs::write(&path, b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}").unwrap();
+        let opened = [ActivationsFile::open(&path).map(drop), CalibrationFile::open(&path).map(drop)];
+        for message in opened.map(|opened| opened.unwrap_err().to_string()) {
+            assert!(message.contains("an .npy array; expected safetensors"), "{message}");
+            assert!(message.contains("[tokens, in_features] named after each layer"), "{message}");
+        }
         let tensors = [("a", DType::F32, vec![2, 3], f32s(&[0.0; 6])), ("b", DType::F32, vec![3], f32s(&[0.0; 3]))];
         write(&path, &tensors, &[]);
         let activations = ActivationsFile::open(&path).unwrap();

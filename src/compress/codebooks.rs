@@ -1,13 +1,16 @@
 //! Codebooks of an attention block, learned from its inputs.
 
+use std::sync::Arc;
+
 use chrono::Utc;
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, Axis, s};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::Serialize;
 
+use super::measure::measure_attention;
 use super::work::{Cancel, Progress};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::layer::{Accuracy, CodebookStep, Layer, Method, Parts, VqAttentionConfig, VqAttentionLayer};
 use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Provenance, RowLocations, Snapshot, Source, Store};
 use crate::tasks::unwrap_join;
@@ -47,6 +50,10 @@ pub struct TrainingReport {
     pub queries: Option<[f64; 2]>,
     /// The commitment loss of keys, likewise.
     pub keys: Option<[f64; 2]>,
+    /// ‖ŷ − y‖ / ‖y‖ of the heads' outputs against exact attention, with the codebooks that the training began with and with those
+    /// that it made: over the inputs, the first 16,384 at most, in windows of 128 tokens; values are those of the inputs of keys.
+    /// `None` where there are not as many queries as keys, or no values of them.
+    pub attention_error: Option<[f64; 2]>,
     /// Codewords that had died and were given to other vectors.
     pub revived: usize,
     /// The new artifact's name, in hex.
@@ -77,20 +84,20 @@ pub async fn train_codebooks(
     let snapshot = store.latest().await?;
     let there = stored_block(&snapshot, model, layer).await?;
     let config = settings(training.config.as_ref(), there.as_ref())?;
-    let (config, q, k) = projected(&snapshot, model, layer, config, inputs).await?;
+    let (config, inputs) = projected(&snapshot, model, layer, config, inputs).await?;
     let begin = there.filter(|_| !training.anew && training.config.is_none());
-    let steps = steps(training.epochs, q.nrows().max(k.nrows()), training.batch)?;
-    progress.started(steps + 1, steps as u64);
-    progress.layer("k-means");
-    let trained = learn(begin, config, (q, k), &training, progress, cancel).await;
+    let batches = batches(training.epochs, inputs.q.nrows().max(inputs.k.nrows()), training.batch)?;
+    progress.training_started(training.epochs, batches);
+    progress.layer(layer);
+    let trained = learn(begin, config, inputs, (training.epochs, batches), progress, cancel).await;
     progress.finished();
-    let Trained { attention, queries, keys, revived, steps } = trained?;
+    let Trained { attention, queries, keys, attention_error, revived, steps } = trained?;
     let parts = attention.to_parts();
     let made = Provenance { recipe: parts.id().0, relative_error: None, error_basis: ErrorBasis::Activations };
     cancel.unless(writer.add(&parts, made)).await.map_err(|e| e.in_layer(layer))?;
     cancel.unless(writer.ready()).await?;
-    let message = format!("codebooks of '{layer}' trained");
-    let version = writer.commit_layers(model, &[record(model, layer, &attention, &parts)], Some(&message)).await?;
+    let message = format!("codebooks of '{layer}', {}", counted(training.epochs, "epoch", "epochs"));
+    let version = writer.commit_trained(model, &[record(model, layer, &attention, &parts)], &message).await?;
     Ok(TrainingReport {
         model: model.to_owned(),
         layer: layer.to_owned(),
@@ -98,23 +105,40 @@ pub async fn train_codebooks(
         steps,
         queries,
         keys,
+        attention_error,
         revived,
         artifact: parts.id().to_string(),
         stored_bytes: parts.stored_bytes(),
     })
 }
 
-/// The steps of a training.
-fn steps(epochs: usize, tokens: usize, batch: usize) -> Result<usize> {
+/// The steps of an epoch, of a training that is not too long.
+fn batches(epochs: usize, tokens: usize, batch: usize) -> Result<usize> {
     const MOST: usize = u32::MAX as usize;
     let batches = tokens.div_ceil(batch);
-    epochs.checked_mul(batches).filter(|steps| *steps <= MOST).ok_or_else(|| {
-        Error::expected(
-            "epochs of a training",
-            format!("{epochs}, of {batches} steps each"),
-            format!("{MOST} steps at most"),
-        )
+    let fits = epochs.checked_mul(batches).is_some_and(|steps| steps <= MOST);
+    fits.then_some(batches).ok_or_else(|| {
+        let found = format!("{epochs}, of {} each", counted(batches, "step", "steps"));
+        Error::expected("epochs of a training", found, format!("{MOST} steps at most"))
     })
+}
+
+/// What codebooks are trained with, a row a token.
+struct Inputs {
+    q: Array2<f32>,
+    k: Array2<f32>,
+    /// Of the inputs of keys, where they have values.
+    v: Option<Array2<f32>>,
+}
+
+impl Inputs {
+    /// Returns the attention's error over the first of the tokens; `None` where there is none to be measured.
+    fn error(&self, attention: &VqAttentionLayer) -> Result<Option<f64>> {
+        let Some(v) = self.v.as_ref().filter(|_| self.q.nrows() == self.k.nrows()) else { return Ok(None) };
+        let first = self.q.nrows().min(layerstore_core::calibration::SAMPLE_ROWS);
+        let [q, k, v] = [&self.q, &self.k, v].map(|x| x.slice(s![..first, ..]).to_owned());
+        Ok(Some(measure_attention(attention, [&q, &k, &v])?).filter(|e| e.is_finite()))
+    }
 }
 
 /// Loads the codebooks and settings of the block; `None` where the model has no layer of that name.
@@ -150,22 +174,27 @@ fn settings(given: Option<&VqAttentionConfig>, there: Option<&VqAttentionLayer>)
     Ok(config)
 }
 
-/// Returns queries and keys, a row a token, and the settings with every length: the inputs are run through the block's
-/// projections, or are queries and keys themselves, where it has none.
+/// Returns queries, keys and values, and the settings with every length: the inputs are run through the block's projections, or
+/// are queries and keys themselves, where it has none.
 async fn projected(
     snapshot: &Snapshot,
     model: &str,
     layer: &str,
     config: VqAttentionConfig,
     (queries, keys): (Array2<f32>, Array2<f32>),
-) -> Result<(VqAttentionConfig, Array2<f32>, Array2<f32>)> {
+) -> Result<(VqAttentionConfig, Inputs)> {
     match snapshot.projections(model, layer, &config).await? {
         (Some(projections), _) => {
             let shape =
                 |handle: &LayerHandle| (handle.record().out_features as usize, handle.record().in_features as usize);
             let config = config.of_projections([&projections[0], &projections[1], &projections[2]].map(shape))?;
             let q = projections[0].forward(queries.view(), Accuracy::Full).await?.y;
-            Ok((config, q, projections[1].forward(keys.view(), Accuracy::Full).await?.y))
+            let k = projections[1].forward(keys.view(), Accuracy::Full).await?.y;
+            let v = match projections[2].record().in_features as usize == keys.ncols() {
+                true => Some(projections[2].forward(keys.view(), Accuracy::Full).await?.y),
+                false => None,
+            };
+            Ok((config, Inputs { q, k, v }))
         }
         (None, _) => {
             let (q, k) = (queries.ncols(), keys.ncols());
@@ -173,7 +202,9 @@ async fn projected(
             let values = config.d_v.map_or(Some(k), |d_v| d_v.checked_mul(config.kv_heads()));
             let values = values.ok_or_else(|| Error::expected("d_v", config.d_v.unwrap_or_default(), "a length"))?;
             let width = config.d_model.unwrap_or(q);
-            Ok((config.of_projections([(q, width), (k, width), (values, width)])?, queries, keys))
+            let config = config.of_projections([(q, width), (k, width), (values, width)])?;
+            let v = (values == k).then(|| keys.clone());
+            Ok((config, Inputs { q: queries, k: keys, v }))
         }
     }
 }
@@ -201,6 +232,7 @@ struct Trained {
     attention: VqAttentionLayer,
     queries: Option<[f64; 2]>,
     keys: Option<[f64; 2]>,
+    attention_error: Option<[f64; 2]>,
     revived: usize,
     steps: usize,
 }
@@ -208,40 +240,41 @@ struct Trained {
 async fn learn(
     started: Option<VqAttentionLayer>,
     config: VqAttentionConfig,
-    (q, k): (Array2<f32>, Array2<f32>),
-    training: &Training,
+    inputs: Inputs,
+    (epochs, batches): (usize, usize),
     progress: &dyn Progress,
     cancel: &Cancel,
 ) -> Result<Trained> {
-    let (q, k) = (std::sync::Arc::new(q), std::sync::Arc::new(k));
-    let mut attention = match started {
-        Some(attention) => attention,
-        None => {
-            let (q, k) = (q.clone(), k.clone());
-            let made = tokio::task::spawn_blocking(move || VqAttentionLayer::by_kmeans(config, q.view(), k.view()));
-            unwrap_join(made.await)??
-        }
+    let inputs = Arc::new(inputs);
+    let begun = {
+        let inputs = inputs.clone();
+        tokio::task::spawn_blocking(move || {
+            let attention = match started {
+                Some(attention) => attention,
+                None => VqAttentionLayer::by_kmeans(config, inputs.q.view(), inputs.k.view())?,
+            };
+            let error = inputs.error(&attention)?;
+            Ok::<_, Error>((attention, error))
+        })
     };
-    progress.layer_done(0, false);
-    let batches = q.nrows().max(k.nrows()).div_ceil(training.batch);
+    let (mut attention, error_before) = unwrap_join(begun.await)??;
     let (mut queries, mut keys, mut revived, mut steps) = (None, None, 0, 0);
     let mut chance = ChaCha8Rng::seed_from_u64(attention.settings().seed);
-    for epoch in 0..training.epochs {
-        progress.layer(&format!("epoch {} of {}", epoch + 1, training.epochs));
+    for _ in 0..epochs {
         let mut losses = [Loss::default(); 2];
-        let orders = [shuffled(q.nrows(), &mut chance), shuffled(k.nrows(), &mut chance)].map(std::sync::Arc::new);
+        let orders = [&inputs.q, &inputs.k].map(|x| Arc::new(shuffled(x.nrows(), &mut chance)));
         for batch in 0..batches {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let (q, k, orders, step) = (q.clone(), k.clone(), orders.clone(), steps as u64);
+            let (inputs, orders, step) = (inputs.clone(), orders.clone(), steps as u64);
             let learned = tokio::task::spawn_blocking(move || {
                 // As many batches of both, however many there are of each.
                 let part = |x: &Array2<f32>, order: &[usize]| {
                     let (start, end) = (batch * order.len() / batches, (batch + 1) * order.len() / batches);
                     x.select(Axis(0), &order[start..end])
                 };
-                attention.learn(part(&q, &orders[0]).view(), part(&k, &orders[1]).view(), step)
+                attention.learn(part(&inputs.q, &orders[0]).view(), part(&inputs.k, &orders[1]).view(), step)
             });
             let (after, step): (_, CodebookStep) = unwrap_join(learned.await)??;
             attention = after;
@@ -254,7 +287,7 @@ async fn learn(
             }
             revived += step.revived;
             steps += 1;
-            progress.layer_done(1, false);
+            progress.step_done();
         }
         for (all, loss) in [&mut queries, &mut keys].into_iter().zip(losses) {
             if loss.tokens > 0.0 {
@@ -264,7 +297,10 @@ async fn learn(
             }
         }
     }
-    Ok(Trained { attention, queries, keys, revived, steps })
+    let measured = tokio::task::spawn_blocking(move || Ok::<_, Error>((inputs.error(&attention)?, attention))).await;
+    let (error_after, attention) = unwrap_join(measured)??;
+    let attention_error = error_before.zip(error_after).map(|(before, after)| [before, after]);
+    Ok(Trained { attention, queries, keys, attention_error, revived, steps })
 }
 
 /// A loss over several steps.
@@ -289,10 +325,10 @@ mod tests {
 
     #[test]
     fn steps_are_counted_within_bounds() {
-        assert_eq!(steps(10, 1025, 1024).unwrap(), 20);
-        assert_eq!(steps(0, 5, usize::MAX).unwrap(), 0);
+        assert_eq!(batches(10, 1025, 1024).unwrap(), 2);
+        assert_eq!(batches(0, 5, usize::MAX).unwrap(), 1);
         for (epochs, tokens) in [(usize::MAX, 8), (usize::MAX, 1), (usize::MAX / 2, 4096), (1 << 32, 1)] {
-            let message = steps(epochs, tokens, 1024).unwrap_err().to_string();
+            let message = batches(epochs, tokens, 1024).unwrap_err().to_string();
             assert!(message.contains(&epochs.to_string()), "{message}");
         }
     }

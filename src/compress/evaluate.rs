@@ -9,7 +9,8 @@ use serde::Serialize;
 use super::calibration::ActivationsFile;
 use super::measure::measure;
 use super::plan::bits_per_weight;
-use crate::error::{Error, Result};
+use super::unapplied::such_as;
+use crate::error::{Error, Result, closest, known_list};
 use crate::formats::TensorSource;
 use crate::layer::{CorrectionReport, ExactSource, MethodName, SearchReport, SharedLayer};
 use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot};
@@ -70,15 +71,12 @@ pub async fn evaluate(
     let (present, unmatched): (Vec<&str>, Vec<&str>) =
         activations.layers().partition(|name| records.iter().any(|r| r.layer == *name));
     if present.is_empty() {
+        let wanted = unmatched.first().copied().unwrap_or_default();
+        let near = closest(wanted, records.iter().map(|r| r.layer.as_str()), 1);
         return Err(Error::expected(
             "activations",
-            format!(
-                "inputs for {}",
-                unmatched
-                    .first()
-                    .map_or("no layer".to_owned(), |n| format!("'{n}' and {} others", unmatched.len() - 1))
-            ),
-            format!("inputs for layers of model '{model}'"),
+            format!("inputs for {}", if unmatched.is_empty() { "no layer".to_owned() } else { such_as(&unmatched) }),
+            format!("inputs for layers of model '{model}', such as '{}'", near.concat()),
         ));
     }
     let dense = if checkpoint.is_none() { dense_by_source(snapshot).await? } else { HashMap::new() };
@@ -132,10 +130,11 @@ fn reference(checkpoint: &dyn TensorSource, record: &LayerRecord) -> Result<Arra
     let named = format!("{}.weight", record.layer);
     let entry = source.and_then(|name| checkpoint.tensor(name)).or_else(|| checkpoint.tensor(&named));
     let entry = entry.ok_or_else(|| {
+        let near = closest(&named, checkpoint.tensors().keys().map(String::as_str), 3);
         Error::expected(
             format!("weights of layer '{}'", record.layer),
             format!("no such tensor in {}", checkpoint.path().display()),
-            named,
+            format!("'{named}'; {}", known_list("closest names", &near)),
         )
     })?;
     let weight = checkpoint.matrix(entry)?;

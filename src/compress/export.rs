@@ -1,43 +1,66 @@
 //! A model of the store as a safetensors checkpoint again.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use layerstore_core::layer::{dtype_named, from_f32};
+use layerstore_core::layer::from_f32;
 use safetensors::View;
 use serde::Serialize;
 
-use super::work::{Cancel, Progress};
+use super::outline::{Content, Outline, OutlinedTensor, outline};
+use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
-use crate::layer::DType;
+use crate::layer::{DType, SharedLayer};
 use crate::staged;
 use crate::store::{LayerHandle, Snapshot};
 use crate::tasks::unwrap_join;
 
+/// How a model is exported.
+pub struct ExportOptions {
+    /// Whether layers are written that compute more than a weight and a bias say, such as a norm before the product or an activation
+    /// after it: without that, and with a note. If not, they are an error.
+    pub allow_approximate: bool,
+    /// What is told how far the export is.
+    pub progress: Arc<dyn Progress>,
+    /// Stops the export when the caller asks: nothing is written then.
+    pub cancel: Cancel,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        ExportOptions { allow_approximate: false, progress: Arc::new(Silent), cancel: Cancel::new() }
+    }
+}
+
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ExportReport {
-    /// The number of layers written.
+    /// The number of layers of the model.
     pub layers: usize,
     /// Size of the file, in bytes.
     pub bytes: u64,
+    /// Names of the biases that the checkpoint did not have, and the layers' outputs need. What lies beside a checkpoint and says
+    /// which layers have a bias (`attention_bias` in a `config.json`) does not know of them.
+    pub added_biases: Vec<String>,
+    /// What a person should know of layers, by name: what was left out or added, and how their own runs differ from the file.
+    pub notes: BTreeMap<String, Vec<String>>,
 }
 
-/// Writes every tensor of `model` under its name and dtype in the checkpoint it came from: dense ones bit for bit, the
-/// others decompressed. One layer at a time is in memory; the file appears whole or not at all, in place of one that is there:
+/// Writes every tensor of `model` under its name and dtype in the checkpoint it came from: dense ones bit for bit, the others
+/// decompressed. One layer at a time is in memory; the file appears whole or not at all, in place of one that is there:
 /// where that is a symbolic link, of the file that it leads to, whose mode stays.
 ///
+/// A layer's weight and bias in the file give the outputs of [`Layer::forward`](crate::layer::Layer::forward) with
+/// [`Accuracy::Full`](crate::layer::Accuracy::Full), but for the rounding of their dtypes: with every key, and inputs as they are.
+/// A constant that the layer adds to its outputs is part of the bias, which is added where the checkpoint had none. See
+/// [`ExportOptions::allow_approximate`] for layers that compute something else.
+///
 /// # Errors
-/// When there is no such model, a layer cannot be read, the file cannot be written, or the work is cancelled.
-pub async fn export(
-    snapshot: &Snapshot,
-    model: &str,
-    output: &Path,
-    progress: Arc<dyn Progress>,
-    cancel: Cancel,
-) -> Result<ExportReport> {
+/// When there is no such model, a layer cannot be read, or computes more than a weight and a bias say, the file cannot be written,
+/// or the work is cancelled.
+pub async fn export(snapshot: &Snapshot, model: &str, output: &Path, options: ExportOptions) -> Result<ExportReport> {
     if output.extension().is_none_or(|e| e != "safetensors") {
         return Err(Error::expected(
             "output of an export",
@@ -49,37 +72,42 @@ pub async fn export(
     let records = snapshot.layers(model).await?;
     let layers = records.len();
     let metadata: HashMap<String, String> = records.iter().flat_map(|r| r.source.metadata.clone()).collect();
-    let failure = Arc::new(Mutex::new(None));
-    let mut tensors: Vec<(String, LazyTensor)> = Vec::new();
-    let mut bytes = 0;
-    for record in records {
-        let handle = snapshot.handle(record);
-        for (place, source) in handle.record().source.tensors.iter().enumerate() {
-            let dtype = dtype_named(&source.dtype)?;
-            let length = source.shape.iter().product::<usize>() * dtype.bitsize() / 8;
-            bytes += length as u64;
-            // Behind a layer's name: it may be a tensor of the layer's own.
-            let part = source.tensor.strip_prefix(&handle.record().layer).and_then(|rest| rest.strip_prefix('.'));
-            let tensor = LazyTensor {
-                handle: handle.clone(),
-                part: part.map(str::to_owned),
-                which: if place > 0 { Which::Bias } else { Which::Weight },
-                dtype,
-                shape: source.shape.clone(),
-                length,
-                runtime: tokio::runtime::Handle::current(),
-                failure: failure.clone(),
-                progress: progress.clone(),
-                cancel: cancel.clone(),
-            };
-            tensors.push((source.tensor.clone(), tensor));
-        }
-    }
-    progress.started(tensors.len(), bytes);
+    let handles = records.into_iter().map(|record| snapshot.handle(record)).collect();
+    let ExportOptions { allow_approximate, progress, cancel } = options;
+    let work =
+        Arc::new(Work { runtime: tokio::runtime::Handle::current(), failure: Mutex::new(None), progress, cancel });
     let output = output.to_owned();
-    let written = tokio::task::spawn_blocking(move || write(&output, tensors, metadata, &failure)).await;
-    progress.finished();
-    Ok(ExportReport { layers, bytes: unwrap_join(written)?? })
+    let done = tokio::task::spawn_blocking(move || {
+        let Outline { tensors, added_biases, notes } =
+            outline(handles, |handle| work.load(handle), allow_approximate, &output)?;
+        let tensors: Vec<(String, LazyTensor)> = tensors.into_iter().map(|tensor| work.tensor(tensor)).collect();
+        work.progress.started(tensors.len(), tensors.iter().map(|(_, tensor)| tensor.length as u64).sum());
+        let written = write(&output, tensors, metadata, &work.failure);
+        work.progress.finished();
+        Ok(ExportReport { layers, bytes: written?, added_biases, notes })
+    });
+    unwrap_join(done.await)?
+}
+
+/// What the tensors of an export share.
+struct Work {
+    runtime: tokio::runtime::Handle,
+    failure: Mutex<Option<Error>>,
+    progress: Arc<dyn Progress>,
+    cancel: Cancel,
+}
+
+impl Work {
+    /// Loads a layer, unless somebody has asked to stop.
+    fn load(&self, handle: &LayerHandle) -> Result<SharedLayer> {
+        self.runtime.block_on(self.cancel.unless(handle.load()))
+    }
+
+    fn tensor(self: &Arc<Self>, outlined: OutlinedTensor) -> (String, LazyTensor) {
+        let OutlinedTensor { name, dtype, shape, handle, content } = outlined;
+        let length = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        (name, LazyTensor { work: self.clone(), handle, content, dtype, shape, length })
+    }
 }
 
 fn write(
@@ -99,53 +127,42 @@ fn write(
     })
 }
 
-/// What a tensor is of its layer, where it is none of [`Layer::own_tensors`](crate::layer::Layer::own_tensors).
-enum Which {
-    Weight,
-    Bias,
-}
-
 /// A tensor that is read from the store when its turn comes to be written.
 struct LazyTensor {
+    work: Arc<Work>,
     handle: LayerHandle,
-    /// The tensor's name less the layer's.
-    part: Option<String>,
-    which: Which,
+    content: Content,
     dtype: DType,
     shape: Vec<usize>,
     length: usize,
-    runtime: tokio::runtime::Handle,
-    failure: Arc<Mutex<Option<Error>>>,
-    progress: Arc<dyn Progress>,
-    cancel: Cancel,
 }
 
 impl LazyTensor {
     fn read(&self) -> Result<Vec<u8>> {
-        if self.cancel.is_cancelled() {
+        if self.work.cancel.is_cancelled() {
             return Err(Error::Cancelled);
         }
-        self.progress.layer(&self.handle.record().layer);
-        let layer = self.runtime.block_on(self.handle.load())?;
-        let own = layer.own_tensors().into_iter().find(|(name, _)| Some(name) == self.part.as_ref());
-        let raw = match self.which {
-            Which::Weight => layer.raw_weight(),
-            Which::Bias => layer.raw_bias(),
-        };
-        let bytes = match (own, raw, &self.which) {
-            (Some((_, array)), ..) => from_f32(self.dtype, &array.iter().copied().collect::<Vec<f32>>())?,
-            (None, Some(raw), _) => raw,
-            (None, None, Which::Weight) => {
-                from_f32(self.dtype, layer.weight()?.as_standard_layout().as_slice().unwrap_or_default())?
+        self.work.progress.layer(&self.handle.record().layer);
+        let bytes = match &self.content {
+            Content::Made(bytes) => bytes.clone(),
+            Content::Weight => {
+                let layer = self.work.load(&self.handle)?;
+                match layer.raw_weight() {
+                    Some(raw) => raw,
+                    None => from_f32(self.dtype, layer.weight()?.as_standard_layout().as_slice().unwrap_or_default())?,
+                }
             }
-            (None, None, Which::Bias) => {
-                from_f32(self.dtype, &layer.stored_bias()?.map(|b| b.to_vec()).unwrap_or_default())?
+            Content::Bias => self.work.load(&self.handle)?.raw_bias().unwrap_or_default(),
+            Content::Own(name) => {
+                let own = self.work.load(&self.handle)?.own_tensors().into_iter().find(|(own, _)| own == name);
+                let numbers: Vec<f32> = own.iter().flat_map(|(_, array)| array.iter()).copied().collect();
+                from_f32(self.dtype, &numbers)?
             }
         };
         if bytes.len() != self.length {
             return Err(Error::expected("bytes of a stored tensor", bytes.len(), self.length));
         }
-        self.progress.layer_done(self.length as u64, false);
+        self.work.progress.layer_done(self.length as u64, false);
         Ok(bytes.to_vec())
     }
 }
@@ -160,7 +177,7 @@ impl View for LazyTensor {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let mut failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
+        let mut failure = self.work.failure.lock().unwrap_or_else(|e| e.into_inner());
         if failure.is_none() {
             match self.read() {
                 Ok(bytes) => return bytes.into(),

@@ -24,7 +24,7 @@ use crate::formats::{SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
 use crate::layer::{CorrectionReport, DenseLayer, KeyValueLayer, Layer, MethodName, Parts, SearchReport, SharedLayer};
 use crate::store::{
-    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, check_model_name,
+    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, adapted, check_model_name,
     source_tensors,
 };
 use crate::tasks::unwrap_join;
@@ -513,12 +513,6 @@ fn promised(layer: &SharedLayer, inputs: Option<ArrayView2<f32>>) -> Result<(Sea
     let report = inputs.map_or(Ok(SearchReport::default()), |x| layer.search_report(x))?;
     let note = layer.unkept_promise(inputs.map_or(0, |x| x.nrows()), &report);
     Ok((report, note))
-}
-
-/// Returns what a stored config says was adapted to the layer.
-fn adapted(config: &Value) -> Vec<String> {
-    let all = config["adapted"].as_array().map_or(&[][..], Vec::as_slice);
-    all.iter().filter_map(|note| note.as_str().map(str::to_owned)).collect()
 }
 
 /// A layer that is in the store.

@@ -3,11 +3,13 @@
 mod attention;
 mod calibration;
 mod codebooks;
+mod copy;
 mod evaluate;
 mod export;
 mod import;
 mod measure;
 mod misfits;
+mod outline;
 mod plan;
 mod preflight;
 mod preview;
@@ -20,10 +22,13 @@ mod work;
 
 pub use calibration::{ActivationsFile, CalibrationFile, write_statistics};
 pub use codebooks::{Training, TrainingReport, train_codebooks};
+pub(crate) use copy::Selected;
+pub use copy::{CopyReport, copy};
 pub use evaluate::{Evaluation, LayerEvaluation, evaluate, exact_layer};
-pub use export::{ExportReport, export};
+pub use export::{ExportOptions, ExportReport, export};
 pub(crate) use import::Prepared;
 pub use import::{ImportOptions, ImportReport, LayerReport, import};
+pub(crate) use plan::stored_bits;
 pub use preview::{Plan, PlannedLayer, preview};
 pub use repair::{FailedSource, MendedArtifact, RepairOptions, RepairReport, RepairSource, repair};
 pub use rules::{Rule, Rules, read_attention_settings};

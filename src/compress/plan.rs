@@ -1,5 +1,7 @@
 //! Which rule takes which layer of a source, found and checked before any layer is worked on.
 
+use layerstore_core::layer::registry;
+
 use super::attention::{PlannedBlock, blocks};
 use super::calibration::CalibrationFile;
 use super::misfits::Misfits;
@@ -8,6 +10,7 @@ use super::unapplied::unapplied;
 use crate::error::Result;
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 use crate::layer::MethodConfig;
+use crate::store::LayerRecord;
 
 /// A layer, and what is to become of it.
 #[derive(Debug, Clone)]
@@ -101,6 +104,12 @@ pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option
     }
     let unused = rules.iter().zip(used).filter(|(_, used)| !used).map(|(rule, _)| rule.described());
     Work { layers: planned, blocks, unused_rules: unused.collect(), notes, misfits }
+}
+
+/// Stored bits for each weight of a layer of the catalogue; `None` where it stands for no weight matrix.
+pub(crate) fn stored_bits(record: &LayerRecord) -> Option<f64> {
+    let bits = || bits_per_weight(record.stored_bytes, record.out_features, record.in_features);
+    registry::is_linear(&record.method).then(bits)
 }
 
 /// Stored bits for each of `out_features × in_features` weights; 0 where there are none.

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
-use crate::layer::{MethodConfig, MethodKind, VqAttentionConfig};
+use crate::formats;
+use crate::layer::{MethodConfig, MethodEntry, MethodKind, VqAttentionConfig};
 
 /// One rule: layers whose whole path matches are compressed by a method.
 #[derive(Debug, Clone)]
@@ -60,16 +61,7 @@ impl Rules {
     /// When the file cannot be read, is not TOML, or holds a rule that cannot be used: the message gives the line.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let name = path.display().to_string();
-        match String::from_utf8(bytes) {
-            Ok(text) => Self::parse(&text, &name),
-            Err(e) => {
-                let valid = e.utf8_error().valid_up_to();
-                let line = 1 + e.as_bytes()[..valid].iter().filter(|b| **b == b'\n').count();
-                Err(Error::Rules { file: name, line, message: "the file is not UTF-8".into() })
-            }
-        }
+        Self::parse(&formats::read_toml(path, "rules")?, &path.display().to_string())
     }
 
     /// Reads rules from `text`; `file` is the name for messages.
@@ -77,16 +69,13 @@ impl Rules {
     /// # Errors
     /// As [`Rules::open`].
     pub fn parse(text: &str, file: &str) -> Result<Self> {
-        let line_of =
-            |offset: usize| 1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|b| **b == b'\n').count();
-        let fail =
-            |offset: usize, message: String| Error::Rules { file: file.to_owned(), line: line_of(offset), message };
+        let line_of = |offset: usize| line_at(text, offset);
         let parsed: File = toml::from_str(text).map_err(|e| {
-            let mut message = e.message().to_owned();
+            let (line, mut message) = told(&e, text);
             if message.starts_with("unknown field") {
                 message.push_str(": rules are [[rule]] tables");
             }
-            fail(e.span().map_or(0, |s| s.start), message)
+            Error::Rules { file: file.to_owned(), line, message }
         })?;
         let (mut rules, mut mistakes) = (Vec::with_capacity(parsed.rule.len()), vec![]);
         for table in parsed.rule {
@@ -113,49 +102,131 @@ impl Rules {
     }
 }
 
-/// A rule as its table is written.
-type Table = Spanned<BTreeMap<Spanned<String>, Spanned<toml::Value>>>;
+/// The line that a place in a text is in; the first is 1.
+fn line_at(text: &str, offset: usize) -> usize {
+    1 + text.as_bytes()[..offset.min(text.len())].iter().filter(|b| **b == b'\n').count()
+}
 
-/// Reads a rule; on failure, where the mistake is, and what.
-fn read_rule(table: Table, line_of: &impl Fn(usize) -> usize) -> std::result::Result<Rule, (usize, String)> {
+/// What a text that is no TOML is told, and the line. A pattern in double quotes is the usual mistake.
+fn told(e: &toml::de::Error, text: &str) -> (usize, String) {
+    let place = e.span().map_or(0, |span| span.start).min(text.len());
+    let mut message = e.message().to_owned();
+    let line = text.get(..place).map_or("", |before| &before[before.rfind('\n').map_or(0, |at| at + 1)..]);
+    // Up to the mistake.
+    let (mut quote, mut escape) = (None, false);
+    for c in line.chars() {
+        match quote {
+            None if matches!(c, '"' | '\'') => quote = Some(c),
+            Some(open) if c == open => (quote, escape) = (None, false),
+            _ => escape |= c == '\\',
+        }
+    }
+    if quote == Some('"') && escape {
+        message.push_str("; in double quotes a backslash begins an escape: write patterns in single quotes, ");
+        message.push_str(r"such as 'encoder\.layer\.\d+'");
+    }
+    (line_at(text, place), message)
+}
+
+/// Returns where in a value a number is that is not finite, as a path of keys behind `name`, and the number.
+fn not_finite(name: &str, value: &toml::Value) -> Option<(String, f64)> {
+    match value {
+        toml::Value::Float(f) if !f.is_finite() => Some((name.to_owned(), *f)),
+        toml::Value::Table(table) => table.iter().find_map(|(key, value)| not_finite(&format!("{name}.{key}"), value)),
+        toml::Value::Array(values) => values.iter().find_map(|value| not_finite(name, value)),
+        _ => None,
+    }
+}
+
+/// A table of settings as it is written.
+type Written = BTreeMap<Spanned<String>, Spanned<toml::Value>>;
+
+/// A rule as its table is written.
+type Table = Spanned<Written>;
+
+/// A mistake: where it is, and what.
+type Mistake = (usize, String);
+
+/// Settings, and where each begins.
+#[derive(Default)]
+struct Settings {
+    values: Map<String, Value>,
+    places: BTreeMap<String, usize>,
+}
+
+impl Settings {
+    fn insert(&mut self, key: Spanned<String>, value: Spanned<toml::Value>) -> std::result::Result<(), Mistake> {
+        let at = value.span().start;
+        if let Some((name, found)) = not_finite(key.get_ref(), value.get_ref()) {
+            return Err((at, format!("{name}: found {found}, expected a finite number")));
+        }
+        let json = serde_json::to_value(value.into_inner()).map_err(|e| (at, e.to_string()))?;
+        self.places.insert(key.get_ref().clone(), key.span().start);
+        self.values.insert(key.into_inner(), json);
+        Ok(())
+    }
+
+    /// Reads the settings; a mistake is that of the key without which the complaint goes away, or of them all, which begin at
+    /// `start`.
+    fn read<T>(
+        self,
+        start: usize,
+        read: impl Fn(Map<String, Value>) -> std::result::Result<T, String>,
+    ) -> std::result::Result<T, Mistake> {
+        read(self.values.clone()).map_err(|message| {
+            let blamed = self.values.keys().find(|key| {
+                let mut without = self.values.clone();
+                without.remove(*key);
+                read(without).err().as_ref() != Some(&message)
+            });
+            let Some(key) = blamed else { return (start, message) };
+            let shown = match message.starts_with(&format!("{key}: ")) {
+                true => message,
+                false => format!("{key}: {message}"),
+            };
+            (self.places.get(key).copied().unwrap_or(start), shown)
+        })
+    }
+}
+
+/// Reads a rule.
+fn read_rule(table: Table, line_of: &impl Fn(usize) -> usize) -> std::result::Result<Rule, Mistake> {
     let start = table.span().start;
     let mut layers = None;
-    let mut settings = Map::new();
-    let mut places = BTreeMap::new();
+    let mut settings = Settings::default();
     for (key, value) in table.into_inner() {
-        places.insert(key.get_ref().clone(), key.span().start);
         if key.get_ref() == "layers" {
             let at = value.span().start;
             match value.into_inner() {
                 toml::Value::String(pattern) => layers = Some((pattern, at)),
                 other => {
-                    return Err((
-                        at,
-                        format!("layers is a {}; expected a regular expression in quotes", other.type_str()),
-                    ));
+                    let found = other.type_str();
+                    let expected = "a regular expression in single quotes";
+                    return Err((at, format!("layers: found a value of type {found}, expected {expected}")));
                 }
             }
         } else {
-            let at = value.span().start;
-            if value.get_ref().as_float().is_some_and(|f| !f.is_finite()) {
-                return Err((at, format!("{} is {}; expected a finite number", key.get_ref(), value.get_ref())));
-            }
-            let json = serde_json::to_value(value.into_inner()).map_err(|e| (at, e.to_string()))?;
-            settings.insert(key.into_inner(), json);
+            settings.insert(key, value)?;
         }
     }
     let Some((layers, at)) = layers else {
         return Err((start, "the rule has no 'layers': give a regular expression for the layers it takes".into()));
     };
+    // A tab or a line break may lay out a pattern under the flag x.
+    if let Some(control) = layers.chars().find(|c| c.is_control() && !matches!(c, '\t' | '\r' | '\n')) {
+        let message = format!(
+            "layers: found the control character {control:?}, which double quotes make of a backslash: write the pattern in \
+             single quotes"
+        );
+        return Err((at, message));
+    }
     // Anchored: a rule names whole paths, as the examples in the documentation do with their '.*'.
     let pattern = Regex::new(&layers).and_then(|_| anchored(&layers)).map_err(|e| {
         // The regex crate draws the pattern in several lines; the last one says what is wrong.
         let reason = e.to_string();
         (at, format!("layers = '{layers}' is not a regular expression: {}", reason.lines().last().unwrap_or_default()))
     })?;
-    let method = read_method(&settings)
-        .map_err(|(key, message)| (key.and_then(|k| places.get(&k).copied()).unwrap_or(start), message))?;
-    Ok(Rule { pattern, layers, method, line: line_of(start) })
+    Ok(Rule { pattern, layers, method: read_method(settings, start)?, line: line_of(start) })
 }
 
 /// A regular expression of whole texts. `layers` is one by itself.
@@ -169,41 +240,39 @@ fn anchored(layers: &str) -> std::result::Result<Regex, regex::Error> {
 /// # Errors
 /// As [`Rules::open`].
 pub fn read_attention_settings(path: &Path) -> Result<VqAttentionConfig> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    let text = formats::read_toml(path, "settings of an attention block")?;
     let fail = |line: usize, message: String| Error::Rules { file: path.display().to_string(), line, message };
-    let config: VqAttentionConfig = toml::from_str(&text).map_err(|e| {
-        let start = e.span().map_or(0, |span| span.start).min(text.len());
-        fail(1 + text.as_bytes()[..start].iter().filter(|b| **b == b'\n').count(), e.message().to_owned())
+    let written: Written = toml::from_str(&text).map_err(|e| {
+        let (line, message) = told(&e, &text);
+        fail(line, message)
     })?;
-    config.validate().map_err(|e| fail(1, e.to_string()))?;
-    Ok(config)
+    let read = || {
+        let mut settings = Settings::default();
+        for (key, value) in written {
+            settings.insert(key, value)?;
+        }
+        settings.read(0, |fields| {
+            let config: VqAttentionConfig =
+                serde_json::from_value(Value::Object(fields)).map_err(|e| registry::in_words(&e.to_string()))?;
+            config.validate().map_err(|e| e.to_string())?;
+            Ok(config)
+        })
+    };
+    read().map_err(|(at, message)| fail(line_at(&text, at), message))
 }
 
-/// The method of a rule's table; on failure, the key to blame where there is one, and the message.
-fn read_method(settings: &Map<String, Value>) -> std::result::Result<MethodConfig, (Option<String>, String)> {
+/// Reads the method of a rule's table, which begins at `start`.
+fn read_method(mut settings: Settings, start: usize) -> std::result::Result<MethodConfig, Mistake> {
     let names = || registry::names_for_rules().join(", ");
-    let name = match settings.get("method") {
+    let at = settings.places.get("method").copied().unwrap_or(start);
+    let name = match settings.values.remove("method") {
         Some(Value::String(name)) => name,
-        Some(_) => return Err((Some("method".into()), format!("method must be one of {}, in quotes", names()))),
-        None => return Err((None, format!("the rule has no 'method': give one of {}", names()))),
+        Some(_) => return Err((at, format!("method must be one of {}, in quotes", names()))),
+        None => return Err((start, format!("the rule has no 'method': give one of {}", names()))),
     };
-    let method = registry::method(name).map_err(|e| (Some("method".into()), e.to_string()))?;
-    if !method.has_rules() {
-        return Err((Some("method".into()), format!("method: no rule makes a {name}; give one of {}", names())));
-    }
-    let mut fields = settings.clone();
-    fields.remove("method");
-    let read = |fields: &Map<String, Value>| method.read_settings(fields.clone()).map_err(|e| e.to_string());
-    read(&fields).map_err(|message| {
-        // The key to blame is the one without which the complaint goes away.
-        let blamed = fields.keys().find(|key| {
-            let mut without = fields.clone();
-            without.remove(*key);
-            read(&without).err().as_ref() != Some(&message)
-        });
-        let shown = blamed.map_or(message.clone(), |key| format!("{key}: {message}"));
-        (blamed.cloned(), shown)
-    })
+    let method = registry::method(&name).ok().filter(MethodEntry::has_rules);
+    let method = method.ok_or_else(|| (at, format!("method: found '{name}', expected one of {}", names())))?;
+    settings.read(start, |fields| method.read_settings(fields).map_err(|e| e.to_string()))
 }
 
 #[cfg(test)]
@@ -287,7 +356,7 @@ method = "dense"
             (&rule("method = 'vq_attention'\nn_head = 4"), 1, "query, key and value"),
             (&rule("method = 'vq_attention'\nn_head = 4\nquery = 'q'\nkey = 'k'"), 6, "all three"),
             (&rule("method = 'vq_attention'\nmechanism = 'flash'"), 4, "vq_qk"),
-            (&rule("method = 'module'"), 3, "no rule makes a module"),
+            (&rule("method = 'module'"), 3, "found 'module', expected one of dense"),
             (&rule("method = 'ternary'\ngroup = 'row'"), 4, "channel"),
             (&rule("method = 'ternary'\nrank = 4\nnorm = 7"), 5, "norm"),
         ] {

@@ -64,7 +64,7 @@ pub(super) fn unapplied(
 }
 
 /// Names as text: the first, and how many others there are.
-fn such_as<T: AsRef<str>>(names: &[T]) -> String {
+pub(super) fn such_as<T: AsRef<str>>(names: &[T]) -> String {
     match names {
         [] => String::new(),
         [one] => format!("'{}'", one.as_ref()),

@@ -18,6 +18,12 @@ pub trait Progress: Send + Sync {
     fn layer_done(&self, bytes: u64, skipped: bool) {
         let _ = (bytes, skipped);
     }
+    /// Is told that the work is a training, which begins: `epochs` times `steps` steps.
+    fn training_started(&self, epochs: usize, steps: usize) {
+        let _ = (epochs, steps);
+    }
+    /// Is told that a step of a training is done.
+    fn step_done(&self) {}
     /// Is told that the work is done or given up.
     fn finished(&self) {}
 }

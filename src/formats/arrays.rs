@@ -1,7 +1,7 @@
 //! Arrays in files: `.npy`, or one tensor of a `.safetensors` (`file.safetensors:name`), f32 or f16.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Write};
+use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 
 use half::f16;
@@ -13,7 +13,7 @@ use super::merged::{self, NewTensor};
 use super::regular;
 use super::safetensors::SafetensorsSource;
 use super::source::TensorSource;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest, known_list};
 use crate::layer::DType;
 use crate::layer::parts::f32_bytes;
 use crate::staged;
@@ -82,7 +82,7 @@ pub fn write_any_array(location: &str, array: ArrayViewD<f32>) -> Result<()> {
         Location::Npy(path) => staged::write(path, |staged| write_npy(staged, &shape, values)).map(drop),
         Location::Safetensors(path, name) => {
             let (name, bytes) = (name.unwrap_or(OUTPUT), f32_bytes(values));
-            merged::put(path, &[NewTensor { name, dtype: DType::F32, shape: &shape, bytes: &bytes }])
+            merged::put(path, &[NewTensor { name, dtype: DType::F32, shape: &shape, bytes: &bytes }], &[])
         }
     }
 }
@@ -129,7 +129,14 @@ fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
     let wrong = |reason: String| Error::file(path, format!("not an .npy array that can be read: {reason}"));
     let file = regular::open(path)?;
     let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
-    let npy = NpyFile::new(BufReader::new(file)).map_err(|e| wrong(e.to_string()))?;
+    let mut file = BufReader::new(file);
+    let start = file.fill_buf().map_err(|e| Error::io(path, e))?;
+    if !start.starts_with(regular::NPY) {
+        let unknown = if start.is_empty() { "empty" } else { "of another kind" };
+        let found = regular::kind_of_content(start).unwrap_or(unknown);
+        return Err(Error::file(path, format!("the file is {found}; expected an .npy array")));
+    }
+    let npy = NpyFile::new(file).map_err(|e| wrong(e.to_string()))?;
     let shape = npy.shape().to_vec();
     if npy.order() != Order::C && shape.len() > 1 {
         return Err(wrong("it is in Fortran order; save it with numpy.ascontiguousarray".into()));
@@ -157,19 +164,25 @@ fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
 fn read_tensor(path: &Path, name: Option<&str>) -> Result<(Vec<usize>, Vec<f32>)> {
     let file = SafetensorsSource::open(path)?;
     let tensors = file.tensors();
-    let names: Vec<&str> = tensors.keys().map(String::as_str).collect();
     let entry = match name {
         Some(name) => tensors.get(name),
-        None if names.len() == 1 => tensors.get(names[0]),
+        None if tensors.len() == 1 => tensors.values().next(),
         None => None,
     };
     let Some(entry) = entry else {
-        let wanted = name.map_or("no tensor named in FILE.safetensors:TENSOR".to_owned(), |n| format!("'{n}'"));
-        return Err(Error::expected(
-            format!("tensor of {}", path.display()),
-            wanted,
-            format!("one of {}", names.join(", ")),
-        ));
+        let what = format!("tensor of {}", path.display());
+        let names = closest(name.unwrap_or_default(), tensors.keys().map(String::as_str), tensors.len());
+        return Err(match name {
+            Some(name) => {
+                let expected = format!("one that is there; {}", known_list("closest names", &names));
+                Error::expected(what, format!("no '{name}'"), expected)
+            }
+            None if names.is_empty() => Error::expected(what, "none", "a file with a tensor"),
+            None => {
+                let expected = format!("{}:TENSOR; {}", path.display(), known_list("tensors", &names));
+                Error::expected(what, format!("{} and no name", names.len()), expected)
+            }
+        });
     };
     if !matches!(entry.dtype, DType::F32 | DType::F16) {
         return Err(Error::expected(
@@ -265,11 +278,18 @@ mod tests {
             assert!(message.contains(expected), "{message}");
         };
         refuse(&at("x.safetensors:q"), "NaN");
-        refuse(&at("x.safetensors:k"), "one of q");
+        refuse(&at("x.safetensors:k"), "found no 'k', expected one that is there; closest names: q");
+        write_array(&at("x.safetensors:r"), array![[1.0]].view(), false).unwrap();
+        refuse(&at("x.safetensors"), "found 2 and no name");
+        refuse(&at("x.safetensors"), "x.safetensors:TENSOR; tensors: q, r");
         refuse(&at("missing.npy"), "missing.npy");
         refuse("x.csv", ".npy");
         std::fs::write(folder.path().join("bad.npy"), b"\x93NUMPY\x01\x00garbage").unwrap();
         refuse(&at("bad.npy"), "not an .npy array");
+        std::fs::copy(at("x.safetensors"), at("x.npy")).unwrap();
+        refuse(&at("x.npy"), "the file is a safetensors file; expected an .npy array");
+        std::fs::copy(at("bad.npy"), at("bad.safetensors")).unwrap();
+        refuse(&at("bad.safetensors:q"), "the file is an .npy array; expected safetensors");
         let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (4000000000000, 4), }\n";
         let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
         bytes.extend((header.len() as u16).to_le_bytes());

@@ -12,12 +12,35 @@ use crate::attention::CompressedCache;
 use crate::error::{Error, Result};
 use crate::layer::DType;
 
-/// Reads what [`write_attention_cache`] wrote. Whether it fits a layer is found when it is used.
+/// The metadata that names the block which a cache is of.
+const BLOCK: &str = "layerstore:attention";
+
+/// Reads what [`write_attention_cache`] wrote for the block of this name, such as
+/// [`AttentionHandle::id`](crate::AttentionHandle::id) gives.
 ///
 /// # Errors
-/// When the file cannot be read, or holds other tensors.
-pub fn read_attention_cache(path: &Path) -> Result<CompressedCache> {
+/// When the file cannot be read, holds other tensors, or is of another block, or of none that it names.
+pub fn read_attention_cache(path: &Path, block: &str) -> Result<CompressedCache> {
     let file = SafetensorsSource::open(path)?;
+    match file.metadata().get(BLOCK) {
+        Some(found) if found == block => {}
+        Some(_) => {
+            let reason = "the state in it is of another block, or of this one before its codebooks or its key and value \
+                          projections changed; expected a state of this block, or no file, to begin a sequence";
+            return Err(Error::file(path, reason));
+        }
+        None if file.tensors().contains_key("recent_codes") => {
+            let reason = "the state in it does not say which block it is of, as older versions of layerstore wrote it; \
+                          expected a state of this block, or no file, to begin a sequence";
+            return Err(Error::file(path, reason));
+        }
+        None => {
+            return Err(Error::file(
+                path,
+                "there is no state in it; expected one of this block, or no file, to begin a sequence",
+            ));
+        }
+    }
     Ok(CompressedCache {
         counts: floats(&file, "counts")?,
         means: floats(&file, "means")?,
@@ -48,11 +71,12 @@ fn array<T, D: Dimension>(
     array.and_then(|array| array.into_dimensionality()).map_err(|_| wrong(format!("shape {:?}", entry.shape)))
 }
 
-/// Writes a cache as safetensors; the file appears whole or not at all. Other tensors of a file that is there stay.
+/// Writes a cache as safetensors, with the name of the block that it is of; the file appears whole or not at all. Other tensors of a
+/// file that is there stay.
 ///
 /// # Errors
 /// When the file cannot be written, or one that is there is no safetensors file.
-pub fn write_attention_cache(path: &Path, cache: &CompressedCache) -> Result<()> {
+pub fn write_attention_cache(path: &Path, cache: &CompressedCache, block: &str) -> Result<()> {
     // Sizes may be 0, and numbers in any order.
     let floats = [
         ("counts", cache.counts.shape(), cache.counts.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()),
@@ -67,7 +91,7 @@ pub fn write_attention_cache(path: &Path, cache: &CompressedCache) -> Result<()>
     let shape = cache.recent_codes.shape();
     let mut tensors = vec![NewTensor { name: "recent_codes", dtype: DType::U32, shape, bytes: &codes }];
     tensors.extend(floats.iter().map(|(name, shape, bytes)| NewTensor { name, dtype: DType::F32, shape, bytes }));
-    merged::put(path, &tensors)
+    merged::put(path, &tensors, &[(BLOCK, block)])
 }
 
 /// Tries whether [`write_attention_cache`] could write to a place. Nothing is left behind.

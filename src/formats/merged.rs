@@ -19,12 +19,11 @@ pub struct NewTensor<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Writes tensors into a file, in place of those of the same names; the other tensors and the metadata of a file that is there
-/// stay. The file appears whole or not at all.
+/// Writes tensors and metadata into a file, in place of what has the same names; the others of a file that is there stay. The file appears whole or not at all.
 ///
 /// # Errors
 /// When what is there is no safetensors file, or the file cannot be written.
-pub fn put(path: &Path, tensors: &[NewTensor]) -> Result<()> {
+pub fn put(path: &Path, tensors: &[NewTensor], metadata: &[(&str, &str)]) -> Result<()> {
     let there = existing(path)?;
     let wrong = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
     let mut views: BTreeMap<&str, TensorView> = BTreeMap::new();
@@ -38,7 +37,8 @@ pub fn put(path: &Path, tensors: &[NewTensor]) -> Result<()> {
     for new in tensors {
         views.insert(new.name, TensorView::new(new.dtype, new.shape.to_vec(), new.bytes).map_err(wrong)?);
     }
-    let metadata: HashMap<String, String> = there.iter().flat_map(TensorSource::metadata).collect();
+    let new = metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    let metadata: HashMap<String, String> = there.iter().flat_map(TensorSource::metadata).chain(new).collect();
     let metadata = (!metadata.is_empty()).then_some(metadata);
     staged::write(path, |staged| safetensors::serialize_to_file(views, metadata, staged).map_err(wrong))?;
     Ok(())

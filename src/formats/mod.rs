@@ -19,6 +19,7 @@ pub use arrays::{read_any_array, read_array, write_any_array, write_array};
 pub(crate) use attention_cache::check_attention_cache_output;
 pub use attention_cache::{read_attention_cache, write_attention_cache};
 pub use keras::{KERAS_ROOT, KerasSource};
+pub(crate) use regular::read_toml;
 pub use safetensors::SafetensorsSource;
 pub use source::{SourceContent, SourceLayer, TensorInfo, TensorSource};
 

@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use arrow::array::{RecordBatch, RecordBatchIterator};
+use arrow::datatypes::SchemaRef;
+use arrow::error::ArrowError;
 use lance::Dataset;
 use lance::dataset::transaction::{Operation, Transaction, TransactionBuilder};
 use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
 
+use super::batches::ArtifactRows;
 use super::catalogue::create_table;
 use super::format::{Format, without_missing};
 use super::location::Location;
 use super::record::RowRange;
+use super::schema::Table;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 
@@ -25,11 +29,43 @@ pub async fn append(
     batches: Vec<RecordBatch>,
 ) -> Result<Vec<(String, u64)>> {
     let dataset = Arc::new(open_or_create((location, format), table).await?);
-    let Some((transaction, files)) = write((location, format), (table, &dataset), batches).await? else {
-        return Ok(vec![]);
-    };
+    match write((location, format), (table, &dataset), batches).await? {
+        Some(written) => commit((table, dataset), written).await,
+        None => Ok(vec![]),
+    }
+}
+
+/// Appends the rows that artifacts have in a table, as [`append`] does. They are made meanwhile, batch by batch.
+///
+/// # Errors
+/// As [`append`].
+pub async fn append_rows(
+    place: (&Location, &Format),
+    table: Table,
+    artifacts: &Arc<Vec<ArtifactRows>>,
+) -> Result<Vec<(String, u64)>> {
+    let name = table.name();
+    let dataset = Arc::new(open_or_create(place, &name).await?);
+    let pieces = artifacts.iter().enumerate().map(|(owner, rows)| (owner, rows.pieces(table)));
+    let pieces: Vec<_> = pieces.flat_map(|(owner, all)| all.into_iter().map(move |piece| (owner, piece))).collect();
+    let artifacts = artifacts.clone();
+    // They have no column that a later format adds to the table.
+    let batches = pieces.into_iter().map(move |(owner, piece)| artifacts[owner].batch(&piece));
+    let written = uncommitted(&dataset, table.schema(), batches).during(appending(&name)).await?;
+    commit((&name, dataset), written).await
+}
+
+fn appending(table: &str) -> String {
+    format!("appending to table '{table}'")
+}
+
+/// Makes rows that were written part of their table, and returns their files with the rows of each.
+async fn commit(
+    (table, dataset): (&str, Arc<Dataset>),
+    (transaction, files): Uncommitted,
+) -> Result<Vec<(String, u64)>> {
     let commit = CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction);
-    commit.during(format!("appending to table '{table}'")).await?;
+    commit.during(appending(table)).await?;
     Ok(files)
 }
 
@@ -66,24 +102,30 @@ pub async fn write(
     let fitted = |batch| without_missing(batch, (table, dataset), (location.uri(), format));
     let batches = batches.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
     let Some(schema) = batches.first().map(RecordBatch::schema) else { return Ok(None) };
-    let written = async {
-        let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
-        let reader = RecordBatchIterator::new(batches.into_iter().map(Ok), schema);
-        let transaction =
-            InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(reader).await?;
-        let Operation::Append { fragments } = &transaction.operation else {
-            return Err(lance::Error::internal(format!("an append came to be {}", transaction.operation.name())));
-        };
-        let mut written = Vec::with_capacity(fragments.len());
-        for fragment in fragments {
-            let [file] = fragment.files.as_slice() else {
-                return Err(lance::Error::internal(format!("a new fragment has {} data files", fragment.files.len())));
-            };
-            written.push((file.path.clone(), fragment.physical_rows.unwrap_or_default() as u64));
-        }
-        Ok((transaction, written))
+    let written = uncommitted(dataset, schema, batches.into_iter().map(Ok)).during(appending(table)).await?;
+    Ok(Some(written))
+}
+
+async fn uncommitted(
+    dataset: &Arc<Dataset>,
+    schema: SchemaRef,
+    batches: impl Iterator<Item = std::result::Result<RecordBatch, ArrowError>> + Send + 'static,
+) -> lance::Result<Uncommitted> {
+    let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
+    let reader = RecordBatchIterator::new(batches, schema);
+    let transaction =
+        InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(reader).await?;
+    let Operation::Append { fragments } = &transaction.operation else {
+        return Err(lance::Error::internal(format!("an append came to be {}", transaction.operation.name())));
     };
-    Ok(Some(written.during(format!("appending to table '{table}'")).await?))
+    let mut written = Vec::with_capacity(fragments.len());
+    for fragment in fragments {
+        let [file] = fragment.files.as_slice() else {
+            return Err(lance::Error::internal(format!("a new fragment has {} data files", fragment.files.len())));
+        };
+        written.push((file.path.clone(), fragment.physical_rows.unwrap_or_default() as u64));
+    }
+    Ok((transaction, written))
 }
 
 /// Puts rows that were written in the place of whole fragments of their table, in one commit.

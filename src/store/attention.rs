@@ -80,6 +80,17 @@ impl AttentionHandle {
         self.output.as_ref()
     }
 
+    /// Returns what names the block's content, in hex: a hash of the artifacts of its codebooks and settings and of its key and value
+    /// projections. A state of a sequence ([`write_attention_cache`](crate::formats::write_attention_cache)) fits no block of another.
+    pub fn id(&self) -> String {
+        let projections = self.projections.iter().flat_map(|[_, key, value]| [key, value]);
+        let mut hasher = blake3::Hasher::new();
+        for handle in std::iter::once(&self.attention).chain(projections) {
+            hasher.update(&handle.record().artifact.0);
+        }
+        hasher.finalize().to_string()
+    }
+
     /// Loads codebooks and settings.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use arrow::array::{RecordBatch, RecordBatchIterator};
 use arrow::datatypes::SchemaRef;
 use futures::TryStreamExt;
 use lance::Dataset;
+use lance::dataset::transaction::Operation;
 use lance::dataset::{
     CommitBuilder, InsertBuilder, MergeInsertBuilder, WhenMatched, WhenNotMatched, WhenNotMatchedBySource,
 };
@@ -17,7 +18,8 @@ use super::listing::{names_in, table_folders};
 use super::location::{Location, Place};
 use super::lock;
 use super::names::{Names, RowPosition};
-use super::record::{LayerRecord, layers_batch, read_layers};
+use super::record::{LayerRecord, layers_batches, read_layers};
+use super::scan::batch_rows;
 use super::schema::{self, LAYERS};
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
@@ -94,10 +96,13 @@ fn check_format(location: &Location, dataset: Dataset) -> Result<Dataset> {
 
 fn not_a_store(location: &Location) -> Error {
     let reason = match location.place() {
-        Place::Local(path) if !path.exists() => "the directory does not exist; `layerstore import` makes a store",
-        _ => "it holds no table named 'layers'; `layerstore import` makes a store",
+        Place::Local(path) if !path.exists() => {
+            let link = location.link().map(|link| format!(" (the symbolic link {} leads there)", link.display()));
+            format!("the directory does not exist{}; `layerstore import` makes a store", link.unwrap_or_default())
+        }
+        _ => "it holds no table named 'layers'; `layerstore import` makes a store".to_owned(),
     };
-    Error::NotAStore { path: location.uri().to_owned(), reason: reason.into() }
+    Error::NotAStore { path: location.uri().to_owned(), reason }
 }
 
 /// Opens the catalogue, or makes an empty one.
@@ -175,7 +180,7 @@ pub async fn create_table(location: &Location, table: &str, schema: SchemaRef) -
 pub async fn rows(location: &Location, dataset: &Dataset, filter: Option<&str>) -> Result<Vec<LayerRecord>> {
     let read = async {
         let mut scan = dataset.scan();
-        scan.project(&location.formats().known_columns(LAYERS, dataset))?;
+        scan.project(&location.formats().known_columns(LAYERS, dataset))?.batch_size(batch_rows(dataset));
         if let Some(filter) = filter {
             scan.filter(filter)?;
         }
@@ -269,12 +274,10 @@ pub async fn replace(
     operation: &str,
     message: Option<&str>,
 ) -> Result<u64> {
-    let action = || format!("committing model '{model}'");
     let new: HashMap<&str, &LayerRecord> = records.iter().map(|r| (r.layer.as_str(), r)).collect();
     let mut attempt = 1;
     loop {
         let dataset = writable(location).await?;
-        let format = location.format_of(&dataset)?;
         let filter = (!matches!(scope, Scope::Alone)).then(|| format!("model = {}", quoted(model)));
         let mut present = rows(location, &dataset, filter.as_deref()).await?;
         if let Scope::Alone = scope
@@ -304,28 +307,62 @@ pub async fn replace(
                 Some(format!("model = {} AND layer IN ({})", quoted(model), names.join(", ")))
             }
         };
-        let batch = without_missing(layers_batch(records)?, (LAYERS, &dataset), (location.uri(), format))?;
-        let batch = with_foreign(batch, (LAYERS, &dataset))?;
-        let replaced = replace_once(dataset, removed, batch, properties(format!("{operation} {model}"), message));
-        match replaced.caught().await {
-            Ok(version) => return Ok(version),
+        let change = Change { model, records, removed, operation: format!("{operation} {model}"), message };
+        if let Some(version) = change.commit(location, dataset, &mut attempt).await? {
+            return Ok(version);
+        }
+    }
+}
+
+/// A change of the catalogue's rows.
+pub struct Change<'a> {
+    /// The model that errors name.
+    pub model: &'a str,
+    /// Rows to update, by model and layer, or to insert.
+    pub records: &'a [LayerRecord],
+    /// Selects rows to delete (SQL), those aside that are among the records.
+    pub removed: Option<String>,
+    /// What the log calls it.
+    pub operation: String,
+    /// The message in the log.
+    pub message: Option<&'a str>,
+}
+
+impl Change<'_> {
+    /// Commits the change on the version that is open, the latest one, and returns the new version; `None` where another commit came
+    /// between, and the change is to be made of the latest version again. `attempt` counts these.
+    ///
+    /// # Errors
+    /// When the storage refuses, or others commit again and again.
+    pub async fn commit(self, location: &Location, latest: Dataset, attempt: &mut u32) -> Result<Option<u64>> {
+        let format = location.format_of(&latest)?;
+        let fitted = |batch| {
+            let batch = without_missing(batch, (LAYERS, &latest), (location.uri(), format))?;
+            with_foreign(batch, (LAYERS, &latest))
+        };
+        let batches = layers_batches(self.records)?.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
+        let alone = !matches!(location.place(), Place::Remote);
+        let committed = commit_once(latest, self.removed, batches, (properties(self.operation, self.message), alone));
+        match committed.caught().await {
+            Ok(version) => Ok(Some(version)),
             Err(lance::Error::RetryableCommitConflict { .. } | lance::Error::CommitConflict { .. })
-                if attempt < COMMIT_ATTEMPTS =>
+                if *attempt < COMMIT_ATTEMPTS =>
             {
-                attempt += 1;
+                *attempt += 1;
+                Ok(None)
             }
-            Err(e) => return Err(storage_error(action())(e)),
+            Err(e) => Err(storage_error(format!("committing model '{}'", self.model))(e)),
         }
     }
 }
 
 /// Updates rows by model and layer, inserts those that are not there, and deletes those that `removed` (SQL) selects and that are not
-/// in the batch.
-async fn replace_once(
+/// in the batches. `alone` says that nobody else commits meanwhile.
+async fn commit_once(
     dataset: Dataset,
     removed: Option<String>,
-    batch: RecordBatch,
-    properties: Option<Arc<HashMap<String, String>>>,
+    batches: Vec<RecordBatch>,
+    (properties, alone): (Option<Arc<HashMap<String, String>>>, bool),
 ) -> lance::Result<u64> {
     let dataset = Arc::new(dataset);
     let others = match removed {
@@ -338,9 +375,15 @@ async fn replace_once(
         .when_not_matched(WhenNotMatched::InsertAll)
         .when_not_matched_by_source(others)
         .use_index(false);
-    let prepared = merge.try_build()?.execute_uncommitted_batches(vec![batch]).await?;
+    let prepared = merge.try_build()?.execute_uncommitted_batches(batches).await?;
     let mut transaction = prepared.transaction;
     transaction.transaction_properties = properties;
+    if let Operation::Update { inserted_rows_filter, .. } = &mut transaction.operation
+        && alone
+    {
+        // By which commits at the same time find out that they insert the same rows: 32 KiB in each of two files of a version.
+        *inserted_rows_filter = None;
+    }
     let mut commit = CommitBuilder::new(dataset).with_skip_auto_cleanup(true);
     if let Some(affected) = prepared.affected_rows {
         commit = commit.with_affected_rows(affected);

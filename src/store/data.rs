@@ -11,6 +11,7 @@ use super::format::Formats;
 use super::location::Location;
 use super::reader::{FileRows, Files, Reader};
 use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows, read_artifacts};
+use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
 use super::waiting::{Waiting, is_refused, reason, storage_error};
@@ -72,7 +73,9 @@ impl Data {
         let formats = self.location.formats();
         let read = async {
             let mut scan = dataset.scan();
-            scan.project(&formats.known_columns(ARTIFACTS, &dataset))?.scan_in_order(true);
+            scan.project(&formats.known_columns(ARTIFACTS, &dataset))?
+                .scan_in_order(true)
+                .batch_size(batch_rows(&dataset));
             if let Some(filter) = filter {
                 scan.filter(filter)?;
             }
@@ -326,7 +329,7 @@ async fn by_search(
     count: usize,
 ) -> lance::Result<Vec<RecordBatch>> {
     let mut scan = dataset.scan();
-    scan.project(columns)?.filter(&format!("artifact = X'{id}'"))?.scan_in_order(true);
+    scan.project(columns)?.filter(&format!("artifact = X'{id}'"))?.scan_in_order(true).batch_size(batch_rows(dataset));
     let batches: Vec<RecordBatch> = scan.try_into_stream().await?.try_collect().await?;
     let mut left = count;
     let cut = batches.into_iter().map(|batch| {

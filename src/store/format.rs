@@ -13,7 +13,7 @@ use arrow::compute::kernels::zip::zip;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use lance::Dataset;
 
-use super::schema::{self, ARTIFACTS, LAYERS, Table};
+use super::schema::{self, ARTIFACTS, CODE_BLOCKS, CODEBOOK_BLOCKS, LAYERS, Table, WEIGHT_BLOCKS};
 use crate::error::{Error, Result};
 
 /// The metadata key of the catalogue's schema under which a store names its format version.
@@ -25,7 +25,14 @@ pub const FORMAT_VERSION: u32 = RELEASED[RELEASED.len() - 1].version;
 /// The released format versions.
 pub static FORMATS: Formats = Formats(&RELEASED);
 
-const RELEASED: [Format; 1] = [Format { version: 1, added: &[] }];
+const RELEASED: [Format; 2] = [FIRST, BLOCKS];
+
+/// The first version.
+pub(super) const FIRST: Format = Format { version: 1, tables: &[], added: &[] };
+
+/// Version 2: weights, codes and codebooks lie in blocks of rows.
+pub(super) const BLOCKS: Format =
+    Format { version: 2, tables: &[WEIGHT_BLOCKS, CODE_BLOCKS, CODEBOOK_BLOCKS], added: &[] };
 
 /// The format versions that a store may have, oldest first.
 #[derive(Debug)]
@@ -36,6 +43,8 @@ pub struct Formats(pub(super) &'static [Format]);
 pub struct Format {
     /// Its number.
     pub version: u32,
+    /// The data tables that it adds to those of the version before, by name.
+    pub tables: &'static [&'static str],
     /// The columns that it adds to those of the version before.
     pub added: &'static [AddedColumn],
 }
@@ -91,13 +100,18 @@ impl Formats {
         })
     }
 
-    /// Returns the schema of a table, by its name, in a format version: the columns of version 1, and those that were
-    /// added up to that version. `None` when no table has that name.
+    /// Returns the schema of a table, by its name, in a format version: the columns that it first had, and those that were
+    /// added up to that version. `None` when the version has no table of that name.
     pub fn schema(&self, table: &str, version: u32) -> Option<SchemaRef> {
         match table {
             LAYERS => Some(self.catalogue(version)),
             ARTIFACTS => Some(Arc::new(self.with_added(ARTIFACTS, &schema::artifacts(), version))),
-            _ => Table::named(table).map(|known| Arc::new(self.with_added(table, &known.schema(), version))),
+            _ => {
+                let known = Table::named(table)?;
+                let later = self.0.iter().filter(|format| format.version > version);
+                let not_yet = later.flat_map(|format| format.tables).any(|added| *added == table);
+                (!not_yet).then(|| Arc::new(self.with_added(table, &known.schema(), version)))
+            }
         }
     }
 
@@ -204,7 +218,7 @@ mod tests {
     use arrow::array::{AsArray, StringArray, UInt32Array};
     use arrow::datatypes::{DataType, UInt32Type};
     use serde_json::{Value, json};
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     fn described(schema: &Schema) -> Value {
         let fields: Vec<Value> = schema
@@ -236,22 +250,30 @@ mod tests {
             "weights",
             "tensors",
         ];
+        let blocks = [WEIGHT_BLOCKS, CODE_BLOCKS, CODEBOOK_BLOCKS];
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
-        for (version, table) in FORMATS.0.iter().flat_map(|f| tables.iter().map(move |table| (f.version, table))) {
-            let schema = FORMATS.schema(table, version).unwrap();
-            let path = folder.join(format!("{table}.v{version}.json"));
-            let now = json!({"table": table, "format": version, "schema": described(&schema)});
-            if std::env::var_os("LAYERSTORE_WRITE_SCHEMAS").is_some() {
-                std::fs::write(&path, serde_json::to_string_pretty(&now).unwrap() + "\n").unwrap();
+        let mut released = BTreeSet::new();
+        for format in FORMATS.0 {
+            for table in tables.iter().chain(&blocks) {
+                let Some(schema) = FORMATS.schema(table, format.version) else { continue };
+                let path = folder.join(format!("{table}.v{}.json", format.version));
+                let now = json!({"table": table, "format": format.version, "schema": described(&schema)});
+                if std::env::var_os("LAYERSTORE_WRITE_SCHEMAS").is_some() {
+                    std::fs::write(&path, serde_json::to_string_pretty(&now).unwrap() + "\n").unwrap();
+                }
+                let found: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+                assert_eq!(found, now, "{table} is not what {} releases", path.display());
+                released.insert(path);
             }
-            let released: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-            assert_eq!(released, now, "{table} is not what {} releases", path.display());
         }
-        let files = std::fs::read_dir(&folder).unwrap().count();
-        assert_eq!(files, tables.len() * FORMATS.0.len(), "schemas/ holds a file that no table of these formats has");
+        let files: BTreeSet<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(files, released, "schemas/ holds a file that no table of these formats has");
+        // Tables of a later version are none of an earlier one.
+        assert_eq!(blocks.map(|table| FORMATS.schema(table, 1).is_some()), [false; 3]);
     }
 
-    /// Versions follow each other, and every added column is of a table that there is and new to it.
+    /// Versions follow each other, every added table has a name that is known, and every added column is of a table that there is
+    /// and new to it.
     #[test]
     fn versions_add_to_each_other() {
         for pair in FORMATS.0.windows(2) {
@@ -259,6 +281,7 @@ mod tests {
         }
         let tables = ["layers", "artifacts", "keys_d4", "values_d4", "codebooks_d4", "codes_m4", "factors_d4"];
         for format in FORMATS.0 {
+            assert!(format.tables.iter().all(|table| Table::named(table).is_some()), "{format:?}");
             for column in format.added {
                 let table = tables.iter().chain(&["weights", "tensors"]).find(|table| kind(table) == column.table);
                 let table = table.unwrap_or_else(|| panic!("no table '{}'", column.table));
@@ -270,9 +293,10 @@ mod tests {
     }
 
     static SAMPLE: Formats = Formats(&[
-        Format { version: 1, added: &[] },
+        FIRST,
         Format {
             version: 2,
+            tables: &[],
             added: &[AddedColumn {
                 table: "keys_d",
                 name: "weight",

@@ -19,6 +19,7 @@ use super::location::{Location, Place};
 use super::lock;
 use super::record::{ArtifactRecord, RowRange, TableRows, read_artifacts};
 use super::relist::relist;
+use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, LAYERS, Table};
 use super::versions::{self, VersionInfo};
 use super::waiting::{Waiting, storage_error};
@@ -288,7 +289,7 @@ async fn scan(dataset: &Dataset, columns: Option<&[String]>) -> lance::Result<Ve
     if let Some(columns) = columns {
         scan.project(columns)?;
     }
-    scan.with_row_address().scan_in_order(true);
+    scan.with_row_address().scan_in_order(true).batch_size(batch_rows(dataset));
     scan.try_into_stream().await?.try_collect().await
 }
 
@@ -360,9 +361,10 @@ async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64>
         let action = "reading the rows to be removed";
         let projection = dataset.schema().project(&varying).map_err(storage_error(action))?;
         let (fragment, offset) = ((span.start >> 32) as usize, span.start & u64::from(u32::MAX));
+        let rows = batch_rows(dataset).min(1024) as u32;
         if let Some(fragment) = dataset.get_fragment(fragment) {
             let stream =
-                fragment.read_physical_slice(offset..offset + span.rows, &projection, 1024).during(action).await?;
+                fragment.read_physical_slice(offset..offset + span.rows, &projection, rows).during(action).await?;
             let batches: Vec<RecordBatch> =
                 futures::StreamExt::buffered(stream, 1).try_collect().during(action).await?;
             for column in batches.iter().flat_map(|b| b.columns().to_vec()) {
@@ -402,6 +404,7 @@ async fn delete(mut dataset: Dataset, spans: &[Span]) -> lance::Result<Dataset> 
 async fn compact(dataset: &mut Dataset) -> lance::Result<()> {
     let whole = dataset.fragments().iter().filter(|f| f.deletion_file.is_none()).map(|f| f.id as u32).collect();
     let options = CompactionOptions {
+        batch_size: Some(batch_rows(dataset)),
         // Only what has deletions: merging small fragments would move every artifact for nothing.
         excluded_fragment_ids: whole,
         materialize_deletions_threshold: 0.0,

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::agreement::{DataTables, Named, Names};
+use super::batches::Layout;
 use super::catalogue;
 use super::location::Location;
 use super::record::{ArtifactRecord, LayerRecord};
@@ -30,8 +31,6 @@ pub struct Healed {
 pub async fn begin(shared: &Arc<Shared>) -> Result<(Writer, Healed)> {
     let mut writer = Writer::begin(shared).await?;
     let healed = complete(&mut writer, shared).await?;
-    // What was lost is not the change's own.
-    writer.forget_written_bytes();
     Ok((writer, healed))
 }
 
@@ -63,14 +62,19 @@ async fn complete(writer: &mut Writer, shared: &Arc<Shared>) -> Result<Healed> {
             continue;
         }
         let lost = writer.lost().get(artifact).cloned();
-        let Some((record, parts)) = found(shared, lost.as_ref(), user, *artifact).await else { continue };
+        let Some((record, parts)) = found(shared, lost.as_ref(), user, *artifact).await else {
+            writer.note_unlisted(*artifact, &user.locations);
+            continue;
+        };
         if lost.is_none() && tables.lack(*artifact, &record.locations, false).await?.is_none() {
             healed.listed.push(*artifact);
             listed.push(record);
         } else {
             healed.written.push(*artifact);
             let (relative_error, error_basis) = (record.relative_error, record.error_basis);
-            writer.complete(&parts, Provenance { recipe: record.recipe, relative_error, error_basis }).await?;
+            let provenance = Provenance { recipe: record.recipe, relative_error, error_basis };
+            // As many rows as before in each table, which is what the catalogue says.
+            writer.complete(&parts, provenance, Layout::of(&record.locations)).await?;
         }
     }
     writer.list(listed).await?;

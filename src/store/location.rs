@@ -27,6 +27,8 @@ const METADATA_CACHE_BYTES: usize = 64 << 20;
 pub struct Location {
     uri: String,
     place: Place,
+    /// The symbolic link that the address is, if it is one.
+    link: Option<PathBuf>,
     session: Arc<Session>,
     /// Replaces the storage that is written to.
     storage: Option<Arc<dyn WrappingObjectStore>>,
@@ -59,10 +61,10 @@ impl Location {
     /// When nothing can lie at such an address, or a file lies there.
     pub fn new(uri: &str, hooks: &Hooks) -> Result<Self> {
         let registry = ObjectStoreRegistry::default();
-        let (uri, place) = match uri.split_once(':') {
+        let (uri, place, link) = match uri.split_once(':') {
             Some((scheme, _)) if scheme.eq_ignore_ascii_case("file") => local(uri, address::of_file_url(uri)?)?,
             Some((scheme, rest)) if rest.starts_with("//") => {
-                (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, &rest[2..])?)
+                (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, &rest[2..])?, None)
             }
             Some((scheme, rest)) if SCHEMES.contains(&scheme) => {
                 let reason =
@@ -82,7 +84,7 @@ impl Location {
             storage = storage.or(Some(files));
         }
         let session = Arc::new(Session::new(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES, Arc::new(registry)));
-        Ok(Location { uri, place, session, storage, formats: hooks.formats, on_wait: None })
+        Ok(Location { uri, place, link, session, storage, formats: hooks.formats, on_wait: None })
     }
 
     /// Returns the location with what is told of a lock that is waited for.
@@ -98,6 +100,11 @@ impl Location {
     /// Returns the address: an absolute path, or a URI.
     pub fn uri(&self) -> &str {
         &self.uri
+    }
+
+    /// Returns the symbolic link that the address was given as, if it was one.
+    pub fn link(&self) -> Option<&Path> {
+        self.link.as_deref()
     }
 
     /// Returns where the files lie.
@@ -246,28 +253,38 @@ pub(crate) fn check_place(uri: &str) -> Result<()> {
 /// The schemes of addresses that are no path.
 const SCHEMES: [&str; 5] = ["s3", "gs", "az", "abfss", "memory"];
 
+/// Schemes of object stores, the feature that builds each in, and whether this build has it.
+const OBJECT_STORES: [(&str, &str, bool); 4] = [
+    ("s3", "aws", cfg!(feature = "aws")),
+    ("gs", "gcs", cfg!(feature = "gcs")),
+    ("az", "azure", cfg!(feature = "azure")),
+    ("abfss", "azure", cfg!(feature = "azure")),
+];
+
 /// The place behind an address with a scheme.
 fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
-    match scheme {
-        "s3" | "gs" | "az" | "abfss" if !rest.is_empty() => Ok(Place::Remote),
-        "memory" if !rest.starts_with('/') && !rest.is_empty() => {
+    let not_a_store = |reason: String| Err(Error::NotAStore { path: format!("{scheme}://{rest}"), reason });
+    match (scheme, OBJECT_STORES.iter().find(|(known, ..)| *known == scheme)) {
+        (_, Some((_, feature, false))) => not_a_store(format!(
+            "this layerstore was built without support for {scheme}://, expected one built with `--features {feature}`"
+        )),
+        (_, Some(_)) if !rest.is_empty() => Ok(Place::Remote),
+        ("memory", _) if !rest.starts_with('/') && !rest.is_empty() => {
             Ok(Place::Memory(Memory::named(rest.trim_end_matches('/'))))
         }
-        _ => Err(Error::NotAStore {
-            path: format!("{scheme}://{rest}"),
-            reason: format!(
-                "'{scheme}://' is no storage that a store can lie on: use a path, s3://BUCKET, gs://BUCKET, \
-                 az://CONTAINER or memory://NAME"
-            ),
-        }),
+        _ => not_a_store(format!(
+            "'{scheme}://' is no storage that a store can lie on: use a path, s3://BUCKET, gs://BUCKET, az://CONTAINER or \
+             memory://NAME"
+        )),
     }
 }
 
-/// The directory at a path, resolved, and its address: every table, lock and count of files is of this one path.
-fn local(uri: &str, path: PathBuf) -> Result<(String, Place)> {
+/// The directory at a path, resolved, and its address: every table, lock and count of files is of this one path. Also the path as it
+/// is, where it is a symbolic link.
+fn local(uri: &str, path: PathBuf) -> Result<(String, Place, Option<PathBuf>)> {
     let not_a_store = |reason: String| Error::NotAStore { path: uri.into(), reason };
     if path.as_os_str().is_empty() {
-        return Err(not_a_store("the path is empty".into()));
+        return Err(Error::NotAStore { path: "''".into(), reason: "the path is empty".into() });
     }
     // Lance takes a relative name that starts with 'db' for a cloud address.
     let resolved = address::resolved(&path)?;
@@ -280,7 +297,8 @@ fn local(uri: &str, path: PathBuf) -> Result<(String, Place)> {
             "the path holds the control character {control:?}, which Lance's storage cannot name: expected a path without"
         )));
     }
-    Ok((text.to_owned(), Place::Local(resolved)))
+    let is_link = std::fs::symlink_metadata(&path).is_ok_and(|there| there.is_symlink());
+    Ok((text.to_owned(), Place::Local(resolved), is_link.then_some(path)))
 }
 
 /// Opens a table, and looks at the types of its columns, which the manifest holds as text that Lance believes.
@@ -347,7 +365,15 @@ mod tests {
         }
         let place = |uri: &str| Location::new(uri, &Hooks::default()).unwrap().place().clone();
         assert!(matches!(place("memory://addresses/sub"), Place::Memory(_)));
-        assert!(matches!(place("s3://bucket/models"), Place::Remote));
+        for (scheme, feature, built) in OBJECT_STORES {
+            match Location::new(&format!("{scheme}://bucket/models"), &Hooks::default()) {
+                Ok(location) => assert!(built && matches!(location.place(), Place::Remote)),
+                Err(error) => {
+                    assert!(!built && matches!(error, Error::NotAStore { .. }), "{error}");
+                    assert!(error.to_string().contains(&format!("--features {feature}")), "{error}");
+                }
+            }
+        }
         assert!(matches!(place("models"), Place::Local(path) if path.is_absolute()));
     }
 }

@@ -13,6 +13,7 @@ use lance::dataset::transaction::Transaction;
 
 use super::append::{Written, open_or_create, replace_fragments, write};
 use super::aside;
+use super::batches::ArtifactRows;
 use super::format::Format;
 use super::lock;
 use super::record::{ArtifactRecord, RowLocations, TableRows};
@@ -26,15 +27,6 @@ use crate::layer::ArtifactId;
 /// Bytes of rows that are gathered before they are written.
 const PENDING_BYTES: usize = 256 << 20;
 
-/// An artifact to be written anew.
-#[derive(Debug)]
-pub struct Again {
-    /// Its name.
-    pub artifact: ArtifactId,
-    /// Its rows, as they have to be.
-    pub rows: BTreeMap<Table, Vec<RecordBatch>>,
-}
-
 /// Writes artifacts anew, and takes the files away that held what was damaged: files that hold other artifacts that cannot be read
 /// are set aside. Returns where the rows are of all that was written. The caller holds the lock of imports.
 ///
@@ -43,17 +35,15 @@ pub struct Again {
 pub async fn mend(
     shared: &Arc<Shared>,
     format: &'static Format,
-    again: Vec<Again>,
+    again: Vec<ArtifactRows>,
 ) -> Result<Vec<(ArtifactId, RowLocations)>> {
     if again.is_empty() {
         return Ok(vec![]);
     }
     let location = &shared.location;
-    let mut wanted: BTreeMap<String, Vec<(ArtifactId, Vec<RecordBatch>)>> = BTreeMap::new();
-    let ids: BTreeSet<ArtifactId> = again.iter().map(|again| again.artifact).collect();
-    for Again { artifact, rows } in again {
-        rows.into_iter().for_each(|(table, rows)| wanted.entry(table.name()).or_default().push((artifact, rows)));
-    }
+    let ids: BTreeSet<ArtifactId> = again.iter().map(ArtifactRows::id).collect();
+    let tables = again.iter().flat_map(|artifact| artifact.tables());
+    let wanted: BTreeMap<String, Table> = tables.map(|(table, _)| (table.name(), table)).collect();
     for table in wanted.keys() {
         // A table that is made takes the lock for itself.
         open_or_create((location, format), table).await?;
@@ -68,27 +58,33 @@ pub async fn mend(
         }
     }
     let tables: BTreeSet<&String> = wanted.keys().chain(files.keys()).collect();
-    for table in tables.into_iter().cloned().collect::<Vec<_>>() {
-        let dataset = match location.open_for_write(&table).await {
+    for table in tables {
+        let dataset = match location.open_for_write(table).await {
             Ok(dataset) => Arc::new(dataset),
             Err(lance::Error::DatasetNotFound { .. }) => continue,
             Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
         };
         let none = BTreeSet::new();
-        let going = files.get(&table).unwrap_or(&none);
-        let mut rewriting = Rewriting::new(shared, format, (&table, dataset.clone()));
-        for (artifact, rows) in wanted.remove(&table).unwrap_or_default() {
-            rewriting.add(artifact, rows).await?;
+        let going = files.get(table).unwrap_or(&none);
+        let mut rewriting = Rewriting::new(shared, format, (table, dataset.clone()));
+        for artifact in &again {
+            for piece in wanted.get(table).map(|table| artifact.pieces(*table)).unwrap_or_default() {
+                let rows = artifact.batch(&piece);
+                let rows = rows.map_err(|e| Error::storage(format!("replacing rows of table '{table}'"), e))?;
+                rewriting.add(artifact.id(), rows).await?;
+            }
         }
         let mut unreadable = BTreeSet::new();
         let mut seen = ids.clone();
         for record in &listed {
-            let Some(rows) = record.locations.0.get(&table) else { continue };
+            let Some(rows) = record.locations.0.get(table) else { continue };
             if rows.ranges.iter().any(|range| going.contains(&range.file)) && seen.insert(record.artifact) {
-                match shared.data.rows(record.artifact, &table, rows).await {
+                match shared.data.rows(record.artifact, table, rows).await {
                     Ok(found) => {
                         now.entry(record.artifact).or_insert_with(|| record.locations.clone());
-                        rewriting.add(record.artifact, found).await?;
+                        for rows in found {
+                            rewriting.add(record.artifact, rows).await?;
+                        }
                     }
                     Err(Error::Corrupt { .. }) => unreadable.extend(rows.ranges.iter().map(|range| range.file.clone())),
                     Err(e) => return Err(e),
@@ -104,11 +100,11 @@ pub async fn mend(
         // Before the list tells where the rows are: as long as the damaged ones can be read, it leads there.
         for file in going {
             match unreadable.contains(file) {
-                true => aside::set_aside(location, (&table, "data"), file).await.map(drop)?,
-                false => aside::remove(location, (&table, "data"), file).await?,
+                true => aside::set_aside(location, (table, "data"), file).await.map(drop)?,
+                false => aside::remove(location, (table, "data"), file).await?,
             }
         }
-        shared.data.forget(&table, going.iter().cloned()).await;
+        shared.data.forget(table, going.iter().cloned()).await;
     }
     let list = location.open_for_write(ARTIFACTS).during("opening the table of artifacts").await?;
     relist(list, &now).await?;
@@ -170,15 +166,18 @@ impl<'a> Rewriting<'a> {
         }
     }
 
-    async fn add(&mut self, artifact: ArtifactId, rows: Vec<RecordBatch>) -> Result<()> {
-        self.owners.push((artifact, rows.iter().map(|batch| batch.num_rows() as u64).sum()));
-        for batch in rows {
-            // With all columns, so that all rows are alike.
-            let completed = self.shared.location.formats().completed(self.table.0, batch);
-            let batch = completed.map_err(|e| Error::storage(format!("reading table '{}'", self.table.0), e))?;
-            self.pending_bytes += batch.get_array_memory_size();
-            self.pending.push(batch);
+    /// Adds rows of an artifact, behind those of it that were added before.
+    async fn add(&mut self, artifact: ArtifactId, batch: RecordBatch) -> Result<()> {
+        let rows = batch.num_rows() as u64;
+        match self.owners.last_mut() {
+            Some((owner, all)) if *owner == artifact => *all += rows,
+            _ => self.owners.push((artifact, rows)),
         }
+        // With all columns, so that all rows are alike.
+        let completed = self.shared.location.formats().completed(self.table.0, batch);
+        let batch = completed.map_err(|e| Error::storage(format!("reading table '{}'", self.table.0), e))?;
+        self.pending_bytes += batch.get_array_memory_size();
+        self.pending.push(batch);
         if self.pending_bytes >= PENDING_BYTES {
             self.write().await?;
         }

@@ -110,7 +110,7 @@ impl Store {
                 locations: RowLocations::default(),
             });
         }
-        writer.commit_in((model, Scope::Part(prefix)), &records, message).await
+        writer.commit_in((model, Scope::Part(prefix)), &records, ("save", message)).await
     }
 }
 

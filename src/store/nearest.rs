@@ -78,7 +78,8 @@ impl Snapshot {
     /// With an index ([`Store::index_keys`]) the nearest are looked for in part of the table; without one in all of it.
     ///
     /// # Errors
-    /// When a direction is zero or not finite, no layer has keys of their length, `count` is 0, or the storage refuses.
+    /// When there is no such model, a direction is zero or not finite, no layer has keys of their length, `count` is 0, or the
+    /// storage refuses.
     pub async fn nearest_keys(
         &self,
         directions: ArrayView2<'_, f32>,
@@ -92,8 +93,14 @@ impl Snapshot {
         if directions.rows().into_iter().any(|direction| direction.iter().all(|v| *v == 0.0)) {
             return Err(Error::expected("direction", "zeros", "a vector that points somewhere"));
         }
+        let records = self.records().await?;
+        for model in models.into_iter().flatten() {
+            if records.iter().all(|record| record.model != *model) {
+                return Err(self.unknown_model(model).await?);
+            }
+        }
         let mut layers: HashMap<ArtifactId, Vec<LayerName>> = HashMap::new();
-        for record in self.records().await? {
+        for record in records {
             if models.is_none_or(|models| models.contains(&record.model)) {
                 let name = LayerName { model: record.model, layer: record.layer };
                 layers.entry(record.artifact).or_default().push(name);

@@ -19,6 +19,9 @@ use crate::layer::{ArtifactId, MethodName};
 /// The column of both tables that holds an artifact's [`RowLocations`], as JSON.
 pub const LOCATIONS: &str = "places";
 
+/// The entry of a layer's config that says what was adapted to the layer, in a list of texts.
+pub const ADAPTED: &str = "adapted";
+
 /// What a relative error was measured over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -112,7 +115,18 @@ fn hex<S: serde::Serializer>(id: &ArtifactId, serializer: S) -> std::result::Res
     serializer.collect_str(id)
 }
 
+/// Returns what a config says was adapted to its layer.
+pub fn adapted(config: &Value) -> Vec<String> {
+    let all = config[ADAPTED].as_array().map_or(&[][..], Vec::as_slice);
+    all.iter().filter_map(|note| note.as_str().map(str::to_owned)).collect()
+}
+
 impl LayerRecord {
+    /// Returns what was adapted to the layer when it was made: settings that did not fit it, and inputs that were not used.
+    pub fn notes(&self) -> Vec<String> {
+        adapted(&self.config)
+    }
+
     /// Returns what the list of artifacts would say of the layer's artifact, with its own name as its recipe and the layer's
     /// settings, which may be more than the artifact's.
     pub(super) fn artifact_record(&self) -> ArtifactRecord {
@@ -220,14 +234,69 @@ fn times(values: impl Iterator<Item = DateTime<Utc>>) -> ArrayRef {
 }
 
 fn json_texts<'a, T: Serialize + 'a>(values: impl Iterator<Item = &'a T>) -> Result<ArrayRef> {
-    let texts: std::result::Result<Vec<String>, _> = values.map(serde_json::to_string).collect();
-    texts
-        .map(|t| strings(t.iter().map(String::as_str)))
-        .map_err(|e| Error::Numeric(format!("the record is no JSON: {e}")))
+    let texts = values.map(json_text).collect::<Result<Vec<String>>>()?;
+    Ok(strings(texts.iter().map(String::as_str)))
 }
 
-/// Returns catalogue rows as a batch.
-pub fn layers_batch(records: &[LayerRecord]) -> Result<RecordBatch> {
+fn json_text(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::Numeric(format!("the record is no JSON: {e}")))
+}
+
+/// Bytes of the texts in a batch: few enough that 32-bit offsets address them, also where Lance joins some batches.
+const BATCH_BYTES: usize = 64 << 20;
+
+/// The most bytes of a row's texts.
+const ROW_BYTES: usize = i32::MAX as usize;
+
+/// Splits records so that the texts of those that go together have `most` bytes, unless a single one has more.
+fn split<R>(records: &[R], most: usize, text_bytes: impl Fn(&R) -> Result<usize>) -> Result<Vec<&[R]>> {
+    let (mut all, mut start, mut bytes) = (vec![], 0, 0);
+    for (row, record) in records.iter().enumerate() {
+        let more = text_bytes(record)?;
+        if more > ROW_BYTES {
+            return Err(Error::expected("bytes of the texts in a row", more, format!("at most {ROW_BYTES}")));
+        }
+        if row > start && bytes + more > most {
+            all.push(&records[start..row]);
+            (start, bytes) = (row, 0);
+        }
+        bytes += more;
+    }
+    all.push(&records[start..]);
+    Ok(all)
+}
+
+fn json_bytes(value: &impl Serialize) -> Result<usize> {
+    json_text(value).map(|text| text.len())
+}
+
+/// Returns catalogue rows as batches, one at least.
+///
+/// # Errors
+/// When a record's texts are longer than 2³¹ − 1 bytes.
+pub fn layers_batches(records: &[LayerRecord]) -> Result<Vec<RecordBatch>> {
+    layers_of(records, BATCH_BYTES)
+}
+
+fn layers_of(records: &[LayerRecord], most: usize) -> Result<Vec<RecordBatch>> {
+    let text_bytes = |r: &LayerRecord| {
+        let names = r.model.len() + r.layer.len() + r.method.as_str().len();
+        Ok(names + json_bytes(&r.config)? + json_bytes(&r.source)? + json_bytes(&r.locations)?)
+    };
+    split(records, most, text_bytes)?.into_iter().map(layers_batch).collect()
+}
+
+/// Returns rows of the table of artifacts as batches, one at least.
+///
+/// # Errors
+/// As [`layers_batches`].
+pub fn artifacts_batches(records: &[ArtifactRecord]) -> Result<Vec<RecordBatch>> {
+    let text_bytes =
+        |r: &ArtifactRecord| Ok(r.method.as_str().len() + json_bytes(&r.config)? + json_bytes(&r.locations)?);
+    split(records, BATCH_BYTES, text_bytes)?.into_iter().map(artifacts_batch).collect()
+}
+
+fn layers_batch(records: &[LayerRecord]) -> Result<RecordBatch> {
     let columns = vec![
         ids(records.iter().map(|r| r.artifact.0.as_slice()))?,
         strings(records.iter().map(|r| r.model.as_str())),
@@ -247,8 +316,7 @@ pub fn layers_batch(records: &[LayerRecord]) -> Result<RecordBatch> {
     RecordBatch::try_new(schema::layers(), columns).map_err(|e| Error::Numeric(e.to_string()))
 }
 
-/// Returns rows of the table of artifacts as a batch.
-pub fn artifacts_batch(records: &[ArtifactRecord]) -> Result<RecordBatch> {
+fn artifacts_batch(records: &[ArtifactRecord]) -> Result<RecordBatch> {
     let columns = vec![
         ids(records.iter().map(|r| r.artifact.0.as_slice()))?,
         strings(records.iter().map(|r| r.method.as_str())),
@@ -381,4 +449,40 @@ pub fn read_artifacts(batch: &RecordBatch) -> Result<Vec<ArtifactRecord>> {
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Texts of any number and length come in batches that are short enough, in their order; a row by itself may be longer.
+    #[test]
+    fn long_texts_are_split() {
+        let record = |i: usize, length: usize| LayerRecord {
+            model: "m".into(),
+            layer: format!("layer.{i}"),
+            method: "dense".into(),
+            in_features: 1,
+            out_features: 1,
+            artifact: ArtifactId([i as u8; 32]),
+            relative_error: None,
+            error_basis: ErrorBasis::Weights,
+            dense_bytes: 1,
+            stored_bytes: 1,
+            config: Value::String("x".repeat(length)),
+            source: Source::default(),
+            created_at: DateTime::UNIX_EPOCH,
+            locations: RowLocations::default(),
+        };
+        let lengths = [10, 2000, 10, 10, 400, 400, 400, 0];
+        let records: Vec<LayerRecord> = lengths.into_iter().enumerate().map(|(i, n)| record(i, n)).collect();
+        let batches = layers_of(&records, 1000).unwrap();
+        assert_eq!(batches.iter().map(RecordBatch::num_rows).collect::<Vec<_>>(), [1, 1, 4, 2]);
+        let back: Vec<LayerRecord> = batches.iter().flat_map(|batch| read_layers(batch).unwrap()).collect();
+        assert_eq!(back, records);
+        assert_eq!(layers_of(&[], 1000).unwrap()[0].num_rows(), 0);
+        let artifacts: Vec<ArtifactRecord> = records.iter().map(LayerRecord::artifact_record).collect();
+        let one = artifacts_batches(&artifacts).unwrap();
+        assert_eq!((one.len(), read_artifacts(&one[0]).unwrap()), (1, artifacts));
+    }
 }

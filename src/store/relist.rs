@@ -9,6 +9,7 @@ use lance::Dataset;
 use lance::dataset::{MergeInsertBuilder, WhenMatched, WhenNotMatched};
 
 use super::record::{LOCATIONS, RowLocations};
+use super::scan::batch_rows;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
@@ -25,7 +26,7 @@ pub async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, RowLocations>
     }
     let (mut batches, mut seen) = (vec![], HashSet::new());
     let mut all = dataset.scan();
-    all.scan_in_order(true);
+    all.scan_in_order(true).batch_size(batch_rows(&dataset));
     let rows = async { all.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await };
     for batch in rows.during(action).await? {
         batches.extend(relocated(&batch, moved, &mut seen).ok_or_else(|| {

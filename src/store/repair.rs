@@ -23,6 +23,7 @@ use super::lock;
 use super::metadata;
 use super::record::{LayerRecord, read_artifacts};
 use super::root::Store;
+use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, Table};
 use super::shared::Shared;
 use super::verify::{VerifyDepth, VerifyReport, verify};
@@ -118,6 +119,9 @@ impl Repairing {
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<()> {
         let id = parts.id();
         self.writer.distrust(&id);
+        if let Some(user) = self.names.get(&id) {
+            self.writer.note_unlisted(id, &user.locations);
+        }
         self.writer.add(parts, provenance).await?;
         self.added.insert(id);
         Ok(())
@@ -209,7 +213,7 @@ async fn unreadable(location: &Location, table: &str, dataset: &Dataset) -> Resu
     for fragment in dataset.fragments().iter() {
         let read = async {
             let mut scan = dataset.scan();
-            scan.project(&columns)?.with_fragments(vec![fragment.clone()]);
+            scan.project(&columns)?.with_fragments(vec![fragment.clone()]).batch_size(batch_rows(dataset));
             scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
         };
         let is_readable = match read.caught().await {

@@ -11,6 +11,7 @@ use super::handle::LayerHandle;
 use super::heal;
 use super::location::Location;
 use super::lock::OnWait;
+use super::models;
 use super::reader::Reader;
 use super::shared::Shared;
 use super::snapshot::Snapshot;
@@ -135,7 +136,7 @@ impl Store {
         Ok(Snapshot::new(self.shared.clone(), self.shared.latest().await?, None))
     }
 
-    /// Opens the version that a snapshot's name, or a version's number, stands for.
+    /// Opens the version that a snapshot's name, or a version's number, stands for; `latest` is the latest version.
     ///
     /// # Errors
     /// When there is no such snapshot or version.
@@ -150,7 +151,15 @@ impl Store {
     /// # Errors
     /// When the name is taken or not valid.
     pub async fn create_snapshot(&self, name: &str) -> Result<SnapshotInfo> {
-        versions::create_snapshot(&self.shared.location, name).await
+        versions::create_snapshot(&self.shared.location, name, None).await
+    }
+
+    /// Names the version that another snapshot's name, or a version's number, stands for.
+    ///
+    /// # Errors
+    /// When the new name is taken or not valid, or there is no such snapshot or version.
+    pub async fn create_snapshot_at(&self, name: &str, at: &str) -> Result<SnapshotInfo> {
+        versions::create_snapshot(&self.shared.location, name, Some(at)).await
     }
 
     /// Returns all snapshots, by version.
@@ -183,6 +192,24 @@ impl Store {
     /// When the storage refuses.
     pub async fn log(&self) -> Result<Vec<VersionInfo>> {
         versions::log(&self.shared.location, self.shared.latest().await?.dataset()).await
+    }
+
+    /// Removes a model, as one new version, and returns the version. Older versions keep the model, and [`Store::restore`] brings it
+    /// back; gc frees the bytes once no version is kept that has it.
+    ///
+    /// # Errors
+    /// When there is no such model, or the storage refuses.
+    pub async fn remove_model(&self, model: &str) -> Result<u64> {
+        models::remove(&self.shared.location, model).await
+    }
+
+    /// Gives a model another name, as one new version, and returns the version. Its layers, attention blocks and modules stay as they
+    /// are.
+    ///
+    /// # Errors
+    /// When there is no such model, the new name is taken or not valid, or the storage refuses.
+    pub async fn rename_model(&self, model: &str, name: &str) -> Result<u64> {
+        models::rename(&self.shared.location, model, name).await
     }
 
     /// Begins a change of a model, after what the list of artifacts or a data table has lost was completed. gc waits until it is

@@ -1,4 +1,5 @@
-//! The tables: their names, and their Arrow schemas in format version 1. What later versions add is in `format.rs`.
+//! The tables: their names, and their Arrow schemas in the format version that brought them. What later versions add is in
+//! `format.rs`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,6 +14,12 @@ pub const ARTIFACTS: &str = "artifacts";
 pub const WEIGHTS: &str = "weights";
 /// Small arrays by name.
 pub const TENSORS: &str = "tensors";
+/// Consecutive rows of weight matrices.
+pub const WEIGHT_BLOCKS: &str = "weight_blocks";
+/// Consecutive vectors of codes.
+pub const CODE_BLOCKS: &str = "code_blocks";
+/// Consecutive codewords.
+pub const CODEBOOK_BLOCKS: &str = "codebook_blocks";
 
 /// A data table, by what its rows are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,6 +38,12 @@ pub enum Table {
     Weights,
     /// Small arrays by name.
     Tensors,
+    /// Consecutive rows of weight matrices.
+    WeightBlocks,
+    /// Consecutive vectors of codes.
+    CodeBlocks,
+    /// Consecutive codewords.
+    CodebookBlocks,
 }
 
 impl Table {
@@ -44,6 +57,9 @@ impl Table {
             Table::Factors(d) => format!("factors_d{d}"),
             Table::Weights => WEIGHTS.into(),
             Table::Tensors => TENSORS.into(),
+            Table::WeightBlocks => WEIGHT_BLOCKS.into(),
+            Table::CodeBlocks => CODE_BLOCKS.into(),
+            Table::CodebookBlocks => CODEBOOK_BLOCKS.into(),
         }
     }
 
@@ -52,6 +68,9 @@ impl Table {
         match name {
             WEIGHTS => return Some(Table::Weights),
             TENSORS => return Some(Table::Tensors),
+            WEIGHT_BLOCKS => return Some(Table::WeightBlocks),
+            CODE_BLOCKS => return Some(Table::CodeBlocks),
+            CODEBOOK_BLOCKS => return Some(Table::CodebookBlocks),
             _ => {}
         }
         let (kind, width) = name.split_once("_d").or_else(|| name.split_once("_m"))?;
@@ -67,7 +86,12 @@ impl Table {
         (table.name() == name).then_some(table)
     }
 
-    /// Returns the columns of format version 1.
+    /// Returns whether a row of the table holds consecutive rows of a matrix.
+    pub fn is_blocks(self) -> bool {
+        matches!(self, Table::WeightBlocks | Table::CodeBlocks | Table::CodebookBlocks)
+    }
+
+    /// Returns the columns of the format version that brought the table.
     pub fn schema(self) -> SchemaRef {
         let mut fields = vec![plain(artifact())];
         fields.extend(match self {
@@ -87,8 +111,19 @@ impl Table {
                 text("dtype"),
                 // As JSON: a list column does not lie plainly.
                 text("shape"),
-                plain(required("data", DataType::LargeBinary)),
+                large_bytes("data"),
             ],
+            Table::WeightBlocks => vec![
+                number("first_row"),
+                number("rows"),
+                large_bytes("packed"),
+                large_bytes("scales"),
+                large_bytes("zeros"),
+            ],
+            Table::CodeBlocks => vec![text("role"), number("first_row"), number("rows"), large_bytes("codes")],
+            Table::CodebookBlocks => {
+                vec![text("role"), number("subspace"), number("first_row"), number("rows"), large_bytes("codewords")]
+            }
         });
         Arc::new(Schema::new(fields))
     }
@@ -169,6 +204,11 @@ fn bytes(name: &str) -> Field {
     plain(required(name, DataType::Binary))
 }
 
+/// A column of bytes whose offsets have 64 bits, so that rows read together may be of any size.
+fn large_bytes(name: &str) -> Field {
+    plain(required(name, DataType::LargeBinary))
+}
+
 /// Returns a column whose values lie one after another as they are, so that a layer's are one read. The vectors and packed
 /// numbers that make up nearly all of a table would not compress, and the rest is too small to matter.
 fn plain(field: Field) -> Field {
@@ -196,6 +236,9 @@ mod tests {
             Table::Factors(7),
             Table::Weights,
             Table::Tensors,
+            Table::WeightBlocks,
+            Table::CodeBlocks,
+            Table::CodebookBlocks,
         ] {
             assert_eq!(Table::named(&table.name()), Some(table));
         }

@@ -58,7 +58,8 @@ pub async fn load_backend(uri: &str) -> Result<SharedLayer> {
 }
 
 impl LayerHandle {
-    /// Copies this layer, with its names, into a store of its own at `uri`.
+    /// Copies this layer, with its names, into a store of its own at `uri`, and nothing that it runs with: [`copy`](crate::copy) takes
+    /// an attention block's projections along, and a module's layers, and copies into stores that hold something.
     ///
     /// # Errors
     /// As [`save_backend`], and when the layer cannot be read.
@@ -82,6 +83,6 @@ async fn save(record: LayerRecord, parts: Parts, uri: &str, options: StoreOption
         Provenance { recipe: parts.id().0, relative_error: record.relative_error, error_basis: record.error_basis };
     writer.add(&parts, provenance).await.map_err(|e| e.in_layer(&record.layer))?;
     let model = record.model.clone();
-    writer.commit_in((&model, Scope::Alone), &[record], None).await?;
+    writer.commit_in((&model, Scope::Alone), &[record], ("copy", None)).await?;
     Ok(())
 }

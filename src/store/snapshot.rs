@@ -1,6 +1,6 @@
 //! The store at one version: a consistent whole, whatever is committed meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -9,11 +9,12 @@ use serde::Serialize;
 
 use super::catalogue::{self, Catalogue, quoted};
 use super::handle::LayerHandle;
-use super::record::LayerRecord;
+use super::record::{ErrorBasis, LayerRecord};
+use super::settings::{SettingChange, changed_settings};
 use super::shared::Shared;
 use super::stats::{self, Stats};
 use crate::error::{Error, Result, closest};
-use crate::layer::MethodName;
+use crate::layer::{ArtifactId, MethodName};
 
 /// A version of the store, open for reading.
 #[derive(Debug, Clone)]
@@ -74,9 +75,11 @@ pub struct LayerChange {
     pub before: State,
     /// What the newer version says of it.
     pub after: State,
+    /// The settings that changed.
+    pub settings: Vec<SettingChange>,
 }
 
-/// What `diff` tells of a layer.
+/// What `diff` and `compare` tell of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct State {
     /// How it is compressed.
@@ -85,6 +88,8 @@ pub struct State {
     pub artifact: String,
     /// How far it is from the dense layer; `None` where no finite number describes it.
     pub relative_error: Option<f64>,
+    /// What the error was measured over.
+    pub error_basis: ErrorBasis,
     /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
     /// Its settings.
@@ -97,9 +102,16 @@ impl From<&LayerRecord> for State {
             method: r.method.clone(),
             artifact: r.artifact.to_string(),
             relative_error: r.relative_error,
+            error_basis: r.error_basis,
             stored_bytes: r.stored_bytes,
             config: r.config.clone(),
         }
+    }
+}
+
+impl From<&LayerRecord> for LayerState {
+    fn from(r: &LayerRecord) -> Self {
+        LayerState { model: r.model.clone(), layer: r.layer.clone(), state: r.into() }
     }
 }
 
@@ -114,6 +126,20 @@ impl Snapshot {
     /// Returns the version's number.
     pub fn version(&self) -> u64 {
         self.dataset().version_id()
+    }
+
+    /// Returns the address of the store that the snapshot is of.
+    pub(crate) fn uri(&self) -> &str {
+        self.shared.location.uri()
+    }
+
+    /// Returns what the artifacts of the store were made from and how, as [`Provenance::recipe`](super::Provenance::recipe).
+    ///
+    /// # Errors
+    /// When the list of artifacts cannot be read.
+    pub(crate) async fn recipes(&self) -> Result<HashMap<ArtifactId, [u8; 32]>> {
+        let records = self.shared.data.records().await?;
+        Ok(records.into_iter().map(|record| (record.artifact, record.recipe)).collect())
     }
 
     /// Returns what the snapshot shares with its store.
@@ -209,8 +235,10 @@ impl Snapshot {
         LayerHandle::new(self.shared.clone(), record)
     }
 
-    async fn unknown_model(&self, model: &str) -> Result<Error> {
-        let known = self.catalogue.names().await?.models();
+    /// Returns the error of a name that no model has.
+    pub(super) async fn unknown_model(&self, model: &str) -> Result<Error> {
+        let all = self.catalogue.names().await?.models();
+        let known = closest(model, all.iter().map(String::as_str), all.len());
         Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
     }
 
@@ -231,23 +259,23 @@ impl Snapshot {
             rows.into_iter().map(|r| ((r.model.clone(), r.layer.clone()), r)).collect::<BTreeMap<_, _>>()
         };
         let (before, after) = (keyed(self.records().await?), keyed(newer.records().await?));
-        let state = |r: &LayerRecord| LayerState { model: r.model.clone(), layer: r.layer.clone(), state: r.into() };
         let mut diff = Diff::default();
         for (key, old) in &before {
             match after.get(key) {
-                None => diff.removed.push(state(old)),
+                None => diff.removed.push(old.into()),
                 Some(new) if new.artifact != old.artifact || new.config != old.config => {
                     diff.changed.push(LayerChange {
                         model: key.0.clone(),
                         layer: key.1.clone(),
                         before: old.into(),
                         after: new.into(),
+                        settings: changed_settings(old, new),
                     });
                 }
                 Some(_) => {}
             }
         }
-        diff.added.extend(after.iter().filter(|(key, _)| !before.contains_key(*key)).map(|(_, r)| state(r)));
+        diff.added.extend(after.iter().filter(|(key, _)| !before.contains_key(*key)).map(|(_, r)| r.into()));
         Ok(diff)
     }
 }

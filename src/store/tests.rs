@@ -1,33 +1,36 @@
 //! The whole store: format versions beside each other, both readers beside each other, and catalogues that claim what is
 //! not so.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::{ArrayRef, BinaryArray, Float32Array, RecordBatch, StringArray};
 use arrow::compute::{cast, concat_batches};
+use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 
-use super::append::append;
+use super::append::{append, append_rows};
+use super::batches::{ArtifactRows, Layout};
 use super::catalogue;
 use super::data::{Data, file_rows};
-use super::format::{AddedColumn, Format, Formats};
+use super::format::{AddedColumn, BLOCKS, FIRST, FORMATS, Format, Formats};
+use super::listing::{data_tables, disk_bytes};
 use super::location::Location;
 use super::reader::{Files, Reader};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batch};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batches};
 use super::remedy::Remedy;
 use super::root::{Store, StoreOptions};
 use super::schema::{ARTIFACTS, LAYERS};
-use super::tables::to_batches;
 use super::testing::Hooks;
 use super::verify::VerifyDepth;
-use crate::compress::{ImportOptions, import};
+use super::writer::Provenance;
+use crate::compress::{ImportOptions, RepairOptions, RepairSource, import, repair};
 use crate::error::{Error, ErrorKind};
 use crate::formats;
 use crate::layer::parts::Tensor;
-use crate::layer::{DType, Parts};
+use crate::layer::{ArtifactId, DType, DenseLayer, Layer, Parts};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -124,13 +127,21 @@ async fn bring_every_method(store: &Store, folder: &Path) {
 #[tokio::test(flavor = "multi_thread")]
 async fn both_readers_read_the_same() {
     let folder = tempfile::tempdir().unwrap();
-    let uri = folder.path().join("layers").display().to_string();
-    let opened = |reader| StoreOptions { reader: Some(reader), ..StoreOptions::default() };
-    let store = Store::create_with(&uri, opened(Reader::Direct)).await.unwrap();
-    bring_every_method(&store, folder.path()).await;
+    for formats in [&OLD, &FORMATS] {
+        let version = formats.newest().version;
+        let uri = folder.path().join(format!("layers-{version}")).display().to_string();
+        Store::create_with(&uri, knowing(formats)).await.unwrap();
+        check_readers(&uri, folder.path(), version).await;
+    }
+}
+
+async fn check_readers(uri: &str, folder: &Path, version: u32) {
+    let store = Store::open_with(uri, reading(Reader::Direct)).await.unwrap();
+    bring_every_method(&store, folder).await;
+    assert_eq!(store.format().await.unwrap(), version);
     let deep = store.verify_with(VerifyDepth::Deep, |_, _| ()).await.unwrap();
     assert_eq!((deep.corrupt, deep.damaged), (vec![], vec![]));
-    let through_lance = Store::open_with(&uri, opened(Reader::Lance)).await.unwrap();
+    let through_lance = Store::open_with(uri, reading(Reader::Lance)).await.unwrap();
     let files = |reader| Arc::new(Files::new(store.shared().location.clone(), reader));
     let (direct, lance) = (files(Reader::Direct), files(Reader::Lance));
     let (mut tables, mut methods) = (BTreeSet::new(), BTreeSet::new());
@@ -156,8 +167,9 @@ async fn both_readers_read_the_same() {
         assert_eq!(parts, through_lance.shared().data.parts(&record).await.unwrap());
         assert_eq!(parts.id(), record.artifact);
     }
-    let all = ["codebooks_d", "codes_m", "factors_d", "keys_d", "tensors", "values_d", "weights"];
-    assert_eq!(tables.iter().collect::<Vec<_>>(), all);
+    let others = ["factors_d", "keys_d", "tensors", "values_d"];
+    let all = others.into_iter().chain(if version == 1 { ROW_KINDS } else { BLOCK_KINDS });
+    assert_eq!(tables, all.map(str::to_owned).collect());
     let all = ["dense", "key_value", "low_rank", "module", "ternary", "vq_attention"];
     assert_eq!(methods.iter().collect::<Vec<_>>(), all);
     assert_eq!(load_all(&store).await, load_all(&through_lance).await);
@@ -165,9 +177,11 @@ async fn both_readers_read_the_same() {
 
 /// A format that is not released: the next one, with a column more in each kind of table.
 static NEXT: Formats = Formats(&[
-    Format { version: 1, added: &[] },
+    FIRST,
+    BLOCKS,
     Format {
-        version: 2,
+        version: 3,
+        tables: &[],
         added: &[
             AddedColumn { table: LAYERS, name: "license", default: |rows| texts("unknown", rows) },
             AddedColumn { table: ARTIFACTS, name: "origin", default: |rows| texts("here", rows) },
@@ -189,21 +203,37 @@ fn texts(text: &str, rows: usize) -> ArrayRef {
     Arc::new(StringArray::from(vec![text; rows]))
 }
 
-fn next() -> StoreOptions {
-    StoreOptions { hooks: Hooks { formats: &NEXT, ..Hooks::default() }, ..StoreOptions::default() }
+/// What the build knew that made the kept store.
+static OLD: Formats = Formats(&[FIRST]);
+
+fn knowing(formats: &'static Formats) -> StoreOptions {
+    StoreOptions { hooks: Hooks { formats, ..Hooks::default() }, ..StoreOptions::default() }
 }
+
+fn reading(reader: Reader) -> StoreOptions {
+    StoreOptions { reader: Some(reader), ..StoreOptions::default() }
+}
+
+/// The data tables that the store has, without widths.
+async fn kinds(store: &Store) -> BTreeSet<String> {
+    let tables = data_tables(&store.shared().location).await.unwrap();
+    tables.into_iter().map(|(name, _)| name.trim_end_matches(|c: char| c.is_ascii_digit()).to_owned()).collect()
+}
+
+const BLOCK_KINDS: [&str; 3] = ["codebook_blocks", "code_blocks", "weight_blocks"];
+const ROW_KINDS: [&str; 3] = ["codebooks_d", "codes_m", "weights"];
 
 async fn columns(store: &Store, table: &str) -> Vec<String> {
     let dataset = store.shared().location.open_table(table, None).await.unwrap();
     dataset.schema().fields.iter().map(|field| field.name.clone()).collect()
 }
 
-/// A build that knows a second version reads and writes stores of the first as they are.
+/// A build that knows later versions reads and writes stores of the first as they are.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_later_format_reads_and_writes_an_older_store() {
     let folder = tempfile::tempdir().unwrap();
     let uri = kept_store(folder.path());
-    let store = Store::open_with(&uri, next()).await.unwrap();
+    let store = Store::open_with(&uri, knowing(&NEXT)).await.unwrap();
     assert_eq!(store.format().await.unwrap(), 1);
     assert_eq!(load_all(&store).await, 30);
     sound(&store).await;
@@ -213,12 +243,18 @@ async fn a_later_format_reads_and_writes_an_older_store() {
         let found = columns(&store, table).await;
         assert!(!found.iter().any(|c| ["license", "origin", "weight", "outliers"].contains(&c.as_str())), "{found:?}");
     }
-    // This build reads what it wrote.
-    let now = Store::open(&uri).await.unwrap();
-    assert_eq!((now.format().await.unwrap(), load_all(&now).await), (1, 40));
-    sound(&now).await;
-    assert_eq!(now.upgrade().await.unwrap(), 1);
-    assert_eq!(now.latest().await.unwrap().version(), store.latest().await.unwrap().version());
+    let found = kinds(&store).await;
+    assert!(ROW_KINDS.iter().all(|kind| found.contains(*kind)), "{found:?}");
+    assert!(!BLOCK_KINDS.iter().any(|kind| found.contains(*kind)), "{found:?}");
+    // Builds from before read what it wrote.
+    for formats in [&FORMATS, &OLD] {
+        let now = Store::open_with(&uri, knowing(formats)).await.unwrap();
+        assert_eq!((now.format().await.unwrap(), load_all(&now).await), (1, 40));
+        sound(&now).await;
+    }
+    let old = Store::open_with(&uri, knowing(&OLD)).await.unwrap();
+    assert_eq!(old.upgrade().await.unwrap(), 1);
+    assert_eq!(old.latest().await.unwrap().version(), store.latest().await.unwrap().version());
     // A value for a column that the store's tables do not have is not dropped.
     let location = &store.shared().location;
     let dataset = location.open_table("keys_d48", None).await.unwrap();
@@ -235,10 +271,10 @@ async fn an_older_store_is_upgraded() {
     let folder = tempfile::tempdir().unwrap();
     let uri = kept_store(folder.path());
     let before = Store::open(&uri).await.unwrap();
-    let store = Store::open_with(&uri, next()).await.unwrap();
-    assert_eq!(store.upgrade().await.unwrap(), 2);
-    assert_eq!((store.upgrade().await.unwrap(), store.format().await.unwrap()), (2, 2));
-    assert_eq!(store.log().await.unwrap()[0].operation, "upgrade to format 2");
+    let store = Store::open_with(&uri, knowing(&NEXT)).await.unwrap();
+    assert_eq!(store.upgrade().await.unwrap(), 3);
+    assert_eq!((store.upgrade().await.unwrap(), store.format().await.unwrap()), (3, 3));
+    assert_eq!(store.log().await.unwrap()[0].operation, "upgrade to format 3");
     for (table, column) in
         [("layers", "license"), ("artifacts", "origin"), ("keys_d96", "weight"), ("weights", "outliers")]
     {
@@ -256,13 +292,16 @@ async fn an_older_store_is_upgraded() {
     assert!(columns(&store, "keys_d48").await.contains(&"weight".to_owned()));
     sound(&store).await;
     store.restore("first").await.unwrap();
-    assert_eq!(store.format().await.unwrap(), 2);
+    assert_eq!(store.format().await.unwrap(), 3);
     let collected = store.gc(Duration::ZERO, true).await.unwrap();
     assert!(collected.artifacts > 0 && collected.applied, "{collected:?}");
     sound(&store).await;
     assert_eq!(load_all(&store).await, 30);
     let error = Store::open(&uri).await.unwrap_err();
-    assert!(matches!(&error, Error::Format { found, known, .. } if found == "2" && known == "version 1"), "{error}");
+    assert!(
+        matches!(&error, Error::Format { found, known, .. } if found == "3" && known == "versions 1 to 2"),
+        "{error}"
+    );
     // Nor does one that was open already go on.
     assert!(matches!(before.latest().await.unwrap_err(), Error::Format { .. }));
     assert!(matches!(before.writer().await.unwrap_err(), Error::Format { .. }));
@@ -280,10 +319,11 @@ async fn verification_builds_layers_and_runs_them() {
     parts.tensors.push(Tensor::vector("bias", &[1.0]));
     let id = parts.id();
     let mut locations = RowLocations::default();
-    for (table, batches) in to_batches(id, &parts).unwrap() {
-        let files = append((&location, format), &table.name(), batches).await.unwrap();
+    let rows = Arc::new(vec![ArtifactRows::new(id, parts.clone(), Layout::Blocks).unwrap()]);
+    for (table, count) in rows[0].tables() {
+        let files = append_rows((&location, format), table, &rows).await.unwrap();
         let ranges = files.into_iter().map(|(file, rows)| RowRange { file, offset: 0, rows }).collect();
-        locations.0.insert(table.name(), TableRows { rows: 1, ranges });
+        locations.0.insert(table.name(), TableRows { rows: count, ranges });
     }
     let record = ArtifactRecord {
         artifact: id,
@@ -296,7 +336,7 @@ async fn verification_builds_layers_and_runs_them() {
         error_basis: ErrorBasis::Weights,
         created_at: chrono::Utc::now(),
     };
-    append((&location, format), ARTIFACTS, vec![artifacts_batch(&[record]).unwrap()]).await.unwrap();
+    append((&location, format), ARTIFACTS, artifacts_batches(&[record]).unwrap()).await.unwrap();
     assert!(store.verify_with(VerifyDepth::Quick, |_, _| ()).await.unwrap().is_sound());
     let found = store.verify(|_, _| ()).await.unwrap().corrupt;
     assert_eq!(found.len(), 1);
@@ -316,6 +356,174 @@ async fn verification_builds_layers_and_runs_them() {
         found[0].reason.contains("layer 'embedding' of model 'm'") && found[0].reason.contains("(64, 47)"),
         "{found:?}"
     );
+}
+
+/// A store of format 1 that was upgraded has its old artifacts row by row and new ones in blocks; one that its table has lost is
+/// written again as it was, with as many rows as the catalogue says.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgraded_store_has_both_layouts() {
+    let folder = tempfile::tempdir().unwrap();
+    let uri = kept_store(folder.path());
+    let store = Store::open(&uri).await.unwrap();
+    assert_eq!(store.upgrade().await.unwrap(), 2);
+    bring_every_method(&store, folder.path()).await;
+    let found = kinds(&store).await;
+    assert!(ROW_KINDS[1..].iter().chain(&BLOCK_KINDS).all(|kind| found.contains(*kind)), "{found:?}");
+    sound(&store).await;
+    let refused = Store::open_with(&uri, knowing(&OLD)).await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::Format { found, known, .. } if found == "2" && known == "version 1"),
+        "{refused}"
+    );
+    for table in ["weights", "codes_m48", "weight_blocks", "code_blocks"] {
+        let before = row_counts(&store).await;
+        let mut manifests: Vec<PathBuf> = std::fs::read_dir(Path::new(&uri).join(format!("{table}.lance/_versions")))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|e| e == "manifest"))
+            .collect();
+        manifests.sort();
+        std::fs::remove_file(&manifests[0]).unwrap();
+        let again = Store::open(&uri).await.unwrap();
+        drop(again.writer().await.unwrap());
+        sound(&again).await;
+        // Neither refuses, and only what the table had lost is there once more.
+        again.gc(Duration::ZERO, true).await.unwrap();
+        sound(&again).await;
+        let after = row_counts(&again).await;
+        assert!(after.iter().all(|(artifact, rows)| before[artifact] == *rows), "{table}");
+    }
+    for reader in [Reader::Direct, Reader::Lance] {
+        assert_eq!(load_all(&Store::open_with(&uri, reading(reader)).await.unwrap()).await, load_all(&store).await);
+    }
+}
+
+/// How many rows of which tables each artifact has.
+async fn row_counts(store: &Store) -> BTreeMap<ArtifactId, Vec<(String, u64)>> {
+    let tables = |r: ArtifactRecord| r.locations.0.into_iter().map(|(table, rows)| (table, rows.rows)).collect();
+    store.shared().data.records().await.unwrap().into_iter().map(|r| (r.artifact, tables(r))).collect()
+}
+
+/// What takes the place of damaged rows lies as they did, also in a store that was upgraded and where the list is lost as well: versions
+/// say how many rows of which tables there are, and where.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_rows_are_replaced_as_they_lay() {
+    for list_is_lost in [false, true] {
+        let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (uri, whole) = (kept_store(folder.path()), kept_store(other.path()));
+        let store = Store::open(&uri).await.unwrap();
+        assert_eq!(store.upgrade().await.unwrap(), 2);
+        let before = row_counts(&store).await;
+        drop(store);
+        for table in ["weights", "codes_m48"] {
+            for entry in std::fs::read_dir(Path::new(&uri).join(format!("{table}.lance/data"))).unwrap() {
+                let file = entry.unwrap().path();
+                let mut bytes = std::fs::read(&file).unwrap();
+                let at = bytes.len() / 3;
+                bytes[at] ^= 0x40;
+                std::fs::write(&file, bytes).unwrap();
+            }
+        }
+        if list_is_lost {
+            std::fs::remove_dir_all(Path::new(&uri).join("artifacts.lance")).unwrap();
+        }
+        let store = Store::open(&uri).await.unwrap();
+        assert!(!store.verify(|_, _| ()).await.unwrap().is_sound());
+        let sources = vec![RepairSource::open(&whole).await.unwrap()];
+        let repaired = repair(&store, RepairOptions { sources, ..RepairOptions::default() }).await.unwrap();
+        assert!(repaired.is_sound() && !repaired.mended.is_empty(), "{repaired:?}");
+        sound(&store).await;
+        let after = row_counts(&store).await;
+        assert!(after.iter().all(|(artifact, rows)| before[artifact] == *rows));
+        let latest = store.latest().await.unwrap();
+        for model in latest.models().await.unwrap() {
+            for handle in latest.handles(&model.model).await.unwrap() {
+                assert_eq!(handle.load().await.unwrap().to_parts().id(), handle.record().artifact);
+            }
+        }
+    }
+}
+
+/// Any tensor, in stores of both formats, through both readers.
+#[test]
+fn tensors_of_any_shape_come_back() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let shape = (prop_oneof![1usize..5, 1usize..1500], prop_oneof![1usize..4, 1usize..200], 0usize..3);
+    let shapes = proptest::collection::vec(shape, 1..7);
+    proptest!(ProptestConfig::with_cases(8), |(shapes in shapes, wide in prop_oneof![Just(0usize), 70_000usize..200_000])| {
+        let folder = tempfile::tempdir().unwrap();
+        let dtypes = [DType::U8, DType::F16, DType::F32];
+        let mut layers: Vec<Parts> = shapes.iter().enumerate().map(|(i, &(rows, columns, dtype))| {
+            tensor(dtypes[dtype], vec![rows, columns], i as u64)
+        }).collect();
+        // Rows that are longer than a block, and a matrix of a single value.
+        if wide > 0 {
+            layers.push(tensor(DType::U8, vec![3, wide], 99));
+            layers.push(DenseLayer::new(DType::U8, vec![wide, 2], vec![7; 2 * wide].into(), None).unwrap().to_parts());
+        }
+        for (name, formats) in [("old", &OLD), ("new", &FORMATS)] {
+            let uri = folder.path().join(name).display().to_string();
+            runtime.block_on(async {
+                Store::create_with(&uri, knowing(formats)).await.unwrap();
+                let store = Store::open(&uri).await.unwrap();
+                let mut writer = store.writer().await.unwrap();
+                for (i, parts) in layers.iter().enumerate() {
+                    writer.add(parts, provenance(i as u8)).await.unwrap();
+                }
+                writer.flush().await.unwrap();
+            });
+            for reader in [Reader::Direct, Reader::Lance] {
+                let found = runtime.block_on(async {
+                    let store = Store::open_with(&uri, reading(reader)).await.unwrap();
+                    let data = &store.shared().data;
+                    let mut found = BTreeMap::new();
+                    for record in data.records().await.unwrap() {
+                        let files = Files::new(store.shared().location.clone(), reader);
+                        let direct = files.direct_rows(&file_rows(&record.locations)).unwrap();
+                        assert_eq!(direct.is_some(), reader == Reader::Direct, "{:?}", record.locations);
+                        found.insert(record.artifact, data.parts(&record).await.unwrap());
+                    }
+                    found
+                });
+                for parts in &layers {
+                    prop_assert_eq!(&found[&parts.id()], parts, "{:?} of format {}", reader, name);
+                }
+            }
+        }
+    });
+}
+
+/// The parts of a dense layer of made-up bytes.
+fn tensor(dtype: DType, shape: Vec<usize>, seed: u64) -> Parts {
+    let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+    let mut state = seed | 1;
+    let raw = (0..bytes).map(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    });
+    DenseLayer::new(dtype, shape, raw.collect::<Vec<u8>>().into(), None).unwrap().to_parts()
+}
+
+fn provenance(recipe: u8) -> Provenance {
+    Provenance { recipe: [recipe; 32], relative_error: Some(0.0), error_basis: ErrorBasis::Weights }
+}
+
+/// Rows of one byte take about a byte each.
+#[tokio::test(flavor = "multi_thread")]
+async fn narrow_rows_take_their_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = folder.path().join("narrow.safetensors");
+    let parts = tensor(DType::U8, vec![200_000, 1], 5);
+    let raw = &parts.weights.as_ref().unwrap().packed;
+    let view = TensorView::new(DType::U8, vec![200_000, 1], raw).unwrap();
+    safetensors::serialize_to_file([("blocks.weight", view)], None, &checkpoint).unwrap();
+    let uri = folder.path().join("layers").display().to_string();
+    let store = Store::create(&uri).await.unwrap();
+    bring_from(&store, "narrow", &checkpoint, None, None).await;
+    let bytes = disk_bytes(&store.shared().location).await.unwrap();
+    assert!(bytes < 260_000, "{bytes} bytes");
+    let layer = store.latest().await.unwrap().handles("narrow").await.unwrap().remove(0).load().await.unwrap();
+    assert_eq!(layer.to_parts(), parts);
 }
 
 /// Rows that a catalogue claims and no file has are told as such, and nothing is asked of memory for them.

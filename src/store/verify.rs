@@ -41,7 +41,7 @@ pub enum VerifyDepth {
 /// What verify found.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct VerifyReport {
-    /// Artifacts looked at.
+    /// Artifacts that are listed, or that a version names.
     pub artifacts: u64,
     /// Those that are not what was written, or that a table lacks which should have them.
     pub corrupt: Vec<CorruptArtifact>,
@@ -92,12 +92,12 @@ pub async fn verify(
     let mut named = Named::default();
     named.read(shared, depth, versions, &mut damaged).await?;
     let records = shared.data.records().await.map_err(list_unreadable)?;
-    let total = records.len();
     let mut found = match depth {
         VerifyDepth::Quick => BTreeMap::new(),
         _ => read_all(shared, &records, named.trials.clone(), seen).await?,
     };
     let listed: BTreeMap<ArtifactId, ArtifactRecord> = records.into_iter().map(|r| (r.artifact, r)).collect();
+    let unlisted = named.names.iter().filter(|(id, _)| !listed.contains_key(id)).count();
     let unreadable = count_all(location, &named.names, &listed, &mut found).await;
     damaged.extend(unreadable.into_iter().map(|(table, fragment)| damaged_file(location, &table, fragment)));
     if !found.is_empty() || !damaged.is_empty() {
@@ -112,7 +112,7 @@ pub async fn verify(
             layers: named.users.remove(&id).unwrap_or_default().into_iter().collect(),
         });
     }
-    Ok(VerifyReport { artifacts: total as u64, corrupt, damaged })
+    Ok(VerifyReport { artifacts: (listed.len() + unlisted) as u64, corrupt, damaged })
 }
 
 /// The error of a list that cannot be read, with what helps.

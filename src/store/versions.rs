@@ -16,7 +16,7 @@ use super::lock;
 use super::schema::LAYERS;
 use super::upgrade::with_format;
 use super::waiting::{Waiting, reason, storage_error};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest};
 
 /// A version of the store, as `log` lists it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -25,7 +25,7 @@ pub struct VersionInfo {
     pub version: u64,
     /// When it was committed.
     pub time: DateTime<Utc>,
-    /// What made it: `create`, `import`, `remove`, `restore` or `upgrade`, and of what.
+    /// What made it: `create`, `import`, `train`, `save`, `copy`, `remove`, `rename`, `restore` or `upgrade`, and of what.
     pub operation: String,
     /// The message that it was committed with.
     pub message: Option<String>,
@@ -129,16 +129,23 @@ pub fn tag_file(location: &Location, name: &str) -> String {
     format!("{}/{}/{name}.json", location.table_uri(LAYERS), TAGS.join("/"))
 }
 
-/// Names the latest version.
-pub async fn create_snapshot(location: &Location, name: &str) -> Result<SnapshotInfo> {
+/// Names a version: the one that a snapshot's name, or a version's number, `at` stands for, or the latest.
+pub async fn create_snapshot(location: &Location, name: &str, at: Option<&str>) -> Result<SnapshotInfo> {
     check_snapshot_name(name)?;
     // gc must not remove the version between the look and the name.
     let _guard = lock::committing(location).await?;
     let dataset = writable(location).await?;
-    let version = dataset.version_id();
+    let (version, time) = match at {
+        Some(at) => {
+            let version = resolve(location, &dataset, at).await?;
+            // A name is given to what can be read.
+            (version, open(location, Some(version)).await?.version().timestamp)
+        }
+        None => (dataset.version_id(), dataset.version().timestamp),
+    };
     let action = format!("creating snapshot '{name}'");
     match dataset.tags().create(name, version).caught().await {
-        Ok(()) => Ok(SnapshotInfo { name: name.to_owned(), version, time: dataset.version().timestamp }),
+        Ok(()) => Ok(SnapshotInfo { name: name.to_owned(), version, time }),
         Err(lance::Error::RefConflict { .. }) => {
             let taken = tag(location, &dataset, name).await?;
             Err(Error::SnapshotExists { name: name.to_owned(), version: taken })
@@ -179,7 +186,7 @@ pub async fn delete_snapshot(location: &Location, name: &str) -> Result<DeletedS
     let dataset = writable(location).await?;
     let known = tag_names(location).await?;
     if !known.iter().any(|known| known == name) {
-        return Err(Error::UnknownSnapshot { name: name.to_owned(), known });
+        return Err(unknown_snapshot(name, &known));
     }
     let version = tag(location, &dataset, name).await.ok();
     let time = match version {
@@ -190,7 +197,11 @@ pub async fn delete_snapshot(location: &Location, name: &str) -> Result<DeletedS
     Ok(DeletedSnapshot { name: name.to_owned(), version, time })
 }
 
-/// Returns the version that a snapshot's name, or a version's number, stands for.
+/// What stands for the latest version where a snapshot's name can be given.
+const LATEST: &str = "latest";
+
+/// Returns the version that a snapshot's name, or a version's number, stands for. `latest` is the latest version, unless a snapshot
+/// has that name, from the time when one could.
 pub async fn resolve(location: &Location, dataset: &Dataset, name: &str) -> Result<u64> {
     if let Ok(version) = name.parse::<u64>() {
         return Ok(version);
@@ -198,8 +209,14 @@ pub async fn resolve(location: &Location, dataset: &Dataset, name: &str) -> Resu
     let known = tag_names(location).await?;
     match known.iter().any(|known| known == name) {
         true => tag(location, dataset, name).await,
-        false => Err(Error::UnknownSnapshot { name: name.to_owned(), known }),
+        false if name == LATEST => Ok(open(location, None).await?.version_id()),
+        false => Err(unknown_snapshot(name, &known)),
     }
+}
+
+fn unknown_snapshot(name: &str, known: &[String]) -> Error {
+    let known = closest(name, known.iter().map(String::as_str), known.len());
+    Error::UnknownSnapshot { name: name.to_owned(), known }
 }
 
 fn check_snapshot_name(name: &str) -> Result<()> {
@@ -209,6 +226,9 @@ fn check_snapshot_name(name: &str) -> Result<()> {
     }
     if name.bytes().all(|b| b.is_ascii_digit()) {
         return invalid("a number stands for a version");
+    }
+    if name == LATEST {
+        return invalid("it stands for the latest version");
     }
     if !name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_')) {
         return invalid("letters, digits, '.', '-' and '_' can be used");

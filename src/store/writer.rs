@@ -1,30 +1,30 @@
 //! Artifacts, written: gathered, then appended table by table in few large fragments, then listed as complete.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use arrow::array::RecordBatch;
 use chrono::Utc;
 use layerstore_core::layer::registry;
 use serde_json::Value;
 
 use super::agreement::DataTables;
-use super::append::{Written, append};
+use super::append::{Written, append, append_rows};
+use super::batches::{ArtifactRows, Layout};
 use super::catalogue::{self, Scope, replace};
 use super::format::Format;
 use super::lock::{self, Guard};
-use super::mend::{Again, mend};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, TableRows, artifacts_batch};
+use super::mend::mend;
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, TableRows, artifacts_batches};
 use super::relist::relist;
-use super::schema::{ARTIFACTS, Table};
+use super::schema::{ARTIFACTS, Table, WEIGHT_BLOCKS};
 use super::shared::Shared;
-use super::tables::to_batches;
 use super::waiting::Waiting;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
 use crate::tasks::unwrap_join;
 
-/// Parts gathered before they are written: the memory that an import takes beside the layer at work.
+/// Bytes of parts and settings gathered before they are written: the memory that an import takes beside the layer at work. Rows
+/// are made of them while they are written, a batch at a time.
 const PENDING_BYTES: u64 = 256 << 20;
 
 /// What an artifact was made from, and how well it stands for it.
@@ -87,11 +87,15 @@ pub struct Writer {
     known: HashMap<ArtifactId, Known>,
     /// Artifacts that are listed, and whose rows are not there.
     lost: HashMap<ArtifactId, ArtifactRecord>,
-    pending: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
+    /// Where versions say that artifacts are which are not listed.
+    unlisted: HashMap<ArtifactId, RowLocations>,
+    pending: Vec<(ArtifactRecord, ArtifactRows)>,
     /// Artifacts to be written in the place of damaged rows.
-    again: Vec<Again>,
+    again: Vec<ArtifactRows>,
+    /// Memory that is taken by what is pending or to be written again.
     pending_bytes: u64,
-    written_bytes: u64,
+    /// Bytes of the arrays of artifacts that were new, written or pending.
+    added_bytes: u64,
     /// Set while rows are being written: what was gathered is gone if that fails or is given up.
     broken: bool,
     /// The lock of commits, where it was taken ahead.
@@ -114,10 +118,11 @@ impl Writer {
             recipes: HashMap::new(),
             known: HashMap::new(),
             lost: HashMap::new(),
+            unlisted: HashMap::new(),
             pending: vec![],
             again: vec![],
             pending_bytes: 0,
-            written_bytes: 0,
+            added_bytes: 0,
             broken: false,
             commit: None,
         };
@@ -152,16 +157,11 @@ impl Writer {
         &self.lost
     }
 
-    /// Counts what was written so far as no part of the change.
-    pub(super) fn forget_written_bytes(&mut self) {
-        self.written_bytes = 0;
-    }
-
     /// Lists artifacts whose rows are there and are what their names stand for.
     pub(super) async fn list(&mut self, records: Vec<ArtifactRecord>) -> Result<()> {
         let (moved, new): (Vec<_>, Vec<_>) = records.into_iter().partition(|r| self.lost.contains_key(&r.artifact));
         if !new.is_empty() {
-            append((&self.shared.location, self.format), ARTIFACTS, vec![artifacts_batch(&new)?]).await?;
+            append((&self.shared.location, self.format), ARTIFACTS, artifacts_batches(&new)?).await?;
         }
         if !moved.is_empty() {
             let list = self.shared.location.open_for_write(ARTIFACTS).during("opening the table of artifacts").await?;
@@ -192,8 +192,11 @@ impl Writer {
         Ok(self.is_sound(stored.artifact).await?.then_some(stored))
     }
 
-    /// Whether what the store has of an artifact is what its name stands for: read and hashed where nobody has looked.
-    async fn is_sound(&mut self, id: ArtifactId) -> Result<bool> {
+    /// Returns whether what the store has of an artifact is what its name stands for: read and hashed where nobody has looked.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub(crate) async fn is_sound(&mut self, id: ArtifactId) -> Result<bool> {
         let Some(known) = self.known.get(&id) else { return Ok(false) };
         if known.content != Content::Unknown {
             return Ok(known.content == Content::Sound);
@@ -234,7 +237,27 @@ impl Writer {
 
     /// Returns the bytes of parts written so far; what the store held already is not counted.
     pub fn written_bytes(&self) -> u64 {
-        self.written_bytes + self.pending_bytes
+        self.added_bytes
+    }
+
+    /// Notes where a version says that an artifact is which is not listed, and whose rows there are not what was written.
+    pub(super) fn note_unlisted(&mut self, artifact: ArtifactId, locations: &RowLocations) {
+        if !locations.0.is_empty() {
+            self.unlisted.insert(artifact, locations.clone());
+        }
+    }
+
+    /// How the rows of an artifact are to lie: as they did where the store has it or had it, since the catalogue says how many rows of
+    /// which tables it has; else as in the store's format.
+    fn layout_of(&self, id: &ArtifactId) -> Layout {
+        let lost = || self.lost.get(id).map(|record| &record.locations);
+        if let Some(locations) = self.known.get(id).map(|known| &known.locations).or_else(lost) {
+            return Layout::of(locations);
+        }
+        match self.shared.location.formats().schema(WEIGHT_BLOCKS, self.format.version) {
+            Some(_) => Layout::Blocks,
+            None => Layout::Rows,
+        }
     }
 
     /// Adds an artifact, unless the store has it. Returns its name, and whether it is written: it was new, or what the store had of it
@@ -246,19 +269,25 @@ impl Writer {
     /// refuses.
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
         let id = parts.id();
-        let sound = self.is_sound(id).await?;
-        if !sound {
-            let parts = parts.clone();
-            unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&parts).map(drop)).await)??;
-        }
-        let recipe = provenance.recipe;
-        self.recipes.insert(recipe, info(id, parts, provenance));
-        if sound {
+        if self.is_sound(id).await? {
+            self.recipes.insert(provenance.recipe, info(id, parts, provenance));
             return Ok((id, false));
         }
-        let rows = to_batches(id, parts)?;
+        let built = parts.clone();
+        unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&built).map(drop)).await)??;
+        if let Some(locations) = self.unlisted.remove(&id)
+            && !self.known.contains_key(&id)
+            && !self.lost.contains_key(&id)
+        {
+            // A version leads readers to the damaged rows: they are listed, and replaced like any others.
+            self.commit = None;
+            self.list(vec![ArtifactRecord { locations, ..record(id, parts, provenance) }]).await?;
+        }
+        let rows = ArtifactRows::new(id, parts.clone(), self.layout_of(&id))?;
+        let (recipe, held_bytes) = (provenance.recipe, rows.held_bytes());
+        self.recipes.insert(recipe, info(id, parts, provenance));
         if self.known.contains_key(&id) || self.lost.remove(&id).is_some() {
-            self.again.push(Again { artifact: id, rows });
+            self.again.push(rows);
         } else {
             self.pending.push((record(id, parts, provenance), rows));
         }
@@ -268,23 +297,27 @@ impl Writer {
             content: Content::Unknown,
         });
         known.content = Content::Sound;
-        self.gathered(parts.stored_bytes()).await?;
+        self.added_bytes += parts.stored_bytes();
+        self.gathered(held_bytes).await?;
         Ok((id, true))
     }
 
-    /// Adds an artifact that was read whole, and whose rows some tables have lost: they are written once more, and the list is told.
-    pub(super) async fn complete(&mut self, parts: &Parts, provenance: Provenance) -> Result<()> {
+    /// Adds an artifact that was read whole, and whose rows some tables have lost: they are written once more, as they lay, and the
+    /// list is told. What was lost is not the change's own, and its bytes are not counted.
+    pub(super) async fn complete(&mut self, parts: &Parts, provenance: Provenance, layout: Layout) -> Result<()> {
         let id = parts.id();
+        let rows = ArtifactRows::new(id, parts.clone(), layout)?;
+        let held_bytes = rows.held_bytes();
         self.recipes.insert(provenance.recipe, info(id, parts, provenance));
-        self.pending.push((record(id, parts, provenance), to_batches(id, parts)?));
+        self.pending.push((record(id, parts, provenance), rows));
         let (locations, recipe) = (RowLocations::default(), provenance.recipe);
         self.known.insert(id, Known { locations, recipe, content: Content::Sound });
-        self.gathered(parts.stored_bytes()).await
+        self.gathered(held_bytes).await
     }
 
-    /// Counts what was gathered, and writes it where it is much.
-    async fn gathered(&mut self, bytes: u64) -> Result<()> {
-        self.pending_bytes += bytes;
+    /// Counts the memory of what was gathered, and writes it where it is much.
+    async fn gathered(&mut self, held_bytes: u64) -> Result<()> {
+        self.pending_bytes += held_bytes;
         match self.pending_bytes >= PENDING_BYTES {
             true => self.flush().await,
             false => Ok(()),
@@ -317,7 +350,7 @@ impl Writer {
                 known.locations = locations;
             }
         }
-        self.written_bytes += std::mem::take(&mut self.pending_bytes);
+        self.pending_bytes = 0;
         self.broken = false;
         Ok(())
     }
@@ -332,30 +365,24 @@ impl Writer {
     }
 
     /// Appends the rows of artifacts to their tables, and notes in the records where they are.
-    async fn write_rows(
-        &self,
-        artifacts: Vec<(ArtifactRecord, BTreeMap<Table, Vec<RecordBatch>>)>,
-    ) -> Result<Vec<ArtifactRecord>> {
-        let (mut records, mut by_table) = (vec![], BTreeMap::<Table, Vec<(usize, Vec<RecordBatch>)>>::new());
-        for (owner, (record, tables)) in artifacts.into_iter().enumerate() {
-            records.push(record);
-            for (table, batches) in tables {
-                by_table.entry(table).or_default().push((owner, batches));
-            }
-        }
-        for (table, owned) in by_table {
+    async fn write_rows(&self, pending: Vec<(ArtifactRecord, ArtifactRows)>) -> Result<Vec<ArtifactRecord>> {
+        let (mut records, artifacts): (Vec<ArtifactRecord>, Vec<ArtifactRows>) = pending.into_iter().unzip();
+        let artifacts = Arc::new(artifacts);
+        let tables: BTreeSet<Table> = artifacts.iter().flat_map(|rows| rows.tables().map(|(table, _)| table)).collect();
+        for table in tables {
             let name = table.name();
-            let rows = |batches: &[RecordBatch]| batches.iter().map(|b| b.num_rows() as u64).sum();
-            let counts: Vec<(usize, u64)> = owned.iter().map(|(owner, batches)| (*owner, rows(batches))).collect();
-            let batches = owned.into_iter().flat_map(|(_, batches)| batches).collect();
-            let mut written = Written::new(append((&self.shared.location, self.format), &name, batches).await?);
-            for (owner, rows) in counts {
+            let mut written = Written::new(append_rows((&self.shared.location, self.format), table, &artifacts).await?);
+            for (record, rows) in records.iter_mut().zip(artifacts.iter()) {
+                let rows: u64 = rows.tables().filter(|(of, _)| *of == table).map(|(_, rows)| rows).sum();
+                if rows == 0 {
+                    continue;
+                }
                 let ranges = written.take(rows).ok_or_else(|| Error::Storage {
                     action: format!("appending to table '{name}'"),
                     message: "fewer rows were written than given".into(),
                     source: None,
                 })?;
-                records[owner].locations.0.insert(name.clone(), TableRows { rows, ranges });
+                record.locations.0.insert(name.clone(), TableRows { rows, ranges });
             }
         }
         Ok(records)
@@ -367,7 +394,8 @@ impl Writer {
     /// # Errors
     /// When a record names an artifact that is not in the store, or the storage refuses: then nothing has changed.
     pub async fn commit(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
-        self.commit_in((model, Scope::Model), records, message).await
+        let operation = if records.is_empty() { "remove" } else { "import" };
+        self.commit_in((model, Scope::Model), records, (operation, message)).await
     }
 
     /// Puts `records` in the place of the model's layers of the same names, as one new version, and returns its number. Other layers
@@ -376,18 +404,26 @@ impl Writer {
     /// # Errors
     /// As [`Writer::commit`].
     pub async fn commit_layers(self, model: &str, records: &[LayerRecord], message: Option<&str>) -> Result<u64> {
-        self.commit_in((model, Scope::Layers), records, message).await
+        self.commit_in((model, Scope::Layers), records, ("import", message)).await
     }
 
-    /// Puts `records` in the place of what is in a scope.
+    /// Commits layers as [`Writer::commit_layers`] does; the log calls it training.
     ///
     /// # Errors
     /// As [`Writer::commit`].
-    pub(super) async fn commit_in(
+    pub(crate) async fn commit_trained(self, model: &str, records: &[LayerRecord], message: &str) -> Result<u64> {
+        self.commit_in((model, Scope::Layers), records, ("train", Some(message))).await
+    }
+
+    /// Puts `records` in the place of what is in a scope. The log has the operation, with the model's name, and the message.
+    ///
+    /// # Errors
+    /// As [`Writer::commit`].
+    pub(crate) async fn commit_in(
         mut self,
         (model, scope): (&str, Scope<'_>),
         records: &[LayerRecord],
-        message: Option<&str>,
+        (operation, message): (&str, Option<&str>),
     ) -> Result<u64> {
         check_model_name(model)?;
         if let Some(record) = records.iter().find(|r| r.model != model) {
@@ -409,7 +445,6 @@ impl Writer {
             ));
         }
         self.ready().await?;
-        let operation = if records.is_empty() && matches!(scope, Scope::Model) { "remove" } else { "import" };
         let mut records = records.to_vec();
         for record in &mut records {
             record.locations =

@@ -162,6 +162,43 @@ fn blocks_are_imported_attended_with_and_trained() {
     });
 }
 
+/// A block takes the layers along that it names, behind its name or elsewhere.
+#[test]
+fn a_block_is_copied_with_its_projections() {
+    let place = Place::new();
+    let (checkpoint, activations, rules) = inputs(&place);
+    place.json(&["import", &checkpoint, "--model", "m", "--rules", &rules, "--calibration", &activations]);
+    let settings = place.path("settings.toml");
+    let named = ["query", "key", "value"].map(|key| format!("{key} = 'blocks.0.attention.{}'\n", &key[..1]));
+    std::fs::write(&settings, format!("n_head = 4\nn_kv_head = 2\nn_code = 8\n{}", named.concat())).unwrap();
+    let (settings, queries) =
+        (settings.display().to_string(), array(&place, "queries.npy", sample(60, WIDTH, 1).view()));
+    place.json(&["codebooks", "train", "m", "own", "--queries", &queries, "--settings", &settings, "--epochs", "1"]);
+
+    let to = Place::new();
+    let x = array(&place, "x.npy", sample(20, WIDTH, 7).view());
+    let block = |block: &str| ["q", "k", "v"].map(|name| format!("{block}.{name}"));
+    for (name, parts, more) in [
+        ("blocks.1.attention", block("blocks.1.attention"), Some("blocks.1.attention.out")),
+        ("own", block("blocks.0.attention"), None),
+    ] {
+        let copied = place.json(&["copy", "m", name, &to.store()]);
+        let mut expected: Vec<&str> = parts.iter().map(String::as_str).chain(more).chain([name]).collect();
+        expected.sort_unstable();
+        assert_eq!(copied["layers"], serde_json::json!(expected));
+        let answer = |place: &Place| {
+            let output = place.path("y.npy").display().to_string();
+            place.json(&["attend", "m", name, "--q", &x, "--output", &output]);
+            read_array(&output).unwrap().0
+        };
+        assert_eq!(answer(&to), answer(&place));
+    }
+    // All of the second block, and of the first what the other block runs with.
+    assert_eq!(to.json(&["layers", "m"]).as_array().unwrap().len(), 9);
+    let said = place.run(&["copy", "m", "own", &to.store()]).out;
+    assert!(said.contains("layer 'own' of 'm', with 3 that it runs with, is in "), "{said}");
+}
+
 #[test]
 fn a_block_of_its_own_is_trained_from_queries_and_keys() {
     let place = Place::new();
@@ -243,7 +280,7 @@ fn rules_for_blocks_that_do_not_fit_are_refused() {
         "mechanism = \"vq_k\"",
         "mechanism = \"hyper\"\nhyper = { sample_size = 99999999999 }",
         true,
-        "65536 samples",
+        "sample_size: found 99999999999, expected at most 65536",
     );
     refuse("value = \"v\"", "", true, "all three");
     assert!(!place.path("layers").exists() || place.json(&["models"]).as_array().unwrap().is_empty());

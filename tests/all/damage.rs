@@ -99,7 +99,7 @@ fn flipped_ends_of_data_files_are_named() {
                 vec![&["models"][..], &["layers", "m"], &["verify"], &["gc"], &["import", CHECKPOINT, "--model", "n"]],
             ),
             ("artifacts", vec![&["verify"], &["gc"], &["import", CHECKPOINT, "--model", "n"]]),
-            ("weights", vec![&["gc"], &forward]),
+            ("weight_blocks", vec![&["gc"], &forward]),
         ] {
             let file = data_files(&place, table).remove(0);
             let good = std::fs::read(&file).unwrap();
@@ -107,9 +107,9 @@ fn flipped_ends_of_data_files_are_named() {
             for args in commands {
                 place.fails(1, &[&name(&file), "contradicts itself"], args);
             }
-            if table == "weights" {
+            if table == "weight_blocks" {
                 let report = found(&place, &[]);
-                assert_eq!(report["damaged"][0]["table"], "weights");
+                assert_eq!(report["damaged"][0]["table"], "weight_blocks");
                 assert!(report["damaged"][0]["file"].as_str().unwrap().ends_with(&name(&file)), "{report}");
                 assert!(report["corrupt"].as_array().unwrap().iter().all(|c| c["help"] == json!(["repair_from"])));
             }
@@ -124,8 +124,11 @@ fn flipped_ends_of_data_files_are_named() {
     sound(&place);
 }
 
+/// A kind of damage of a data file, and what does it.
+type FileDamage = (&'static str, fn(&Path));
+
 /// The kinds of damage of a data file.
-fn damages() -> [(&'static str, fn(&Path)); 5] {
+fn damages() -> [FileDamage; 5] {
     [
         ("a flipped byte of a row", |file| flip(file, std::fs::metadata(file).unwrap().len() as usize / 3)),
         ("a flipped byte of the end", |file| flip_end(file, 13)),
@@ -147,7 +150,7 @@ fn imports_mend_what_they_reuse() {
         place.import("b", Some(KEYS));
         place.json(&["snapshot", "create", "s"]);
         let good = exported(&place, &["", "s"]);
-        for (table, model, rules) in [("weights", "a", Some(INT4)), ("values_d96", "b", Some(KEYS))] {
+        for (table, model, rules) in [("weight_blocks", "a", Some(INT4)), ("values_d96", "b", Some(KEYS))] {
             damage(&data_files(&place, table)[0]);
             let report = found(&place, &[]);
             let corrupt = report["corrupt"].as_array().unwrap();
@@ -171,6 +174,25 @@ fn imports_mend_what_they_reuse() {
     }
 }
 
+/// A copy hashes what the other store has of it, and writes what is damaged there again.
+#[test]
+fn copies_mend_what_is_there() {
+    for (what, damage) in damages() {
+        let (place, to) = (Place::new(), Place::new());
+        place.import("m", None);
+        let copy = ["copy", "m", &to.store()];
+        place.json(&copy);
+        let good = exported(&to, &[""]);
+        damage(&data_files(&to, "weight_blocks")[0]);
+        found(&to, &[]);
+        let report = place.json(&copy);
+        assert_ne!(report["written_bytes"], 0, "{what}: {report}");
+        sound(&to);
+        assert!(exported(&to, &[""]) == good, "{what}");
+        assert_eq!(place.json(&copy)["written_bytes"], 0, "{what}");
+    }
+}
+
 /// From the checkpoint, with the settings that the catalogue has, or from a store that has what was lost.
 #[test]
 fn repairs_take_from_checkpoints_and_stores() {
@@ -185,7 +207,7 @@ fn repairs_take_from_checkpoints_and_stores() {
         let good = exported(&place, &["", "s"]);
         let whole = place.path("whole");
         copy(&place.path("layers"), &whole);
-        for table in ["weights", "tensors", "factors_d48", "keys_d48"] {
+        for table in ["weight_blocks", "tensors", "factors_d48", "keys_d48"] {
             for source in [CHECKPOINT, whole.to_str().unwrap()] {
                 data_files(&place, table).iter().for_each(|file| damage(file));
                 let corrupt = found(&place, &[])["corrupt"].as_array().unwrap().len();
@@ -217,7 +239,7 @@ fn repairs_take_from_checkpoints_and_stores() {
 fn repairs_say_what_they_need() {
     let place = Place::new();
     place.import("m", Some(INT4));
-    let file = data_files(&place, "codes_m192").remove(0);
+    let file = data_files(&place, "code_blocks").remove(0);
     flip(&file, std::fs::metadata(&file).unwrap().len() as usize / 3);
     let refused = place.run(&["--format", "json", "repair", "--from", CHECKPOINT]);
     assert_eq!(refused.code, 1);
@@ -258,7 +280,7 @@ fn repairs_make_the_list_again() {
             std::fs::write(manifest, b"nothing of use").unwrap();
         }),
         ("damaged manifests of all tables but the catalogue", |place| {
-            for table in ["artifacts", "weights", "tensors", "keys_d48"] {
+            for table in ["artifacts", "weight_blocks", "tensors", "keys_d48"] {
                 let manifests = files(&place.path(&format!("layers/{table}.lance/_versions")));
                 manifests.iter().filter(|f| f.extension().is_some_and(|e| e == "manifest")).for_each(|manifest| {
                     std::fs::write(manifest, b"").unwrap();
@@ -303,7 +325,7 @@ fn findings_say_what_helps() {
     place.import("a", Some(INT4));
     place.import("b", None);
     place.json(&["snapshot", "create", "s"]);
-    let file = data_files(&place, "weights").remove(0);
+    let file = data_files(&place, "weight_blocks").remove(0);
     flip(&file, std::fs::metadata(&file).unwrap().len() as usize / 3);
     assert_eq!(place.json(&["verify", "--quick"])["corrupt"], json!([]));
     assert_eq!(found(&place, &[])["corrupt"][0]["help"], json!(["repair_from"]));
@@ -377,7 +399,7 @@ async fn repairs_in_rust() {
     let place = Place::new();
     place.import("m", None);
     copy(&place.path("layers"), &place.path("whole"));
-    let file = data_files(&place, "weights").remove(0);
+    let file = data_files(&place, "weight_blocks").remove(0);
     flip_end(&file, 13);
     let store = Store::open(&place.store()).await.unwrap();
     let report = store.verify_with(VerifyDepth::Deep, |_, _| ()).await.unwrap();

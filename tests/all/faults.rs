@@ -110,8 +110,8 @@ async fn another_format_is_named() {
     let place = Place::new();
     place.import("m", None);
     let mut table = lance::Dataset::open(&format!("{}/layers.lance", place.store())).await.unwrap();
-    table.update_schema_metadata([("layerstore:format", "2")]).await.unwrap();
-    place.fails(1, &["format version 2", "reads version 1"], &["models"]);
+    table.update_schema_metadata([("layerstore:format", "3")]).await.unwrap();
+    place.fails(1, &["format version 3", "reads versions 1 to 2"], &["models"]);
     let error = Store::open(&place.store()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Incompatible);
 }
@@ -197,7 +197,7 @@ fn gc_spares_what_an_older_table_does_not_hold() {
     place.import("b", Some(KEYS));
     place.json(&["snapshot", "create", "kept"]);
     let good = exported(&place);
-    let tables = ["artifacts", "keys_d48", "values_d96", "weights", "tensors"];
+    let tables = ["artifacts", "keys_d48", "values_d96", "weight_blocks", "tensors"];
     for lost in [vec!["artifacts", "keys_d48"]].into_iter().chain(tables.map(|table| vec![table])) {
         let whole = tempfile::tempdir().unwrap();
         let moved: Vec<_> =
@@ -288,7 +288,7 @@ fn cut_manifests_are_named() {
     let place = Place::new();
     place.import("a", Some(INT4));
     place.import("b", Some(KEYS));
-    for table in ["layers", "artifacts", "weights", "keys_d48", "tensors"] {
+    for table in ["layers", "artifacts", "weight_blocks", "keys_d48", "tensors"] {
         let manifests = files(&place.path(&format!("layers/{table}.lance/_versions")));
         let manifests: Vec<_> = manifests.iter().filter(|f| f.extension().is_some_and(|e| e == "manifest")).collect();
         for (age, manifest) in manifests.iter().enumerate() {

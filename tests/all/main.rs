@@ -2,13 +2,16 @@
 
 mod attention;
 mod calibration;
+mod catalogue;
 mod cli;
 mod damage;
+mod export;
 mod faults;
 mod files;
 mod golden;
 mod keys;
 mod matmul_free;
+mod messages;
 mod method;
 mod mutations;
 mod processes;

@@ -68,7 +68,10 @@ fn models_that_keras_saved() {
     assert_eq!((&shown["config"]["kind"], &shown["config"]["state_dim"]), (&json!("lru"), &json!(5)));
     // All tensors come back: ternary weights times their scale, norms, eigenvalues.
     let file = place.path("functional.safetensors").display().to_string();
-    place.json(&["export", "functional", "--output", &file]);
+    let report = place.json(&["export", "functional", "--output", &file]);
+    let noted = field(field(&report, "notes"), "model.proj").to_string();
+    assert!(noted.contains("an RMSNorm before its weight and the activation relu after it"), "{noted}");
+    assert_eq!(field(&report, "added_biases"), &json!([]));
     let checkpoint = formats::open(&file).unwrap();
     for (name, shape) in [
         ("model.proj.weight", vec![8, 8]),

@@ -1,7 +1,6 @@
 //! A method that the program brings itself: settings and a layer, registered at run time, and everything that a store does with
 //! any other. And what a program that does not know it can do with such a store: all but run the layers.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,7 +10,7 @@ use layerstore::layer::{
     SharedLayer, check_rows, compress, layer_from_parts, read_config, register,
 };
 use layerstore::{
-    ActivationsFile, Calibration, CalibrationFile, Cancel, Error, ErrorKind, ImportOptions, Result, Rules, Silent,
+    ActivationsFile, Calibration, CalibrationFile, Error, ErrorKind, ExportOptions, ImportOptions, Result, Rules,
     Store, evaluate, exact_layer, export, formats, import, preview,
 };
 use layerstore_core::linalg::{matmul, matmul_nt, relative_error};
@@ -307,7 +306,7 @@ async fn a_method_of_the_programs_own() {
         assert!(apart.abs() < 1e-9, "{}: {apart}", layer.layer);
     }
     let file = place.path("signs.safetensors");
-    export(&latest, "signs", &file, Arc::new(Silent), Cancel::new()).await.unwrap();
+    export(&latest, "signs", &file, ExportOptions::default()).await.unwrap();
     let exported = formats::open(&file).unwrap();
     assert_eq!(exported.tensors().len(), checkpoint().tensors().len());
     for layer in &made {

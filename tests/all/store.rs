@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use layerstore::layer::{Accuracy, KeyValueLayer, Limit, SearchSettings, SharedLayer};
 use layerstore::{
-    ActivationsFile, Cancel, Error, ErrorKind, ImportOptions, ImportReport, LayerName, Progress, Reader, Silent,
+    ActivationsFile, Cancel, Error, ErrorKind, ExportOptions, ImportOptions, ImportReport, LayerName, Progress, Reader,
     Snapshot, Store, StoreOptions, blocking, evaluate, export, formats, import, load_backend,
 };
 use ndarray::{Array2, Axis};
@@ -257,7 +257,7 @@ on_both! {
         bring(&store, "k", Some(KEYS), Cancel::new()).await.unwrap();
         let latest = store.latest().await.unwrap();
         let path = spot.path("out.safetensors");
-        let done = export(&latest, "m", &path, Arc::new(Silent), Cancel::new()).await.unwrap();
+        let done = export(&latest, "m", &path, ExportOptions::default()).await.unwrap();
         assert_eq!((done.layers, done.bytes), (10, std::fs::metadata(&path).unwrap().len()));
         let (out, source) = (formats::open(&path).unwrap(), formats::open(CHECKPOINT).unwrap());
         for tensor in source.tensors().values() {
@@ -473,7 +473,7 @@ fn without_async() {
     let shared = blocking::shared_directions(&latest, "k", "k", Default::default()).unwrap();
     assert!(!shared.is_empty());
     let out = place.path("out.safetensors");
-    assert_eq!(blocking::export(&latest, "m", &out, Arc::new(Silent), Cancel::new()).unwrap().layers, 10);
+    assert_eq!(blocking::export(&latest, "m", &out, ExportOptions::default()).unwrap().layers, 10);
     let keras = "tests/fixtures/keras/functional.keras";
     blocking::import(&store, formats::open(keras).unwrap(), "keras", ImportOptions::default()).unwrap();
     let module = store.latest().unwrap().module("keras", "model").unwrap();
@@ -487,7 +487,7 @@ fn without_async() {
     assert_eq!((diff.removed.len(), diff.changed.len()), (0, 0));
     assert_eq!(store.restore("s").unwrap().version, 7);
     assert_eq!((store.log().unwrap().len(), store.snapshots().unwrap().len()), (7, 1));
-    assert_eq!((store.format().unwrap(), store.upgrade().unwrap()), (1, 1));
+    assert_eq!((store.format().unwrap(), store.upgrade().unwrap()), (2, 2));
     assert_eq!(store.verify(|_, _| ()).unwrap().corrupt, []);
     assert!(store.gc(Duration::ZERO, true).unwrap().applied);
     assert_eq!(store.delete_snapshot("s").unwrap().version, Some(3));

@@ -353,6 +353,18 @@ pub fn from_f32(dtype: DType, values: &[f32]) -> Result<Bytes> {
     })
 }
 
+/// The share of f32 values that a dtype may lose and still hold them: twice what rounding to bfloat16 loses.
+const LOST_BY_DTYPE: f64 = 1.0 / 256.0;
+
+/// Returns whether elements of `dtype`, as [`from_f32`] makes them, hold f32 values but for rounding: none is beyond its range, and
+/// not too many are near 0 in it.
+pub fn holds(dtype: DType, values: &[f32]) -> bool {
+    let Ok(kept) = from_f32(dtype, values).and_then(|raw| to_f32(dtype, &raw)) else { return false };
+    let mut loss = Loss::default();
+    values.iter().zip(kept).for_each(|(&v, kept)| loss.add(v.into(), kept.into()));
+    loss.within(LOST_BY_DTYPE)
+}
+
 /// Returns the safetensors name of a dtype, such as `BF16`.
 pub fn dtype_name(dtype: DType) -> String {
     // serde is the crate's own table of names.
@@ -401,6 +413,10 @@ mod tests {
         assert!(halves(&[1.0, 2e5]).unwrap_err().to_string().contains("value 1 to write as F16"));
         assert!(from_f32(DType::BF16, &[f32::MAX]).is_ok_and(|raw| to_f32(DType::BF16, &raw).unwrap()[0].is_finite()));
         assert_eq!(halves(&[f32::INFINITY]).unwrap(), [f32::INFINITY]);
+        assert!(
+            holds(DType::F16, &[65_000.0, 1e-7, 0.0]) && holds(DType::F16, &[0.0]) && holds(DType::BF16, &[1e-9, 3e38])
+        );
+        assert!(!holds(DType::F16, &[70_000.0]) && !holds(DType::F16, &[1e-8, 2e-8]) && !holds(DType::I64, &[1.0]));
         let doubles =
             |values: &[f64]| to_f32(DType::F64, &values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>());
         assert_eq!(doubles(&[1.0, 1e-60, f64::INFINITY]).unwrap(), [1.0, 0.0, f32::INFINITY]);

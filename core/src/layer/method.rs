@@ -38,6 +38,9 @@ pub trait Method: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned 
     /// What the layers stand for.
     const KIND: MethodKind = MethodKind::Linear;
 
+    /// The entries of a stored config that were measured when the layer was made, and are no settings.
+    const MEASURED: &'static [&'static str] = &[];
+
     /// The layers that the method makes.
     type Layer: Layer;
 

@@ -20,7 +20,7 @@ mod traits;
 mod vq_attention;
 
 pub use activation::Activation;
-pub use dense::{DType, Dense, DenseLayer, dtype_name, dtype_named, from_f32, to_f32};
+pub use dense::{DType, Dense, DenseLayer, dtype_name, dtype_named, from_f32, holds, to_f32};
 pub use key_value::{
     Backend, Decomposition, Hit, KeyValueConfig, KeyValueLayer, Limit, OnMisfit, QueryHits, Ranking, Refit, ScoreRange,
     SearchSettings, Sides, StoredSearch, ThresholdMethod, search_threshold,

@@ -26,6 +26,8 @@ pub struct MethodEntry {
     pub name: &'static str,
     /// What its layers stand for.
     pub kind: MethodKind,
+    /// The entries of its layers' configs that are no settings, as [`Method::MEASURED`].
+    pub measured: &'static [&'static str],
     implemented_by: TypeId,
     read_settings: Option<ReadSettings>,
     settings_of: Option<SettingsOf>,
@@ -38,10 +40,21 @@ type SettingsOf = fn(&Map<String, Value>) -> Result<MethodConfig>;
 
 fn read_settings<M: Method>(given: Map<String, Value>) -> Result<MethodConfig> {
     let settings: M = serde_json::from_value(Value::Object(given.clone()))
-        .map_err(|e| Error::Settings { method: M::NAME.to_owned(), reason: e.to_string() })?;
+        .map_err(|e| Error::Settings { method: M::NAME.to_owned(), reason: in_words(&e.to_string()) })?;
     settings.validate()?;
     settings.check_rule(&given)?;
     Ok(settings.into())
+}
+
+/// Returns a message of serde's with numbers called by what they are, and not by their types in Rust.
+pub fn in_words(message: &str) -> String {
+    const WHOLE: &str = "a whole number of at least 0";
+    let types = [("usize", WHOLE), ("u64", WHOLE), ("u32", WHOLE), ("f64", "a number"), ("f32", "a number")];
+    let found = types.iter().find_map(|(name, words)| Some((message.strip_suffix(name)?, words)));
+    match found {
+        Some((before, words)) if before.ends_with("expected ") => format!("{before}{words}"),
+        _ => message.to_owned(),
+    }
 }
 
 impl MethodEntry {
@@ -50,6 +63,7 @@ impl MethodEntry {
         MethodEntry {
             name: M::NAME,
             kind: M::KIND,
+            measured: M::MEASURED,
             implemented_by: TypeId::of::<M>(),
             read_settings: Some(read_settings::<M>),
             settings_of: Some(|config| Ok(M::from_config(config)?.into())),
@@ -103,6 +117,7 @@ pub const BUILT_IN: [MethodEntry; 6] = [
     MethodEntry {
         name: ModuleLayer::METHOD,
         kind: MethodKind::Module,
+        measured: &[],
         implemented_by: TypeId::of::<ModuleLayer>(),
         read_settings: None,
         settings_of: None,

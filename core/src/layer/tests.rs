@@ -1,6 +1,6 @@
 //! What holds for layers of every method.
 
-use ndarray::Array2;
+use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -122,4 +122,42 @@ fn other_shapes_are_refused() {
     assert!(layer.backward(sample(4, 2, 1).view(), sample(3, 3, 1).view()).is_err());
     let nan = Array2::from_elem((1, 3), f32::NAN);
     assert!(layer.backward(sample(1, 2, 1).view(), nan.view()).is_err());
+}
+
+/// At full accuracy a layer computes what its weight, offset and bias say, between the norm and the activation that it has.
+#[test]
+fn a_full_pass_is_weight_offset_and_bias() {
+    let floats = r#"{"type":"pq","subvectors":4,"codewords":4,"store_float_keys":true}"#;
+    for (method, settings, has_offset) in [
+        ("dense", "{}".to_owned(), false),
+        ("key_value", "{}".into(), false),
+        ("key_value", r#"{"energy_keep":0.8}"#.into(), true),
+        ("key_value", r#"{"backend":{"type":"flat","keys":"int8"},"values":"int8"}"#.into(), true),
+        ("key_value", format!(r#"{{"backend":{floats}}}"#), false),
+        ("key_value", format!(r#"{{"backend":{floats},"values":"f16","use_bias":false}}"#), true),
+        ("low_rank", r#"{"weight":{"type":"int3","group":8},"rank":2,"activations":"int8"}"#.into(), false),
+        ("low_rank", r#"{"weight":{"type":"int3","group":8},"rank":2,"bias_correction":true}"#.into(), true),
+        ("ternary", r#"{"norm":true,"activation":"silu"}"#.into(), false),
+        ("ternary", r#"{"norm":true,"activation":"softmax","bias_correction":true}"#.into(), true),
+    ] {
+        let given = serde_json::from_str(&settings).unwrap();
+        let method = crate::layer::registry::method(method).unwrap().read_settings(given).unwrap();
+        let (w, x, calibration) = (sample(12, 16, 1), sample(9, 16, 2), sample(60, 16, 3) + 0.7);
+        let (calibration, b) = (Calibration::of(calibration).unwrap(), Array1::from_iter((0..12).map(|i| i as f32)));
+        let layer = method.compress(w.view(), Some(b.view()), Some(&calibration)).unwrap();
+        let mut expected = layer.weight_inputs(x.view()).unwrap().dot(&layer.weight().unwrap().t());
+        let offset = layer.offset().unwrap().filter(|offset| offset.iter().any(|v| *v != 0.0));
+        assert_eq!(offset.is_some(), has_offset, "{settings}");
+        for more in [offset, layer.bias().unwrap()].into_iter().flatten() {
+            expected += &more;
+        }
+        layer.activate(expected.view_mut());
+        let found = layer.forward(x.view(), Accuracy::Full).unwrap().y;
+        assert!(relative_error(found.view(), expected.view()) < 1e-5, "{settings}");
+        let rows = layer.weight().unwrap().select(ndarray::Axis(0), &[7, 2]);
+        assert!(relative_error(layer.rows(&[7, 2]).unwrap().view(), rows.view()) < 1e-6, "{settings}");
+        assert_eq!(layer.nonlinearities().len(), 2 * usize::from(settings.contains("norm")), "{settings}");
+        let rounds = settings.contains("activations") || method.name() == "ternary" || method.name() == "key_value";
+        assert_eq!(!layer.approximations().is_empty(), rounds, "{settings}");
+    }
 }

@@ -143,6 +143,27 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Returns the constant `[out_features]` that [`Layer::product`] adds to `x · Wᵀ` at full accuracy, W being [`Layer::weight`]:
+    /// what makes up for a mean error, for instance. `None` where it adds none.
+    ///
+    /// # Errors
+    /// When the layer cannot compute with its stored type.
+    fn offset(&self) -> Result<Option<Array1<f32>>> {
+        Ok(None)
+    }
+
+    /// Returns what a forward pass of full accuracy does beside `x · Wᵀ`, the offset and the bias, as words for a person: a norm
+    /// before, an activation after. Empty where it does nothing else, so that a weight and a bias say it all.
+    fn nonlinearities(&self) -> Vec<String> {
+        vec![]
+    }
+
+    /// Returns what a pass of [`Accuracy::Approximate`] leaves out or rounds, as words for a person; empty where it gives what one
+    /// of full accuracy does.
+    fn approximations(&self) -> Vec<String> {
+        vec![]
+    }
+
     /// Returns the bias as it is stored, whether a forward pass adds it or not.
     ///
     /// # Errors

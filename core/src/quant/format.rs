@@ -188,7 +188,7 @@ fn is_f32(scales: &ScaleType) -> bool {
 
 /// [`WeightFormat`] as a rule may give it.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a table, such as { type = \"int4\", group = 64 }")]
 struct Given {
     #[serde(rename = "type")]
     weight_type: WeightType,

@@ -1,12 +1,16 @@
 //! From the weights of a group to codes and back: integers, NormalFloat, and integers under a power of two.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::format::{WeightFormat, WeightType};
 use crate::error::{Error, Result};
 
 /// How a group's scale (and zero point) is found.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Clipping {
     /// The codes span the group. Symmetric integers as LQER-Qwix has them: `scale = max|w| / (2^(b−1) − ½)`.
@@ -22,6 +26,38 @@ pub enum Clipping {
     Mse,
     /// From the whole span on, what leaves the least Σ|w − ŵ|^0.7: few errors, if large ones (HQQ).
     Hqq,
+}
+
+/// A name, or `{ percentile = P }`.
+impl<'de> Deserialize<'de> for Clipping {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Table {
+            percentile: f64,
+        }
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = Clipping;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(r#""mse", "absmax", "hqq", "absmean" or a table { percentile = 99.9 }"#)
+            }
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<Clipping, E> {
+                match name {
+                    "absmax" => Ok(Clipping::Absmax),
+                    "absmean" => Ok(Clipping::Absmean),
+                    "mse" => Ok(Clipping::Mse),
+                    "hqq" => Ok(Clipping::Hqq),
+                    _ => Err(E::invalid_value(Unexpected::Str(name), &self)),
+                }
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<Clipping, A::Error> {
+                let Table { percentile } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(Clipping::Percentile(percentile))
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 impl Clipping {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{IntoDeserializer, MapAccess, Visitor};
+use serde::de::{IntoDeserializer, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::product::ProductFormat;
@@ -66,11 +66,18 @@ impl<'de> Deserialize<'de> for RowFormat {
                 f.write_str(r#""f32", "f16", "int8" or a table { type = "pq" }"#)
             }
             fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<RowFormat, E> {
-                RowType::deserialize(name.into_deserializer()).map(RowFormat::Plain)
+                let plain = RowType::deserialize(name.into_deserializer()).map(RowFormat::Plain);
+                plain.map_err(|_: E| E::invalid_value(Unexpected::Str(name), &self))
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<RowFormat, A::Error> {
                 TaggedFormat::deserialize(MapAccessDeserializer::new(map))
                     .map(|TaggedFormat::Pq(format)| RowFormat::Product(format))
+                    .map_err(|e| match e.to_string() {
+                        of if of.starts_with("unknown variant") => {
+                            serde::de::Error::custom(format!("{of}; other formats are written without a table"))
+                        }
+                        _ => e,
+                    })
             }
         }
         deserializer.deserialize_any(Either)
@@ -95,7 +102,9 @@ mod tests {
         assert_eq!(read(r#"{"type":"pq","subvectors":4}"#).unwrap(), product);
         assert_eq!(read(&serde_json::to_string(&product).unwrap()).unwrap(), product);
         for (text, says) in [
-            (r#""int3""#, "int8"),
+            (r#""int3""#, r#"string "int3", expected "f32", "f16", "int8" or a table { type = "pq" }"#),
+            (r#""pq""#, r#"a table { type = "pq" }"#),
+            (r#"{"type":"int8"}"#, "without a table"),
             (r#"{"type":"opq"}"#, "pq"),
             (r#"{"type":"pq","words":3}"#, "codewords"),
             ("7", "a table"),

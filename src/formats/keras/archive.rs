@@ -27,6 +27,12 @@ impl Archive {
         let wrong = |reason: String| Error::file(path, format!("not a .keras file that can be read: {reason}"));
         let mut bytes = Vec::new();
         regular::open(path)?.read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+        if let Some(found) = regular::kind_of_content(&bytes).filter(|_| !bytes.starts_with(regular::ZIP)) {
+            return Err(Error::file(
+                path,
+                format!("the file is {found}; expected a ZIP archive, as Keras saves models"),
+            ));
+        }
         let (mut config, mut weights) = (None, None);
         let archive = ZipArchive::from_slice(&bytes[..]).map_err(|e| wrong(e.to_string()))?;
         let mut entries = archive.entries();

@@ -6,15 +6,16 @@
 //! is not laid out like this is left to the decoder, and so is all that a test compares with it.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, AsArray, BinaryArray, FixedSizeBinaryArray, FixedSizeListArray, Float32Array, LargeBinaryArray,
-    StringArray, UInt8Array, UInt32Array,
+    ArrayRef, AsArray, FixedSizeBinaryArray, FixedSizeListArray, Float32Array, LargeBinaryArray, StringArray,
+    UInt8Array, UInt32Array,
 };
-use arrow::buffer::{Buffer, OffsetBuffer};
+use arrow::buffer::{Buffer, OffsetBuffer, ScalarBuffer};
 use arrow::datatypes::{DataType, Field, Float32Type, UInt32Type};
 use bytemuck::Pod;
 use bytes::Bytes;
@@ -25,10 +26,7 @@ use lance_encoding::format::metadata::{CompressiveEncoding, ConstantLayout, Full
 
 use super::aligned::AlignedBuffer;
 use super::page::{Page, contradiction};
-use super::pread::{At, append, read_exact_at, read_rows};
-
-/// Bytes read at a time where lengths have to be taken out: few, since new memory takes longer to get than to fill.
-const WINDOW: usize = 16 << 10;
+use super::pread::{append, read_exact_at, read_rows};
 
 /// Consecutive rows of a column whose bytes lie plainly in the file.
 #[derive(Debug)]
@@ -66,8 +64,8 @@ enum PageBytes {
         data: Range<u64>,
         /// The bytes of a length.
         prefix: usize,
-        /// Where the page says at which of its bytes each row begins: the first entry, and the bytes of one.
-        starts: (u64, u64),
+        /// Where the page says at which of its bytes each row begins, and the last ends, in entries of so many bytes.
+        index: (Range<u64>, u64),
     },
     /// One value for all rows, in the file's description.
     Same(Bytes),
@@ -95,7 +93,7 @@ impl PlainColumn {
                             if length % entries != 0 || length / entries > 8 {
                                 return None;
                             }
-                            PageBytes::Prefixed { data: buffer(0)?, prefix, starts: (index.start, length / entries) }
+                            PageBytes::Prefixed { data: buffer(0)?, prefix, index: (index, length / entries) }
                         }
                         _ => return None,
                     },
@@ -123,13 +121,23 @@ impl PlainColumn {
         (rows.end <= first).then_some(column)
     }
 
+    /// Returns the field of what [`PlainColumn::read`] gives for a field of the table: offsets of bytes have 64 bits, since an
+    /// artifact's may be more than 32-bit ones address.
+    pub fn read_field(field: &Field) -> Field {
+        match field.data_type() {
+            DataType::Binary => field.clone().with_data_type(DataType::LargeBinary),
+            _ => field.clone(),
+        }
+    }
+
     /// Reads the rows from a file of `size` bytes.
     ///
     /// # Errors
     /// When the file is shorter than its own description, or lengths in it do not add up.
     pub fn read(&self, file: &File, size: u64) -> io::Result<ArrayRef> {
         let ends = self.pieces.iter().filter_map(|piece| match &piece.bytes {
-            PageBytes::Fixed(data) | PageBytes::SameAt(data) | PageBytes::Prefixed { data, .. } => Some(data.end),
+            PageBytes::Fixed(data) | PageBytes::SameAt(data) => Some(data.end),
+            PageBytes::Prefixed { data, index: (index, _), .. } => Some(data.end.max(index.end)),
             PageBytes::Same(_) => None,
         });
         if ends.max().is_some_and(|end| end > size) {
@@ -199,61 +207,54 @@ impl PlainColumn {
     }
 
     fn variable(&self, file: &File) -> io::Result<ArrayRef> {
-        let runs = self.pieces.iter().map(|piece| match &piece.bytes {
-            PageBytes::Prefixed { data, prefix, starts } => {
-                prefixed(file, &piece.rows, data, *prefix, *starts).map(Some)
+        // Where each row begins in the column's bytes, and the last ends.
+        let mut starts: Vec<usize> = vec![0];
+        let mut runs = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            let first = starts.len() - 1;
+            let run = match &piece.bytes {
+                PageBytes::Prefixed { data, prefix, index } => {
+                    let at = add_starts(file, &piece.rows, (data, *prefix, index), &mut starts)?;
+                    Run::Prefixed { at, prefix: *prefix }
+                }
+                PageBytes::SameAt(data) => {
+                    let value = self.single(file, data)?;
+                    repeat_starts(&mut starts, value.len(), piece.rows.end - piece.rows.start)?;
+                    Run::Same(value)
+                }
+                PageBytes::Fixed(_) | PageBytes::Same(_) => {
+                    return Err(contradiction("values of fixed width among others"));
+                }
+            };
+            runs.push((run, first..starts.len() - 1));
+        }
+        let mut bytes = AlignedBuffer::new(starts.last().copied().unwrap_or_default())?;
+        let mut left = bytes.all();
+        for (run, rows) in runs {
+            let starts = &starts[rows.start..=rows.end];
+            let (into, rest) = left.split_at_mut(starts[starts.len() - 1] - starts[0]);
+            left = rest;
+            match run {
+                Run::Prefixed { at, prefix } => read_rows(file, at, prefix, starts, into)?,
+                Run::Same(value) => fill(into, &value),
             }
-            PageBytes::SameAt(_) => Ok(None),
-            PageBytes::Fixed(_) | PageBytes::Same(_) => Err(contradiction("values of fixed width among others")),
-        });
-        let runs: Vec<Option<Prefixed>> = runs.collect::<io::Result<_>>()?;
-        // As those of nearly all layers are.
-        let even = runs.iter().cloned().collect::<Option<Vec<Prefixed>>>().map(|runs| even(file, &runs)).transpose()?;
-        let (bytes, lengths) = match even.flatten() {
-            Some(read) => read,
-            None => self.uneven(file, &runs)?,
-        };
+        }
+        // SAFETY: each run has filled its part, and the parts are all there is.
+        let bytes = unsafe { bytes.filled() };
         let array: ArrayRef = match self.field.data_type() {
-            DataType::LargeBinary => {
-                let offsets = OffsetBuffer::<i64>::from_lengths(lengths);
-                Arc::new(LargeBinaryArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
-            }
-            _ if i32::try_from(bytes.len()).is_err() => {
-                return Err(contradiction("more bytes than one array addresses"));
-            }
             DataType::Utf8 => {
-                let offsets = OffsetBuffer::<i32>::from_lengths(lengths);
+                let offsets = starts.iter().map(|&start| i32::try_from(start)).collect::<Result<Vec<i32>, _>>();
+                let offsets = offsets.map_err(|_| contradiction("more bytes of texts than one array addresses"))?;
+                let offsets = OffsetBuffer::new(ScalarBuffer::from(offsets));
                 Arc::new(StringArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
             }
             _ => {
-                let offsets = OffsetBuffer::<i32>::from_lengths(lengths);
-                Arc::new(BinaryArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
+                let offsets = starts.iter().map(|&start| start as i64).collect::<Vec<i64>>();
+                let offsets = OffsetBuffer::new(ScalarBuffer::from(offsets));
+                Arc::new(LargeBinaryArray::try_new(offsets, bytes, None).map_err(io::Error::other)?)
             }
         };
         Ok(array)
-    }
-
-    /// All rows' bytes, and how many each has, row by row.
-    fn uneven(&self, file: &File, runs: &[Option<Prefixed>]) -> io::Result<(Buffer, Vec<usize>)> {
-        let (mut values, mut lengths): (Vec<u8>, Vec<usize>) = (vec![], vec![]);
-        lengths.try_reserve_exact(self.rows)?;
-        for (piece, run) in self.pieces.iter().zip(runs) {
-            match (run, &piece.bytes) {
-                (Some(run), _) => uneven(file, run, &mut values, &mut lengths)?,
-                (None, PageBytes::SameAt(data)) => {
-                    let (value, rows) = (self.single(file, data)?, piece.rows.end - piece.rows.start);
-                    let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(value.len()));
-                    if total.is_none_or(|total| total > i32::MAX as usize) {
-                        return Err(contradiction("more bytes than one array addresses"));
-                    }
-                    values.try_reserve_exact(total.unwrap_or_default())?;
-                    (0..rows).for_each(|_| values.extend_from_slice(&value));
-                    lengths.extend(std::iter::repeat_n(value.len(), rows as usize));
-                }
-                (None, _) => return Err(contradiction("a piece of no kind")),
-            }
-        }
-        Ok((values.into(), lengths))
     }
 
     /// The bytes of a value that Lance wrote by itself.
@@ -275,89 +276,67 @@ impl PlainColumn {
     }
 }
 
-/// Rows that lie one after another in a file, each behind its length.
-#[derive(Debug, Clone)]
-struct Prefixed {
-    range: Range<u64>,
-    /// Bytes of a length.
-    prefix: usize,
-    rows: u64,
-    /// Bytes of the rows without their lengths.
-    bytes: usize,
+/// Consecutive rows of any lengths.
+enum Run {
+    /// They lie from `at` on in the file, each behind its length in so many bytes.
+    Prefixed { at: u64, prefix: usize },
+    /// All of them are this value.
+    Same(Vec<u8>),
 }
 
-/// Where these rows of a page lie in the file.
-fn prefixed(
+/// Adds the starts of some rows of a page, as its index says, and returns where the first of them lies in the file. The index has an
+/// entry for each row of the page and one more, and ends within the file.
+fn add_starts(
     file: &File,
     rows: &Range<u64>,
-    data: &Range<u64>,
-    prefix: usize,
-    (index, width): (u64, u64),
-) -> io::Result<Prefixed> {
-    let start = |row: u64| -> io::Result<u64> {
+    (data, prefix, (index, width)): (&Range<u64>, usize, &(Range<u64>, u64)),
+    starts: &mut Vec<usize>,
+) -> io::Result<u64> {
+    let bytes = usize::try_from((rows.end - rows.start + 1) * width).map_err(io::Error::other)?;
+    let mut entries = Vec::new();
+    entries.try_reserve_exact(bytes)?;
+    append::<u8>(file, index.start + rows.start * width, bytes, &mut entries)?;
+    let mut entries = entries.chunks_exact((*width as usize).max(1)).map(|entry| {
         let mut bytes = [0; 8];
-        let entry = bytes.get_mut(..width as usize).ok_or_else(|| contradiction("an index entry is too wide"))?;
-        read_exact_at(file, entry, index.saturating_add(row.saturating_mul(width)))?;
-        data.start.checked_add(u64::from_le_bytes(bytes)).ok_or_else(|| contradiction("an entry overflows"))
-    };
-    let range = start(rows.start)?..start(rows.end)?;
-    let count = rows.end - rows.start;
-    let bytes = range.end.checked_sub(range.start).and_then(|b| b.checked_sub(count.saturating_mul(prefix as u64)));
-    let bytes = bytes.filter(|_| range.end <= data.end).ok_or_else(|| contradiction("rows overlap"))?;
-    Ok(Prefixed { range, prefix, rows: count, bytes: usize::try_from(bytes).map_err(io::Error::other)? })
+        bytes[..entry.len()].copy_from_slice(entry);
+        u64::from_le_bytes(bytes)
+    });
+    let first = entries.next().ok_or_else(|| contradiction("a page has no index"))?;
+    starts.try_reserve(entries.len())?;
+    let (mut before, mut end) = (first, starts.last().copied().unwrap_or_default());
+    for entry in entries {
+        let length = entry.checked_sub(before).and_then(|length| length.checked_sub(prefix as u64));
+        let length = length.and_then(|length| usize::try_from(length).ok());
+        end = length.and_then(|length| end.checked_add(length)).ok_or_else(|| contradiction("rows overlap"))?;
+        starts.push(end);
+        before = entry;
+    }
+    if before > data.end - data.start {
+        return Err(contradiction("a row ends behind its page"));
+    }
+    Ok(data.start + first)
 }
 
-/// All rows' bytes and how many each has, where those of a run are of one length.
-fn even(file: &File, runs: &[Prefixed]) -> io::Result<Option<(Buffer, Vec<usize>)>> {
-    let length = |run: &Prefixed| run.bytes / run.rows as usize;
-    if runs.iter().any(|run| run.bytes == 0 || run.bytes % run.rows as usize != 0) {
-        return Ok(None);
-    }
-    let total = runs.iter().try_fold(0usize, |sum, run| sum.checked_add(run.bytes));
-    let mut buffer = AlignedBuffer::new(total.ok_or_else(|| contradiction("too long"))?)?;
-    let mut left = buffer.all();
-    for run in runs {
-        let (into, rest) = left.split_at_mut(run.bytes);
-        if !read_rows(file, run.range.start, run.prefix, length(run), into)? {
-            return Ok(None);
+/// Adds the starts of rows that are all of one length. Together they may be as long as 32-bit offsets address, however few bytes of
+/// the file say so.
+fn repeat_starts(starts: &mut Vec<usize>, length: usize, rows: u64) -> io::Result<()> {
+    let total = usize::try_from(rows).ok().and_then(|rows| rows.checked_mul(length));
+    let first = starts.last().copied().unwrap_or_default();
+    match total.filter(|&total| total <= i32::MAX as usize).and_then(|total| first.checked_add(total)) {
+        Some(_) => {
+            starts.try_reserve(rows as usize)?;
+            starts.extend((1..=rows as usize).map(|row| first + row * length));
+            Ok(())
         }
-        left = rest;
+        None => Err(contradiction("more bytes than one array addresses")),
     }
-    let lengths = runs.iter().flat_map(|run| std::iter::repeat_n(length(run), run.rows as usize));
-    // SAFETY: each run has filled its part, and the parts are all there is.
-    Ok(Some((unsafe { buffer.filled() }, lengths.collect())))
 }
 
-/// Adds rows of any lengths.
-fn uneven(file: &File, run: &Prefixed, values: &mut Vec<u8>, lengths: &mut Vec<usize>) -> io::Result<()> {
-    let mut left = run.bytes;
-    values.try_reserve_exact(left)?;
-    let window = WINDOW.min((run.range.end - run.range.start) as usize);
-    let mut bytes = BufReader::with_capacity(window, At { file, range: run.range.clone() });
-    for _ in 0..run.rows {
-        let mut length = [0; 8];
-        bytes.read_exact(&mut length[..run.prefix])?;
-        let length = usize::try_from(u64::from_le_bytes(length)).ok().filter(|&length| length <= left);
-        let length = length.ok_or_else(|| contradiction("a row's length is beyond its page"))?;
-        lengths.push(length);
-        left -= length;
-        let mut missing = length;
-        while missing > 0 {
-            let some = bytes.fill_buf()?;
-            let some = &some[..missing.min(some.len())];
-            if some.is_empty() {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            values.extend_from_slice(some);
-            let taken = some.len();
-            bytes.consume(taken);
-            missing -= taken;
-        }
+/// Fills memory with a value again and again.
+fn fill(into: &mut [MaybeUninit<u8>], value: &[u8]) {
+    for place in into.chunks_exact_mut(value.len().max(1)) {
+        place.write_copy_of_slice(value);
     }
-    if left > 0 {
-        return Err(contradiction("lengths do not add up to the page"));
-    }
-    Ok(())
 }
 
 /// What a column's values are made of, for the types that the data tables have.
@@ -451,20 +430,22 @@ mod tests {
                 kind: Kind::Variable,
                 pieces: vec![Piece {
                     rows: 0..2,
-                    bytes: PageBytes::Prefixed { data: 0..11, prefix: 4, starts: (11, 4) },
+                    bytes: PageBytes::Prefixed { data: 0..11, prefix: 4, index: (11..23, 4) },
                 }],
                 rows: 2,
             };
             column.read(&File::open(&path).unwrap(), bytes.len() as u64)
         };
         let good = page([2, 1], [0, 6, 11]).unwrap();
-        assert_eq!(good.as_binary::<i32>().iter().flatten().collect::<Vec<_>>(), [b"ab".as_slice(), b"c"]);
+        assert_eq!(good.as_binary::<i64>().iter().flatten().collect::<Vec<_>>(), [b"ab".as_slice(), b"c"]);
         for (lengths, index) in [
             ([2, 2], [0, 6, 11]),
             ([u32::MAX, 1], [0, 6, 11]),
             ([2, 0], [0, 6, 11]),
             ([2, 1], [9, 6, 2]),
             ([2, 1], [0, 6, 99]),
+            ([2, 1], [0, 2, 11]),
+            ([2, 1], [6, 6, 11]),
         ] {
             assert!(page(lengths, index).is_err(), "{lengths:?} {index:?}");
         }
@@ -488,7 +469,7 @@ mod tests {
         };
         assert!(read(DataType::UInt32, Kind::Fixed(4), PageBytes::Fixed(0..64)).is_err());
         assert!(read(DataType::UInt32, Kind::Fixed(4), PageBytes::Same(Bytes::from_static(b"abcd"))).is_err());
-        let prefixed = PageBytes::Prefixed { data: 0..64, prefix: 4, starts: (0, 8) };
+        let prefixed = PageBytes::Prefixed { data: 0..64, prefix: 4, index: (0..8 * rows, 8) };
         assert!(read(DataType::Binary, Kind::Variable, prefixed).is_err());
         assert!(read(DataType::Utf8, Kind::Variable, PageBytes::SameAt(0..64)).is_err());
     }

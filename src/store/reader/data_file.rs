@@ -27,6 +27,8 @@ pub struct DataFile {
     size: u64,
     /// The columns of the table that the file has.
     schema: SchemaRef,
+    /// The same columns as they are read.
+    read_schema: SchemaRef,
     /// The pages of each of them.
     columns: Vec<Vec<Page>>,
 }
@@ -76,7 +78,9 @@ impl DataFile {
             schema.push(field.clone());
             columns.push(pages);
         }
-        Ok(DataFile { columns, schema: Arc::new(Schema::new(schema)), file, size })
+        let read = schema.iter().map(|field: &Arc<Field>| PlainColumn::read_field(field));
+        let read_schema = Arc::new(Schema::new(read.collect::<Vec<_>>()));
+        Ok(DataFile { columns, schema: Arc::new(Schema::new(schema)), read_schema, file, size })
     }
 
     /// Reads some rows, as one batch. `None` if not all columns lie plainly in the file, or it has fewer rows.
@@ -89,7 +93,7 @@ impl DataFile {
             return Ok(None);
         };
         let read = columns.iter().map(|column| column.read(&self.file, self.size));
-        let batch = RecordBatch::try_new(self.schema.clone(), read.collect::<io::Result<_>>()?);
+        let batch = RecordBatch::try_new(self.read_schema.clone(), read.collect::<io::Result<_>>()?);
         Ok(Some(batch.map_err(io::Error::other)?))
     }
 }

@@ -83,9 +83,11 @@ fn too_many_open(e: &io::Error) -> bool {
     return false;
 }
 
-/// Rows decoded at a time: as many as most layers have, so that they come as one piece, and few enough that 32-bit
-/// offsets can address rows of half a MiB.
+/// Rows decoded at a time: as many as most layers have, so that they come as one piece.
 const BATCH_ROWS: u32 = 1 << 12;
+
+/// Bytes decoded at a time, about, of rows that are long: 32-bit offsets address them.
+const BATCH_BYTES: u64 = 256 << 20;
 
 /// Pieces decoded ahead.
 const AHEAD: u32 = 2;
@@ -138,6 +140,15 @@ type FileName = (String, String);
 /// The path of a data file of the store in `folder`.
 fn data_path(folder: &std::path::Path, table: &str, name: &str) -> std::path::PathBuf {
     folder.join(format!("{table}.lance")).join("data").join(name)
+}
+
+/// How many rows of a file are decoded at a time, by the longest that a page's rows are on average. A page has some MiB, or one row.
+fn batch_rows(file: &FileReader) -> u32 {
+    let pages = file.metadata().column_metadatas.iter().flat_map(|column| &column.pages);
+    let longest = pages
+        .map(|page| page.buffer_sizes.iter().fold(0, |sum, &size| u64::saturating_add(sum, size)) / page.length.max(1));
+    let rows = BATCH_BYTES / longest.max().unwrap_or_default().max(1);
+    u32::try_from(rows).map_or(BATCH_ROWS, |rows| rows.clamp(1, BATCH_ROWS))
 }
 
 /// The data files of a store.
@@ -277,7 +288,7 @@ impl Files {
         let names: Vec<&str> = names.filter(|name| reader.schema().field(name).is_some()).collect();
         let projection = reader_projection_from_column_names(reader.version(), reader.schema(), &names)?;
         let all = FilterExpression::no_filter();
-        reader.read_stream_projected(range, BATCH_ROWS, AHEAD, projection, all).await?.try_collect().await
+        reader.read_stream_projected(range, batch_rows(&reader), AHEAD, projection, all).await?.try_collect().await
     }
 
     async fn lance_file(&self, table: &str, name: &str) -> lance::Result<Arc<FileReader>> {

@@ -9,8 +9,8 @@ use std::sync::OnceLock;
 
 use bytemuck::Pod;
 
-/// Bytes read at a time where something between the values has to be taken out. They lie on the stack, since new memory takes
-/// longer to get than to fill.
+/// Bytes read at a time where lengths between short rows have to be taken out. They lie on the stack, since new memory takes longer
+/// to get than to fill.
 const WINDOW: usize = 16 << 10;
 
 /// Rows of at least so many bytes are read straight into place by `preadv`; for shorter ones a copy is cheaper.
@@ -31,81 +31,140 @@ static CORES: OnceLock<usize> = OnceLock::new();
 pub fn append<T: Pod>(file: &File, at: u64, count: usize, values: &mut Vec<T>) -> io::Result<()> {
     values.reserve_exact(count);
     let spare = bytes(&mut values.spare_capacity_mut()[..count]);
-    write_with(spare, size_of::<T>(), |first, into| {
-        fill(file, into, at.saturating_add(first as u64))?;
-        Ok(true)
-    })?;
+    let share = spare.len().div_ceil(threads_for(spare.len())).max(1);
+    let shares = spare.chunks_mut(share).enumerate().collect::<Vec<_>>();
+    side_by_side(shares, |(i, into)| fill(file, into, at.saturating_add((i * share) as u64)))?;
     // SAFETY: all `count` numbers behind the last one have been read, and any bytes are a `T`.
     unsafe { values.set_len(values.len() + count) };
     Ok(())
 }
 
-/// Reads rows of `length` bytes that begin at `at`, each behind its length in `prefix` bytes, into `into`, which they
-/// fill. Returns false if one of them is of another length; the content of `into` is undefined then.
+/// Reads rows that lie one after another from `at` on, each behind its length in `prefix` bytes (8 at most), into `into`, which they
+/// fill. `starts` says where each begins in a column, and where the last ends.
 ///
 /// # Errors
-/// As [`append`].
-pub fn read_rows(file: &File, at: u64, prefix: usize, length: usize, into: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
-    let stride = prefix + length;
-    let expected = (length as u64).to_le_bytes();
-    let scattered = length >= SCATTERED_FROM && prefix > 0;
-    let step = if scattered { SCATTERED_ROWS } else { (WINDOW / stride).max(1) };
-    write_with(into, length, |first, into| {
-        let rows = into.len() / length;
-        let (mut near, mut window) = ([0; WINDOW], Vec::new());
-        for start in (0..rows).step_by(step) {
-            let end = (start + step).min(rows);
-            let at = at + ((first / length + start) * stride) as u64;
-            let into = &mut into[start * length..end * length];
-            if scattered {
-                window.resize((end - start) * prefix, 0);
-                if scatter(file, at, length, &mut window, into)? {
-                    if window.chunks_exact(prefix).any(|found| found != &expected[..prefix]) {
-                        return Ok(false);
-                    }
-                    continue;
-                }
-            }
-            let near = match near.get_mut(..(end - start) * stride) {
-                Some(near) => near,
-                None => {
-                    window.resize((end - start) * stride, 0);
-                    &mut window
-                }
-            };
-            read_exact_at(file, near, at)?;
-            for (place, row) in near.chunks_exact(stride).enumerate() {
-                if row[..prefix] != expected[..prefix] {
-                    return Ok(false);
-                }
-                into[place * length..(place + 1) * length].write_copy_of_slice(&row[prefix..]);
-            }
-        }
-        Ok(true)
+/// As [`append`], and when a length is not that of its row.
+pub fn read_rows(
+    file: &File,
+    at: u64,
+    prefix: usize,
+    starts: &[usize],
+    into: &mut [MaybeUninit<u8>],
+) -> io::Result<()> {
+    let Some((&first, others)) = starts.split_first() else { return Ok(()) };
+    let (rows, threads) = (others.len(), threads_for(into.len()));
+    // Each thread reads consecutive rows, of about as many bytes as the others'.
+    let share = into.len().div_ceil(threads);
+    let (mut shares, mut left, mut start) = (Vec::with_capacity(threads), into, 0);
+    for thread in 1..=threads {
+        let end = match thread == threads {
+            true => rows,
+            false => starts.partition_point(|&row| row < first + thread * share).clamp(start, rows),
+        };
+        let (part, rest) = left.split_at_mut(starts[end] - starts[start]);
+        shares.push((start..end, part));
+        (left, start) = (rest, end);
+    }
+    side_by_side(shares, |(rows, into)| {
+        let at = at + (starts[rows.start] - first + rows.start * prefix) as u64;
+        read_share(file, at, prefix, &starts[rows.start..=rows.end], into)
     })
 }
 
-/// Calls `write` for all of `into`, on several threads where there is much: each call gets the number of its first byte
-/// and its memory, a whole number of rows of `row` bytes. Returns false where one of them does.
-fn write_with(
-    into: &mut [MaybeUninit<u8>],
-    row: usize,
-    write: impl Fn(usize, &mut [MaybeUninit<u8>]) -> io::Result<bool> + Sync,
-) -> io::Result<bool> {
-    let threads = match into.len() / SHARE {
-        0 | 1 => return write(0, into),
+/// The lengths of rows that begin, and end, at these places.
+fn lengths(starts: &[usize]) -> impl Iterator<Item = usize> {
+    starts.windows(2).map(|ends| ends[1] - ends[0])
+}
+
+/// Reads rows as [`read_rows`] does, on this thread.
+fn read_share(
+    file: &File,
+    mut at: u64,
+    prefix: usize,
+    mut starts: &[usize],
+    mut into: &mut [MaybeUninit<u8>],
+) -> io::Result<()> {
+    while let Some(first) = lengths(starts).next() {
+        let long = first >= SCATTERED_FROM;
+        let mut bytes = 0;
+        let together = lengths(starts).enumerate().take_while(|&(row, length)| {
+            bytes += prefix + length;
+            (length >= SCATTERED_FROM) == long && if long { row < SCATTERED_ROWS } else { bytes <= WINDOW }
+        });
+        // The first is shorter than a window, if it is short.
+        let rows = together.count().max(1);
+        let (some, rest) = into.split_at_mut(starts[rows] - starts[0]);
+        at = match long {
+            true => read_long(file, at, prefix, &starts[..=rows], some)?,
+            false => read_short(file, at, prefix, &starts[..=rows], some)?,
+        };
+        (into, starts) = (rest, &starts[rows..]);
+    }
+    Ok(())
+}
+
+/// Reads long rows straight into place, and returns where the file goes on.
+fn read_long(file: &File, at: u64, prefix: usize, starts: &[usize], into: &mut [MaybeUninit<u8>]) -> io::Result<u64> {
+    let mut between = vec![0; (starts.len() - 1) * prefix];
+    let end = at + (between.len() + into.len()) as u64;
+    if !scatter(file, at, starts, &mut between, into)? {
+        let (mut at, mut left) = (at, into);
+        for (length, before) in lengths(starts).zip(between.chunks_exact_mut(prefix)) {
+            let (row, rest) = left.split_at_mut(length);
+            read_exact_at(file, before, at)?;
+            fill(file, row, at + prefix as u64)?;
+            (at, left) = (at + (prefix + length) as u64, rest);
+        }
+    }
+    lengths(starts).zip(between.chunks_exact(prefix)).try_for_each(|(length, found)| check_length(found, length))?;
+    Ok(end)
+}
+
+/// Reads short rows together and copies each to its place, and returns where the file goes on.
+fn read_short(file: &File, at: u64, prefix: usize, starts: &[usize], into: &mut [MaybeUninit<u8>]) -> io::Result<u64> {
+    let mut window = [0; WINDOW];
+    let bytes = into.len() + (starts.len() - 1) * prefix;
+    let window = window.get_mut(..bytes).ok_or_else(|| io::Error::other("short rows that are no window"))?;
+    read_exact_at(file, window, at)?;
+    let (mut window, mut left) = (&*window, into);
+    for length in lengths(starts) {
+        let (before, others) = window.split_at(prefix);
+        check_length(before, length)?;
+        let (row, others) = others.split_at(length);
+        let (place, rest) = left.split_at_mut(length);
+        place.write_copy_of_slice(row);
+        (window, left) = (others, rest);
+    }
+    Ok(at + bytes as u64)
+}
+
+/// Checks the length that stands before a row.
+fn check_length(found: &[u8], length: usize) -> io::Result<()> {
+    match (length as u64).to_le_bytes().get(..found.len()) == Some(found) {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidData, "a row is of another length than its page says")),
+    }
+}
+
+/// Returns on how many threads so many bytes are read.
+fn threads_for(bytes: usize) -> usize {
+    match bytes / SHARE {
+        0 | 1 => 1,
         // Asking the system takes a while.
         several => *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get())).min(&several),
-    };
-    let share = into.len().div_ceil(threads).next_multiple_of(row.max(1));
+    }
+}
+
+/// Reads shares of something, the first on this thread and each other on one of its own.
+fn side_by_side<S: Send>(shares: Vec<S>, read: impl Fn(S) -> io::Result<()> + Sync) -> io::Result<()> {
     std::thread::scope(|scope| {
-        let write = &write;
-        let mut parts = into.chunks_mut(share).enumerate();
-        let own = parts.next();
-        let others: Vec<_> = parts.map(|(i, part)| scope.spawn(move || write(i * share, part))).collect();
-        let own = own.map_or(Ok(true), |(_, part)| write(0, part));
+        let read = &read;
+        let mut shares = shares.into_iter();
+        let own = shares.next();
+        let others: Vec<_> = shares.map(|share| scope.spawn(move || read(share))).collect();
+        let own = own.map_or(Ok(()), read);
         let panicked = |_| Err(io::Error::other("a thread that reads panicked"));
-        others.into_iter().fold(own, |so_far, other| Ok(other.join().unwrap_or_else(panicked)? & so_far?))
+        others.into_iter().fold(own, |so_far, other| so_far.and(other.join().unwrap_or_else(panicked)))
     })
 }
 
@@ -114,17 +173,25 @@ fn bytes<T: Pod>(numbers: &mut [MaybeUninit<T>]) -> &mut [MaybeUninit<u8>] {
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
 }
 
-/// Reads rows of `length` bytes into place, and what is in front of each, of one length, into `between`. Returns false
-/// where the system does not give all of it at once; the content of both is undefined then.
+/// Reads rows into place, and what is in front of each, as many bytes each time, into `between`. Returns false where the system does
+/// not give all of it at once; the content of both is undefined then.
 #[cfg(unix)]
-fn scatter(file: &File, at: u64, length: usize, between: &mut [u8], into: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
+fn scatter(
+    file: &File,
+    at: u64,
+    starts: &[usize],
+    between: &mut [u8],
+    into: &mut [MaybeUninit<u8>],
+) -> io::Result<bool> {
     use std::os::fd::AsRawFd;
-    let prefix = between.len() / (into.len() / length).max(1);
     let place = |base: *mut u8, length: usize| libc::iovec { iov_base: base.cast(), iov_len: length };
-    let rows = into.chunks_exact_mut(length).zip(between.chunks_exact_mut(prefix.max(1)));
-    let places: Vec<libc::iovec> = rows
-        .flat_map(|(row, before)| [place(before.as_mut_ptr(), prefix), place(row.as_mut_ptr().cast(), length)])
-        .collect();
+    let prefix = between.len() / (starts.len() - 1).max(1);
+    let (mut places, mut left) = (Vec::with_capacity(2 * starts.len()), &mut *into);
+    for (length, before) in lengths(starts).zip(between.chunks_exact_mut(prefix.max(1))) {
+        let (row, rest) = left.split_at_mut(length);
+        places.extend([place(before.as_mut_ptr(), prefix), place(row.as_mut_ptr().cast(), length)]);
+        left = rest;
+    }
     let (Ok(count), Ok(offset)) = (libc::c_int::try_from(places.len()), libc::off_t::try_from(at)) else {
         return Ok(false);
     };
@@ -140,7 +207,7 @@ fn scatter(file: &File, at: u64, length: usize, between: &mut [u8], into: &mut [
 }
 
 #[cfg(not(unix))]
-fn scatter(_: &File, _: u64, _: usize, _: &mut [u8], _: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
+fn scatter(_: &File, _: u64, _: &[usize], _: &mut [u8], _: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
     Ok(false)
 }
 
@@ -209,25 +276,34 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// Rows of one length come out as they are, and others are told from them, however many threads read.
+        /// Rows come out as they are, however long each is and however many threads read; a length that is not a row's is an error.
         #[test]
-        fn rows_come_without_their_lengths(length in 0usize..3000, rows in 0usize..1500, odd in 0usize..20_000) {
+        fn rows_come_without_their_lengths(
+            kinds in proptest::collection::vec((0usize..3000, 1usize..400), 1..5),
+            longer in any::<bool>(),
+            odd in 0usize..4000,
+        ) {
             let mut file = tempfile::tempfile().unwrap();
-            let (mut written, mut expected): (Vec<u8>, Vec<u8>) = (vec![], vec![]);
-            for row in 0..rows {
+            let (mut written, mut expected, mut starts): (Vec<u8>, Vec<u8>, Vec<usize>) = (vec![], vec![], vec![5]);
+            let lengths = kinds.iter().flat_map(|&(length, rows)| {
+                // Now and then one of another length, as the last of a matrix's blocks is.
+                (0..rows).map(move |row| if row + 1 == rows { length / 3 } else { length })
+            });
+            for (row, length) in lengths.enumerate() {
                 let values: Vec<u8> = (0..length).map(|i| (i * 7 + row * 13) as u8).collect();
-                let length = if row == odd { length + 1 } else { length };
-                written.extend((length as u32).to_le_bytes());
+                let told = length + usize::from(row == odd);
+                written.extend(&(told as u64).to_le_bytes()[..if longer { 8 } else { 4 }]);
                 written.extend(&values);
                 expected.extend(&values);
+                starts.push(5 + expected.len());
             }
             io::Write::write_all(&mut file, &written).unwrap();
-            let mut found = vec![0; length * rows];
+            let mut found = vec![0; expected.len()];
             // SAFETY: bytes that may be uninitialised are all that is said of the same memory.
             let into = unsafe { &mut *(std::ptr::from_mut(&mut found[..]) as *mut [MaybeUninit<u8>]) };
-            let even = length == 0 || read_rows(&file, 0, 4, length, into).unwrap();
-            prop_assert_eq!(even, odd >= rows || length == 0);
-            if even {
+            let read = read_rows(&file, 0, if longer { 8 } else { 4 }, &starts, into);
+            prop_assert_eq!(read.is_ok(), odd + 1 >= starts.len());
+            if read.is_ok() {
                 prop_assert_eq!(&found, &expected);
             }
             let mut words: Vec<u32> = vec![7];

@@ -12,7 +12,7 @@ const MAX_SAMPLES: usize = 1 << 16;
 
 /// Settings of HyperAttention: how much is computed exactly, and from how large a sample the rest is estimated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, expecting = "a table, such as { block_size = 256, sample_size = 256 }")]
 pub struct HyperAttention {
     /// Keys of a bucket, at most.
     pub block_size: usize,
@@ -40,20 +40,20 @@ impl HyperAttention {
     /// # Errors
     /// When a block is of no keys, there are more projections or samples than allowed, or `min_seq_len` is 0.
     pub fn validate(&self) -> Result<()> {
-        let fits = self.block_size > 0
-            && self.sample_size <= MAX_SAMPLES
-            && self.projections <= MAX_PROJECTIONS
-            && self.min_seq_len > 0;
-        match fits {
-            true => Ok(()),
-            false => Err(Error::expected(
-                "settings of HyperAttention",
-                format!("{self:?}"),
-                format!(
-                    "block_size and min_seq_len of at least 1, at most {MAX_SAMPLES} samples and {MAX_PROJECTIONS} projections"
-                ),
-            )),
+        for (name, value, range) in [
+            ("block_size", self.block_size, 1..=usize::MAX),
+            ("sample_size", self.sample_size, 0..=MAX_SAMPLES),
+            ("lsh_num_projs", self.projections, 0..=MAX_PROJECTIONS),
+            ("min_seq_len", self.min_seq_len, 1..=usize::MAX),
+        ] {
+            if value < *range.start() {
+                return Err(Error::expected(name, value, format!("at least {}", range.start())));
+            }
+            if value > *range.end() {
+                return Err(Error::expected(name, value, format!("at most {}", range.end())));
+            }
         }
+        Ok(())
     }
 
     /// Returns the number of blocks of this many keys, which are as even as can be.

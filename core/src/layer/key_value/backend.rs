@@ -29,7 +29,12 @@ pub enum OnMisfit {
 
 /// How keys are stored and found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(
+    tag = "type",
+    rename_all = "snake_case",
+    deny_unknown_fields,
+    expecting = "a table with a type, such as { type = \"flat\" }"
+)]
 pub enum Backend {
     /// A scan of every key.
     Flat {

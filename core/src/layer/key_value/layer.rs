@@ -69,6 +69,9 @@ pub(super) struct StoredConfig {
     pub(super) rounding: f64,
 }
 
+/// How many times the allowance for f32 arithmetic an error is before it counts; what f16 loses is a thousand times.
+const BEYOND_ROUNDING: f64 = 4.0;
+
 impl KeyValueLayer {
     pub(super) fn with_settings(core: Arc<Core>, settings: SearchSettings) -> Result<Self> {
         settings.validate()?;
@@ -77,9 +80,31 @@ impl KeyValueLayer {
         Ok(KeyValueLayer { core, settings })
     }
 
-    /// Returns the keys times their scales, `[keys, in_features]`.
+    /// Returns the keys that a pass of full accuracy uses, `[keys, in_features]`: those of f32 where they are stored.
+    pub(super) fn full_keys(&self) -> CowArray<'_, f32, Ix2> {
+        self.core.float_keys.as_ref().map_or_else(|| self.keys(), |keys| keys.view().into())
+    }
+
+    /// Returns [`KeyValueLayer::full_keys`] times their scales, `[keys, in_features]`.
     pub(super) fn scaled_keys(&self) -> Array2<f32> {
-        &self.keys() * &ArrayView1::from(&self.core.scales).insert_axis(Axis(1))
+        &self.full_keys() * &ArrayView1::from(&self.core.scales).insert_axis(Axis(1))
+    }
+
+    /// Returns (W − Ŵ) μ `[out_features]`, for the weight W that the layer was made of and the one that its keys and values stand
+    /// for; `None` where it is no more than the rounding of f32.
+    pub(super) fn mean_error(&self) -> Option<Array1<f32>> {
+        let core = &*self.core;
+        let mut error = core.mean_output.mapv(f64::from);
+        let (keys, values) = (self.full_keys(), self.values());
+        for ((key, value), &scale) in keys.rows().into_iter().zip(values.rows()).zip(&core.scales) {
+            let along: f64 = key.iter().zip(&core.mean).map(|(k, m)| f64::from(*k) * f64::from(*m)).sum();
+            let contribution = f64::from(scale) * along;
+            error.zip_mut_with(&value, |e, u| *e -= contribution * f64::from(*u));
+        }
+        let distance = core.index.rows().length(core.mean.view());
+        let rounding = core.config.rounding * distance + f64::from(f32::EPSILON) * core.mean_output_norm;
+        let norm = error.dot(&error).sqrt();
+        (norm > BEYOND_ROUNDING * rounding).then(|| error.mapv(|e| e as f32))
     }
 
     /// Returns the number of keys.
@@ -232,7 +257,7 @@ mod tests {
 
     use super::*;
     use crate::layer::parts::canonical_json;
-    use crate::layer::{Layer, compress};
+    use crate::layer::{Layer, Method, compress};
 
     const SETTINGS: &str = r#"{
         "decomposition": "svd", "energy_keep": 0.9, "min_singular_value": 0.25, "ridge_regularization": 0.001,
@@ -259,9 +284,9 @@ mod tests {
         assert_eq!(serde_json::from_value::<StoredConfig>(parts.config.clone()).unwrap(), layer.core.config);
         // What was measured differs in its last bits between processors.
         let mut config = parts.config;
-        for measured in ["key_error", "rounding", "truncation", "value_error"] {
-            assert!(config[measured].is_number());
-            config[measured] = 0.0.into();
+        for measured in KeyValueConfig::MEASURED {
+            assert!(config[*measured].is_number());
+            config[*measured] = 0.0.into();
         }
         assert_eq!(canonical_json(&config), STORED);
         let mut fitted = settings.clone();

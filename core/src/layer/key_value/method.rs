@@ -15,6 +15,7 @@ use crate::linalg::matmul;
 
 impl Method for KeyValueConfig {
     const NAME: &'static str = "key_value";
+    const MEASURED: &'static [&'static str] = &["key_error", "rounding", "truncation", "value_error"];
     type Layer = KeyValueLayer;
 
     fn validate(&self) -> Result<()> {
@@ -90,6 +91,16 @@ impl Layer for KeyValueLayer {
 
     fn stored_bias(&self) -> Result<Option<Array1<f32>>> {
         Ok(self.core.bias.clone())
+    }
+
+    /// Returns (W − Ŵ) μ: keys see inputs less their mean μ, whose output W μ is stored.
+    fn offset(&self) -> Result<Option<Array1<f32>>> {
+        Ok(self.mean_error())
+    }
+
+    fn approximations(&self) -> Vec<String> {
+        let searches = self.settings.use_approximate_inference;
+        searches.then(|| "keys that its search does not find are left out".to_owned()).into_iter().collect()
     }
 
     /// Returns Σ s_i u_i κ_iᵀ.

@@ -4,6 +4,7 @@ use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 
 use super::build::{Components, Inputs, standardized};
 use super::layer::KeyValueLayer;
+use super::search::SelectLimit;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::layer::check::check_inputs;
@@ -53,7 +54,10 @@ impl KeyValueLayer {
             matmul(projected.t(), centred.view()) + on_mean
         };
         on_values *= &ArrayView1::from(&core.scales);
-        (matmul(on_values.view(), self.keys().view()), weight)
+        // As contributions are computed: from float keys where there are any, in a search those near its threshold or above.
+        let floats = through || matches!(self.limit(), SelectLimit::Threshold(_));
+        let keys = if floats { self.full_keys() } else { self.keys() };
+        (matmul(on_values.view(), keys.view()), weight)
     }
 
     /// Returns the layer for another weight `[out_features, in_features]` and bias, as after a step of training. `calibration`

@@ -1,6 +1,10 @@
 //! Settings that a rule gives.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{IgnoredAny, MapAccess, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -34,11 +38,8 @@ pub enum Rounding {
 }
 
 /// How many components the correction has.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "expected a number of components, { max_error = a number above 0 } or { max_bits = bits per weight }"
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(untagged)]
 pub enum Rank {
     /// So many; 0 for none.
     Components(usize),
@@ -47,6 +48,46 @@ pub enum Rank {
     MaxError(MaxError),
     /// As many as fit: bits per weight, of everything but the bias.
     MaxBits(MaxBits),
+}
+
+/// A number, or a table of one bound.
+impl<'de> Deserialize<'de> for Rank {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum Bound {
+            MaxError(f64),
+            MaxBits(f64),
+        }
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = Rank;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "a whole number of components (0 for none), or a table { max_error = 0.05 } or { max_bits = 4.5 }",
+                )
+            }
+            fn visit_u64<E: serde::de::Error>(self, n: u64) -> std::result::Result<Rank, E> {
+                let rank = usize::try_from(n).map(Rank::Components);
+                rank.map_err(|_| E::invalid_value(Unexpected::Unsigned(n), &self))
+            }
+            fn visit_i64<E: serde::de::Error>(self, n: i64) -> std::result::Result<Rank, E> {
+                let rank = usize::try_from(n).map(Rank::Components);
+                rank.map_err(|_| E::invalid_value(Unexpected::Signed(n), &self))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Rank, A::Error> {
+                let bound = Bound::deserialize(MapAccessDeserializer::new(&mut map))?;
+                if map.next_key::<IgnoredAny>()?.is_some() {
+                    return Err(serde::de::Error::invalid_length(2, &self));
+                }
+                Ok(match bound {
+                    Bound::MaxError(max_error) => Rank::MaxError(MaxError { max_error }),
+                    Bound::MaxBits(max_bits) => Rank::MaxBits(MaxBits { max_bits }),
+                })
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 /// A bound on the error, which decides the rank: `{ max_error = 0.05 }`.
@@ -246,7 +287,7 @@ impl LowRankConfig {
             Some(setting) if !calibrated => Err(Error::expected(
                 format!("calibration inputs for {setting}"),
                 "none",
-                format!("[tokens, {in_features}] for this layer"),
+                format!("--calibration FILE with a tensor [tokens, {in_features}] named after this layer"),
             )),
             _ => Ok(()),
         }

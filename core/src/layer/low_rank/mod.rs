@@ -479,6 +479,16 @@ impl Layer for LowRankLayer {
         Ok(self.inner.bias.clone())
     }
 
+    /// Returns the output bias correction.
+    fn offset(&self) -> Result<Option<Array1<f32>>> {
+        Ok(self.inner.bias_correction.as_ref().map(|row| row.to_f32().into_iter().collect()))
+    }
+
+    fn approximations(&self) -> Vec<String> {
+        let rounds = self.activations.rounds();
+        rounds.then(|| "inputs are rounded to whole numbers".to_owned()).into_iter().collect()
+    }
+
     fn weight(&self) -> Result<Array2<f32>> {
         let (a, b) = self.factors();
         Ok(self.inner.weight.dequantize() + matmul(a.t(), b.view()))
@@ -863,9 +873,21 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<LowRankConfig>(text).map(|c| c.rank);
         assert_eq!(read(r#"{"rank": 4}"#).unwrap(), Rank::Components(4));
         assert_eq!(read(r#"{"rank": {"max_bits": 4.5}}"#).unwrap(), Rank::MaxBits(MaxBits { max_bits: 4.5 }));
-        for bad in ["-1", "{\"max_bit\": 3}", "\"all\""] {
+        for (bad, says) in [
+            ("-1", "integer `-1`, expected a whole number"),
+            ("4.5", "floating point `4.5`, expected a whole number"),
+            ("\"all\"", "{ max_error = 0.05 }"),
+            ("{\"max_bit\": 3}", "expected `max_error` or `max_bits`"),
+            ("{\"max_bits\": \"few\"}", "string \"few\""),
+            ("{\"max_bits\": 3, \"max_error\": 0.1}", "invalid length 2, expected a whole number"),
+            ("{}", "map"),
+        ] {
             let message = read(&format!(r#"{{"rank": {bad}}}"#)).unwrap_err().to_string();
-            assert!(message.contains("max_error"), "{message}");
+            assert!(message.contains(says), "{bad}: {message}");
+        }
+        for rank in [Rank::Components(0), Rank::MaxError(MaxError { max_error: 0.5 })] {
+            let text = serde_json::to_string(&LowRankConfig { rank, ..LowRankConfig::default() }).unwrap();
+            assert_eq!(read(&text).unwrap(), rank, "{text}");
         }
     }
 }

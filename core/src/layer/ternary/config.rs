@@ -60,7 +60,9 @@ impl TryFrom<Map<String, Value>> for TernaryConfig {
             }
         }
         if given.contains_key("weight") {
-            return Err("weight: found one, expected none: a ternary layer's are ternary; say group and scales".into());
+            return Err(
+                "found a setting `weight`, expected none: weights are ternary; give `group` and `scales`".into()
+            );
         }
         let plain = TernaryConfig::default();
         let norm = read(&mut given, "norm", plain.norm)?;

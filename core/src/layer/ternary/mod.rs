@@ -230,6 +230,23 @@ impl Layer for TernaryLayer {
         self.low_rank.bias()
     }
 
+    fn offset(&self) -> Result<Option<Array1<f32>>> {
+        self.low_rank.offset()
+    }
+
+    fn nonlinearities(&self) -> Vec<String> {
+        let norm = self.norm.as_ref().map(|_| "an RMSNorm before its weight".to_owned());
+        let activation = match (self.activation, json!(self.activation)) {
+            (Activation::Linear, _) => None,
+            (_, name) => Some(format!("the activation {} after it", name.as_str().unwrap_or_default())),
+        };
+        norm.into_iter().chain(activation).collect()
+    }
+
+    fn approximations(&self) -> Vec<String> {
+        self.low_rank.approximations()
+    }
+
     fn activate(&self, y: ArrayViewMut2<f32>) {
         self.activation.apply(y);
     }

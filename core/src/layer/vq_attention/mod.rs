@@ -255,7 +255,7 @@ impl Method for VqAttentionConfig {
         if self.query.is_some() && given.contains_key("n_head") {
             return Ok(());
         }
-        let reason = "the rule names n_head, and the layers query, key and value of a block".to_owned();
+        let reason = "found a rule without one of them, expected n_head, query, key and value".to_owned();
         Err(Error::Settings { method: Self::NAME.to_owned(), reason })
     }
 
