@@ -61,6 +61,9 @@ struct Shown<'a> {
 
 pub async fn show(context: &Context, model: &str, layer: &str) -> Result<u8> {
     let handle = context.snapshot().await?.layer(model, layer).await?;
+    if context.verify_loads {
+        handle.load().await?;
+    }
     let record = handle.record();
     let shown = Shown { record, bits_per_weight: record.bits_per_weight(), notes: record.notes() };
     context.output.result(&shown, |shown| {

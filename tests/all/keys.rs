@@ -13,7 +13,7 @@ use ndarray::{Array2, s};
 use safetensors::tensor::TensorView;
 use serde_json::json;
 
-use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, refused};
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, files, refused};
 
 const BACKENDS: &str = "tests/fixtures/backends.toml";
 const SVD: &str = "[[rule]]\nlayers = 'blocks\\..*'\nmethod = \"key_value\"\ndecomposition = \"svd\"\n\
@@ -146,6 +146,17 @@ fn keys_are_found_across_layers_with_and_without_an_index() {
     let indexed = nearest(&own);
     assert_eq!(indexed[0]["layers"], names);
     assert!((indexed[0]["cosine"].as_f64().unwrap() - 1.0).abs() < 1e-3, "{indexed}");
+    // An index whose end is damaged is told, and no memory is asked for by it.
+    for file in files(&place.path("layers/keys_d48.lance/_indices")) {
+        let good = std::fs::read(&file).unwrap();
+        let mut bad = good.clone();
+        let at = bad.len() - 13;
+        bad[at] ^= 0x40;
+        std::fs::write(&file, bad).unwrap();
+        let name = file.file_name().unwrap().to_str().unwrap();
+        place.fails(1, &[name, "contradicts itself"], &[&["nearest"], &own[..]].concat());
+        std::fs::write(&file, good).unwrap();
+    }
     // Keys that came after the index are found too, and gc leaves an index that works.
     place.import("int4", Some(INT4));
     std::fs::write(place.path("ridge.toml"), SVD.replace("\"svd\"", "\"whitened_svd\"\nridge_relative = 0.5")).unwrap();

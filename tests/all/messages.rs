@@ -257,9 +257,11 @@ fn commands_that_read_no_version_refuse_one() {
         &["log"],
         &["diff", "1", "2"],
         &["verify"],
+        &["repair"],
         &["gc"],
     ] {
-        let says = [args[0], "expected a command that reads a version (models, layers, show, compare, forward, attend, "];
+        let says =
+            [args[0], "expected a command that reads a version (models, layers, show, compare, forward, attend, "];
         place.fails(2, &says, &[&["--at", "1"], args].concat());
     }
     // Those that the message names take one.

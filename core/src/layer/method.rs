@@ -105,6 +105,29 @@ pub trait Method: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned 
     fn with_stored(&self, stored: &Value) -> Value {
         stored.clone()
     }
+
+    /// Returns the settings that a layer of this full configuration is made with again, as far as the configuration tells: where it has a
+    /// number in the place of what decided it, the settings have the number. By default those of its entries that are settings.
+    ///
+    /// # Errors
+    /// When they are not valid together.
+    fn from_config(config: &Map<String, Value>) -> Result<Self> {
+        let settings: Self = settings_in(config)?;
+        settings.validate()?;
+        Ok(settings)
+    }
+}
+
+/// Returns the settings among the entries of a configuration, which are not checked; entries that are none are passed over.
+///
+/// # Errors
+/// When the settings cannot be read together.
+pub fn settings_in<M: Method>(config: &Map<String, Value>) -> Result<M> {
+    let one = |key: &String, value: &Value| Value::Object([(key.clone(), value.clone())].into_iter().collect());
+    let settings = config.iter().filter(|(key, value)| serde_json::from_value::<M>(one(key, value)).is_ok());
+    let settings: Map<String, Value> = settings.map(|(key, value)| (key.clone(), value.clone())).collect();
+    serde_json::from_value(Value::Object(settings))
+        .map_err(|e| Error::Settings { method: M::NAME.to_owned(), reason: e.to_string() })
 }
 
 /// Compresses `weight` `[out_features, in_features]` with its bias `[out_features]`, for inputs with the statistics of

@@ -15,7 +15,7 @@ pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdM
 pub use correction::{Correction, Transform};
 
 use super::check::check_lengths;
-use super::method::{Method, read_config};
+use super::method::{Method, read_config, settings_in};
 use super::name::MethodName;
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use super::shape::LayerShape;
@@ -438,6 +438,16 @@ impl Method for LowRankConfig {
 
     fn with_stored(&self, stored: &Value) -> Value {
         with_activations(stored.clone(), self.activations)
+    }
+
+    fn from_config(config: &Map<String, Value>) -> Result<Self> {
+        let stored: StoredConfig = read_config(LowRankConfig::NAME, &Value::Object(config.clone()))?;
+        let Running { activations } = read_config(LowRankConfig::NAME, &Value::Object(config.clone()))?;
+        let made: LowRankConfig = settings_in(&stored.made)?;
+        let StoredConfig { weight, rank, factors, .. } = stored;
+        let settings = LowRankConfig { weight, rank: Rank::Components(rank), factors, activations, ..made };
+        settings.validate()?;
+        Ok(settings)
     }
 }
 

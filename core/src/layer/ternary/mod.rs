@@ -5,12 +5,12 @@ mod config;
 
 use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 pub use config::TernaryConfig;
 
 use super::activation::Activation;
-use super::low_rank::LowRankLayer;
+use super::low_rank::{LowRankConfig, LowRankLayer};
 use super::method::{Method, read_config};
 use super::name::MethodName;
 use super::parts::{Parts, Tensor, f32_bytes};
@@ -180,6 +180,15 @@ impl Method for TernaryConfig {
 
     fn with_stored(&self, stored: &Value) -> Value {
         with_entries(stored.clone(), json!({"activations": self.weights.activations}))
+    }
+
+    fn from_config(config: &Map<String, Value>) -> Result<Self> {
+        let OwnConfig { norm, activation, activations } =
+            read_config(TernaryConfig::NAME, &Value::Object(config.clone()))?;
+        let weights = LowRankConfig { activations, ..LowRankConfig::from_config(config)? };
+        let settings = TernaryConfig { norm, activation, weights };
+        settings.validate()?;
+        Ok(settings)
     }
 }
 
