@@ -280,11 +280,11 @@ fn made_again(
     // What no rule made is stored bit for bit.
     if registry::is_linear(&row.method) && row.method != Dense::NAME {
         let method = registry::method(row.method.as_str())?.settings_of(&row.config)?;
-        let (out_features, in_features) = planned.shape();
+        let shape = planned.lengths()?;
         if let Some(calibration) = &inputs.calibration {
-            planned.calibrated = calibration.check(&layer.name, in_features as usize)?;
+            planned.calibrated = calibration.check(&layer.name, shape.in_features)?;
         }
-        method.check(out_features as usize, in_features as usize, planned.calibrated)?;
+        method.check(shape, planned.calibrated)?;
         planned.method = Some(method);
     }
     // A layer that comes ready may be of a method that rules have, too.
