@@ -110,7 +110,7 @@ async fn any_version_is_named() {
         assert_eq!(store.create_snapshot_at("newest", "latest").await.unwrap().version, 3);
         refused(store.create_snapshot_at("old", "3").await, ErrorKind::Conflict, &["'old'", "version 2"]);
         refused(store.create_snapshot_at("x", "99").await, ErrorKind::NotFound, &["version 99"]);
-        refused(store.create_snapshot_at("x", "nobody").await, ErrorKind::NotFound, &["'nobody'", "newest, old, same"]);
+        refused(store.create_snapshot_at("x", "nobody").await, ErrorKind::NotFound, &["'nobody'", "snapshots: old, newest, same"]);
         refused(store.create_snapshot("latest").await, ErrorKind::InvalidInput, &["stands for the latest version"]);
         // The latest is that of the store, not of what the handle has seen.
         assert_eq!(other.at("latest").await.unwrap().version(), 3);
@@ -287,7 +287,7 @@ async fn models_are_copied() {
             assert_eq!(LayerRecord { locations: from.locations.clone(), ..of }, from);
         }
         let log = target.log().await.unwrap();
-        assert_eq!(log[0].operation, "import m");
+        assert_eq!(log[0].operation, "copy m");
         assert_eq!(log[0].message.as_deref(), Some(format!("copied from {}, version 3", store.uri()).as_str()));
         // Again, and imported again: all of it is known.
         let again = into(Cancel::new()).await.unwrap();

@@ -365,7 +365,7 @@ fn the_command_says_what_the_file_does_not() {
     place.fails(1, &["blocks.0.down", "blocks.1.up", "RMSNorm", "--allow-approximate"], &args("normed"));
     assert!(!file.exists());
     let ran = place.run(&[&args("normed")[..], &["--allow-approximate"]].concat());
-    assert!(ran.code == 0 && ran.err.contains("and 5 others: written without an RMSNorm"), "{}", ran.err);
+    assert!(ran.code == 0 && ran.err.contains("and 5 more: written without an RMSNorm"), "{}", ran.err);
     let report = place.json(&args("corrected"));
     assert_eq!(report["added_biases"], json!(["blocks.0.mix.bias", "blocks.1.mix.bias"]));
     assert!(
