@@ -113,7 +113,7 @@ fn settings_and_draws_that_do_not_fit_are_refused() {
         assert!(message.contains(expected), "{message}");
     };
     refuse(HyperAttention { block_size: 0, ..hyper }, 40, "at least 1");
-    refuse(HyperAttention { projections: 25, ..hyper }, 40, "24 projections");
+    refuse(HyperAttention { projections: 25, ..hyper }, 40, "lsh_num_projs: found 25, expected at most 24");
     refuse(HyperAttention { min_seq_len: 0, ..hyper }, 40, "min_seq_len");
     refuse(hyper, 39, "40 for 39 keys");
     let mut sample = hyper.sample(x.view(), x.view(), false).unwrap();

@@ -113,7 +113,7 @@ fn settings_are_read_and_written() {
     assert_eq!(serde_json::from_value::<TernaryConfig>(json!(config)).unwrap(), config);
     assert_eq!(read("{}").unwrap(), TernaryConfig::default());
     for (text, expected) in [
-        (r#"{"weight": {"type": "int4"}}"#, "group and scales"),
+        (r#"{"weight": {"type": "int4"}}"#, "give `group` and `scales`"),
         (r#"{"grup": 4}"#, "grup"),
         (r#"{"activation": "rele"}"#, "activation"),
         (r#"{"norm": 3}"#, "norm"),
