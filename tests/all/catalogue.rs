@@ -110,7 +110,11 @@ async fn any_version_is_named() {
         assert_eq!(store.create_snapshot_at("newest", "latest").await.unwrap().version, 3);
         refused(store.create_snapshot_at("old", "3").await, ErrorKind::Conflict, &["'old'", "version 2"]);
         refused(store.create_snapshot_at("x", "99").await, ErrorKind::NotFound, &["version 99"]);
-        refused(store.create_snapshot_at("x", "nobody").await, ErrorKind::NotFound, &["'nobody'", "snapshots: old, newest, same"]);
+        refused(
+            store.create_snapshot_at("x", "nobody").await,
+            ErrorKind::NotFound,
+            &["'nobody'", "snapshots: old, newest, same"],
+        );
         refused(store.create_snapshot("latest").await, ErrorKind::InvalidInput, &["stands for the latest version"]);
         // The latest is that of the store, not of what the handle has seen.
         assert_eq!(other.at("latest").await.unwrap().version(), 3);
