@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
+use arrow::compute::cast;
+use arrow::datatypes::Schema;
 use lance::Dataset;
 use lance::dataset::transaction::Transaction;
 
@@ -173,8 +175,9 @@ impl<'a> Rewriting<'a> {
             Some((owner, all)) if *owner == artifact => *all += rows,
             _ => self.owners.push((artifact, rows)),
         }
-        // With all columns, so that all rows are alike.
+        // With all columns, and of the table's types, so that all rows are alike: a reader may have wider offsets than the table.
         let completed = self.shared.location.formats().completed(self.table.0, batch);
+        let completed = completed.and_then(|batch| with_types_of(&self.table.1, batch));
         let batch = completed.map_err(|e| Error::storage(format!("reading table '{}'", self.table.0), e))?;
         self.pending_bytes += batch.get_array_memory_size();
         self.pending.push(batch);
@@ -211,6 +214,19 @@ impl<'a> Rewriting<'a> {
         });
         placed.collect()
     }
+}
+
+/// Gives a batch's columns the types that they have in a table.
+fn with_types_of(dataset: &Dataset, batch: RecordBatch) -> arrow::error::Result<RecordBatch> {
+    let schema = batch.schema();
+    let mut fields = Vec::with_capacity(schema.fields().len());
+    let mut columns = Vec::with_capacity(schema.fields().len());
+    for (field, column) in schema.fields().iter().zip(batch.columns()) {
+        let wanted = dataset.schema().field(field.name()).map_or_else(|| field.data_type().clone(), |f| f.data_type());
+        columns.push(cast(column, &wanted)?);
+        fields.push(Arc::new(field.as_ref().clone().with_data_type(wanted)));
+    }
+    RecordBatch::try_new(Arc::new(Schema::new_with_metadata(fields, schema.metadata().clone())), columns)
 }
 
 #[cfg(test)]
