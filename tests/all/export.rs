@@ -374,7 +374,7 @@ fn the_command_says_what_the_file_does_not() {
     );
     let ran = place.run(&args("corrected"));
     assert!(ran.out.contains("2 biases added"), "{}", ran.out);
-    assert!(ran.err.contains("note: layer 'blocks.0.mix' and 1 others: a bias is added"), "{}", ran.err);
+    assert!(ran.err.contains("note: layer 'blocks.0.mix' and 1 more: a bias is added"), "{}", ran.err);
     // As it runs, by the command as well.
     let (file, x) = (formats::open(&file).unwrap(), place.path("x.npy").display().to_string());
     let inputs = layerstore::ActivationsFile::open(INPUTS).unwrap().get("blocks.0.mix", 48).unwrap().unwrap();
