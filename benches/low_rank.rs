@@ -3,7 +3,7 @@
 //!
 //! On the 36 linear layers of all-MiniLM-L6-v2's encoder where `demo/minilm` holds it (`make demo` fetches it). Three
 //! quarters of the tokens in `demo/calibration.safetensors` calibrate and the rest measure; or those of the files that
-//! `LAYERSTORE_CALIBRATION` and `LAYERSTORE_EVALUATION` name. Bits count everything that is stored but the biases.
+//! `LAYERSTORE_CALIBRATION` and `LAYERSTORE_EVALUATION` name. Layers are compressed without their biases; bits count everything that is stored.
 //! `svd` runs the comparison of decompositions alone. Other arguments choose options by part of their name, or are settings of your own as JSON:
 //! `cargo bench --bench low_rank -- '{"weight": {"type": "int3"}, "rank": 8}'`.
 

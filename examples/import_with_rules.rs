@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use comfy_table::{CellAlignment, Table, presets};
-use layerstore::{ImportOptions, ImportReport, Progress, Store, formats, import};
+use layerstore::{ErrorBasis, ImportOptions, ImportReport, Progress, Store, formats, import};
 
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 
@@ -124,7 +124,7 @@ fn print(report: &ImportReport) {
             layer.layer.clone(),
             layer.method.to_string(),
             layer.relative_error.map_or("-".into(), |e| format!("{e:.4}")),
-            layer.error_basis.as_str().into(),
+            measured_on(layer.error_basis).into(),
             layer.stored_bytes.to_string(),
             ratio(layer.dense_bytes, layer.stored_bytes),
         ]);
@@ -141,6 +141,14 @@ fn print(report: &ImportReport) {
     println!("{} bytes were new to the store", report.written_bytes);
     for rule in &report.unused_rules {
         eprintln!("warning: a rule took no layer: {rule}");
+    }
+}
+
+/// The inputs that an import has are those that it calibrates with.
+fn measured_on(basis: ErrorBasis) -> &'static str {
+    match basis {
+        ErrorBasis::Activations => "calibration",
+        ErrorBasis::Weights => "weights",
     }
 }
 

@@ -23,7 +23,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::compress::{
     self, ActivationsFile, Cancel, CopyReport, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport,
-    Progress, SharedDirections, SharedOptions, Training, TrainingReport,
+    Progress, RepairOptions, RepairReport, SharedDirections, SharedOptions, Training, TrainingReport,
 };
 use crate::error::{Error, Result};
 use crate::formats::TensorSource;
@@ -31,7 +31,7 @@ use crate::layer::{Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits,
 use crate::nn::{AttentionBlock, Module};
 use crate::store::{
     self, ArtifactInfo, Comparison, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary,
-    NearKey, Provenance, SnapshotInfo, Stats, StoreOptions, VerifyReport, VersionInfo,
+    NearKey, Provenance, SnapshotInfo, Stats, StoreOptions, VerifyDepth, VerifyReport, VersionInfo,
 };
 
 /// Defines methods that run those of the same name of the async type to their ends.
@@ -134,12 +134,24 @@ impl Store {
         Ok(Writer { writer: self.run(self.store.writer())?, runtime: self.runtime.clone() })
     }
 
-    /// Reads every artifact and holds it against its name. `seen` is told how many of how many are done.
+    /// Opens every version and snapshot, counts rows, reads every artifact and holds it against its name, and builds its layer.
     ///
     /// # Errors
     /// As [`Store::verify`](crate::Store::verify).
     pub fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
         self.run(self.store.verify(seen))
+    }
+
+    /// Looks for damage, as much as `depth` says, and says what helps. `seen` is told how many artifacts of how many were read.
+    ///
+    /// # Errors
+    /// As [`Store::verify_with`](crate::Store::verify_with).
+    pub fn verify_with(
+        &self,
+        depth: VerifyDepth,
+        seen: impl Fn(usize, usize) + Send + Sync + 'static,
+    ) -> Result<VerifyReport> {
+        self.run(self.store.verify_with(depth, seen))
     }
 
     /// Makes the index of every table of keys that has enough of them, or makes it anew. `progress` is told of each table
@@ -382,12 +394,20 @@ impl Writer {
         self.writer.made_by(recipe)
     }
 
+    /// Returns the artifact that was made by this recipe, if the store has it and it is what was written.
+    ///
+    /// # Errors
+    /// As [`Writer::reusable`](crate::Writer::reusable).
+    pub fn reusable(&mut self, recipe: &[u8; 32]) -> Result<Option<ArtifactInfo>> {
+        self.runtime.block_on(self.writer.reusable(recipe))
+    }
+
     /// Returns the bytes of parts written so far; what the store held already is not counted.
     pub fn written_bytes(&self) -> u64 {
         self.writer.written_bytes()
     }
 
-    /// Adds an artifact, unless the store has it. Returns its name, and whether it was new.
+    /// Adds an artifact, unless the store has it as it was written. Returns its name, and whether it is written.
     ///
     /// # Errors
     /// As [`Writer::add`](crate::Writer::add).
@@ -431,6 +451,14 @@ pub fn import(
     options: ImportOptions,
 ) -> Result<ImportReport> {
     store.run(compress::import(&store.store, source, model, options))
+}
+
+/// Makes a damaged store whole, as far as that can be done: [`repair`](crate::repair).
+///
+/// # Errors
+/// As there.
+pub fn repair(store: &Store, options: RepairOptions) -> Result<RepairReport> {
+    store.run(compress::repair(&store.store, options))
 }
 
 /// Writes a model as a safetensors checkpoint: [`export`](crate::export).

@@ -33,12 +33,12 @@ pub use layerstore_core::layer::registry::{method, methods};
 #[doc(inline)]
 pub use layerstore_core::layer::{
     Accuracy, Activation, ActivationFormat, ArtifactId, Backend, CodebookStep, CorrectionReport, DType, Decomposition,
-    Dense, DenseLayer, ExactSource, Gradients, Hit, KeyValueConfig, KeyValueLayer, Layer, Limit, LowRankConfig,
-    LowRankLayer, MaxBits, MaxError, Mechanism, Method, MethodConfig, MethodEntry, MethodKind, MethodName, ModuleLayer,
-    NormGradients, OnMisfit, Output, Parts, ProductFormat, QueryHits, Rank, Ranking, Refit, RmsNorm, Rounding,
-    RowFormat, RowType, Scaling, SearchReport, SearchSettings, SharedLayer, Sides, SvdMethod, TernaryConfig,
-    TernaryLayer, ThresholdMethod, VqAttentionConfig, VqAttentionLayer, check_rows, compress, layer_from_parts,
-    read_config, register, search_threshold,
+    Dense, DenseLayer, ExactSource, Gradients, Hit, KeyValueConfig, KeyValueLayer, Layer, LayerShape, Limit,
+    LowRankConfig, LowRankLayer, MaxBits, MaxError, Mechanism, Method, MethodConfig, MethodEntry, MethodKind,
+    MethodName, ModuleLayer, NormGradients, OnMisfit, Output, Parts, ProductFormat, QueryHits, Rank, Ranking, Refit,
+    RmsNorm, Rounding, RowFormat, RowType, Scaling, SearchReport, SearchSettings, SharedLayer, Sides, SvdMethod,
+    TernaryConfig, TernaryLayer, ThresholdMethod, VqAttentionConfig, VqAttentionLayer, check_rows, compress,
+    layer_from_parts, read_config, register, search_threshold,
 };
 #[doc(inline)]
 pub use layerstore_core::quant::{Clipping, Group, PackedMatrix, ScaleType, WeightFormat, WeightType};

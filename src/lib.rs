@@ -37,8 +37,8 @@
 //! # Where things are
 //!
 //! The crate root has the store ([`Store`], its [`Snapshot`]s and handles), the work on whole models ([`import`],
-//! [`evaluate`], [`export`], [`copy`], [`train_codebooks`], [`shared_directions`]) with its options and reports, the statistics
-//! that layers are calibrated with ([`Calibration`]), and [`Error`].
+//! [`evaluate`], [`export`], [`copy`], [`repair`], [`train_codebooks`], [`shared_directions`]) with its options and reports, the
+//! statistics that layers are calibrated with ([`Calibration`]), and [`Error`].
 //!
 //! | module | contents |
 //! |---|---|
@@ -71,10 +71,11 @@ pub mod nn;
 pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment};
 
 pub use compress::{
-    ActivationsFile, CalibrationFile, Cancel, CopyReport, Evaluation, ExportOptions, ExportReport, ImportOptions,
-    ImportReport, LayerEvaluation, LayerReport, Plan, PlannedLayer, Progress, Rule, Rules, SharedDirections,
-    SharedOptions, Silent, Training, TrainingReport, copy, evaluate, exact_layer, export, import, preview,
-    read_attention_settings, shared_directions, train_codebooks, write_statistics,
+    ActivationsFile, CalibrationFile, Cancel, CopyReport, Evaluation, ExportOptions, ExportReport, FailedSource,
+    ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan, PlannedLayer, Progress,
+    RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections, SharedOptions, Silent, Training,
+    TrainingReport, UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview, read_attention_settings,
+    repair, shared_directions, train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;
@@ -82,8 +83,8 @@ pub use store::{
     ArtifactInfo, AttentionHandle, ComparedLayer, ComparedModel, Comparison, CorruptArtifact, DEFAULT_CACHE_BYTES,
     DamagedMetadata, DeletedSnapshot, Diff, ErrorBasis, FORMAT_VERSION, GcReport, KeyIndexReport, LayerChange,
     LayerHandle, LayerName, LayerRecord, LayerState, ModelSummary, ModuleHandle, NearKey, OnWait, Provenance, Reader,
-    RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State, Stats, Store, StoreOptions,
-    VerifyReport, VersionInfo, Writer, load_backend, save_backend,
+    Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State, Stats, Store,
+    StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend, save_backend,
 };
 
 // The rest of the package names errors by this path.

@@ -81,8 +81,8 @@ impl Calibration {
     /// inputs, with a sample of them, which may be empty.
     ///
     /// # Errors
-    /// When shapes do not fit each other, a number is not finite, or the second moment is none: not symmetric, or with less on
-    /// its diagonal than the mean calls for.
+    /// When shapes do not fit each other, the sample has more rows than there were inputs, a number is not finite, a mean of |x| is
+    /// below that of x, or the second moment is none: not symmetric, or with less on its diagonal than the means call for.
     pub fn from_moments(
         tokens: u64,
         mean: Array1<f64>,
@@ -117,6 +117,18 @@ impl Calibration {
             }
         }
         require_finite(sample.view(), 0)?;
+        if sample.nrows() as u64 > tokens {
+            return Err(Error::expected(
+                "sample of the inputs",
+                format!("{} rows of {tokens} inputs", sample.nrows()),
+                format!("{tokens} rows at most"),
+            ));
+        }
+        // Both means may have been summed in f32, each in its own order.
+        if let Some(i) = (0..features).find(|&i| mean_abs[i] < 0.0 || mean_abs[i] < mean[i].abs() * (1.0 - 1e-3)) {
+            let least = format!("at least {}, the size of its mean", mean[i].abs());
+            return Err(Error::expected(format!("mean |x| of input {i}"), mean_abs[i], least));
+        }
         // Means come rounded to f32 where a file was written so.
         let least = |i: usize| mean[i] * mean[i] * (1.0 - 1e-5) - 1e-12;
         if let Some(i) = (0..features).find(|&i| diagonal[i] < least(i)) {
@@ -125,6 +137,10 @@ impl Calibration {
                 diagonal[i],
                 format!("at least {}, the square of its mean", mean[i] * mean[i]),
             ));
+        }
+        if let Some(i) = (0..features).find(|&i| mean_abs[i] * (1.0 - 1e-3) > diagonal[i].max(0.0).sqrt() + 1e-6) {
+            let most = format!("at most {}, the root of its second moment", diagonal[i].max(0.0).sqrt());
+            return Err(Error::expected(format!("mean |x| of input {i}"), mean_abs[i], most));
         }
         let moments = match second {
             SecondMoment::Diagonal(diagonal) => SecondMoments::Diagonal(diagonal),
@@ -550,7 +566,12 @@ mod tests {
         let full = |a: [[f64; 2]; 2]| SecondMoment::Full(ndarray::arr2(&a));
         let good = full([[2.0, 2.0], [2.0, 5.0]]);
         assert!(Calibration::from_moments(3, two(), two(), good.clone(), none()).is_ok());
+        let abs = |a, b| Array1::from(vec![a, b]);
         for (tokens, mean_abs, second, sample, expected) in [
+            (3, abs(1.0, -2.0), good.clone(), none(), "mean |x| of input 1: found -2, expected at least 2"),
+            (3, abs(0.5, 2.0), good.clone(), none(), "mean |x| of input 0: found 0.5, expected at least 1"),
+            (3, abs(1.0, 2.5), good.clone(), none(), "mean |x| of input 1: found 2.5, expected at most 2.2"),
+            (3, two(), good.clone(), Array2::zeros((4, 2)), "found 4 rows of 3 inputs, expected 3 rows at most"),
             (0, two(), good.clone(), none(), "0 tokens"),
             (3, Array1::zeros(3), good.clone(), none(), "2 each"),
             (3, two(), good.clone(), Array2::zeros((1, 5)), "2 each"),

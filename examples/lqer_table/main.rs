@@ -73,7 +73,7 @@ fn rule(settings: &str) -> String {
 }
 
 /// Imports the checkpoint under these rules and opens it from a snapshot; with it, the bits per weight of the least layer
-/// that a rule took: biases, of which there are none, aside.
+/// that a rule took.
 async fn model(
     store: &Store,
     checkpoint: &Path,
@@ -88,7 +88,7 @@ async fn model(
     };
     let report = import(store, formats::open(checkpoint)?, name, options).await?;
     let taken = report.layers.iter().filter(|l| l.method.as_str() == "low_rank");
-    let bits = taken.map(|l| l.bits_per_weight).fold(f64::INFINITY, f64::min);
+    let bits = taken.filter_map(|l| l.bits_per_weight).fold(f64::INFINITY, f64::min);
     Ok((Peer::open(&store.latest().await?, name).await?, bits))
 }
 

@@ -3,10 +3,9 @@
 use serde::Serialize;
 
 use super::escape;
-use super::output::{bytes, error, ratio, table, time};
+use super::output::{bits, bytes, error, measured_over, ratio, table, time};
 use super::settings::{changes, pair};
 use super::{Context, SnapshotCommand};
-use crate::compress::stored_bits;
 use crate::error::Result;
 use crate::store::{LayerRecord, LayerState, SnapshotInfo};
 
@@ -38,16 +37,19 @@ pub async fn layers(context: &Context, model: &str) -> Result<u8> {
                 l.method.to_string(),
                 format!("{} × {}", l.out_features, l.in_features),
                 error(l.relative_error),
+                measured_over(l.relative_error, l.error_basis).into(),
                 bytes(l.stored_bytes),
                 ratio(l.dense_bytes, l.stored_bytes),
+                bits(l.bits_per_weight()),
                 l.artifact.to_string()[..12].to_owned(),
             ]
         });
-        table(&["layer", "method", "shape", "error", "stored", "ratio", "artifact"], rows)
+        table(&["layer", "method", "shape", "error", "over", "stored", "ratio", "bits", "artifact"], rows)
     })?;
     Ok(0)
 }
 
+/// A row of the catalogue, and what follows from it.
 #[derive(Serialize)]
 struct Shown<'a> {
     #[serde(flatten)]
@@ -59,19 +61,26 @@ struct Shown<'a> {
 
 pub async fn show(context: &Context, model: &str, layer: &str) -> Result<u8> {
     let handle = context.snapshot().await?.layer(model, layer).await?;
+    if context.verify_loads {
+        handle.load().await?;
+    }
     let record = handle.record();
-    let shown = Shown { bits_per_weight: stored_bits(record), notes: record.notes(), record };
+    let shown = Shown { record, bits_per_weight: record.bits_per_weight(), notes: record.notes() };
     context.output.result(&shown, |shown| {
         let r = shown.record;
+        let over = match measured_over(r.relative_error, r.error_basis) {
+            "" => String::new(),
+            over => format!(" over {over}"),
+        };
         let mut rows = vec![
             vec!["model".into(), r.model.clone()],
             vec!["layer".into(), r.layer.clone()],
             vec!["method".into(), r.method.to_string()],
             vec!["shape".into(), format!("{} × {}", r.out_features, r.in_features)],
-            vec!["error".into(), format!("{} over {}", error(r.relative_error), r.error_basis.as_str())],
+            vec!["error".into(), format!("{}{over}", error(r.relative_error))],
             vec!["dense".into(), bytes(r.dense_bytes)],
             vec!["stored".into(), format!("{} ({})", bytes(r.stored_bytes), ratio(r.dense_bytes, r.stored_bytes))],
-            vec!["bits".into(), shown.bits_per_weight.map_or("-".into(), |bits| format!("{bits:.2}"))],
+            vec!["bits per weight".into(), bits(shown.bits_per_weight)],
             vec!["artifact".into(), r.artifact.to_string()],
             vec!["time (UTC)".into(), time(r.created_at)],
             vec!["file".into(), r.source.file.clone()],

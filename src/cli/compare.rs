@@ -3,9 +3,8 @@
 use clap::Args;
 
 use super::Context;
-use super::output::{bytes, error, ratio, table};
+use super::output::{basis, bytes, error, ratio, table};
 use super::settings::{changes, pair};
-use super::summary::basis;
 use crate::error::{Error, Result};
 use crate::store::{ComparedLayer, ComparedModel, Comparison, ErrorBasis, LayerState, Snapshot, Store};
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::escape;
-use super::output::{bytes, error, ratio, table};
+use super::output::{bits, bytes, error, measured_over, ratio, table};
 use super::signals::cancel_on_interrupt;
 use super::summary::{FEW_LAYERS, summary};
 use super::{Context, ImportArgs};
@@ -97,7 +97,7 @@ fn planned(plan: &Plan) -> String {
             format!("{} × {}", l.out_features, l.in_features),
             if l.calibrated { "yes".into() } else { String::new() },
             l.expected_bytes.map_or("by its numbers".into(), bytes),
-            l.bits_per_weight.map_or(String::new(), |bits| format!("{bits:.2}")),
+            bits(l.bits_per_weight),
             l.expected_bytes.map_or(String::new(), |expected| ratio(l.dense_bytes, expected)),
         ]
     });
@@ -135,10 +135,10 @@ fn each(report: &ImportReport) -> String {
             format!("{} × {}", l.out_features, l.in_features),
             error(l.relative_error),
             l.correction.uncorrected_error.map_or(String::new(), |e| error(Some(e))),
-            l.error_basis.as_str().into(),
+            measured_over(l.relative_error, l.error_basis).into(),
             bytes(l.stored_bytes),
             ratio(l.dense_bytes, l.stored_bytes),
-            format!("{:.2}", l.bits_per_weight),
+            bits(l.bits_per_weight),
             if l.reused { "yes".into() } else { String::new() },
             format!("{:.2} s", l.seconds),
         ]

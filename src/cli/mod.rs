@@ -60,14 +60,21 @@ enum Format {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Put a checkpoint into the store, each layer compressed by the first rule that takes it.
+    /// Put a checkpoint into the store, each layer compressed by the first rule that takes it. Errors over "calibration" are
+    /// measured on the calibration inputs themselves: evaluate measures on others.
     Import(ImportArgs),
     /// List the models.
     Models,
     /// List the layers of a model.
     Layers { model: String },
     /// Show everything the catalogue knows of one layer.
-    Show { model: String, layer: String },
+    Show {
+        model: String,
+        layer: String,
+        /// Also read the layer's arrays, and fail unless they hash to their artifact's name.
+        #[arg(long)]
+        verify: bool,
+    },
     /// Run a layer, or a module with the layers that it is made of, on inputs.
     Forward(ForwardArgs),
     /// Run an attention block, its projections included, on a sequence.
@@ -96,7 +103,8 @@ enum Command {
     },
     /// Show how two models, or two versions of one, differ: errors and bytes side by side, the largest difference of errors first.
     Compare(compare::CompareArgs),
-    /// Measure a model's layers on inputs, against their dense weights.
+    /// Measure a model's layers on inputs, against their dense weights, and attention blocks against exact attention. Inputs that
+    /// no layer was calibrated with tell what the model is worth; what cannot be measured is listed with the reason.
     Evaluate(EvaluateArgs),
     /// Name the latest version, list the names, or delete one.
     #[command(subcommand)]
@@ -121,13 +129,20 @@ enum Command {
         model: String,
         #[arg(long, short, value_name = "FILE.safetensors")]
         output: PathBuf,
+        /// Fail unless the arrays of every layer hash to its artifact's name.
+        #[arg(long)]
+        verify: bool,
         /// Write also what a weight and a bias do not say, without it: a norm before a layer's weight, an activation after it. A note
         /// says where.
         #[arg(long)]
         allow_approximate: bool,
     },
-    /// Open every version and snapshot, hash every artifact and compare with its name; exit 1 when anything is damaged.
-    Verify,
+    /// Look for damage, and say what helps: open every version and snapshot, count rows, hash every artifact and compare with its
+    /// name, and build its layer. Exit 1 when anything is damaged.
+    Verify(VerifyArgs),
+    /// Make a damaged store whole, as far as that can be done: complete what the list of artifacts or a table has lost, and make
+    /// damaged artifacts again or take them from another store. Exit 1 when something is still damaged.
+    Repair(RepairArgs),
     /// Remove what no snapshot and no recent version reaches; only counts unless --apply. Nothing is removed where a table lacks
     /// what they reach.
     Gc {
@@ -140,6 +155,28 @@ enum Command {
     },
     /// Count models, layers, versions and bytes.
     Stats,
+}
+
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+struct VerifyArgs {
+    /// Only open versions and snapshots and count rows: no artifact is read.
+    #[arg(long)]
+    quick: bool,
+    /// Also run every layer on fixed inputs: outputs have to be finite and of the shape that the catalogue says.
+    #[arg(long)]
+    deep: bool,
+}
+
+#[derive(Debug, Args)]
+struct RepairArgs {
+    /// Where to get damaged artifacts from: the checkpoint that their layers were imported from, or another store that has them. May
+    /// be given more than once; the first that has one is used.
+    #[arg(long, value_name = "CHECKPOINT|STORE")]
+    from: Vec<String>,
+    /// The calibration that the layers of the checkpoint were imported with.
+    #[arg(long, value_name = "FILE", requires = "from")]
+    calibration: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -185,6 +222,9 @@ struct ForwardArgs {
     /// Of a key–value layer: use as few keys as certify this relative error for each input.
     #[arg(long, value_name = "E", conflicts_with = "exact")]
     max_error: Option<f64>,
+    /// Fail unless the arrays that are read hash to their artifacts' names.
+    #[arg(long)]
+    verify: bool,
 }
 
 #[derive(Debug, Args)]
@@ -213,7 +253,7 @@ struct NearestArgs {
     /// How many keys to show.
     #[arg(long, value_name = "N", default_value_t = 10)]
     count: usize,
-    /// Only keys of this model; may be given more than once.
+    /// Only keys of this model, which has to be there; may be given more than once.
     #[arg(long, value_name = "MODEL")]
     among: Vec<String>,
 }
@@ -311,15 +351,15 @@ fn run_to_the_end(cli: Cli) -> u8 {
 
 async fn run(cli: Cli) -> Result<u8> {
     let output = Output::new(cli.format == Format::Json, cli.quiet);
-    let context = Context { store: cli.store, at: cli.at, output };
+    let context = Context { store: cli.store, at: cli.at, verify_loads: cli.command.verifies_loads(), output };
     match cli.command {
         Command::Import(args) => import::import(&context, args).await,
-        Command::Export { model, output, allow_approximate } => {
+        Command::Export { model, output, allow_approximate, verify: _ } => {
             import::export(&context, &model, &output, allow_approximate).await
         }
         Command::Models => catalogue::models(&context).await,
         Command::Layers { model } => catalogue::layers(&context, &model).await,
-        Command::Show { model, layer } => catalogue::show(&context, &model, &layer).await,
+        Command::Show { model, layer, verify: _ } => catalogue::show(&context, &model, &layer).await,
         Command::Snapshot(command) => catalogue::snapshot(&context, command).await,
         Command::Restore { name } => catalogue::restore(&context, &name).await,
         Command::Log => catalogue::log(&context).await,
@@ -336,9 +376,22 @@ async fn run(cli: Cli) -> Result<u8> {
         Command::Rename { model, name } => catalogue::rename(&context, &model, &name).await,
         Command::Compare(args) => compare::compare(&context, args).await,
         Command::Evaluate(args) => run::evaluate(&context, args).await,
-        Command::Verify => maintain::verify(&context).await,
+        Command::Verify(args) => maintain::verify(&context, args).await,
+        Command::Repair(args) => maintain::repair(&context, args).await,
         Command::Gc { older_than, apply } => maintain::gc(&context, older_than, apply).await,
         Command::Stats => maintain::stats(&context).await,
+    }
+}
+
+impl Command {
+    /// Whether the command is to hold all that it loads against its name.
+    fn verifies_loads(&self) -> bool {
+        match self {
+            Command::Forward(ForwardArgs { verify, .. })
+            | Command::Show { verify, .. }
+            | Command::Export { verify, .. } => *verify,
+            _ => false,
+        }
     }
 }
 
@@ -364,6 +417,7 @@ const READ_A_VERSION: [&str; 14] = [
 struct Context {
     store: String,
     at: Option<String>,
+    verify_loads: bool,
     output: Output,
 }
 
@@ -380,7 +434,7 @@ impl Context {
     fn options(&self) -> StoreOptions {
         let output = self.output;
         let on_wait = OnWait::new(move |what| output.note(format!("{what} (Ctrl-C gives up)")));
-        StoreOptions { on_wait: Some(on_wait), ..StoreOptions::default() }
+        StoreOptions { on_wait: Some(on_wait), verify_loads: self.verify_loads, ..StoreOptions::default() }
     }
 
     /// The version that a reading command reads.

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::escape;
 use crate::compress::Progress;
 use crate::error::{Error, Result, counted};
+use crate::store::ErrorBasis;
 
 /// Where results and notes go.
 #[derive(Debug, Clone, Copy)]
@@ -87,6 +88,24 @@ pub fn ratio(dense: u64, stored: u64) -> String {
 /// An error for a person.
 pub fn error(value: Option<f64>) -> String {
     value.map_or("-".into(), |e| format!("{e:.4}"))
+}
+
+/// What stored errors of a basis were measured over, for a person: an import has no other inputs than those that it calibrates with.
+pub fn basis(basis: ErrorBasis) -> &'static str {
+    match basis {
+        ErrorBasis::Activations => "calibration",
+        ErrorBasis::Weights => "weights",
+    }
+}
+
+/// What a stored error was measured over, for a person; nothing where there is none.
+pub fn measured_over(error: Option<f64>, over: ErrorBasis) -> &'static str {
+    error.map_or("", |_| basis(over))
+}
+
+/// Bits for each weight, for a person.
+pub fn bits(value: Option<f64>) -> String {
+    value.map_or("-".into(), |bits| format!("{bits:.2}"))
 }
 
 /// A time for a person.

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::escape;
-use super::output::{bytes, error, ratio, table};
+use super::output::{bits, bytes, error, ratio, table};
 use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::compress::{self, ActivationsFile};
 use crate::error::{Error, Result, closest, counted};
@@ -215,16 +215,24 @@ pub async fn evaluate(context: &Context, args: EvaluateArgs) -> Result<u8> {
                 l.search.mean_certified_error.map_or(String::new(), |e| format!("{e:.4}")),
                 bytes(l.stored_bytes),
                 ratio(l.dense_bytes, l.stored_bytes),
-                format!("{:.2}", l.bits_per_weight),
+                bits(l.bits_per_weight),
             ]
         });
         let head = ["layer", "method", "error", "uncorrected", "rank", "keys", "certified", "stored", "ratio", "bits"];
-        let layers = table(&head, rows);
-        format!(
-            "{layers}\nmean relative error of {}: {}",
-            counted(evaluation.layers.len(), "layer", "layers"),
-            error(evaluation.mean_relative_error)
-        )
+        let measured = counted(evaluation.layers.len(), "measured layer", "measured layers");
+        let mean = error(evaluation.mean_relative_error);
+        let mean = format!("mean relative error of {measured} over these activations: {mean}\n");
+        let unmeasured =
+            evaluation.unmeasured.iter().map(|l| vec![l.layer.clone(), l.method.to_string(), l.reason.clone()]);
+        let unmeasured = match evaluation.unmeasured.len() {
+            0 => String::new(),
+            left => format!(
+                "\nnot measured: {}\n{}",
+                counted(left, "layer", "layers"),
+                table(&["layer", "method", "why"], unmeasured)
+            ),
+        };
+        format!("{}\n{mean}{unmeasured}", table(&head, rows))
     })?;
     Ok(0)
 }

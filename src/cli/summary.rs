@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::output::{bytes, error, ratio, table};
+use super::output::{basis, bytes, error, ratio, table};
 use crate::compress::LayerReport;
 use crate::store::ErrorBasis;
 
@@ -14,14 +14,6 @@ const MOST_KINDS: usize = 24;
 
 /// Layers that are named for their errors, of each thing that errors are measured over.
 const WORST: usize = 5;
-
-/// What an error was measured over, for a person.
-pub fn basis(basis: ErrorBasis) -> &'static str {
-    match basis {
-        ErrorBasis::Activations => "calibration",
-        ErrorBasis::Weights => "weights",
-    }
-}
 
 /// Returns the layers by kind and the worst of them, as two tables.
 pub fn summary(layers: &[LayerReport]) -> String {
@@ -126,7 +118,7 @@ mod tests {
             error_basis: basis,
             dense_bytes: 2048,
             stored_bytes: 1024,
-            bits_per_weight: 8.0,
+            bits_per_weight: Some(8.0),
             correction: CorrectionReport::default(),
             search: SearchReport::default(),
             notes: vec![],

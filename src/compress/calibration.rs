@@ -80,6 +80,39 @@ impl ActivationsFile {
         }
     }
 
+    /// Returns the path that it was opened by.
+    pub(super) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Returns how many inputs `layer` has; `None` where it has no tensor.
+    pub(super) fn tokens(&self, layer: &str) -> Option<usize> {
+        self.file.tensors().get(layer).map(|tensor| tensor.shape.first().copied().unwrap_or(0))
+    }
+
+    /// Refuses inputs for `layer` that could not be used, as [`ActivationsFile::get`] does, and keeps nothing of them.
+    ///
+    /// # Errors
+    /// As [`ActivationsFile::get`].
+    pub(super) fn check_values(&self, layer: &str, in_features: usize) -> Result<()> {
+        match self.file.tensors().get(layer) {
+            Some(tensor) if self.check(layer, in_features)? => {
+                let source: &dyn TensorSource = &self.file;
+                source.refuse_not_finite(tensor)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads the inputs of a layer that has some.
+    ///
+    /// # Errors
+    /// As [`ActivationsFile::get`], and when there are none.
+    pub(super) fn required(&self, layer: &str, in_features: usize) -> Result<Array2<f32>> {
+        self.get(layer, in_features)?
+            .ok_or_else(|| Error::expected(format!("activations of '{layer}'"), "none", "a tensor of that name"))
+    }
+
     /// Reads the inputs of `layer`, `[tokens, in_features]`; `None` where there are none.
     ///
     /// # Errors
@@ -155,11 +188,12 @@ impl CalibrationFile {
 
     /// Rows that [`Calibration::sample`] will have for `layer`.
     pub fn sample_rows(&self, layer: &str) -> usize {
-        let tensor = match &self.kind {
-            Kind::Activations(file) => file.file.tensors().get(layer),
-            Kind::Statistics(file) => file.tensor(layer, "sample"),
+        let rows = match &self.kind {
+            Kind::Activations(file) => file.tokens(layer).unwrap_or(0),
+            Kind::Statistics(file) => {
+                file.tensor(layer, "sample").and_then(|sample| sample.shape.first().copied()).unwrap_or(0)
+            }
         };
-        let rows = tensor.and_then(|tensor| tensor.shape.first().copied()).unwrap_or(0);
         rows.min(layerstore_core::calibration::SAMPLE_ROWS)
     }
 
@@ -188,13 +222,7 @@ impl CalibrationFile {
     /// As [`CalibrationFile::get`].
     pub(super) fn check_values(&self, layer: &str, in_features: usize) -> Result<()> {
         match &self.kind {
-            Kind::Activations(file) => match file.file.tensors().get(layer) {
-                Some(tensor) if file.check(layer, in_features)? => {
-                    let source: &dyn TensorSource = &file.file;
-                    source.refuse_not_finite(tensor)
-                }
-                _ => Ok(()),
-            },
+            Kind::Activations(file) => file.check_values(layer, in_features),
             Kind::Statistics(file) => file.get(layer, in_features).map(drop),
         }
     }
@@ -490,7 +518,21 @@ mod tests {
         }
         let mut negative = full();
         negative[0].3 = (-4i64).to_le_bytes().to_vec();
-        write(&path, &negative, &[mark]);
-        assert!(CalibrationFile::open(&path).unwrap().get("q", 2).unwrap_err().to_string().contains("-4"));
+        let mut no_size = full();
+        no_size[2].3 = f32s(&[0.5, -1.0]);
+        let mut sampled = full();
+        sampled.push(("q.sample", DType::F32, vec![5, 2], f32s(&[0.5; 10])));
+        for (tensors, found) in [
+            (negative, "'q.count': found -4"),
+            (no_size, "layer 'q': mean |x| of input 1: found -1, expected at least 1"),
+            (sampled, "layer 'q': sample of the inputs: found 5 rows of 4 inputs, expected 4 rows at most"),
+        ] {
+            write(&path, &tensors, &[mark]);
+            let file = CalibrationFile::open(&path).unwrap();
+            for error in [file.get("q", 2).unwrap_err(), file.check_values("q", 2).unwrap_err()] {
+                assert_eq!(error.kind(), crate::error::ErrorKind::InvalidInput);
+                assert!(error.to_string().contains(found), "{error}");
+            }
+        }
     }
 }

@@ -101,7 +101,7 @@ impl<'a> Selected<'a> {
         for handle in &self.layers {
             let record = handle.record();
             progress.layer(&record.layer);
-            let there = writer.has(&record.artifact);
+            let there = cancel.unless(writer.is_sound(record.artifact)).await?;
             if !there {
                 let parts = cancel.unless(handle.load()).await?.to_parts();
                 if parts.id() != record.artifact {

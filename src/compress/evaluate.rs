@@ -1,19 +1,19 @@
 //! A model's layers against the dense weights they stand for.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2};
 use serde::Serialize;
 
 use super::calibration::ActivationsFile;
-use super::measure::measure;
-use super::plan::bits_per_weight;
+use super::measurable::{Measurable, UnmeasuredLayer, measurable};
+use super::measure::{measure, measure_attention, projected};
+use super::reference::Reference;
 use super::unapplied::such_as;
-use crate::error::{Error, Result, closest, known_list};
+use crate::error::{Error, Result, closest};
 use crate::formats::TensorSource;
-use crate::layer::{CorrectionReport, ExactSource, MethodName, SearchReport, SharedLayer};
-use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Snapshot};
+use crate::layer::{CorrectionReport, MethodName, SearchReport, SharedLayer, VqAttentionLayer};
+use crate::store::{ErrorBasis, LayerRecord, Snapshot};
 use crate::tasks::unwrap_join;
 
 /// One layer's error.
@@ -23,7 +23,8 @@ pub struct LayerEvaluation {
     pub layer: String,
     /// The method that it is compressed by.
     pub method: MethodName,
-    /// ‖ŷ − y‖ / ‖y‖ over the inputs; `None`, `null` in JSON, where y is zero.
+    /// ‖ŷ − y‖ / ‖y‖ over the inputs; `None`, `null` in JSON, where y is zero. Of an attention block, y are the outputs of the heads
+    /// under exact attention, for queries, keys and values that the dense projections make of their inputs.
     pub relative_error: Option<f64>,
     /// What the error is measured on.
     pub error_basis: ErrorBasis,
@@ -33,8 +34,8 @@ pub struct LayerEvaluation {
     pub dense_bytes: u64,
     /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
-    /// Stored bits for each weight, the bias and everything else counted.
-    pub bits_per_weight: f64,
+    /// Stored bits for each weight, the bias and everything else counted; `None` for attention blocks, which have none.
+    pub bits_per_weight: Option<f64>,
     /// What the layer's correction gains; empty for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
@@ -43,24 +44,46 @@ pub struct LayerEvaluation {
     pub search: SearchReport,
 }
 
+impl LayerEvaluation {
+    /// Returns the evaluation of a layer on so many inputs that measured this error.
+    fn new(record: &LayerRecord, tokens: usize, (error, error_basis): (f64, ErrorBasis)) -> Self {
+        LayerEvaluation {
+            layer: record.layer.clone(),
+            method: record.method.clone(),
+            relative_error: Some(error).filter(|e| e.is_finite()),
+            error_basis,
+            tokens,
+            dense_bytes: record.dense_bytes,
+            stored_bytes: record.stored_bytes,
+            bits_per_weight: record.bits_per_weight(),
+            correction: CorrectionReport::default(),
+            search: SearchReport::default(),
+        }
+    }
+}
+
 /// A model's errors.
 #[derive(Debug, Clone, Serialize)]
 pub struct Evaluation {
     /// The model.
     pub model: String,
-    /// The layers, by name.
+    /// The layers that were measured, by name.
     pub layers: Vec<LayerEvaluation>,
     /// The mean of the errors above.
     pub mean_relative_error: Option<f64>,
+    /// All other layers of the model, by name.
+    pub unmeasured: Vec<UnmeasuredLayer>,
     /// Inputs that no layer of the model is named after.
     pub unmatched_activations: Vec<String>,
 }
 
 /// Runs every layer of `model` that has inputs in `activations`, and compares with the weights of `checkpoint`, or with
-/// the dense weights of the same tensor in the store.
+/// the dense weights of the same tensor in the store. Attention blocks whose projections of queries, keys and values have inputs
+/// are compared with exact attention. What cannot be measured is named.
 ///
 /// # Errors
-/// When there is no such model, inputs do not fit, no inputs are for it, or there is nothing to compare with.
+/// When there is no such model, or no inputs are for it. When inputs do not fit or hold a number that is not finite, or there is
+/// nothing to compare with: all that is wrong is found before the first layer runs, and told in one error.
 pub async fn evaluate(
     snapshot: &Snapshot,
     model: &str,
@@ -79,28 +102,72 @@ pub async fn evaluate(
             format!("inputs for layers of model '{model}', such as '{}'", near.concat()),
         ));
     }
-    let dense = if checkpoint.is_none() { dense_by_source(snapshot).await? } else { HashMap::new() };
     let unmatched_activations = unmatched.into_iter().map(str::to_owned).collect();
-    let mut layers = Vec::new();
-    for record in records {
-        // Inputs named after a norm or an embedding's table are for no product with a matrix.
-        if record.source.tensors.first().is_none_or(|t| t.shape.len() != 2) {
-            continue;
-        }
-        let Some(inputs) = activations.get(&record.layer, record.in_features as usize)? else { continue };
-        let weight = match &checkpoint {
-            Some(checkpoint) => reference(&**checkpoint, &record)?,
-            None => stored_reference(snapshot, &dense, &record).await?,
-        };
-        let handle = snapshot.handle(record.clone());
-        let layer = handle.load().await?;
-        let measured =
-            tokio::task::spawn_blocking(move || evaluate_layer(&record, &layer, weight.view(), inputs.view())).await;
-        layers.push(unwrap_join(measured)?.map_err(|e| e.in_layer(&handle.record().layer))?);
+    let reference = Reference::new(snapshot, checkpoint).await?;
+    let activations = Arc::new(activations);
+    let (measurables, unmeasured) = {
+        let (activations, reference) = (activations.clone(), reference.clone());
+        unwrap_join(tokio::task::spawn_blocking(move || measurable(&records, &activations, &reference)).await)??
+    };
+    let work = Work { snapshot, activations, reference };
+    let mut layers = Vec::with_capacity(measurables.len());
+    for measurable in measurables {
+        layers.push(match measurable {
+            Measurable::Linear(record) => {
+                let name = record.layer.clone();
+                work.linear(record).await.map_err(|e| e.in_layer(&name))?
+            }
+            Measurable::Block(record, projections) => {
+                work.block(&record, &projections).await.map_err(|e| e.in_layer(&record.layer))?
+            }
+        });
     }
     let errors: Vec<f64> = layers.iter().filter_map(|l| l.relative_error).collect();
     let mean_relative_error = (!errors.is_empty()).then(|| errors.iter().sum::<f64>() / errors.len() as f64);
-    Ok(Evaluation { model: model.to_owned(), layers, mean_relative_error, unmatched_activations })
+    Ok(Evaluation { model: model.to_owned(), layers, mean_relative_error, unmeasured, unmatched_activations })
+}
+
+/// What layers are measured with.
+struct Work<'a> {
+    snapshot: &'a Snapshot,
+    activations: Arc<ActivationsFile>,
+    reference: Reference,
+}
+
+impl Work<'_> {
+    async fn linear(&self, record: LayerRecord) -> Result<LayerEvaluation> {
+        let weight = self.reference.weight(&record).await?;
+        let layer = self.snapshot.handle(record.clone()).load().await?;
+        let activations = self.activations.clone();
+        let measured = tokio::task::spawn_blocking(move || {
+            let inputs = activations.required(&record.layer, record.in_features as usize)?;
+            evaluate_layer(&record, &layer, weight.view(), inputs.view())
+        });
+        unwrap_join(measured.await)?
+    }
+
+    async fn block(&self, record: &LayerRecord, projections: &[LayerRecord; 3]) -> Result<LayerEvaluation> {
+        let layer = self.snapshot.handle(record.clone()).load().await?;
+        let layer = layer.downcast_ref::<VqAttentionLayer>().cloned();
+        let layer = layer.ok_or_else(|| Error::expected("layer to measure", &record.method, "vq_attention"))?;
+        let [query, key, value] = projections;
+        let (q, k, v) = (self.projected(query).await?, self.projected(key).await?, self.projected(value).await?);
+        let tokens = q.nrows();
+        let measured = tokio::task::spawn_blocking(move || measure_attention(&layer, [&q, &k, &v]));
+        let error = unwrap_join(measured.await)??;
+        Ok(LayerEvaluation::new(record, tokens, (error, ErrorBasis::Activations)))
+    }
+
+    /// What a dense projection makes of its inputs.
+    async fn projected(&self, record: &LayerRecord) -> Result<Array2<f32>> {
+        let (weight, bias) = (self.reference.weight(record).await?, self.reference.bias(record).await?);
+        let (activations, record) = (self.activations.clone(), record.clone());
+        let made = tokio::task::spawn_blocking(move || {
+            let inputs = activations.required(&record.layer, record.in_features as usize)?;
+            Ok::<_, Error>(projected(inputs.view(), weight.view(), bias.as_ref()))
+        });
+        unwrap_join(made.await)?
+    }
 }
 
 fn evaluate_layer(
@@ -109,96 +176,10 @@ fn evaluate_layer(
     weight: ArrayView2<f32>,
     inputs: ArrayView2<f32>,
 ) -> Result<LayerEvaluation> {
-    let (error, error_basis) = measure(&**layer, weight, Some(inputs))?;
+    let measured = measure(&**layer, weight, Some(inputs))?;
     Ok(LayerEvaluation {
-        bits_per_weight: bits_per_weight(record.stored_bytes, record.out_features, record.in_features),
         correction: layer.correction_report(weight, Some(inputs)),
         search: layer.search_report(inputs)?,
-        layer: record.layer.clone(),
-        method: record.method.clone(),
-        relative_error: Some(error).filter(|e| e.is_finite()),
-        error_basis,
-        tokens: inputs.nrows(),
-        dense_bytes: record.dense_bytes,
-        stored_bytes: record.stored_bytes,
+        ..LayerEvaluation::new(record, inputs.nrows(), measured)
     })
-}
-
-/// A layer's weight in a checkpoint: by the tensor it came from, else by its name.
-fn reference(checkpoint: &dyn TensorSource, record: &LayerRecord) -> Result<Array2<f32>> {
-    let source = record.source.tensors.first().map(|t| t.tensor.as_str());
-    let named = format!("{}.weight", record.layer);
-    let entry = source.and_then(|name| checkpoint.tensor(name)).or_else(|| checkpoint.tensor(&named));
-    let entry = entry.ok_or_else(|| {
-        let near = closest(&named, checkpoint.tensors().keys().map(String::as_str), 3);
-        Error::expected(
-            format!("weights of layer '{}'", record.layer),
-            format!("no such tensor in {}", checkpoint.path().display()),
-            format!("'{named}'; {}", known_list("closest names", &near)),
-        )
-    })?;
-    let weight = checkpoint.matrix(entry)?;
-    if weight.dim() != (record.out_features as usize, record.in_features as usize) {
-        return Err(Error::expected(
-            format!("shape of tensor '{}' in {}", entry.name, checkpoint.path().display()),
-            format!("{:?}", weight.dim()),
-            format!("({}, {}), the layer's", record.out_features, record.in_features),
-        ));
-    }
-    Ok(weight)
-}
-
-/// Dense layers of a snapshot, by the hash of the tensor that their weight came from.
-async fn dense_by_source(snapshot: &Snapshot) -> Result<HashMap<String, LayerRecord>> {
-    Ok(dense_layers(snapshot)
-        .await?
-        .into_iter()
-        .filter_map(|r| Some((r.source.tensors.first()?.hash.clone(), r)))
-        .collect())
-}
-
-async fn dense_layers(snapshot: &Snapshot) -> Result<Vec<LayerRecord>> {
-    Ok(snapshot.records().await?.into_iter().filter(|r| r.method == "dense").collect())
-}
-
-async fn stored_reference(
-    snapshot: &Snapshot,
-    dense: &HashMap<String, LayerRecord>,
-    record: &LayerRecord,
-) -> Result<Array2<f32>> {
-    let found = record.source.tensors.first().and_then(|t| dense.get(&t.hash));
-    let Some(found) = found else {
-        return Err(Error::expected(
-            format!("dense weights of layer '{}'", record.layer),
-            "none in the store",
-            "a model of the same checkpoint with that layer dense, or --checkpoint",
-        ));
-    };
-    snapshot.handle(found.clone()).load().await?.weight()
-}
-
-/// Returns the layer to run for an exact answer: itself where everything it needs is stored in it, else the dense layer
-/// of the same tensors; see [`ExactSource`].
-///
-/// # Errors
-/// When the store holds no dense weights for a quantised layer.
-pub async fn exact_layer(snapshot: &Snapshot, handle: &LayerHandle) -> Result<SharedLayer> {
-    let layer = handle.load().await?;
-    let source = layer.exact_source();
-    if source == ExactSource::Layer {
-        return Ok(layer);
-    }
-    // The bias has to be the same too: a tied weight may be another layer's, without one.
-    let hashes = |r: &LayerRecord| r.source.tensors.iter().map(|t| t.hash.clone()).collect::<Vec<_>>();
-    let wanted = hashes(handle.record());
-    let found = dense_layers(snapshot).await?.into_iter().find(|r| !wanted.is_empty() && hashes(r) == wanted);
-    match found {
-        Some(record) => snapshot.handle(record).load().await,
-        None if source == ExactSource::DenseOrLayer => Ok(layer),
-        None => Err(Error::expected(
-            format!("dense weights of layer '{}'", handle.record().layer),
-            "none in the store",
-            "a model of the same checkpoint with that layer dense; a quantised layer alone cannot answer exactly",
-        )),
-    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use chrono::Utc;
-use layerstore_core::layer::{dtype_name, registry};
+use layerstore_core::layer::dtype_name;
 use ndarray::ArrayView2;
 use serde::Serialize;
 use serde_json::Value;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::attention::{PlannedBlock, block_recipe, make_block};
 use super::calibration::CalibrationFile;
 use super::measure::measure;
-use super::plan::{Planned, Work, bits_per_weight};
+use super::plan::{Planned, Work};
 use super::preflight::checked;
 use super::recipe::Recipe;
 use super::rules::Rules;
@@ -25,7 +25,7 @@ use crate::layer::parts::Tensor;
 use crate::layer::{CorrectionReport, DenseLayer, KeyValueLayer, Layer, MethodName, Parts, SearchReport, SharedLayer};
 use crate::store::{
     ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, adapted, check_model_name,
-    source_tensors,
+    source_tensors, weight_bits,
 };
 use crate::tasks::unwrap_join;
 
@@ -83,7 +83,7 @@ pub struct LayerReport {
     /// The artifact's name, in hex.
     pub artifact: String,
     /// ‖ŷ − y‖ / ‖y‖ over the calibration inputs where the layer had some, else ‖Ŵ − W‖ / ‖W‖; `None` where there is no such
-    /// number.
+    /// number. On the inputs that the layer was made for it is less than on others, which [`evaluate`](super::evaluate()) measures.
     pub relative_error: Option<f64>,
     /// What the error is measured on.
     pub error_basis: ErrorBasis,
@@ -91,8 +91,8 @@ pub struct LayerReport {
     pub dense_bytes: u64,
     /// Bytes of the artifact's arrays.
     pub stored_bytes: u64,
-    /// Stored bits for each weight, the bias and everything else counted.
-    pub bits_per_weight: f64,
+    /// Stored bits for each weight, the bias and everything else counted; `null` in JSON for layers without weights.
+    pub bits_per_weight: Option<f64>,
     /// What its correction gains; empty for layers that were not made anew, and for methods without one.
     #[serde(flatten)]
     pub correction: CorrectionReport,
@@ -169,10 +169,10 @@ impl Prepared {
     pub(crate) async fn new(source: Arc<dyn TensorSource>, model: &str, options: ImportOptions) -> Result<Self> {
         check_model_name(model)?;
         let ImportOptions { rules, calibration, message, progress, cancel } = options;
-        let inputs = Arc::new(Inputs { source, calibration });
+        let inputs = Arc::new(Inputs { source, calibration: calibration.map(Arc::new) });
         let work = {
             let (inputs, cancel) = (inputs.clone(), cancel.clone());
-            move || checked(&*inputs.source, &rules, inputs.calibration.as_ref(), &cancel)
+            move || checked(&*inputs.source, &rules, inputs.calibration.as_deref(), &cancel)
         };
         let work = unless_cancelled(&cancel, work).await?;
         Ok(Prepared { model: model.to_owned(), work, inputs, message, progress, cancel })
@@ -186,7 +186,7 @@ impl Prepared {
         let Prepared { model, work, inputs, message, progress, cancel } = self;
         let Work { layers, blocks, unused_rules, notes, misfits: _ } = work;
         let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
-        let given = inputs.calibration.iter().flat_map(CalibrationFile::layers);
+        let given = inputs.calibration.iter().flat_map(|calibration| calibration.layers());
         let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
         let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
         progress.started(layers.len() + blocks.len(), bytes);
@@ -205,6 +205,9 @@ impl Prepared {
     }
 }
 
+/// What is said of a layer that the store had, when what it had was not what was written.
+const DAMAGED: &str = "what the store had of it was damaged: it was made again";
+
 /// What a report says beside what became of the layers.
 struct Remarks {
     unused_rules: Vec<String>,
@@ -213,13 +216,13 @@ struct Remarks {
 }
 
 /// What layers are made from.
-struct Inputs {
-    source: Arc<dyn TensorSource>,
-    calibration: Option<CalibrationFile>,
+pub(super) struct Inputs {
+    pub source: Arc<dyn TensorSource>,
+    pub calibration: Option<Arc<CalibrationFile>>,
 }
 
 /// A layer that an import makes, or finds made. Its methods do blocking work.
-trait Item: Clone + Send + Sync + 'static {
+pub(super) trait Item: Clone + Send + Sync + 'static {
     fn name(&self) -> &str;
 
     /// `(out_features, in_features)`.
@@ -239,14 +242,14 @@ trait Item: Clone + Send + Sync + 'static {
 }
 
 /// A layer that was made.
-struct Compressed {
-    parts: Parts,
+pub(super) struct Compressed {
+    pub parts: Parts,
     /// What a person should know of it.
     notes: Vec<String>,
     search: SearchReport,
     correction: CorrectionReport,
-    relative_error: Option<f64>,
-    error_basis: ErrorBasis,
+    pub relative_error: Option<f64>,
+    pub error_basis: ErrorBasis,
 }
 
 impl Item for Planned {
@@ -281,7 +284,7 @@ impl Item for Planned {
         if let Some(method) = &self.method {
             recipe.settings(method);
             if self.calibrated {
-                recipe.calibration(inputs.calibration.as_ref(), &self.source.name)?;
+                recipe.calibration(inputs.calibration.as_deref(), &self.source.name)?;
             }
         }
         Ok((recipe.finish(), source))
@@ -379,11 +382,11 @@ impl Item for PlannedBlock {
     }
 
     fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)> {
-        Ok((block_recipe(&*inputs.source, self, inputs.calibration.as_ref())?, Source::default()))
+        Ok((block_recipe(&*inputs.source, self, inputs.calibration.as_deref())?, Source::default()))
     }
 
     fn make(&self, inputs: &Inputs) -> Result<Compressed> {
-        let (layer, error) = make_block(&*inputs.source, self, inputs.calibration.as_ref())?;
+        let (layer, error) = make_block(&*inputs.source, self, inputs.calibration.as_deref())?;
         Ok(Compressed {
             parts: layer.to_parts(),
             notes: vec![],
@@ -431,17 +434,22 @@ impl<'a> ImportSession<'a> {
             unless_cancelled(self.cancel, move || item.recipe(&inputs)).await?
         };
         let writer = self.writer.as_mut().ok_or(Error::Cancelled)?;
-        let (mut notes, mut search) = (vec![], SearchReport::default());
-        let (stored, correction, reused) = match writer.made_by(&recipe).cloned() {
+        let (mut notes, mut search): (Vec<String>, _) = (vec![], SearchReport::default());
+        let there = writer.made_by(&recipe).is_some();
+        let (stored, correction, reused) = match self.cancel.unless(writer.reusable(&recipe)).await? {
             Some(stored) => (stored, CorrectionReport::default(), true),
             None => {
+                if there {
+                    notes.push(DAMAGED.to_owned());
+                }
                 let work = {
                     let (inputs, item) = (inputs.clone(), item.clone());
                     unless_cancelled(self.cancel, move || item.make(&inputs)).await
                 };
                 let made = work.map_err(|e| e.in_layer(item.name()))?;
                 let Compressed { parts, correction, relative_error, error_basis, notes: more, search: found } = made;
-                (notes, search) = (more, found);
+                notes.extend(more);
+                search = found;
                 let made = writer.add(&parts, Provenance { recipe, relative_error, error_basis });
                 let (_, new) = self.cancel.unless(made).await.map_err(|e| e.in_layer(item.name()))?;
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
@@ -535,11 +543,7 @@ impl Done {
             error_basis: stored.error_basis,
             dense_bytes: self.dense_bytes,
             stored_bytes: stored.stored_bytes,
-            bits_per_weight: match registry::is_linear(&stored.method) {
-                true => bits_per_weight(stored.stored_bytes, self.out_features, self.in_features),
-                // They have none.
-                false => 0.0,
-            },
+            bits_per_weight: weight_bits(&stored.method, stored.stored_bytes, (self.out_features, self.in_features)),
             correction: self.correction.clone(),
             search: self.search.clone(),
             notes: self.notes.clone(),
@@ -569,7 +573,7 @@ impl Done {
 }
 
 /// Runs blocking work, and stops waiting for it when somebody asks.
-async fn unless_cancelled<T: Send + 'static>(
+pub(super) async fn unless_cancelled<T: Send + 'static>(
     cancel: &Cancel,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

@@ -1,7 +1,5 @@
 //! Which rule takes which layer of a source, found and checked before any layer is worked on.
 
-use layerstore_core::layer::registry;
-
 use super::attention::{PlannedBlock, blocks};
 use super::calibration::CalibrationFile;
 use super::misfits::Misfits;
@@ -9,8 +7,7 @@ use super::rules::Rules;
 use super::unapplied::unapplied;
 use crate::error::Result;
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
-use crate::layer::MethodConfig;
-use crate::store::LayerRecord;
+use crate::layer::{LayerShape, MethodConfig};
 
 /// A layer, and what is to become of it.
 #[derive(Debug, Clone)]
@@ -28,6 +25,11 @@ impl Planned {
     /// Rows and columns: a vector is one column, more dimensions fold into the columns.
     pub fn shape(&self) -> (u64, u64) {
         shape_of(&self.source.content)
+    }
+
+    /// The lengths that the method's settings are held against.
+    pub fn lengths(&self) -> Result<LayerShape> {
+        lengths_of(&self.source.content)
     }
 
     /// Bytes in the source, the bias counted; of a layer that comes ready, those of its numbers as f32.
@@ -52,6 +54,15 @@ fn shape_of(content: &SourceContent) -> (u64, u64) {
         }
         SourceContent::Ready { layer, .. } => (layer.out_features() as u64, layer.in_features() as u64),
     }
+}
+
+fn lengths_of(content: &SourceContent) -> Result<LayerShape> {
+    let (out_features, in_features) = shape_of(content);
+    let has_bias = match content {
+        SourceContent::Tensors { bias, .. } => bias.is_some(),
+        SourceContent::Ready { layer, .. } => layer.stored_bias()?.is_some(),
+    };
+    Ok(LayerShape { out_features: out_features as usize, in_features: in_features as usize, has_bias })
 }
 
 /// All that an import does.
@@ -89,31 +100,18 @@ pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option
         };
         // The method that compresses nothing is to leave everything as it is, bit for bit.
         method = method.filter(|method| method.name() != "dense");
-        let (out_features, in_features) = shape_of(&source.content);
+        let in_features = shape_of(&source.content).1 as usize;
         let calibrated = match (&method, calibration) {
-            (Some(_), Some(calibration)) => {
-                misfits.keep(&source.name, calibration.check(&source.name, in_features as usize))
-            }
+            (Some(_), Some(calibration)) => misfits.keep(&source.name, calibration.check(&source.name, in_features)),
             _ => Some(false),
         };
         // With inputs that do not fit, nothing more can be said of the method.
         if let (Some(method), Some(calibrated)) = (&method, calibrated) {
-            misfits.keep(&source.name, method.check(out_features as usize, in_features as usize, calibrated));
+            let checked = lengths_of(&source.content).and_then(|shape| method.check(shape, calibrated));
+            misfits.keep(&source.name, checked);
         }
         planned.push(Planned { source, method, calibrated: calibrated.unwrap_or(false), rule });
     }
     let unused = rules.iter().zip(used).filter(|(_, used)| !used).map(|(rule, _)| rule.described());
     Work { layers: planned, blocks, unused_rules: unused.collect(), notes, misfits }
-}
-
-/// Stored bits for each weight of a layer of the catalogue; `None` where it stands for no weight matrix.
-pub(crate) fn stored_bits(record: &LayerRecord) -> Option<f64> {
-    let bits = || bits_per_weight(record.stored_bytes, record.out_features, record.in_features);
-    registry::is_linear(&record.method).then(bits)
-}
-
-/// Stored bits for each of `out_features × in_features` weights; 0 where there are none.
-pub(super) fn bits_per_weight(stored_bytes: u64, out_features: u64, in_features: u64) -> f64 {
-    let weights = out_features.saturating_mul(in_features);
-    if weights == 0 { 0.0 } else { 8.0 * stored_bytes as f64 / weights as f64 }
 }

@@ -1,17 +1,17 @@
 //! What an import would do, said before it does it: the dry run.
 
-use layerstore_core::layer::registry;
 use serde::Serialize;
 
 use super::attention::PlannedBlock;
 use super::calibration::CalibrationFile;
-use super::plan::{Planned, Work, bits_per_weight};
+use super::plan::{Planned, Work};
 use super::preflight::checked;
 use super::rules::Rules;
 use super::work::Cancel;
 use crate::error::Result;
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::MethodName;
+use crate::store::weight_bits;
 
 /// What would become of a layer.
 #[derive(Debug, Clone, Serialize)]
@@ -32,7 +32,7 @@ pub struct PlannedLayer {
     pub dense_bytes: u64,
     /// Bytes to be stored; `null` where they follow from the numbers: keys that fall below a cut, a rank by error.
     pub expected_bytes: Option<u64>,
-    /// Stored bits for each weight.
+    /// Bits to be stored for each weight, all of these bytes counted; `null` where they are not known, or there are no weights.
     pub bits_per_weight: Option<f64>,
 }
 
@@ -61,14 +61,7 @@ pub fn preview(source: &dyn TensorSource, rules: &Rules, calibration: Option<&Ca
         let expected_bytes = match (&planned.method, &planned.source.content) {
             (None, SourceContent::Tensors { .. }) => Some(dense_bytes),
             (None, SourceContent::Ready { layer, .. }) => Some(layer.to_parts().stored_bytes()),
-            (Some(method), content) => {
-                let has_bias = match content {
-                    SourceContent::Tensors { bias, .. } => bias.is_some(),
-                    SourceContent::Ready { layer, .. } => layer.stored_bias()?.is_some(),
-                };
-                let weight = method.expected_bytes(out_features as usize, in_features as usize)?;
-                weight.map(|bytes| bytes as u64 + if has_bias { 4 * out_features } else { 0 })
-            }
+            (Some(method), _) => method.expected_bytes(planned.lengths()?)?.map(|bytes| bytes as u64),
         };
         let method = match (&planned.method, &planned.source.content) {
             (Some(method), _) => method.name(),
@@ -82,9 +75,7 @@ pub fn preview(source: &dyn TensorSource, rules: &Rules, calibration: Option<&Ca
             calibrated: planned.calibrated,
             dense_bytes,
             expected_bytes,
-            bits_per_weight: expected_bytes
-                .filter(|_| registry::is_linear(&method))
-                .map(|bytes| bits_per_weight(bytes, out_features, in_features)),
+            bits_per_weight: expected_bytes.and_then(|bytes| weight_bits(&method, bytes, (out_features, in_features))),
             method,
             layer: planned.source.name,
         })

@@ -11,7 +11,7 @@ use crate::layer::ArtifactId;
 use crate::store::SourceTensor;
 
 /// Raise it when a method comes to make other parts from the same settings: what the old code made is not reused then.
-const RECIPE_VERSION: u32 = 3;
+const RECIPE_VERSION: u32 = 4;
 
 /// The pieces of a recipe on their way into a hash, each preceded by its length.
 pub(super) struct Recipe(blake3::Hasher);

@@ -1,13 +1,13 @@
 //! Arrays in files: `.npy`, or one tensor of a `.safetensors` (`file.safetensors:name`), f32 or f16.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufRead, BufReader, BufWriter, Seek, Write};
 use std::path::Path;
 
 use half::f16;
 use layerstore_core::layer::to_f32;
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, IxDyn};
-use npyz::{DType as NpyType, NpyFile, Order, TypeChar, WriterBuilder};
+use npyz::{DType as NpyType, NpyFile, NpyHeader, Order, TypeChar, WriterBuilder};
 
 use super::merged::{self, NewTensor};
 use super::regular;
@@ -136,7 +136,9 @@ fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
         let found = regular::kind_of_content(start).unwrap_or(unknown);
         return Err(Error::file(path, format!("the file is {found}; expected an .npy array")));
     }
-    let npy = NpyFile::new(file).map_err(|e| wrong(e.to_string()))?;
+    let header = NpyHeader::from_reader(&mut file).map_err(|e| wrong(e.to_string()))?;
+    let data = size.saturating_sub(file.stream_position().map_err(|e| Error::io(path, e))?);
+    let npy = NpyFile::with_header(header, file);
     let shape = npy.shape().to_vec();
     if npy.order() != Order::C && shape.len() > 1 {
         return Err(wrong("it is in Fortran order; save it with numpy.ascontiguousarray".into()));
@@ -148,8 +150,12 @@ fn read_npy(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
     };
     let width = kind.size_field();
     // Before anything is allocated: the header may claim any shape.
-    if elements.and_then(|n| n.checked_mul(width)).is_none_or(|bytes| bytes > size) {
-        return Err(wrong(format!("its header claims shape {shape:?} in a file of {size} bytes")));
+    let claimed = elements.and_then(|n| n.checked_mul(width));
+    if claimed != Some(data) {
+        let expected = claimed.map_or("more than there can be".to_owned(), |n| n.to_string());
+        return Err(wrong(format!(
+            "found {data} bytes after its header, which claims shape {shape:?}, expected {expected}"
+        )));
     }
     let values = match (kind.type_char(), width) {
         (TypeChar::Float, 4) => npy.into_vec::<f32>().map_err(|e| wrong(e.to_string()))?,
@@ -295,7 +301,17 @@ mod tests {
         bytes.extend((header.len() as u16).to_le_bytes());
         bytes.extend(header.as_bytes());
         std::fs::write(folder.path().join("huge.npy"), &bytes).unwrap();
-        refuse(&at("huge.npy"), "claims shape");
+        refuse(&at("huge.npy"), "found 0 bytes after its header, which claims shape [4000000000000, 4], expected 64");
+        // What is cut off, or goes on.
+        write_array(&at("x.npy"), array![[1.0, 2.0]].view(), false).unwrap();
+        let whole = std::fs::read(at("x.npy")).unwrap();
+        for (bytes, found) in [(&whole[..whole.len() - 1], 7), (&[&whole[..], b"junk"].concat()[..], 12)] {
+            std::fs::write(at("x.npy"), bytes).unwrap();
+            refuse(
+                &at("x.npy"),
+                &format!("found {found} bytes after its header, which claims shape [1, 2], expected 8"),
+            );
+        }
     }
 
     proptest! {

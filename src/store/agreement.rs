@@ -9,12 +9,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use arrow::array::{AsArray, RecordBatch};
 use futures::TryStreamExt;
 use lance::Dataset;
+use lance::table::format::Fragment;
 
 use super::catalogue;
 use super::location::Location;
 use super::record::{LOCATIONS, LayerName, RowLocations, locations_of, named_layers};
 use super::schema::LAYERS;
-use super::waiting::{Waiting, storage_error};
+use super::waiting::{Waiting, is_refused, reason, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
 
@@ -115,8 +116,26 @@ pub struct DataTables<'a> {
 struct DataTable {
     dataset: Dataset,
     files: HashSet<String>,
-    /// Rows of each artifact, once they were counted.
-    rows: Option<HashMap<ArtifactId, u64>>,
+    /// Once they were counted.
+    rows: Option<Counted>,
+}
+
+/// The rows of a table.
+#[derive(Debug, Default)]
+struct Counted {
+    /// Rows of each artifact, in the fragments that can be read.
+    rows: HashMap<ArtifactId, u64>,
+    /// Fragments that cannot be read.
+    unreadable: Vec<Unreadable>,
+}
+
+/// A fragment of a table that cannot be read.
+#[derive(Debug, Clone)]
+pub struct Unreadable {
+    /// The name of its data file.
+    pub file: String,
+    /// Why it cannot be read.
+    pub reason: String,
 }
 
 impl<'a> DataTables<'a> {
@@ -137,8 +156,15 @@ impl<'a> DataTables<'a> {
         Ok(self.tables.get_mut(name).and_then(Option::as_mut))
     }
 
+    /// Returns the fragments that could not be read when the rows of a table were counted, of each table where there are some.
+    pub fn unreadable(&self) -> impl Iterator<Item = (&str, &Unreadable)> {
+        let counted = self.tables.iter().filter_map(|(name, table)| Some((name, table.as_ref()?.rows.as_ref()?)));
+        counted.flat_map(|(name, counted)| counted.unreadable.iter().map(move |fragment| (name.as_str(), fragment)))
+    }
+
     /// Returns why a table does not hold the rows that an artifact is said to have; `None` where all do. Rows are not counted
-    /// where the files that they were written to are still the tables', unless `count`.
+    /// where the files that they were written to are still the tables', unless `count`. Those of a file that cannot be read are not
+    /// there.
     ///
     /// # Errors
     /// When a table cannot be read.
@@ -150,15 +176,18 @@ impl<'a> DataTables<'a> {
             if !count && wanted.ranges.iter().all(|range| table.files.contains(&range.file)) {
                 continue;
             }
-            let rows = match &mut table.rows {
-                Some(rows) => rows,
-                none => none.insert(counted(&table.dataset).during(format!("counting rows of table '{name}'")).await?),
+            let counted = match &mut table.rows {
+                Some(counted) => counted,
+                none => none.insert(count_rows(name, &table.dataset).await?),
             };
-            let found = rows.get(&id).copied().unwrap_or_default();
+            let found = counted.rows.get(&id).copied().unwrap_or_default();
             if found < wanted.rows {
                 let version = table.dataset.version_id();
                 let found = format!("version {version} of table '{name}', its latest, holds {found}");
-                return Ok(Some(format!("{found} of its {} rows", wanted.rows)));
+                let lies_in = |file: &&Unreadable| wanted.ranges.iter().any(|range| range.file == file.file);
+                let why =
+                    counted.unreadable.iter().find(lies_in).map_or(String::new(), |file| format!(": {}", file.reason));
+                return Ok(Some(format!("{found} of its {} rows{why}", wanted.rows)));
             }
         }
         Ok(None)
@@ -170,9 +199,36 @@ pub fn data_files(dataset: &Dataset) -> HashSet<String> {
     dataset.fragments().iter().filter_map(|fragment| Some(fragment.files.first()?.path.clone())).collect()
 }
 
-async fn counted(dataset: &Dataset) -> lance::Result<HashMap<ArtifactId, u64>> {
+/// Counts the rows of a table: fragment by fragment where not all of them can be read.
+async fn count_rows(table: &str, dataset: &Dataset) -> Result<Counted> {
+    let action = || format!("counting rows of table '{table}'");
+    let mut counted = Counted::default();
+    match counted_in(dataset, None).caught().await {
+        Ok(rows) => counted.rows = rows,
+        // Nothing is known of rows that the system does not let us read.
+        Err(e) if is_refused(&e) => return Err(storage_error(action())(e)),
+        Err(_) => {
+            for fragment in dataset.fragments().iter() {
+                match counted_in(dataset, Some(fragment)).caught().await {
+                    Ok(rows) => rows.into_iter().for_each(|(id, n)| *counted.rows.entry(id).or_default() += n),
+                    Err(e) if is_refused(&e) => return Err(storage_error(action())(e)),
+                    Err(e) => counted.unreadable.push(Unreadable {
+                        file: fragment.files.first().map_or(String::new(), |file| file.path.clone()),
+                        reason: reason(&e),
+                    }),
+                }
+            }
+        }
+    }
+    Ok(counted)
+}
+
+async fn counted_in(dataset: &Dataset, fragment: Option<&Fragment>) -> lance::Result<HashMap<ArtifactId, u64>> {
     let mut scan = dataset.scan();
     scan.project(&["artifact"])?;
+    if let Some(fragment) = fragment {
+        scan.with_fragments(vec![fragment.clone()]);
+    }
     let mut batches = scan.try_into_stream().await?;
     let mut rows = HashMap::new();
     while let Some(batch) = batches.try_next().await? {
@@ -194,7 +250,7 @@ pub fn disagreement(location: &Location, count: usize, first: &str) -> Error {
         message: format!(
             "nothing was removed, since the tables disagree about {count} of the artifacts that versions to be kept name: {first}. A \
              table that is older than the others (of a copy made while the store was written to, or with a lost manifest) is \
-             completed by the next import; `layerstore verify` lists all that is missing"
+             completed by the next import, or by `layerstore repair`; `layerstore verify` lists all that is missing"
         ),
         source: None,
     }

@@ -14,6 +14,7 @@ use arrow::error::ArrowError;
 use bytes::Bytes;
 use ndarray::{Array2, s};
 
+use super::record::RowLocations;
 use super::schema::Table;
 use crate::error::{Error, Result};
 use crate::layer::parts::{Codebook, Codes, Factor, Keys, Tensor, WeightRows};
@@ -48,9 +49,9 @@ pub enum Layout {
 }
 
 impl Layout {
-    /// Returns the layout of an artifact that has rows in tables of these names.
-    pub fn of_tables<'a>(mut names: impl Iterator<Item = &'a str>) -> Self {
-        match names.any(|name| Table::named(name).is_some_and(Table::is_blocks)) {
+    /// Returns the layout of an artifact whose rows are there.
+    pub fn of(locations: &RowLocations) -> Self {
+        match locations.0.keys().any(|name| Table::named(name).is_some_and(Table::is_blocks)) {
             true => Layout::Blocks,
             false => Layout::Rows,
         }
@@ -127,6 +128,11 @@ impl ArtifactRows {
         let arrays = arrays.chain(tensors.into_iter().map(Part::Tensor)).filter(|array| array.rows() > 0);
         let arrays = arrays.map(|array| array.stored(layout, sizes.block)).collect::<Result<_>>()?;
         Ok(ArtifactRows { id, arrays, batch_bytes: sizes.batch, held_bytes })
+    }
+
+    /// Returns the artifact's name.
+    pub fn id(&self) -> ArtifactId {
+        self.id
     }
 
     /// Returns the tables that the artifact has rows in, and how many, array by array.
@@ -374,6 +380,7 @@ fn byte_rows(bytes: Buffer, rows: usize) -> std::result::Result<ArrayRef, ArrowE
 mod tests {
     use super::*;
     use crate::layer::parts::Side;
+    use crate::store::record::TableRows;
     use crate::store::tables::{add_rows, all_of};
     use proptest::prelude::*;
     use serde_json::json;
@@ -462,8 +469,9 @@ mod tests {
                 }
                 prop_assert_eq!(back.id(), id);
                 prop_assert_eq!(&back, &parts);
-                prop_assert_eq!(Layout::of_tables(tables(&rows).iter().map(|t| t.name()).collect::<Vec<_>>().iter().map(String::as_str)),
-                    if parts.weights.is_some() { layout } else { Layout::Rows });
+                let place = |(table, rows): (Table, u64)| (table.name(), TableRows { rows, ranges: vec![] });
+                let locations = RowLocations(rows.tables().map(place).collect());
+                prop_assert_eq!(Layout::of(&locations), if parts.weights.is_some() { layout } else { Layout::Rows });
             }
         }
     }

@@ -14,9 +14,9 @@ use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows, read_a
 use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, Table};
 use super::tables::{add_rows, all_of};
-use super::waiting::{Waiting, reason, storage_error};
+use super::waiting::{Waiting, is_refused, reason, storage_error};
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, Parts};
+use crate::layer::{ArtifactId, Parts, layer_from_parts};
 use crate::tasks::unwrap_join;
 
 /// The data side of a store, for reading.
@@ -33,9 +33,12 @@ impl Data {
     }
 
     /// Reads an artifact's record.
-    async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when it is not listed, and when the storage refuses.
+    pub async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
         let filter = format!("artifact = X'{id}'");
-        self.listed(Some(&filter)).await?.into_values().next().ok_or_else(|| Error::Corrupt {
+        self.listed(Some(&filter)).await?.into_iter().next().ok_or_else(|| Error::Corrupt {
             artifact: id.to_string(),
             reason: "the table of artifacts does not list it".into(),
         })
@@ -46,32 +49,44 @@ impl Data {
     /// # Errors
     /// When the storage refuses.
     pub async fn records(&self) -> Result<Vec<ArtifactRecord>> {
-        Ok(self.listed(None).await?.into_values().collect())
+        let mut records = BTreeMap::new();
+        for record in self.listings().await? {
+            records.entry(record.artifact).or_insert(record);
+        }
+        Ok(records.into_values().collect())
     }
 
-    async fn listed(&self, filter: Option<&str>) -> Result<BTreeMap<ArtifactId, ArtifactRecord>> {
+    /// Reads all records in their order, each as often as it was written.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn listings(&self) -> Result<Vec<ArtifactRecord>> {
+        self.listed(None).await
+    }
+
+    async fn listed(&self, filter: Option<&str>) -> Result<Vec<ArtifactRecord>> {
         let dataset = match self.location.open_table(ARTIFACTS, None).await {
             Ok(dataset) => dataset,
-            Err(lance::Error::DatasetNotFound { .. }) => return Ok(BTreeMap::new()),
+            Err(lance::Error::DatasetNotFound { .. }) => return Ok(vec![]),
             Err(e) => return Err(storage_error("opening the table of artifacts")(e)),
         };
         let formats = self.location.formats();
         let read = async {
             let mut scan = dataset.scan();
-            scan.project(&formats.known_columns(ARTIFACTS, &dataset))?.batch_size(batch_rows(&dataset));
+            scan.project(&formats.known_columns(ARTIFACTS, &dataset))?
+                .scan_in_order(true)
+                .batch_size(batch_rows(&dataset));
             if let Some(filter) = filter {
                 scan.filter(filter)?;
             }
             scan.try_into_stream().await?.try_collect().await
         };
         let batches: Vec<RecordBatch> = read.during("reading the table of artifacts").await?;
-        let mut records = BTreeMap::new();
+        let mut records = vec![];
         for batch in batches {
             let completed = formats.completed(ARTIFACTS, batch);
             let batch = completed.map_err(|e| Error::storage("reading the table of artifacts", e))?;
-            for record in read_artifacts(&batch)? {
-                records.entry(record.artifact).or_insert(record);
-            }
+            records.extend(read_artifacts(&batch)?);
         }
         Ok(records)
     }
@@ -124,6 +139,36 @@ impl Data {
         }
     }
 
+    /// Reads the parts of a layer's artifact from where the list says that they are, and holds them against its name. Where it is not
+    /// listed, they are read from where the catalogue says.
+    ///
+    /// # Errors
+    /// As [`Data::verified`].
+    pub async fn verified_layer(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
+        match self.record(layer.artifact).await {
+            Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => {
+                self.verified(&layer.artifact_record()).await
+            }
+            record => self.verified(&record?).await,
+        }
+    }
+
+    /// Reads the parts of an artifact, and holds them against its name. Where the record has the catalogue's settings, which may be
+    /// more than those that are part of the name, the parts that are returned have those alone.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when they are not what its name stands for, and as [`Data::parts`].
+    pub async fn verified(self: &Arc<Self>, record: &ArtifactRecord) -> Result<Parts> {
+        let id = record.artifact;
+        let parts = self.parts(record).await?;
+        let named = tokio::task::spawn_blocking(move || {
+            let found = parts.id();
+            let parts = if found == id { Some(parts) } else { layer_from_parts(parts).ok().map(|l| l.to_parts()) };
+            parts.filter(|parts| found == id || parts.id() == id).ok_or_else(|| other_content(id, found))
+        });
+        unwrap_join(named.await)?
+    }
+
     fn layer_of(&self, layer: &LayerRecord, found: Vec<Vec<RecordBatch>>) -> Result<Parts> {
         let formats = self.location.formats();
         assembled(
@@ -161,31 +206,40 @@ impl Data {
         )
     }
 
+    /// Closes files of a table that have gone.
+    pub async fn forget(&self, table: &str, files: impl IntoIterator<Item = String>) {
+        self.files.forget(table, files).await;
+    }
+
     /// Reads one table's rows of an artifact: where they were written if they are still there, else by search.
-    async fn rows(&self, id: ArtifactId, table: &str, rows: &TableRows) -> Result<Vec<RecordBatch>> {
-        let unreadable =
-            |e: &lance::Error| corrupt(id, format!("its rows in table '{table}' cannot be read: {}", reason(e)));
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when they are not there or cannot be decoded, and when the storage refuses.
+    pub async fn rows(&self, id: ArtifactId, table: &str, rows: &TableRows) -> Result<Vec<RecordBatch>> {
         let locations = RowLocations([(table.to_owned(), rows.clone())].into());
         let failure = match self.at_locations(&locations).await {
             Ok(found) if complete(id, &locations, &found) => return Ok(found.into_iter().flatten().collect()),
             Ok(_) => None,
             Err(e) => Some(e),
         };
-        let found = async {
+        let search = async {
             let dataset = self.location.open_table(table, None).await?;
             let columns = self.location.formats().known_columns(table, &dataset);
             by_search(&dataset, id, &columns, rows.rows as usize).await
         };
-        match found.caught().await {
-            Ok(batches) if all_of(&batches, id, rows.rows) => Ok(batches),
-            Ok(batches) => {
-                let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
-                Err(failure.map_or_else(
-                    || corrupt(id, format!("table '{table}' holds {found} of its {} rows", rows.rows)),
-                    |e| unreadable(&e),
-                ))
-            }
-            Err(e) => Err(unreadable(&failure.unwrap_or(e))),
+        let (found, searched) = match search.caught().await {
+            Ok(batches) if all_of(&batches, id, rows.rows) => return Ok(batches),
+            Ok(batches) => (batches.iter().map(RecordBatch::num_rows).sum(), None),
+            Err(e) => (0usize, Some(e)),
+        };
+        // Where they were is more telling than a search.
+        let failures: Vec<lance::Error> = failure.into_iter().chain(searched).collect();
+        let missing = || format!("table '{table}' holds {found} of its {} rows", rows.rows);
+        let unreadable = |e| format!("its rows in table '{table}' cannot be read: {}", reason(e));
+        let why = failures.first().map_or_else(missing, unreadable);
+        match failures.into_iter().find(is_refused) {
+            Some(refused) => Err(storage_error(format!("reading table '{table}'"))(refused)),
+            None => Err(corrupt(id, why)),
         }
     }
 
@@ -198,11 +252,25 @@ impl Data {
             move || files.direct_rows(&wanted)
         });
         let local = local.await.map_err(|e| lance::Error::wrapped(Box::new(e)))?;
-        let found = match local.map_err(|e| lance::Error::io_source(Box::new(e)))? {
+        let found = match local.map_err(local_error)? {
             Some(batches) => batches.into_iter().map(|batch| vec![batch]).collect(),
             None => self.files.decoded_rows(&wanted).await?,
         };
         Ok(by_table(locations, found))
+    }
+}
+
+/// Returns the error of an artifact whose content has another name.
+pub fn other_content(id: ArtifactId, found: ArtifactId) -> Error {
+    corrupt(id, format!("its content hashes to {found}"))
+}
+
+/// The error of a local file that cannot be read, or is not what was written.
+fn local_error(e: std::io::Error) -> lance::Error {
+    use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+    match e.kind() {
+        InvalidData | UnexpectedEof => lance::Error::corrupt_file_named("of the table", e.to_string()),
+        _ => lance::Error::io_source(Box::new(e)),
     }
 }
 

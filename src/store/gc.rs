@@ -1,17 +1,15 @@
 //! Removing what no snapshot and no recent version reaches.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{AsArray, RecordBatch, StringArray};
+use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::{DataType, UInt64Type};
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
 use lance::Dataset;
 use lance::dataset::cleanup::{CleanupPolicy, CleanupPolicyBuilder};
 use lance::dataset::optimize::{CompactionOptions, compact_files};
-use lance::dataset::{MergeInsertBuilder, WhenMatched, WhenNotMatched};
 use serde::Serialize;
 
 use super::agreement::{DataTables, Names, data_files, disagreement, require_whole};
@@ -19,7 +17,8 @@ use super::catalogue;
 use super::listing::{data_tables, disk_bytes, staged_files};
 use super::location::{Location, Place};
 use super::lock;
-use super::record::{ArtifactRecord, LOCATIONS, RowRange, TableRows, read_artifacts};
+use super::record::{ArtifactRecord, RowRange, TableRows, read_artifacts};
+use super::relist::relist;
 use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, LAYERS, Table};
 use super::versions::{self, VersionInfo};
@@ -203,8 +202,8 @@ async fn remove(location: &Location, survey: Survey) -> Result<()> {
         }
     }
     if let Some(dataset) = open(location, ARTIFACTS, true).await? {
-        kept.retain(|artifact, _| moved.contains(artifact));
-        let dataset = relist(dataset, &kept).await?;
+        let moved = kept.into_iter().filter(|(artifact, _)| moved.contains(artifact));
+        let dataset = relist(dataset, &moved.map(|(artifact, record)| (artifact, record.locations)).collect()).await?;
         dataset.cleanup_with_policy(all_but_latest()).during("collecting the list of artifacts").await?;
     }
     // Last, what a writer that was killed had not moved to its place: no other writer is at work.
@@ -441,52 +440,6 @@ async fn relocate(
         }
     }
     Ok(moved)
-}
-
-/// Writes the locations of these artifacts' rows into the list of artifacts; all other columns stay as they are, also
-/// those that are not known here.
-async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, ArtifactRecord>) -> Result<Dataset> {
-    let action = "writing where the artifacts' rows are";
-    if moved.is_empty() {
-        return Ok(dataset);
-    }
-    let mut batches = vec![];
-    let mut all = dataset.scan();
-    all.scan_in_order(true).batch_size(batch_rows(&dataset));
-    let rows = async { all.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await };
-    for batch in rows.during(action).await? {
-        batches.extend(relocated(&batch, moved).ok_or_else(|| {
-            Error::expected(
-                "columns 'artifact' and 'places' of the list of artifacts",
-                "another type",
-                "hashes and texts",
-            )
-        })?);
-    }
-    if batches.is_empty() {
-        return Ok(dataset);
-    }
-    let mut merge =
-        MergeInsertBuilder::try_new(Arc::new(dataset), vec!["artifact".into()]).map_err(storage_error(action))?;
-    merge.when_matched(WhenMatched::UpdateAll).when_not_matched(WhenNotMatched::DoNothing).use_index(false);
-    let merge = merge.try_build().map_err(storage_error(action))?;
-    let (dataset, _) = merge.execute_batches(batches).during(action).await?;
-    Ok(Arc::unwrap_or_clone(dataset))
-}
-
-/// The rows of a batch of the list whose artifacts have moved, with their new locations.
-fn relocated(batch: &RecordBatch, moved: &BTreeMap<ArtifactId, ArtifactRecord>) -> Option<Vec<RecordBatch>> {
-    let names = batch.column_by_name("artifact")?.as_fixed_size_binary_opt()?;
-    let place = batch.schema().index_of(LOCATIONS).ok()?;
-    let mut rows = vec![];
-    for row in 0..batch.num_rows() {
-        let Some(record) = moved.get(&ArtifactId(names.value(row).try_into().ok()?)) else { continue };
-        let one = batch.slice(row, 1);
-        let mut columns = one.columns().to_vec();
-        columns[place] = Arc::new(StringArray::from(vec![serde_json::to_string(&record.locations).ok()?]));
-        rows.push(RecordBatch::try_new(one.schema(), columns).ok()?);
-    }
-    Some(rows)
 }
 
 #[cfg(test)]

@@ -1,39 +1,43 @@
 //! What the list of artifacts, or a data table, has lost is completed before anything new is written: from the rows that are still
-//! in data files, where the catalogue says that they are.
+//! in data files, where the list or the catalogue says that they are.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::agreement::{DataTables, Named, Names};
 use super::batches::Layout;
 use super::catalogue;
-use super::data::Data;
 use super::location::Location;
 use super::record::{ArtifactRecord, LayerRecord};
+use super::shared::Shared;
 use super::versions;
 use super::writer::{Provenance, Writer};
 use crate::error::Result;
-use crate::layer::{ArtifactId, Parts, layer_from_parts};
-use crate::tasks::unwrap_join;
+use crate::layer::{ArtifactId, Parts};
+
+/// What was lost and is there again.
+#[derive(Debug, Clone, Default)]
+pub struct Healed {
+    /// Artifacts that the list had lost, and whose rows are where they were.
+    pub listed: Vec<ArtifactId>,
+    /// Artifacts whose rows a table had lost, and that were written again.
+    pub written: Vec<ArtifactId>,
+}
 
 /// Begins a change of a store, after everything was completed that the list of artifacts or a data table has lost.
 ///
 /// # Errors
 /// When the catalogue cannot be read, or the storage refuses what is written.
-pub async fn begin(location: &Location, data: &Arc<Data>) -> Result<Writer> {
-    let (mut writer, lost) = Writer::begin(location, data).await?;
-    complete(&mut writer, location, data, &lost).await?;
-    Ok(writer)
+pub async fn begin(shared: &Arc<Shared>) -> Result<(Writer, Healed)> {
+    let mut writer = Writer::begin(shared).await?;
+    let healed = complete(&mut writer, shared).await?;
+    Ok((writer, healed))
 }
 
-/// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. `lost` are
-/// the records of artifacts that are listed and have lost rows. What cannot be read any more is left for `verify` to tell of.
-async fn complete(
-    writer: &mut Writer,
-    location: &Location,
-    data: &Arc<Data>,
-    lost: &HashMap<ArtifactId, ArtifactRecord>,
-) -> Result<()> {
+/// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. What cannot
+/// be read any more is left for `verify` to tell of.
+async fn complete(writer: &mut Writer, shared: &Arc<Shared>) -> Result<Healed> {
+    let location = &shared.location;
     let latest = catalogue::open(location, None).await?;
     let mut asked: BTreeSet<u64> = BTreeSet::new();
     for name in versions::tag_names(location).await? {
@@ -44,8 +48,9 @@ async fn complete(
     let mut names = Names::default();
     names.add(&latest).await?;
     names.add_readable(location, asked.iter().copied()).await;
+    let mut healed = Healed::default();
     if names.iter().all(|(artifact, _)| writer.has(artifact)) {
-        return Ok(());
+        return Ok(healed);
     }
     // Something was lost: also look at all the versions that may be restored.
     let others = catalogue::versions(&latest).await?.into_iter().filter(|v| !asked.contains(v));
@@ -56,54 +61,53 @@ async fn complete(
         if writer.has(artifact) {
             continue;
         }
-        // gc keeps the list's locations up to date, and not those of the catalogue.
-        let found = match lost.get(artifact) {
-            Some(record) => read(data, record.clone()).await.ok().flatten(),
-            None => None,
+        let lost = writer.lost().get(artifact).cloned();
+        let Some((record, parts)) = found(shared, lost.as_ref(), user, *artifact).await else {
+            writer.note_unlisted(*artifact, &user.locations);
+            continue;
         };
-        let found = match found {
-            None => {
-                let row = row(location, *artifact, user).await.ok().flatten();
-                match row {
-                    Some(row) => read(data, row.artifact_record()).await.ok().flatten(),
-                    None => None,
-                }
-            }
-            found => found,
-        };
-        let Some((record, parts)) = found else { continue };
-        if !lost.contains_key(artifact) && tables.lack(*artifact, &record.locations, false).await?.is_none() {
+        if lost.is_none() && tables.lack(*artifact, &record.locations, false).await?.is_none() {
+            healed.listed.push(*artifact);
             listed.push(record);
         } else {
-            let recipe = lost.get(artifact).map_or(record.recipe, |record| record.recipe);
-            let provenance =
-                Provenance { recipe, relative_error: record.relative_error, error_basis: record.error_basis };
+            healed.written.push(*artifact);
+            let (relative_error, error_basis) = (record.relative_error, record.error_basis);
+            let provenance = Provenance { recipe: record.recipe, relative_error, error_basis };
             // As many rows as before in each table, which is what the catalogue says.
-            let layout = Layout::of_tables(record.locations.0.keys().map(String::as_str));
-            writer.add_as(&parts, provenance, layout).await?;
+            writer.complete(&parts, provenance, Layout::of(&record.locations)).await?;
         }
     }
     writer.list(listed).await?;
-    writer.flush().await
+    writer.flush().await?;
+    Ok(healed)
+}
+
+/// Finds an artifact where the list says that its rows are, or else where the catalogue says; `None` where neither holds what its name
+/// stands for.
+pub async fn found(
+    shared: &Arc<Shared>,
+    listed: Option<&ArtifactRecord>,
+    user: &Named,
+    artifact: ArtifactId,
+) -> Option<(ArtifactRecord, Parts)> {
+    // gc keeps the list's locations up to date, and not those of the catalogue.
+    if let Some(record) = listed
+        && let Ok(parts) = shared.data.verified(record).await
+    {
+        return Some((record.clone(), parts));
+    }
+    let record = row(&shared.location, artifact, user).await.ok()??.artifact_record();
+    let parts = shared.data.verified(&record).await.ok()?;
+    let recipe = listed.map_or(record.recipe, |listed| listed.recipe);
+    Some((ArtifactRecord { config: parts.config.clone(), recipe, ..record }, parts))
 }
 
 /// Reads a row of the catalogue that names an artifact.
-async fn row(location: &Location, artifact: ArtifactId, user: &Named) -> Result<Option<LayerRecord>> {
+///
+/// # Errors
+/// When it cannot be read.
+pub async fn row(location: &Location, artifact: ArtifactId, user: &Named) -> Result<Option<LayerRecord>> {
     let dataset = catalogue::open(location, Some(user.version)).await?;
     let rows = catalogue::rows(location, &dataset, Some(&format!("artifact = X'{artifact}'"))).await?;
     Ok(rows.into_iter().next())
-}
-
-/// Reads an artifact from where a record says that its rows are; `None` where they are not what its name stands for.
-async fn read(data: &Arc<Data>, mut record: ArtifactRecord) -> Result<Option<(ArtifactRecord, Parts)>> {
-    let artifact = record.artifact;
-    let parts = data.parts(&record).await?;
-    let named = tokio::task::spawn_blocking(move || {
-        // The catalogue's settings may be more than those that are part of the name.
-        let parts = if parts.id() == artifact { parts } else { layer_from_parts(parts)?.to_parts() };
-        Ok::<_, crate::Error>((parts.id() == artifact).then_some(parts))
-    });
-    let Some(parts) = unwrap_join(named.await)?? else { return Ok(None) };
-    record.config = parts.config.clone();
-    Ok(Some((record, parts)))
 }

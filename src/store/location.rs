@@ -8,11 +8,9 @@ use lance::dataset::builder::DatasetBuilder;
 use lance::dataset::{WriteMode, WriteParams};
 use lance::session::Session;
 use lance_io::object_store::{ObjectStoreParams, ObjectStoreRegistry, WrappingObjectStore};
-use object_store::ObjectStore;
-use object_store::list::PaginatedListStore;
-use object_store::local::LocalFileSystem;
 
 use super::address;
+use super::durable::Durable;
 use super::format::{Format, Formats};
 use super::memory::Memory;
 use super::on_wait::OnWait;
@@ -80,8 +78,10 @@ impl Location {
         }
         let mut storage = hooks.storage.clone();
         if let Place::Local(_) = place {
-            // One wrapper for the location: Lance shares connections by the wrapper's identity.
-            storage = storage.or_else(|| Some(Arc::new(Durable::new())));
+            // One for the location: Lance shares connections by the wrapper's identity.
+            let files = Arc::new(Durable::new());
+            registry.insert("file", files.clone());
+            storage = storage.or(Some(files));
         }
         let session = Arc::new(Session::new(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES, Arc::new(registry)));
         Ok(Location { uri, place, link, session, storage, formats: hooks.formats, on_wait: None })
@@ -146,7 +146,7 @@ impl Location {
     /// Returns the address that a table is written by: for local stores one that sends every byte through [`Durable`].
     fn write_uri(&self, table: &str) -> String {
         match &self.place {
-            // Lance's own writer for plain paths passes the wrapper by, and does not sync.
+            // At a plain path, tests could not replace what is written to.
             Place::Local(path) => {
                 let table = path.join(format!("{table}.lance"));
                 // As a URL, since a path may hold '#', '?' or '%'. An absolute path always makes one.
@@ -299,34 +299,6 @@ fn local(uri: &str, path: PathBuf) -> Result<(String, Place, Option<PathBuf>)> {
     }
     let is_link = std::fs::symlink_metadata(&path).is_ok_and(|there| there.is_symlink());
     Ok((text.to_owned(), Place::Local(resolved), is_link.then_some(path)))
-}
-
-/// A local file system that syncs every file, and its directory, before a write returns. Lance and object_store leave
-/// that out by default, and a power cut could then lose what a commit refers to.
-#[derive(Debug)]
-pub struct Durable {
-    files: Arc<LocalFileSystem>,
-}
-
-impl Durable {
-    /// Returns one for the whole file system.
-    pub fn new() -> Self {
-        Durable { files: Arc::new(LocalFileSystem::new().with_fsync(true)) }
-    }
-}
-
-impl WrappingObjectStore for Durable {
-    fn wrap(&self, _prefix: &str, _original: Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore> {
-        self.files.clone()
-    }
-
-    fn wrap_paginated(
-        &self,
-        _prefix: &str,
-        _original: Arc<dyn PaginatedListStore>,
-    ) -> Option<Arc<dyn PaginatedListStore>> {
-        None
-    }
 }
 
 /// Opens a table, and looks at the types of its columns, which the manifest holds as text that Lance believes.

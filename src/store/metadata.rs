@@ -8,17 +8,18 @@ use serde::Serialize;
 use super::catalogue;
 use super::listing::{names_in, table_folders};
 use super::location::{Location, VERSIONS, version_of};
+use super::remedy::Remedy;
 use super::schema::{ARTIFACTS, LAYERS, Table};
 use super::versions::{tag, tag_file, tag_names};
 use super::waiting::{Waiting, caught, detail, reason};
 use crate::error::{Error, Result};
 
-/// A file of a table's own, or of a snapshot's name, that is not what was written.
+/// A file of a table, or of a snapshot's name, that is not what was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DamagedMetadata {
     /// The table.
     pub table: String,
-    /// The version of the table that the file stands for, where it stands for one.
+    /// The version of the table that the file stands for, where it stands for one; a data file stands for none.
     pub version: Option<u64>,
     /// The snapshot that the file names, where it names one.
     pub snapshot: Option<String>,
@@ -26,6 +27,8 @@ pub struct DamagedMetadata {
     pub file: String,
     /// What was found.
     pub reason: String,
+    /// What helps, the best first.
+    pub help: Vec<Remedy>,
 }
 
 /// Opens every version of every table, and every snapshot, and returns what is damaged; and the versions of the catalogue that can
@@ -47,6 +50,7 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
                 snapshot: None,
                 file: format!("{}/{VERSIONS}", location.table_uri(&table)),
                 reason: "the table has data, and no version of it is there".into(),
+                help: of_table(&table),
             });
         }
         let latest = manifests.iter().map(|(version, _)| *version).max();
@@ -56,12 +60,13 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
                 Ok(()) => {}
                 // gc has removed it meanwhile.
                 Err(_) if !names_in(location, &table, &[VERSIONS]).await?.contains(file) => {}
-                Err(reason) => all.push(DamagedMetadata {
+                Err(e) => all.push(DamagedMetadata {
                     table: table.clone(),
                     version: Some(version),
                     snapshot: None,
                     file: format!("{}/{VERSIONS}/{file}", location.table_uri(&table)),
-                    reason,
+                    reason: detail(&e),
+                    help: of_table(&table),
                 }),
             }
         }
@@ -75,6 +80,7 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
             snapshot: None,
             file: format!("{}/{VERSIONS}", location.table_uri(LAYERS)),
             reason: format!("version {last} was committed, and the latest that is there is {latest}"),
+            help: of_table(LAYERS),
         });
     }
     let latest = catalogue::open(location, None).await?;
@@ -93,13 +99,22 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
             file: tag_file(location, &name),
             snapshot: Some(name),
             reason: found.1,
+            help: vec![Remedy::DeleteSnapshot, Remedy::RestoreFile],
         });
     }
     Ok((all, catalogues))
 }
 
-/// Opens a version and looks at what its manifest says; of the latest one also at its indices. The reason, if it cannot be read.
-async fn open(location: &Location, table: &str, version: u64, latest: bool) -> std::result::Result<(), String> {
+/// What helps where a version of a table cannot be read: all that other tables than the catalogue say can be found again.
+fn of_table(table: &str) -> Vec<Remedy> {
+    vec![if table == LAYERS { Remedy::RestoreFile } else { Remedy::Repair }]
+}
+
+/// Opens a version and looks at what its manifest says; of the latest one also at its indices.
+///
+/// # Errors
+/// When it cannot be read.
+pub async fn open(location: &Location, table: &str, version: u64, latest: bool) -> lance::Result<()> {
     let looked = async {
         let dataset = location.open_table(table, Some(version)).await?;
         if dataset.version_id() != version {
@@ -120,5 +135,5 @@ async fn open(location: &Location, table: &str, version: u64, latest: bool) -> s
         }
         Ok(())
     };
-    looked.caught().await.map_err(|e| detail(&e))
+    looked.caught().await
 }

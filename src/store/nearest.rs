@@ -9,6 +9,8 @@ use lance::Dataset;
 use lance::index::DatasetIndexExt;
 use lance::index::vector::VectorIndexParams;
 use lance_index::IndexType;
+use lance_index::vector::ivf::IvfBuildParams;
+use lance_index::vector::sq::builder::SQBuildParams;
 use lance_linalg::distance::DistanceType;
 use layerstore_core::linalg::require_finite;
 use ndarray::{Array1, ArrayView2};
@@ -37,8 +39,8 @@ const PARTITION_ROWS: usize = 4096;
 /// Attempts at an index before the contention is reported.
 const INDEX_ATTEMPTS: u32 = 5;
 
-/// Numbers of a key that share a code.
-const PIECE: usize = 8;
+/// Numbers of a key that share a product code: as many as divide the key's length, and not so few that a byte a number is as good.
+const PIECES: std::ops::RangeInclusive<usize> = 4..=8;
 
 /// k-means passes over a table's keys: codewords hardly move after as many.
 const PASSES: usize = 20;
@@ -167,10 +169,10 @@ fn list(widths: &[usize]) -> String {
 }
 
 impl Store {
-    /// Makes the index of every table of keys that has enough of them, or makes it anew: Lance's IVF-PQ by cosine, which
-    /// [`Snapshot::nearest_keys`] uses, and any notebook. Keys that come later are looked at one by one until the next
-    /// call. `progress` is told of each table before its index is made. Of two calls at once, also of two processes, the later
-    /// waits for the earlier.
+    /// Makes the index of every table of keys that has enough of them, or makes it anew, by cosine: Lance's IVF-PQ, or IVF-SQ
+    /// where no number from 4 to 8 divides the keys' length. [`Snapshot::nearest_keys`] uses it, and any notebook. Keys that come
+    /// later are looked at one by one until the next call. `progress` is told of each table before its index is made. Of two
+    /// calls at once, also of two processes, the later waits for the earlier.
     ///
     /// # Errors
     /// When the storage refuses, or gc is at work.
@@ -190,8 +192,7 @@ impl Store {
                 if attempt == 1 {
                     progress(&name, rows);
                 }
-                let pieces = (1..=width.div_ceil(PIECE)).rev().find(|n| width.is_multiple_of(*n)).unwrap_or(1);
-                let params = VectorIndexParams::ivf_pq(some, 8, pieces, DistanceType::Cosine, PASSES);
+                let params = index_of(width, some);
                 let made = dataset.create_index(&["vector"], IndexType::Vector, Some(INDEX.into()), &params, true);
                 match made.into_future().caught().await {
                     Ok(_) => break (rows, partitions),
@@ -207,6 +208,18 @@ impl Store {
             reports.push(KeyIndexReport { table: name, keys: rows as u64, partitions });
         }
         Ok(reports)
+    }
+}
+
+/// Returns the index of keys of this length: a product code of a byte for each piece of as many numbers as divide them, or
+/// a byte for each number.
+fn index_of(width: usize, partitions: usize) -> VectorIndexParams {
+    match PIECES.rev().find(|piece| width.is_multiple_of(*piece)) {
+        Some(piece) => VectorIndexParams::ivf_pq(partitions, 8, width / piece, DistanceType::Cosine, PASSES),
+        None => {
+            let (cells, codes) = (IvfBuildParams::new(partitions), SQBuildParams::default());
+            VectorIndexParams::with_ivf_sq_params(DistanceType::Cosine, cells, codes)
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use arrow::array::{
 };
 use arrow::datatypes::{Float64Type, TimestampMicrosecondType, UInt64Type};
 use chrono::{DateTime, Utc};
+use layerstore_core::layer::{bits_per_weight, registry};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -143,10 +144,26 @@ impl LayerRecord {
         }
     }
 
+    /// Returns the bits that the layer is stored in for each weight: those of all its arrays, the bias included. `None` for layers
+    /// that stand for no weight matrix.
+    pub fn bits_per_weight(&self) -> Option<f64> {
+        weight_bits(&self.method, self.stored_bytes, (self.out_features, self.in_features))
+    }
+
     /// Returns whether both say the same of the layer, time and row locations aside.
     pub(crate) fn same_as(&self, other: &LayerRecord) -> bool {
         *self == LayerRecord { created_at: self.created_at, locations: self.locations.clone(), ..other.clone() }
     }
+}
+
+/// Returns the bits of each weight of a layer of this method and shape; `None` where the method's layers stand for none.
+pub(crate) fn weight_bits(
+    method: &MethodName,
+    stored_bytes: u64,
+    (out_features, in_features): (u64, u64),
+) -> Option<f64> {
+    let bits = bits_per_weight(stored_bytes, out_features, in_features);
+    bits.filter(|_| registry::is_linear(method))
 }
 
 /// Where an artifact's rows were written, table by table: a reader that finds them there needs no search, and no look at

@@ -17,7 +17,7 @@ use super::shared::Shared;
 use super::snapshot::Snapshot;
 use super::testing::Hooks;
 use super::upgrade;
-use super::verify::{self, VerifyReport};
+use super::verify::{self, VerifyDepth, VerifyReport};
 use super::versions::{self, DeletedSnapshot, SnapshotInfo, VersionInfo};
 use super::writer::Writer;
 use crate::error::{Error, Result};
@@ -36,6 +36,9 @@ pub struct StoreOptions {
     /// What reads layers from files of the local file system. `None` asks the environment variable `LAYERSTORE_READER`,
     /// `direct` or `lance`, and takes [`Reader::Direct`] where that is not set.
     pub reader: Option<Reader>,
+    /// Whether every layer that is read is hashed and held against its artifact's name: stored bytes that have changed are an error,
+    /// where a load checks otherwise only that they make a layer. A load takes several times as long.
+    pub verify_loads: bool,
     /// What is told when an operation has to wait for a lock that another process holds.
     pub on_wait: Option<OnWait>,
     /// What the tests replace.
@@ -45,7 +48,13 @@ pub struct StoreOptions {
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        StoreOptions { cache_bytes: DEFAULT_CACHE_BYTES, reader: None, on_wait: None, hooks: Hooks::default() }
+        StoreOptions {
+            cache_bytes: DEFAULT_CACHE_BYTES,
+            reader: None,
+            verify_loads: false,
+            on_wait: None,
+            hooks: Hooks::default(),
+        }
     }
 }
 
@@ -95,7 +104,8 @@ impl Store {
 
     fn new(location: Location, catalogue: lance::Dataset, options: StoreOptions) -> Result<Self> {
         let reader = options.reader.map_or_else(Reader::from_environment, Ok)?;
-        Ok(Store { shared: Arc::new(Shared::new(location, catalogue, options.cache_bytes, reader)) })
+        let shared = Shared::new(location, catalogue, (options.cache_bytes, reader, options.verify_loads));
+        Ok(Store { shared: Arc::new(shared) })
     }
 
     /// Returns what the store shares with its snapshots and handles.
@@ -202,12 +212,13 @@ impl Store {
         models::rename(&self.shared.location, model, name).await
     }
 
-    /// Begins a change of a model. gc waits until it is committed or dropped.
+    /// Begins a change of a model, after what the list of artifacts or a data table has lost was completed. gc waits until it is
+    /// committed or dropped.
     ///
     /// # Errors
     /// When the store cannot be written.
     pub async fn writer(&self) -> Result<Writer> {
-        heal::begin(&self.shared.location, &self.shared.data).await
+        Ok(heal::begin(&self.shared).await?.0)
     }
 
     /// Removes rows and files that no snapshot, and no version younger than `older_than`, reaches; only counts them
@@ -219,12 +230,25 @@ impl Store {
         gc::collect(&self.shared.location, older_than, apply).await
     }
 
-    /// Reads every artifact and holds it against its name. `seen` is told how many of how many are done.
+    /// Opens every version and snapshot, counts rows, reads every artifact and holds it against its name, and builds its layer:
+    /// [`Store::verify_with`] at [`VerifyDepth::Full`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
+        self.verify_with(VerifyDepth::Full, seen).await
+    }
+
+    /// Looks for damage, as much as `depth` says, and says what helps. `seen` is told how many artifacts of how many were read.
     ///
     /// # Errors
     /// When the catalogue or the list of artifacts cannot be read; a corrupt artifact is no error but a finding.
-    pub async fn verify(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<VerifyReport> {
-        verify::verify(&self.shared, Arc::new(seen)).await
+    pub async fn verify_with(
+        &self,
+        depth: VerifyDepth,
+        seen: impl Fn(usize, usize) + Send + Sync + 'static,
+    ) -> Result<VerifyReport> {
+        verify::verify(&self.shared, depth, Arc::new(seen)).await
     }
 
     /// Reads layers into the cache ahead of their use, several at a time.

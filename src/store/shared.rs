@@ -1,5 +1,6 @@
 //! What a store, its snapshots and its handles share.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lance::Dataset;
@@ -22,20 +23,26 @@ pub struct Shared {
     /// Its artifacts, for reading.
     pub data: Arc<Data>,
     layers: Cache<ArtifactId, SharedLayer>,
+    /// Whether all that is loaded is held against its name.
+    verify_loads: bool,
     /// The latest version as it was last seen.
     catalogue: Mutex<Catalogue>,
 }
 
 impl Shared {
     /// Returns a store that was opened at this version of its catalogue.
-    pub fn new(location: Location, catalogue: Dataset, cache_bytes: u64, reader: Reader) -> Self {
+    pub fn new(
+        location: Location,
+        catalogue: Dataset,
+        (cache_bytes, reader, verify_loads): (u64, Reader, bool),
+    ) -> Self {
         // moka weighs in 32 bits: count KiB.
         let layers = Cache::builder()
             .max_capacity(cache_bytes >> 10)
             .weigher(|_, layer: &SharedLayer| u32::try_from(1 + (layer.memory_bytes() >> 10)).unwrap_or(u32::MAX))
             .build();
         let data = Arc::new(Data::new(location.clone(), reader));
-        Shared { location, data, layers, catalogue: Mutex::new(catalogue.into()) }
+        Shared { location, data, layers, verify_loads, catalogue: Mutex::new(catalogue.into()) }
     }
 
     /// Returns the catalogue as it was last seen.
@@ -56,7 +63,7 @@ impl Shared {
     /// Returns an artifact's layer, from the cache or read now; concurrent callers wait for one read.
     ///
     /// # Errors
-    /// When the artifact cannot be read, or its parts make no layer.
+    /// When the artifact cannot be read, or its parts make no layer; and, where loads are verified, are not what its name stands for.
     pub async fn load(&self, record: &Arc<LayerRecord>) -> Result<SharedLayer> {
         let id = record.artifact;
         let built = move |parts| {
@@ -66,6 +73,10 @@ impl Shared {
             })
         };
         let read = async {
+            if self.verify_loads {
+                let parts = self.data.verified_layer(record).await?;
+                return unwrap_join(tokio::task::spawn_blocking(move || built(parts)).await)?;
+            }
             let (data, wanted) = (self.data.clone(), record.clone());
             // One task reads and builds it, where its files are at hand.
             let local = tokio::task::spawn_blocking(move || data.local_parts(&wanted).map(built)).await;
@@ -76,6 +87,13 @@ impl Shared {
             unwrap_join(tokio::task::spawn_blocking(move || built(parts)).await)?
         };
         self.layers.try_get_with(id, read).await.map_err(Error::Shared)
+    }
+
+    /// Drops layers of artifacts that were made of rows which have been replaced.
+    pub async fn forget(&self, artifacts: &BTreeSet<ArtifactId>) {
+        for artifact in artifacts {
+            self.layers.invalidate(artifact).await;
+        }
     }
 
     /// Returns the bytes of loaded layers held now.

@@ -11,21 +11,26 @@ use arrow::compute::{cast, concat_batches};
 use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 
+use super::append::{append, append_rows};
+use super::batches::{ArtifactRows, Layout};
 use super::catalogue;
 use super::data::{Data, file_rows};
 use super::format::{AddedColumn, BLOCKS, FIRST, FORMATS, Format, Formats};
 use super::listing::{data_tables, disk_bytes};
 use super::location::Location;
 use super::reader::{Files, Reader};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, TableRows};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batches};
+use super::remedy::Remedy;
 use super::root::{Store, StoreOptions};
 use super::schema::{ARTIFACTS, LAYERS};
 use super::testing::Hooks;
-use super::writer::{Provenance, append};
-use crate::compress::{ImportOptions, import};
+use super::verify::VerifyDepth;
+use super::writer::Provenance;
+use crate::compress::{ImportOptions, RepairOptions, RepairSource, import, repair};
 use crate::error::{Error, ErrorKind};
 use crate::formats;
-use crate::layer::{DType, DenseLayer, Layer, Parts};
+use crate::layer::parts::Tensor;
+use crate::layer::{ArtifactId, DType, DenseLayer, Layer, Parts};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -134,6 +139,8 @@ async fn check_readers(uri: &str, folder: &Path, version: u32) {
     let store = Store::open_with(uri, reading(Reader::Direct)).await.unwrap();
     bring_every_method(&store, folder).await;
     assert_eq!(store.format().await.unwrap(), version);
+    let deep = store.verify_with(VerifyDepth::Deep, |_, _| ()).await.unwrap();
+    assert_eq!((deep.corrupt, deep.damaged), (vec![], vec![]));
     let through_lance = Store::open_with(uri, reading(Reader::Lance)).await.unwrap();
     let files = |reader| Arc::new(Files::new(store.shared().location.clone(), reader));
     let (direct, lance) = (files(Reader::Direct), files(Reader::Lance));
@@ -300,6 +307,57 @@ async fn an_older_store_is_upgraded() {
     assert!(matches!(before.writer().await.unwrap_err(), Error::Format { .. }));
 }
 
+/// What hashes to its name may still be no layer, and what is one may not be what the catalogue says.
+#[tokio::test(flavor = "multi_thread")]
+async fn verification_builds_layers_and_runs_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::create(&folder.path().join("layers").display().to_string()).await.unwrap();
+    bring(&store, "m", None).await;
+    let location = store.shared().location.clone();
+    let format = location.format_of(&catalogue::open(&location, None).await.unwrap()).unwrap();
+    let mut parts = Parts::new("low_rank", serde_json::json!({"rank": 1}));
+    parts.tensors.push(Tensor::vector("bias", &[1.0]));
+    let id = parts.id();
+    let mut locations = RowLocations::default();
+    let rows = Arc::new(vec![ArtifactRows::new(id, parts.clone(), Layout::Blocks).unwrap()]);
+    for (table, count) in rows[0].tables() {
+        let files = append_rows((&location, format), table, &rows).await.unwrap();
+        let ranges = files.into_iter().map(|(file, rows)| RowRange { file, offset: 0, rows }).collect();
+        locations.0.insert(table.name(), TableRows { rows: count, ranges });
+    }
+    let record = ArtifactRecord {
+        artifact: id,
+        method: parts.method.clone(),
+        config: parts.config.clone(),
+        locations,
+        stored_bytes: parts.stored_bytes(),
+        recipe: id.0,
+        relative_error: None,
+        error_basis: ErrorBasis::Weights,
+        created_at: chrono::Utc::now(),
+    };
+    append((&location, format), ARTIFACTS, artifacts_batches(&[record]).unwrap()).await.unwrap();
+    assert!(store.verify_with(VerifyDepth::Quick, |_, _| ()).await.unwrap().is_sound());
+    let found = store.verify(|_, _| ()).await.unwrap().corrupt;
+    assert_eq!(found.len(), 1);
+    assert!(found[0].reason.contains("no layer can be built"), "{found:?}");
+    assert_eq!((found[0].help.as_slice(), found[0].layers.len()), (&[Remedy::Gc][..], 0));
+    store.gc(Duration::ZERO, true).await.unwrap();
+    sound(&store).await;
+
+    let mut rows = store.latest().await.unwrap().layers("m").await.unwrap();
+    let embedding = rows.iter_mut().find(|row| row.layer == "embedding").unwrap();
+    embedding.in_features = 47;
+    store.writer().await.unwrap().commit("m", &rows, None).await.unwrap();
+    sound(&store).await;
+    let found = store.verify_with(VerifyDepth::Deep, |_, _| ()).await.unwrap().corrupt;
+    assert_eq!(found.len(), 1);
+    assert!(
+        found[0].reason.contains("layer 'embedding' of model 'm'") && found[0].reason.contains("(64, 47)"),
+        "{found:?}"
+    );
+}
+
 /// A store of format 1 that was upgraded has its old artifacts row by row and new ones in blocks; one that its table has lost is
 /// written again as it was, with as many rows as the catalogue says.
 #[tokio::test(flavor = "multi_thread")]
@@ -318,7 +376,7 @@ async fn an_upgraded_store_has_both_layouts() {
         "{refused}"
     );
     for table in ["weights", "codes_m48", "weight_blocks", "code_blocks"] {
-        let before = store.shared().data.records().await.unwrap();
+        let before = row_counts(&store).await;
         let mut manifests: Vec<PathBuf> = std::fs::read_dir(Path::new(&uri).join(format!("{table}.lance/_versions")))
             .unwrap()
             .map(|entry| entry.unwrap().path())
@@ -332,17 +390,57 @@ async fn an_upgraded_store_has_both_layouts() {
         // Neither refuses, and only what the table had lost is there once more.
         again.gc(Duration::ZERO, true).await.unwrap();
         sound(&again).await;
-        let rows = |records: Vec<ArtifactRecord>| {
-            let tables = |r: &ArtifactRecord| -> Vec<(String, u64)> {
-                r.locations.0.iter().map(|(table, rows)| (table.clone(), rows.rows)).collect()
-            };
-            records.iter().map(|r| (r.artifact, tables(r))).collect::<BTreeMap<_, _>>()
-        };
-        let (before, after) = (rows(before), rows(again.shared().data.records().await.unwrap()));
+        let after = row_counts(&again).await;
         assert!(after.iter().all(|(artifact, rows)| before[artifact] == *rows), "{table}");
     }
     for reader in [Reader::Direct, Reader::Lance] {
         assert_eq!(load_all(&Store::open_with(&uri, reading(reader)).await.unwrap()).await, load_all(&store).await);
+    }
+}
+
+/// How many rows of which tables each artifact has.
+async fn row_counts(store: &Store) -> BTreeMap<ArtifactId, Vec<(String, u64)>> {
+    let tables = |r: ArtifactRecord| r.locations.0.into_iter().map(|(table, rows)| (table, rows.rows)).collect();
+    store.shared().data.records().await.unwrap().into_iter().map(|r| (r.artifact, tables(r))).collect()
+}
+
+/// What takes the place of damaged rows lies as they did, also in a store that was upgraded and where the list is lost as well: versions
+/// say how many rows of which tables there are, and where.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_rows_are_replaced_as_they_lay() {
+    for list_is_lost in [false, true] {
+        let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (uri, whole) = (kept_store(folder.path()), kept_store(other.path()));
+        let store = Store::open(&uri).await.unwrap();
+        assert_eq!(store.upgrade().await.unwrap(), 2);
+        let before = row_counts(&store).await;
+        drop(store);
+        for table in ["weights", "codes_m48"] {
+            for entry in std::fs::read_dir(Path::new(&uri).join(format!("{table}.lance/data"))).unwrap() {
+                let file = entry.unwrap().path();
+                let mut bytes = std::fs::read(&file).unwrap();
+                let at = bytes.len() / 3;
+                bytes[at] ^= 0x40;
+                std::fs::write(&file, bytes).unwrap();
+            }
+        }
+        if list_is_lost {
+            std::fs::remove_dir_all(Path::new(&uri).join("artifacts.lance")).unwrap();
+        }
+        let store = Store::open(&uri).await.unwrap();
+        assert!(!store.verify(|_, _| ()).await.unwrap().is_sound());
+        let sources = vec![RepairSource::open(&whole).await.unwrap()];
+        let repaired = repair(&store, RepairOptions { sources, ..RepairOptions::default() }).await.unwrap();
+        assert!(repaired.is_sound() && !repaired.mended.is_empty(), "{repaired:?}");
+        sound(&store).await;
+        let after = row_counts(&store).await;
+        assert!(after.iter().all(|(artifact, rows)| before[artifact] == *rows));
+        let latest = store.latest().await.unwrap();
+        for model in latest.models().await.unwrap() {
+            for handle in latest.handles(&model.model).await.unwrap() {
+                assert_eq!(handle.load().await.unwrap().to_parts().id(), handle.record().artifact);
+            }
+        }
     }
 }
 

@@ -6,18 +6,37 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 
-use super::agreement::{DataTables, Names};
+use super::agreement::{DataTables, Names, Unreadable};
 use super::catalogue;
+use super::data::other_content;
+use super::heal;
+use super::location::Location;
 use super::metadata::{self, DamagedMetadata};
-use super::record::{ArtifactRecord, LayerName, RowLocations};
+use super::record::{ArtifactRecord, LayerName};
+use super::remedy::Remedy;
 use super::schema::LAYERS;
 use super::shared::Shared;
-use crate::error::Result;
-use crate::layer::ArtifactId;
+use super::trial::Trial;
+use crate::error::{Error, Result};
+use crate::layer::{ArtifactId, layer_from_parts};
 use crate::tasks::unwrap_join;
 
 /// Artifacts hashed at once.
 const AT_ONCE: usize = 2;
+
+/// How much a verification looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum VerifyDepth {
+    /// Versions, snapshots, the list of artifacts and numbers of rows: no artifact is read.
+    Quick,
+    /// Also every artifact: its rows are read, hashed and held against its name, and built into a layer.
+    #[default]
+    Full,
+    /// Also runs every layer on fixed inputs, with the settings of every row of the catalogue that uses it: its method and shape have
+    /// to be the row's, and its outputs finite and of that shape. Numbers of dense layers are the checkpoint's own, and modules run by
+    /// the layers that they are made of.
+    Deep,
+}
 
 /// What verify found.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -26,7 +45,7 @@ pub struct VerifyReport {
     pub artifacts: u64,
     /// Those that are not what was written, or that a table lacks which should have them.
     pub corrupt: Vec<CorruptArtifact>,
-    /// Versions of tables, and snapshots, that cannot be opened; left out of JSON where there are none.
+    /// Files of tables, and snapshots, that cannot be read; left out of JSON where there are none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<DamagedMetadata>,
 }
@@ -47,99 +66,239 @@ pub struct CorruptArtifact {
     pub reason: String,
     /// Layers that use it, in any version that is there.
     pub layers: Vec<LayerName>,
+    /// What helps, the best first.
+    pub help: Vec<Remedy>,
 }
 
-/// Opens every version of every table, and reads every artifact and hashes it. `seen` is told of each one.
+/// What is wrong with an artifact.
+struct Finding {
+    reason: String,
+    /// Whether its rows were read, and are not what was written.
+    content: bool,
+}
+
+/// Looks at everything that `depth` says. `seen` is told of each artifact that was read.
 ///
 /// # Errors
 /// When the latest version of the catalogue, or of the list of artifacts, cannot be read.
-pub async fn verify(shared: &Arc<Shared>, seen: Arc<dyn Fn(usize, usize) + Send + Sync>) -> Result<VerifyReport> {
+pub async fn verify(
+    shared: &Arc<Shared>,
+    depth: VerifyDepth,
+    seen: Arc<dyn Fn(usize, usize) + Send + Sync>,
+) -> Result<VerifyReport> {
     let location = &shared.location;
     // The catalogue first, then the list, then the data: an import at work writes them the other way round.
-    let latest = shared.latest().await?.dataset().version_id();
     let (mut damaged, versions) = metadata::damaged(location).await?;
-    let mut users: BTreeMap<ArtifactId, BTreeSet<LayerName>> = BTreeMap::new();
-    let mut named = Names::default();
-    for version in versions.into_iter().rev() {
-        let read = async {
-            let dataset = catalogue::open(location, Some(version)).await?;
-            for (artifact, layer) in named.add(&dataset).await? {
-                users.entry(artifact).or_default().insert(layer);
-            }
-            // Whatever else a row holds.
-            catalogue::rows(location, &dataset, None).await
-        };
-        match read.await {
-            Ok(_) => {}
-            Err(e) if version == latest => return Err(e),
-            Err(e) => damaged.push(DamagedMetadata {
-                table: LAYERS.into(),
-                version: Some(version),
-                snapshot: None,
-                file: format!("{}/data", location.table_uri(LAYERS)),
-                reason: e.to_string(),
-            }),
-        }
-    }
-    let records = shared.data.records().await?;
-    let total = records.len();
-    let listed: BTreeMap<ArtifactId, RowLocations> =
-        records.iter().map(|r| (r.artifact, r.locations.clone())).collect();
-    let checks = futures::stream::iter(records.into_iter().enumerate().map(|(place, record)| {
-        let (shared, seen) = (shared.clone(), seen.clone());
-        async move {
-            let artifact = record.artifact;
-            let checked = check(&shared, &record).await;
-            seen(place + 1, total);
-            let reason = checked.unwrap_or_else(|e| Some(e.to_string()));
-            Ok::<_, crate::Error>(reason.map(|reason| (artifact, reason)))
-        }
-    }));
-    let mut found: BTreeMap<ArtifactId, String> =
-        checks.buffer_unordered(AT_ONCE).try_filter_map(|c| async { Ok(c) }).try_collect().await?;
-    let mut unlisted = 0;
-    for (id, _) in named.iter().filter(|(id, _)| !listed.contains_key(id)) {
-        found.insert(*id, "the table of artifacts does not list it".into());
-        unlisted += 1;
-    }
-    let mut tables = DataTables::of(location);
-    for (id, locations) in &listed {
-        let lack = match named.get(id) {
-            Some(user) if !locations.as_many_rows(&user.locations) => {
-                Some(format!("{user} and the table of artifacts say other numbers of rows"))
-            }
-            _ => tables.lack(*id, locations, true).await.unwrap_or_else(|e| Some(e.to_string())),
-        };
-        if let Some(lack) = lack {
-            found.entry(*id).or_insert(lack);
-        }
-    }
+    let mut named = Named::default();
+    named.read(shared, depth, versions, &mut damaged).await?;
+    let records = shared.data.records().await.map_err(list_unreadable)?;
+    let mut found = match depth {
+        VerifyDepth::Quick => BTreeMap::new(),
+        _ => read_all(shared, &records, named.trials.clone(), seen).await?,
+    };
+    let listed: BTreeMap<ArtifactId, ArtifactRecord> = records.into_iter().map(|r| (r.artifact, r)).collect();
+    let unlisted = named.names.iter().filter(|(id, _)| !listed.contains_key(id)).count();
+    let unreadable = count_all(location, &named.names, &listed, &mut found).await;
+    damaged.extend(unreadable.into_iter().map(|(table, fragment)| damaged_file(location, &table, fragment)));
     if !found.is_empty() || !damaged.is_empty() {
-        // gc may have removed it meanwhile.
-        let latest = catalogue::open(location, None).await?;
-        let versions: BTreeSet<u64> = catalogue::versions(&latest).await?.into_iter().collect();
-        damaged.retain(|d| {
-            d.table != LAYERS
-                || d.snapshot.is_some()
-                || d.version.is_none_or(|v| v >= latest.version_id() || versions.contains(&v))
-        });
-        let mut named = Names::default();
-        named.add_readable(location, versions).await;
-        let listed: BTreeSet<ArtifactId> = shared.data.records().await?.into_iter().map(|r| r.artifact).collect();
-        found.retain(|id, _| named.has(id) || listed.contains(id));
+        still_there(shared, &mut found, &mut damaged).await?;
     }
-    let corrupt = found.into_iter().map(|(id, reason)| CorruptArtifact {
-        artifact: id.to_string(),
-        reason,
-        layers: users.remove(&id).unwrap_or_default().into_iter().collect(),
-    });
-    Ok(VerifyReport { artifacts: total as u64 + unlisted, corrupt: corrupt.collect(), damaged })
+    let mut corrupt = vec![];
+    for (id, finding) in found {
+        corrupt.push(CorruptArtifact {
+            help: help(shared, depth, (&named.names, listed.get(&id)), (id, &finding)).await,
+            artifact: id.to_string(),
+            reason: finding.reason,
+            layers: named.users.remove(&id).unwrap_or_default().into_iter().collect(),
+        });
+    }
+    Ok(VerifyReport { artifacts: (listed.len() + unlisted) as u64, corrupt, damaged })
 }
 
-/// The reason why an artifact is not what was written, if so.
-async fn check(shared: &Shared, record: &ArtifactRecord) -> Result<Option<String>> {
-    let parts = shared.data.parts(record).await?;
-    let found = tokio::task::spawn_blocking(move || parts.id()).await;
-    let found = unwrap_join(found)?;
-    Ok((found != record.artifact).then(|| format!("its content hashes to {found}")))
+/// The error of a list that cannot be read, with what helps.
+fn list_unreadable(e: Error) -> Error {
+    match e {
+        Error::Damaged { action, message, source } => {
+            let message =
+                format!("{message}; `layerstore repair` makes the list again from the catalogue and the data tables");
+            Error::Damaged { action, message, source }
+        }
+        other => other,
+    }
+}
+
+/// What the versions of the catalogue say.
+#[derive(Default)]
+struct Named {
+    names: Names,
+    users: BTreeMap<ArtifactId, BTreeSet<LayerName>>,
+    /// Ways in which layers run, each once.
+    trials: BTreeMap<ArtifactId, Vec<Trial>>,
+}
+
+impl Named {
+    async fn read(
+        &mut self,
+        shared: &Shared,
+        depth: VerifyDepth,
+        versions: BTreeSet<u64>,
+        damaged: &mut Vec<DamagedMetadata>,
+    ) -> Result<()> {
+        let location = &shared.location;
+        let latest = shared.latest().await?.dataset().version_id();
+        for version in versions.into_iter().rev() {
+            let read = async {
+                let dataset = catalogue::open(location, Some(version)).await?;
+                for (artifact, layer) in self.names.add(&dataset).await? {
+                    self.users.entry(artifact).or_default().insert(layer);
+                }
+                // Whatever else a row holds.
+                match depth {
+                    VerifyDepth::Quick => Ok(vec![]),
+                    _ => catalogue::rows(location, &dataset, None).await,
+                }
+            };
+            match read.await {
+                Ok(rows) if depth == VerifyDepth::Deep => {
+                    for row in &rows {
+                        let (trials, trial) = (self.trials.entry(row.artifact).or_default(), Trial::from(row));
+                        if !trials.iter().any(|known| known.is_like(&trial)) {
+                            trials.push(trial);
+                        }
+                    }
+                }
+                Ok(_) => {}
+                Err(e) if version == latest => return Err(e),
+                Err(e) => damaged.push(DamagedMetadata {
+                    table: LAYERS.into(),
+                    version: Some(version),
+                    snapshot: None,
+                    file: format!("{}/data", location.table_uri(LAYERS)),
+                    reason: e.to_string(),
+                    help: vec![Remedy::RestoreFile],
+                }),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads every listed artifact, and returns what is wrong with those that are not what was written.
+async fn read_all(
+    shared: &Arc<Shared>,
+    records: &[ArtifactRecord],
+    mut trials: BTreeMap<ArtifactId, Vec<Trial>>,
+    seen: Arc<dyn Fn(usize, usize) + Send + Sync>,
+) -> Result<BTreeMap<ArtifactId, Finding>> {
+    let total = records.len();
+    let checks = records.iter().enumerate().map(|(place, record)| {
+        let (shared, seen) = (shared.clone(), seen.clone());
+        let trials = trials.remove(&record.artifact).unwrap_or_default();
+        async move {
+            let checked = check(&shared, record, trials).await;
+            seen(place + 1, total);
+            let reason = |e: Error| match e {
+                Error::Corrupt { reason, .. } => reason,
+                other => other.to_string(),
+            };
+            Ok::<_, Error>(checked.err().map(|e| (record.artifact, Finding { reason: reason(e), content: true })))
+        }
+    });
+    let checks = futures::stream::iter(checks.collect::<Vec<_>>());
+    checks.buffer_unordered(AT_ONCE).try_filter_map(|found| async { Ok(found) }).try_collect().await
+}
+
+/// Reads an artifact, hashes it, builds its layer, and runs that.
+async fn check(shared: &Shared, record: &ArtifactRecord, trials: Vec<Trial>) -> Result<()> {
+    let (id, parts) = (record.artifact, shared.data.parts(record).await?);
+    let checked = move || {
+        let found = parts.id();
+        if found != id {
+            return Err(other_content(id, found));
+        }
+        let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
+        let layer = layer_from_parts(parts).map_err(|e| corrupt(format!("no layer can be built from it: {e}")))?;
+        trials.iter().try_for_each(|trial| trial.run(&layer)).map_err(|e| corrupt(e.to_string()))
+    };
+    unwrap_join(tokio::task::spawn_blocking(checked).await)?
+}
+
+/// Holds what the catalogue, the list and the data tables say against each other, and returns the fragments that cannot be read.
+async fn count_all(
+    location: &Location,
+    names: &Names,
+    listed: &BTreeMap<ArtifactId, ArtifactRecord>,
+    found: &mut BTreeMap<ArtifactId, Finding>,
+) -> Vec<(String, Unreadable)> {
+    let missing = |reason: String| Finding { reason, content: false };
+    for (id, _) in names.iter().filter(|(id, _)| !listed.contains_key(id)) {
+        found.insert(*id, missing("the table of artifacts does not list it".into()));
+    }
+    let mut tables = DataTables::of(location);
+    for (id, record) in listed {
+        let lack = match names.get(id) {
+            Some(user) if !record.locations.as_many_rows(&user.locations) => {
+                Some(format!("{user} and the table of artifacts say other numbers of rows"))
+            }
+            _ => tables.lack(*id, &record.locations, true).await.unwrap_or_else(|e| Some(e.to_string())),
+        };
+        if let Some(lack) = lack {
+            found.entry(*id).or_insert(missing(lack));
+        }
+    }
+    tables.unreadable().map(|(table, fragment)| (table.to_owned(), fragment.clone())).collect()
+}
+
+/// A data file that cannot be read. What lay in it helps itself, artifact by artifact.
+fn damaged_file(location: &Location, table: &str, fragment: Unreadable) -> DamagedMetadata {
+    DamagedMetadata {
+        table: table.to_owned(),
+        version: None,
+        snapshot: None,
+        file: format!("{}/data/{}", location.table_uri(table), fragment.file),
+        reason: fragment.reason,
+        help: vec![Remedy::RepairFrom, Remedy::Repair],
+    }
+}
+
+/// Drops what was found of versions and artifacts that gc has removed meanwhile.
+async fn still_there(
+    shared: &Shared,
+    found: &mut BTreeMap<ArtifactId, Finding>,
+    damaged: &mut Vec<DamagedMetadata>,
+) -> Result<()> {
+    let latest = catalogue::open(&shared.location, None).await?;
+    let versions: BTreeSet<u64> = catalogue::versions(&latest).await?.into_iter().collect();
+    damaged.retain(|d| {
+        d.table != LAYERS
+            || d.snapshot.is_some()
+            || d.version.is_none_or(|v| v >= latest.version_id() || versions.contains(&v))
+    });
+    let mut named = Names::default();
+    named.add_readable(&shared.location, versions).await;
+    let listed: BTreeSet<ArtifactId> = shared.data.records().await?.into_iter().map(|r| r.artifact).collect();
+    found.retain(|id, _| named.has(id) || listed.contains(id));
+    Ok(())
+}
+
+/// Returns what helps where something is wrong with an artifact.
+async fn help(
+    shared: &Arc<Shared>,
+    depth: VerifyDepth,
+    (names, listed): (&Names, Option<&ArtifactRecord>),
+    (id, finding): (ArtifactId, &Finding),
+) -> Vec<Remedy> {
+    let Some(user) = names.get(&id) else { return vec![Remedy::Gc] };
+    let row = heal::row(&shared.location, id, user).await.ok().flatten();
+    let made = match row.is_some_and(|row| !row.source.tensors.is_empty()) {
+        true => Remedy::RepairFrom,
+        false => Remedy::RepairFromStore,
+    };
+    match finding.content {
+        true => vec![made],
+        // To read it would be no quick look.
+        false if depth == VerifyDepth::Quick => vec![Remedy::Repair, made],
+        false if heal::found(shared, listed, user, id).await.is_some() => vec![Remedy::Repair],
+        false => vec![made],
+    }
 }

@@ -74,11 +74,22 @@ pub fn storage_error(action: impl Into<String>) -> impl FnOnce(lance::Error) -> 
 
 /// Whether an error says that a file is not what was written.
 fn is_corrupt(e: &lance::Error) -> bool {
+    any_cause(e, &|cause| matches!(cause.downcast_ref(), Some(lance::Error::CorruptFile { .. })))
+}
+
+/// Returns whether the system refused to read a file that is there, as without permission: then nothing is known of its content.
+pub fn is_refused(e: &lance::Error) -> bool {
+    let refused = |e: &std::io::Error| e.raw_os_error().is_some() && e.kind() != std::io::ErrorKind::NotFound;
+    any_cause(e, &|cause| cause.downcast_ref().is_some_and(refused))
+}
+
+/// Whether something holds of an error, or of one that it passes on.
+fn any_cause(e: &lance::Error, holds: &dyn Fn(&(dyn std::error::Error + 'static)) -> bool) -> bool {
     let mut next: Option<&(dyn std::error::Error + 'static)> = Some(e);
     while let Some(error) = next {
         match error.downcast_ref::<lance::Error>() {
-            Some(lance::Error::CorruptFile { .. }) => return true,
-            Some(lance::Error::Shared { source }) if is_corrupt(source) => return true,
+            _ if holds(error) => return true,
+            Some(lance::Error::Shared { source }) if any_cause(source, holds) => return true,
             _ => next = error.source(),
         }
     }
@@ -171,5 +182,14 @@ mod tests {
         assert!(matches!(caught(|| -> lance::Result<()> { panic!("no") }), Err(lance::Error::CorruptFile { .. })));
         let shared = lance::Error::Shared { source: std::sync::Arc::new(lance::Error::corrupt_file_named("x", "y")) };
         assert_eq!(storage_error("reading")(lance::Error::wrapped(Box::new(shared))).kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn refusals_of_the_system() {
+        let of = |code: i32| lance::Error::io_source(Box::new(std::io::Error::from_raw_os_error(code)));
+        // EACCES, EMFILE and EIO; ENOENT says that there is no file.
+        assert!([13, 24, 5].into_iter().all(|code| is_refused(&of(code))));
+        assert!(is_refused(&lance::Error::Shared { source: std::sync::Arc::new(of(5)) }));
+        assert!(!is_refused(&of(2)) && !is_refused(&lance::Error::corrupt_file_named("x", "y")));
     }
 }

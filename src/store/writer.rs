@@ -3,26 +3,22 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use arrow::array::{RecordBatch, RecordBatchIterator};
-use arrow::datatypes::SchemaRef;
-use arrow::error::ArrowError;
 use chrono::Utc;
-use lance::Dataset;
-use lance::dataset::transaction::Operation;
-use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
 use layerstore_core::layer::registry;
 use serde_json::Value;
 
 use super::agreement::DataTables;
+use super::append::{Written, append, append_rows};
 use super::batches::{ArtifactRows, Layout};
-use super::catalogue::{self, Scope, create_table, replace};
-use super::data::Data;
-use super::format::{Format, without_missing};
-use super::location::Location;
+use super::catalogue::{self, Scope, replace};
+use super::format::Format;
 use super::lock::{self, Guard};
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batches};
+use super::mend::mend;
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, TableRows, artifacts_batches};
+use super::relist::relist;
 use super::schema::{ARTIFACTS, Table, WEIGHT_BLOCKS};
-use super::waiting::{Waiting, storage_error};
+use super::shared::Shared;
+use super::waiting::Waiting;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
 use crate::tasks::unwrap_join;
@@ -59,19 +55,44 @@ pub struct ArtifactInfo {
     pub error_basis: ErrorBasis,
 }
 
+/// What a writer knows of an artifact that the store has, or will have with the next flush.
+#[derive(Debug, Clone)]
+struct Known {
+    locations: RowLocations,
+    recipe: [u8; 32],
+    content: Content,
+}
+
+/// Whether what the store has of an artifact is what its name stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Content {
+    /// Nobody has looked.
+    Unknown,
+    /// It is, or this writer writes it.
+    Sound,
+    /// It is not.
+    Damaged,
+}
+
 /// One change of a model, from its first artifact to its commit. Nobody sees any of it before [`Writer::commit`];
 /// dropping it leaves the catalogue as it was.
 #[derive(Debug)]
 pub struct Writer {
-    location: Location,
+    shared: Arc<Shared>,
     _guard: Guard,
     /// The store's format, which does not change while the guard is held.
     format: &'static Format,
     /// Artifacts that are complete in the store, by recipe.
     recipes: HashMap<[u8; 32], ArtifactInfo>,
-    known: HashMap<ArtifactId, RowLocations>,
+    known: HashMap<ArtifactId, Known>,
+    /// Artifacts that are listed, and whose rows are not there.
+    lost: HashMap<ArtifactId, ArtifactRecord>,
+    /// Where versions say that artifacts are which are not listed.
+    unlisted: HashMap<ArtifactId, RowLocations>,
     pending: Vec<(ArtifactRecord, ArtifactRows)>,
-    /// Memory that is taken by what is pending.
+    /// Artifacts to be written in the place of damaged rows.
+    again: Vec<ArtifactRows>,
+    /// Memory that is taken by what is pending or to be written again.
     pending_bytes: u64,
     /// Bytes of the arrays of artifacts that were new, written or pending.
     added_bytes: u64,
@@ -82,64 +103,131 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Takes the lock of imports, and reads which artifacts the store has. Also returns the records of those that are listed and have
-    /// lost rows, which count as not there.
+    /// Takes the lock of imports, and reads which artifacts the store has.
     ///
     /// # Errors
     /// When the storage refuses.
-    pub(super) async fn begin(
-        location: &Location,
-        data: &Arc<Data>,
-    ) -> Result<(Self, HashMap<ArtifactId, ArtifactRecord>)> {
+    pub(super) async fn begin(shared: &Arc<Shared>) -> Result<Self> {
+        let location = &shared.location;
         let guard = lock::importing(location).await?;
         let format = location.format_of(&catalogue::open(location, None).await?)?;
-        let mut recipes = HashMap::new();
-        let mut known = HashMap::new();
-        let (mut tables, mut lost) = (DataTables::of(location), HashMap::new());
-        for record in data.records().await? {
-            if tables.lack(record.artifact, &record.locations, false).await?.is_some() {
-                lost.insert(record.artifact, record);
-                continue;
-            }
-            known.insert(record.artifact, record.locations);
-            let stored = ArtifactInfo {
-                artifact: record.artifact,
-                method: record.method.clone(),
-                config: record.config,
-                stored_bytes: record.stored_bytes,
-                relative_error: record.relative_error,
-                error_basis: record.error_basis,
-            };
-            recipes.insert(record.recipe, stored);
-        }
-        let writer = Writer {
-            location: location.clone(),
+        let mut writer = Writer {
+            shared: shared.clone(),
             _guard: guard,
             format,
-            recipes,
-            known,
+            recipes: HashMap::new(),
+            known: HashMap::new(),
+            lost: HashMap::new(),
+            unlisted: HashMap::new(),
             pending: vec![],
+            again: vec![],
             pending_bytes: 0,
             added_bytes: 0,
             broken: false,
             commit: None,
         };
-        Ok((writer, lost))
+        let mut tables = DataTables::of(location);
+        for record in shared.data.records().await? {
+            if tables.lack(record.artifact, &record.locations, false).await?.is_some() {
+                writer.lost.insert(record.artifact, record);
+                continue;
+            }
+            let (locations, recipe) = (record.locations, record.recipe);
+            writer.known.insert(record.artifact, Known { locations, recipe, content: Content::Unknown });
+            let stored = ArtifactInfo {
+                artifact: record.artifact,
+                method: record.method,
+                config: record.config,
+                stored_bytes: record.stored_bytes,
+                relative_error: record.relative_error,
+                error_basis: record.error_basis,
+            };
+            writer.recipes.insert(recipe, stored);
+        }
+        Ok(writer)
     }
 
     /// Returns whether the store has an artifact, or will have it with the next flush.
-    pub(crate) fn has(&self, artifact: &ArtifactId) -> bool {
+    pub(super) fn has(&self, artifact: &ArtifactId) -> bool {
         self.known.contains_key(artifact)
     }
 
-    /// Lists artifacts whose rows are there.
+    /// Returns the records of artifacts that are listed, and whose rows are not there.
+    pub(super) fn lost(&self) -> &HashMap<ArtifactId, ArtifactRecord> {
+        &self.lost
+    }
+
+    /// Lists artifacts whose rows are there and are what their names stand for.
     pub(super) async fn list(&mut self, records: Vec<ArtifactRecord>) -> Result<()> {
-        if records.is_empty() {
-            return Ok(());
+        let (moved, new): (Vec<_>, Vec<_>) = records.into_iter().partition(|r| self.lost.contains_key(&r.artifact));
+        if !new.is_empty() {
+            append((&self.shared.location, self.format), ARTIFACTS, artifacts_batches(&new)?).await?;
         }
-        append((&self.location, self.format), ARTIFACTS, artifacts_batches(&records)?).await?;
-        self.known.extend(records.into_iter().map(|r| (r.artifact, r.locations)));
+        if !moved.is_empty() {
+            let list = self.shared.location.open_for_write(ARTIFACTS).during("opening the table of artifacts").await?;
+            relist(list, &moved.iter().map(|r| (r.artifact, r.locations.clone())).collect()).await?;
+        }
+        for record in new.into_iter().chain(moved) {
+            let recipe = self.lost.remove(&record.artifact).map_or(record.recipe, |listed| listed.recipe);
+            let known = Known { locations: record.locations, recipe, content: Content::Sound };
+            self.known.insert(record.artifact, known);
+        }
         Ok(())
+    }
+
+    /// Says that what the store has of an artifact is not what was written: it is written anew when it is added.
+    pub(super) fn distrust(&mut self, artifact: &ArtifactId) {
+        if let Some(known) = self.known.get_mut(artifact) {
+            known.content = Content::Damaged;
+        }
+    }
+
+    /// Returns the artifact that was made by this recipe, if the store has it and it is what was written: its rows are read, and
+    /// hashed.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn reusable(&mut self, recipe: &[u8; 32]) -> Result<Option<ArtifactInfo>> {
+        let Some(stored) = self.made_by(recipe).cloned() else { return Ok(None) };
+        Ok(self.is_sound(stored.artifact).await?.then_some(stored))
+    }
+
+    /// Returns whether what the store has of an artifact is what its name stands for: read and hashed where nobody has looked.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub(crate) async fn is_sound(&mut self, id: ArtifactId) -> Result<bool> {
+        let Some(known) = self.known.get(&id) else { return Ok(false) };
+        if known.content != Content::Unknown {
+            return Ok(known.content == Content::Sound);
+        }
+        let record = match self.recipes.get(&known.recipe).filter(|stored| stored.artifact == id) {
+            Some(stored) => ArtifactRecord {
+                artifact: id,
+                method: stored.method.clone(),
+                config: stored.config.clone(),
+                locations: known.locations.clone(),
+                stored_bytes: stored.stored_bytes,
+                recipe: known.recipe,
+                relative_error: stored.relative_error,
+                error_basis: stored.error_basis,
+                created_at: Utc::now(),
+            },
+            // Two artifacts of one recipe.
+            None => self.shared.data.record(id).await?,
+        };
+        let content = match self.shared.data.parts(&record).await {
+            Ok(parts) => match unwrap_join(tokio::task::spawn_blocking(move || parts.id()).await)? == id {
+                true => Content::Sound,
+                false => Content::Damaged,
+            },
+            Err(Error::Corrupt { .. }) => Content::Damaged,
+            Err(e) => return Err(e),
+        };
+        if let Some(known) = self.known.get_mut(&id) {
+            known.content = content;
+        }
+        Ok(content == Content::Sound)
     }
 
     /// Returns the artifact that was made by this recipe, if the store has it.
@@ -152,78 +240,91 @@ impl Writer {
         self.added_bytes
     }
 
-    /// The layout of the store's format.
-    fn layout(&self) -> Layout {
-        match self.location.formats().schema(WEIGHT_BLOCKS, self.format.version) {
+    /// Notes where a version says that an artifact is which is not listed, and whose rows there are not what was written.
+    pub(super) fn note_unlisted(&mut self, artifact: ArtifactId, locations: &RowLocations) {
+        if !locations.0.is_empty() {
+            self.unlisted.insert(artifact, locations.clone());
+        }
+    }
+
+    /// How the rows of an artifact are to lie: as they did where the store has it or had it, since the catalogue says how many rows of
+    /// which tables it has; else as in the store's format.
+    fn layout_of(&self, id: &ArtifactId) -> Layout {
+        let lost = || self.lost.get(id).map(|record| &record.locations);
+        if let Some(locations) = self.known.get(id).map(|known| &known.locations).or_else(lost) {
+            return Layout::of(locations);
+        }
+        match self.shared.location.formats().schema(WEIGHT_BLOCKS, self.format.version) {
             Some(_) => Layout::Blocks,
             None => Layout::Rows,
         }
     }
 
-    /// Adds an artifact, unless the store has it. Returns its name, and whether it was new. What is new is built into a layer
-    /// first, so that nothing is stored that cannot be loaded.
+    /// Adds an artifact, unless the store has it. Returns its name, and whether it is written: it was new, or what the store had of it
+    /// was not what was written, and is replaced. What is written is built into a layer first, so that nothing is stored that cannot
+    /// be loaded.
     ///
     /// # Errors
-    /// When no layer can be built from the parts, a number of theirs is not finite, they do not fit the tables, or writing a full
-    /// buffer fails.
+    /// When no layer can be built from the parts, a number of theirs is not finite, they do not fit the tables, or the storage
+    /// refuses.
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
-        let (id, new) = self.add_as(parts, provenance, self.layout()).await?;
-        if new {
-            self.added_bytes += parts.stored_bytes();
-        }
-        Ok((id, new))
-    }
-
-    /// Adds an artifact as [`Writer::add`] does, in a layout that an older format of the store may have had: the catalogue says how
-    /// many rows an artifact has that was written before. The bytes are not counted as added: what was lost is not the change's own.
-    pub(super) async fn add_as(
-        &mut self,
-        parts: &Parts,
-        provenance: Provenance,
-        layout: Layout,
-    ) -> Result<(ArtifactId, bool)> {
         let id = parts.id();
-        let new = !self.known.contains_key(&id);
-        if new {
-            let parts = parts.clone();
-            unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&parts).map(drop)).await)??;
-        }
-        let stored_bytes = parts.stored_bytes();
-        let stored = ArtifactInfo {
-            artifact: id,
-            method: parts.method.clone(),
-            config: parts.config.clone(),
-            stored_bytes,
-            relative_error: provenance.relative_error,
-            error_basis: provenance.error_basis,
-        };
-        if !new {
-            self.recipes.insert(provenance.recipe, stored);
+        if self.is_sound(id).await? {
+            self.recipes.insert(provenance.recipe, info(id, parts, provenance));
             return Ok((id, false));
         }
-        let rows = ArtifactRows::new(id, parts.clone(), layout)?;
-        self.recipes.insert(provenance.recipe, stored);
-        self.known.insert(id, RowLocations::default());
-        let record = ArtifactRecord {
-            artifact: id,
-            method: parts.method.clone(),
-            config: parts.config.clone(),
-            locations: RowLocations::default(),
-            stored_bytes,
-            recipe: provenance.recipe,
-            relative_error: provenance.relative_error,
-            error_basis: provenance.error_basis,
-            created_at: Utc::now(),
-        };
-        self.pending_bytes += rows.held_bytes();
-        self.pending.push((record, rows));
-        if self.pending_bytes >= PENDING_BYTES {
-            self.flush().await?;
+        let built = parts.clone();
+        unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&built).map(drop)).await)??;
+        if let Some(locations) = self.unlisted.remove(&id)
+            && !self.known.contains_key(&id)
+            && !self.lost.contains_key(&id)
+        {
+            // A version leads readers to the damaged rows: they are listed, and replaced like any others.
+            self.commit = None;
+            self.list(vec![ArtifactRecord { locations, ..record(id, parts, provenance) }]).await?;
         }
+        let rows = ArtifactRows::new(id, parts.clone(), self.layout_of(&id))?;
+        let (recipe, held_bytes) = (provenance.recipe, rows.held_bytes());
+        self.recipes.insert(recipe, info(id, parts, provenance));
+        if self.known.contains_key(&id) || self.lost.remove(&id).is_some() {
+            self.again.push(rows);
+        } else {
+            self.pending.push((record(id, parts, provenance), rows));
+        }
+        let known = self.known.entry(id).or_insert(Known {
+            locations: RowLocations::default(),
+            recipe,
+            content: Content::Unknown,
+        });
+        known.content = Content::Sound;
+        self.added_bytes += parts.stored_bytes();
+        self.gathered(held_bytes).await?;
         Ok((id, true))
     }
 
-    /// Writes what was gathered: data rows first, then the list of complete artifacts.
+    /// Adds an artifact that was read whole, and whose rows some tables have lost: they are written once more, as they lay, and the
+    /// list is told. What was lost is not the change's own, and its bytes are not counted.
+    pub(super) async fn complete(&mut self, parts: &Parts, provenance: Provenance, layout: Layout) -> Result<()> {
+        let id = parts.id();
+        let rows = ArtifactRows::new(id, parts.clone(), layout)?;
+        let held_bytes = rows.held_bytes();
+        self.recipes.insert(provenance.recipe, info(id, parts, provenance));
+        self.pending.push((record(id, parts, provenance), rows));
+        let (locations, recipe) = (RowLocations::default(), provenance.recipe);
+        self.known.insert(id, Known { locations, recipe, content: Content::Sound });
+        self.gathered(held_bytes).await
+    }
+
+    /// Counts the memory of what was gathered, and writes it where it is much.
+    async fn gathered(&mut self, held_bytes: u64) -> Result<()> {
+        self.pending_bytes += held_bytes;
+        match self.pending_bytes >= PENDING_BYTES {
+            true => self.flush().await,
+            false => Ok(()),
+        }
+    }
+
+    /// Writes what was gathered: data rows first, then the list of complete artifacts; then damaged artifacts anew.
     ///
     /// # Errors
     /// When the storage refuses. Rows that were written stay unseen, for gc.
@@ -235,15 +336,20 @@ impl Writer {
                 source: None,
             });
         }
-        if self.pending.is_empty() {
+        if self.pending.is_empty() && self.again.is_empty() {
             return Ok(());
         }
         self.broken = true;
-        // A table that is made now takes the lock for itself.
+        // A table that is made now takes the lock for itself, and so does whoever replaces rows.
         self.commit = None;
         let pending = std::mem::take(&mut self.pending);
         let records = self.write_rows(pending).await?;
         self.list(records).await?;
+        for (artifact, locations) in mend(&self.shared, self.format, std::mem::take(&mut self.again)).await? {
+            if let Some(known) = self.known.get_mut(&artifact) {
+                known.locations = locations;
+            }
+        }
         self.pending_bytes = 0;
         self.broken = false;
         Ok(())
@@ -253,7 +359,7 @@ impl Writer {
     pub(crate) async fn ready(&mut self) -> Result<()> {
         self.flush().await?;
         if self.commit.is_none() {
-            self.commit = Some(lock::committing(&self.location).await?);
+            self.commit = Some(lock::committing(&self.shared.location).await?);
         }
         Ok(())
     }
@@ -265,7 +371,7 @@ impl Writer {
         let tables: BTreeSet<Table> = artifacts.iter().flat_map(|rows| rows.tables().map(|(table, _)| table)).collect();
         for table in tables {
             let name = table.name();
-            let mut written = Written::new(append_rows((&self.location, self.format), table, &artifacts).await?);
+            let mut written = Written::new(append_rows((&self.shared.location, self.format), table, &artifacts).await?);
             for (record, rows) in records.iter_mut().zip(artifacts.iter()) {
                 let rows: u64 = rows.tables().filter(|(of, _)| *of == table).map(|(_, rows)| rows).sum();
                 if rows == 0 {
@@ -341,9 +447,37 @@ impl Writer {
         self.ready().await?;
         let mut records = records.to_vec();
         for record in &mut records {
-            record.locations = self.known.get(&record.artifact).cloned().unwrap_or_default();
+            record.locations =
+                self.known.get(&record.artifact).map_or_else(RowLocations::default, |k| k.locations.clone());
         }
-        replace(&self.location, (model, scope), &records, operation, message).await
+        replace(&self.shared.location, (model, scope), &records, operation, message).await
+    }
+}
+
+/// What a writer tells of an artifact.
+fn info(artifact: ArtifactId, parts: &Parts, provenance: Provenance) -> ArtifactInfo {
+    ArtifactInfo {
+        artifact,
+        method: parts.method.clone(),
+        config: parts.config.clone(),
+        stored_bytes: parts.stored_bytes(),
+        relative_error: provenance.relative_error,
+        error_basis: provenance.error_basis,
+    }
+}
+
+/// What the list is to say of an artifact whose rows are not written yet.
+fn record(artifact: ArtifactId, parts: &Parts, provenance: Provenance) -> ArtifactRecord {
+    ArtifactRecord {
+        artifact,
+        method: parts.method.clone(),
+        config: parts.config.clone(),
+        locations: RowLocations::default(),
+        stored_bytes: parts.stored_bytes(),
+        recipe: provenance.recipe,
+        relative_error: provenance.relative_error,
+        error_basis: provenance.error_basis,
+        created_at: Utc::now(),
     }
 }
 
@@ -373,121 +507,9 @@ fn check_name(what: &'static str, name: &str) -> Result<()> {
     Err(Error::InvalidName { what, name: name.escape_debug().to_string(), reason })
 }
 
-/// Appends rows to a table, made first in the store's format where it is missing, and returns the new data files with their
-/// rows, in order.
-pub(super) async fn append(
-    (location, format): (&Location, &Format),
-    table: &str,
-    batches: Vec<RecordBatch>,
-) -> Result<Vec<(String, u64)>> {
-    let dataset = opened((location, format), table).await?;
-    let fitted = |batch| without_missing(batch, (table, &dataset), (location.uri(), format));
-    let batches = batches.into_iter().map(fitted).collect::<Result<Vec<_>>>()?;
-    let Some(schema) = batches.first().map(RecordBatch::schema) else { return Ok(vec![]) };
-    let appended = append_to(Arc::new(dataset), schema, batches.into_iter().map(Ok));
-    appended.during(format!("appending to table '{table}'")).await
-}
-
-/// Appends the rows that artifacts have in a table, as [`append`] does. They are made meanwhile, batch by batch.
-async fn append_rows(
-    (location, format): (&Location, &Format),
-    table: Table,
-    artifacts: &Arc<Vec<ArtifactRows>>,
-) -> Result<Vec<(String, u64)>> {
-    let dataset = opened((location, format), &table.name()).await?;
-    let pieces = artifacts.iter().enumerate().map(|(owner, rows)| (owner, rows.pieces(table)));
-    let pieces: Vec<_> = pieces.flat_map(|(owner, all)| all.into_iter().map(move |piece| (owner, piece))).collect();
-    let artifacts = artifacts.clone();
-    // They have no column that a later format adds to the table.
-    let batches = pieces.into_iter().map(move |(owner, piece)| artifacts[owner].batch(&piece));
-    let appended = append_to(Arc::new(dataset), table.schema(), batches);
-    appended.during(format!("appending to table '{}'", table.name())).await
-}
-
-/// Opens a table for writing, made first in the store's format where it is missing.
-async fn opened((location, format): (&Location, &Format), table: &str) -> Result<Dataset> {
-    let action = || format!("opening table '{table}'");
-    match location.open_for_write(table).await {
-        Ok(dataset) => Ok(dataset),
-        Err(lance::Error::DatasetNotFound { .. }) => {
-            let schema = location.formats().schema(table, format.version);
-            let schema = schema.ok_or_else(|| Error::expected("table", table, "one of the format's"))?;
-            create_table(location, table, schema).await?;
-            location.open_for_write(table).during(action()).await
-        }
-        Err(e) => Err(storage_error(action())(e)),
-    }
-}
-
-/// Columns of the table that the batches do not have, which take nulls, are left out of the new files.
-async fn append_to(
-    dataset: Arc<Dataset>,
-    schema: SchemaRef,
-    batches: impl Iterator<Item = std::result::Result<RecordBatch, ArrowError>> + Send + 'static,
-) -> lance::Result<Vec<(String, u64)>> {
-    let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
-    let reader = RecordBatchIterator::new(batches, schema);
-    let transaction =
-        InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(reader).await?;
-    let Operation::Append { fragments } = &transaction.operation else {
-        return Err(lance::Error::internal(format!("an append came to be {}", transaction.operation.name())));
-    };
-    let mut written = Vec::with_capacity(fragments.len());
-    for fragment in fragments {
-        let [file] = fragment.files.as_slice() else {
-            return Err(lance::Error::internal(format!("a new fragment has {} data files", fragment.files.len())));
-        };
-        written.push((file.path.clone(), fragment.physical_rows.unwrap_or_default() as u64));
-    }
-    CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction).await?;
-    Ok(written)
-}
-
-/// Hands out consecutive rows of a list of files.
-struct Written {
-    files: std::vec::IntoIter<(String, u64)>,
-    current: Option<(String, u64)>,
-    offset: u64,
-}
-
-impl Written {
-    fn new(files: Vec<(String, u64)>) -> Self {
-        Written { files: files.into_iter(), current: None, offset: 0 }
-    }
-
-    fn take(&mut self, mut rows: u64) -> Option<Vec<RowRange>> {
-        let mut ranges = Vec::new();
-        while rows > 0 {
-            match &self.current {
-                Some((file, size)) if self.offset < *size => {
-                    let taken = rows.min(size - self.offset);
-                    ranges.push(RowRange { file: file.clone(), offset: self.offset, rows: taken });
-                    self.offset += taken;
-                    rows -= taken;
-                }
-                _ => {
-                    self.current = Some(self.files.next()?);
-                    self.offset = 0;
-                }
-            }
-        }
-        Some(ranges)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges_go_on_in_the_next_file() {
-        let run = |file: &str, offset, rows| RowRange { file: file.into(), offset, rows };
-        let mut written = Written::new(vec![("a".into(), 3), ("b".into(), 0), ("c".into(), 10)]);
-        assert_eq!(written.take(2).unwrap(), [run("a", 0, 2)]);
-        assert_eq!(written.take(4).unwrap(), [run("a", 2, 1), run("c", 0, 3)]);
-        assert_eq!(written.take(0).unwrap(), []);
-        assert_eq!(written.take(8), None);
-    }
 
     #[test]
     fn names_that_would_be_trouble() {

@@ -87,6 +87,7 @@ fn blocks_are_imported_attended_with_and_trained() {
     };
     let block = of(&done, "blocks.1.attention");
     assert_eq!((block["method"].as_str(), block["in_features"].as_u64()), (Some("vq_attention"), Some(WIDTH as u64)));
+    assert!(block["bits_per_weight"].is_null() && of(&plan, "blocks.1.attention")["bits_per_weight"].is_null());
     assert_eq!(field(&of(&plan, "blocks.1.attention"), "expected_bytes"), field(&block, "stored_bytes"));
     let error = block["relative_error"].as_f64().unwrap();
     assert!(error > 0.0 && error < 0.9, "{error}");
@@ -137,9 +138,19 @@ fn blocks_are_imported_attended_with_and_trained() {
     assert_ne!(attend("after.npy", x.view(), &[]), whole);
     assert_eq!(attend("before.npy", x.view(), &["--at", "before"]), whole);
 
+    // Blocks are measured as the import measures them, against the checkpoint or dense layers of the store.
+    place.json(&["import", &checkpoint, "--model", "dense"]);
+    for more in [&["--checkpoint", &checkpoint][..], &[]] {
+        let evaluation = place.json(&[&["evaluate", "m", "--activations", &activations], more].concat());
+        assert_eq!(evaluation["layers"].as_array().unwrap().len(), 10);
+        assert_eq!(evaluation["unmeasured"], serde_json::json!([]));
+        let found = of(&evaluation, "blocks.1.attention");
+        assert!((found["relative_error"].as_f64().unwrap() - error).abs() < 1e-6, "{found} for {block}");
+        assert_eq!((found["tokens"].as_u64(), &found["bits_per_weight"]), (Some(90), &serde_json::Value::Null));
+        let errors = evaluation["layers"].as_array().unwrap().iter().map(|l| l["relative_error"].as_f64().unwrap());
+        assert!((evaluation["mean_relative_error"].as_f64().unwrap() - errors.sum::<f64>() / 10.0).abs() < 1e-12);
+    }
     // What is no weight is left out where weights are what is asked for.
-    let evaluation = place.json(&["evaluate", "m", "--activations", &activations, "--checkpoint", &checkpoint]);
-    assert_eq!(evaluation["layers"].as_array().unwrap().len(), 8);
     let exported = place.path("exported.safetensors").display().to_string();
     place.json(&["export", "m", "--output", &exported]);
     assert_eq!(formats::open(&exported).unwrap().layers().len(), 8);
@@ -160,6 +171,46 @@ fn blocks_are_imported_attended_with_and_trained() {
         let layer = layer.downcast_ref::<VqAttentionLayer>().unwrap();
         assert_eq!(layer.keys().unwrap().codewords().dim(), (2, 24, 4));
     });
+}
+
+/// Layers of a model that an evaluation has no inputs for are in its answer, each with the reason.
+#[test]
+fn what_is_not_measured_is_named() {
+    let place = Place::new();
+    let (checkpoint, activations, rules) = inputs(&place);
+    place.json(&["import", &checkpoint, "--model", "m", "--rules", &rules, "--calibration", &activations]);
+    let settings = place.path("settings.toml");
+    std::fs::write(&settings, "n_head = 2\nn_code = 8\n").unwrap();
+    let queries = array(&place, "queries.npy", sample(60, WIDTH, 1).view());
+    let train = ["codebooks", "train", "m", "free", "--queries", &queries, "--settings"];
+    place.json(&[&train[..], &[settings.to_str().unwrap()]].concat());
+    let some = [(0, "q", 90), (0, "k", 90), (1, "q", 90), (1, "k", 90), (1, "v", 45)];
+    let some = some
+        .into_iter()
+        .map(|(block, name, rows)| (format!("blocks.{block}.attention.{name}"), sample(rows, WIDTH, 100 + block)));
+    let some = write(&place, "some.safetensors", &some.collect());
+    let evaluate = ["evaluate", "m", "--activations", &some, "--checkpoint", &checkpoint];
+    let found = place.json(&evaluate);
+    assert_eq!(found["layers"].as_array().unwrap().len(), 5);
+    let none = "no activations have its name";
+    let expected = [
+        ("blocks.0.attention", format!("its projection 'blocks.0.attention.v' is not measured: {none}")),
+        ("blocks.0.attention.out", none.to_owned()),
+        ("blocks.0.attention.v", none.to_owned()),
+        ("blocks.1.attention", "its projections have [90, 90, 45] activations, not as many each".to_owned()),
+        ("blocks.1.attention.out", none.to_owned()),
+        ("free", "its inputs are queries and keys themselves, of which activations files hold none".to_owned()),
+    ];
+    let listed = found["unmeasured"].as_array().unwrap().iter();
+    let listed: Vec<_> =
+        listed.map(|l| (l["layer"].as_str().unwrap(), l["reason"].as_str().unwrap().to_owned())).collect();
+    assert_eq!(listed, expected);
+    assert_eq!(found["unmeasured"][0]["method"], "vq_attention");
+    let shown = place.run(&evaluate).out;
+    assert!(shown.contains("5 measured layers") && shown.contains("not measured: 6 layers"), "{shown}");
+    for (layer, reason) in expected {
+        assert!(shown.contains(layer) && shown.contains(&reason), "{shown}");
+    }
 }
 
 /// A block takes the layers along that it names, behind its name or elsewhere.

@@ -1,11 +1,11 @@
 //! The command line, by its contract.
 
 use layerstore::formats::{read_array, write_array};
-use layerstore::{ActivationsFile, formats};
+use layerstore::{ActivationsFile, ErrorKind, Store, evaluate, formats};
 use layerstore_core::linalg::{matmul_nt, relative_error};
 use ndarray::s;
 
-use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, field};
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, field, refused};
 
 #[test]
 fn import_lists_and_shows() {
@@ -83,10 +83,20 @@ fn a_dry_run_says_what_an_import_does() {
             assert_eq!(field(expected, "expected_bytes"), field(found, "stored_bytes"), "{found}");
             assert_eq!(field(expected, "bits_per_weight"), field(found, "bits_per_weight"));
         }
+        // As many bits as were asked for, counted as everywhere.
+        let bits = field(found, "bits_per_weight").as_f64().unwrap();
+        assert!(found["layer"] != "blocks.0.up" || (8.6..=9.0).contains(&bits), "{found}");
+        let shown = place.json(&["show", "m", found["layer"].as_str().unwrap()]);
+        assert_eq!(field(&shown, "bits_per_weight"), bits);
     }
     let rule_of = |layer: &str| plan.iter().find(|l| l["layer"] == layer).unwrap()["rule"].clone();
     assert!(rule_of("blocks.0.up").as_str().unwrap().starts_with("line 1: blocks"));
     assert!(rule_of("blocks.0.down").as_str().unwrap().starts_with("line 15: blocks"));
+    // Errors on the inputs that calibrated are called so.
+    let human = place.run(&args);
+    assert!(human.out.contains("calibration") && !human.out.contains("activations"), "{}", human.out);
+    assert!(place.run(&["show", "m", "blocks.0.up"]).out.contains("over calibration"));
+    assert!(place.run(&["layers", "m"]).out.contains("calibration"));
     let human = place.run(&[&args[..], &["--dry-run"]].concat());
     assert!(human.out.contains("nothing has been stored") && human.out.contains("by its numbers"), "{}", human.out);
     let measured = place.json(&["evaluate", "m", "--activations", INPUTS, "--checkpoint", CHECKPOINT]);
@@ -222,6 +232,67 @@ fn forward_search_and_evaluate() {
     let keys = place.json(&["evaluate", "keys", "--activations", INPUTS]);
     let first = &keys["layers"][0];
     assert!(first["mean_certified_error"].as_f64() > Some(0.0) && first["mean_keys"].as_f64() > Some(5.0));
+}
+
+/// Activations that cannot be used are all found before a layer is loaded.
+#[tokio::test(flavor = "multi_thread")]
+async fn unusable_activations_are_found_before_the_work() {
+    let place = Place::new();
+    place.import("int4", Some(INT4));
+    let inputs = formats::open(INPUTS).unwrap();
+    let poisoned = |name: &str, changes: &[(&str, f32)]| {
+        let path = place.path(name);
+        let all: Vec<_> = inputs
+            .tensors()
+            .values()
+            .map(|tensor| {
+                let (mut x, change) = (inputs.matrix(tensor).unwrap(), changes.iter().find(|c| c.0 == tensor.name));
+                match change {
+                    Some((_, 0.0)) => x = x.slice_move(s![.., 1..]),
+                    Some((_, value)) => x[[1, 2]] = *value,
+                    None => {}
+                }
+                let bytes: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+                (tensor.name.clone(), x.shape().to_vec(), bytes)
+            })
+            .collect();
+        assert!(changes.iter().all(|change| all.iter().any(|(name, ..)| name == change.0)));
+        let views = all.iter().map(|(name, shape, bytes)| {
+            let view = safetensors::tensor::TensorView::new(layerstore::layer::DType::F32, shape.clone(), bytes);
+            (name, view.unwrap())
+        });
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        path
+    };
+    let store = Store::open(&place.store()).await.unwrap();
+    let latest = store.latest().await.unwrap();
+    let measured = async |path: &std::path::Path| {
+        let activations = ActivationsFile::open(path).unwrap();
+        evaluate(&latest, "int4", activations, Some(formats::open(CHECKPOINT).unwrap())).await
+    };
+    let last = poisoned("last.safetensors", &[("blocks.1.up", f32::NAN)]);
+    let says = ["layer 'blocks.1.up': tensor 'blocks.1.up' of last.safetensors holds NaN at index 50"];
+    refused(measured(&last).await, ErrorKind::InvalidInput, &says);
+    let changes =
+        [("blocks.0.down", 0.0), ("blocks.0.mix", f32::INFINITY), ("blocks.1.down", 0.0), ("blocks.1.up", f32::NAN)];
+    let many = poisoned("many.safetensors", &changes);
+    let says = [
+        "found 4 things",
+        "'blocks.0.down'",
+        "95]",
+        "expected [tokens, 96]",
+        "inf at index 50",
+        "'blocks.1.down'",
+        "NaN",
+    ];
+    refused(measured(&many).await, ErrorKind::InvalidInput, &says);
+    assert_eq!(store.cached_bytes().await, 0, "a layer was loaded");
+    // Weights to compare with that are not there are told with them.
+    let activations = ActivationsFile::open(&last).unwrap();
+    let says = ["found 7 things", "holds NaN", "none in the store", "'blocks.0.up'"];
+    refused(evaluate(&latest, "int4", activations, None).await, ErrorKind::InvalidInput, &says);
+    assert_eq!(measured(std::path::Path::new(INPUTS)).await.unwrap().layers.len(), 6);
+    assert!(store.cached_bytes().await > 0);
 }
 
 #[test]

@@ -1,12 +1,19 @@
 //! Keys: their backends in a store, searched on disk, across layers, and by themselves.
 
 use layerstore::formats::write_array;
-use layerstore::layer::{Accuracy, KeyValueLayer, Limit, SharedLayer};
-use layerstore::{ActivationsFile, ErrorKind, Store, load_backend, save_backend};
+use std::collections::HashSet;
+use std::time::Duration;
+
+use layerstore::layer::{Accuracy, DType, KeyValueLayer, Limit, SharedLayer};
+use layerstore::{
+    ActivationsFile, ErrorKind, ImportOptions, NearKey, Rules, Store, formats, import, load_backend, save_backend,
+};
+use layerstore_core::linalg::normal_quantile;
 use ndarray::{Array2, s};
+use safetensors::tensor::TensorView;
 use serde_json::json;
 
-use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, refused};
+use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, files, refused};
 
 const BACKENDS: &str = "tests/fixtures/backends.toml";
 const SVD: &str = "[[rule]]\nlayers = 'blocks\\..*'\nmethod = \"key_value\"\ndecomposition = \"svd\"\n\
@@ -139,6 +146,17 @@ fn keys_are_found_across_layers_with_and_without_an_index() {
     let indexed = nearest(&own);
     assert_eq!(indexed[0]["layers"], names);
     assert!((indexed[0]["cosine"].as_f64().unwrap() - 1.0).abs() < 1e-3, "{indexed}");
+    // An index whose end is damaged is told, and no memory is asked for by it.
+    for file in files(&place.path("layers/keys_d48.lance/_indices")) {
+        let good = std::fs::read(&file).unwrap();
+        let mut bad = good.clone();
+        let at = bad.len() - 13;
+        bad[at] ^= 0x40;
+        std::fs::write(&file, bad).unwrap();
+        let name = file.file_name().unwrap().to_str().unwrap();
+        place.fails(1, &[name, "contradicts itself"], &[&["nearest"], &own[..]].concat());
+        std::fs::write(&file, good).unwrap();
+    }
     // Keys that came after the index are found too, and gc leaves an index that works.
     place.import("int4", Some(INT4));
     std::fs::write(place.path("ridge.toml"), SVD.replace("\"svd\"", "\"whitened_svd\"\nridge_relative = 0.5")).unwrap();
@@ -163,7 +181,78 @@ fn keys_are_found_across_layers_with_and_without_an_index() {
     place.fails(1, &["key", "48", "less than 48"], &["nearest", "one", "blocks.0.up", "48"]);
     place.fails(1, &["backend", "f32"], &["nearest", "int4", "blocks.0.up", "0"]);
     place.fails(1, &["MODEL LAYER KEY"], &["nearest", "one"]);
+    place.fails(1, &["no model named 'svt'", "svd"], &[&own[..], &["--among", "svd", "--among", "svt"]].concat());
     place.fails(1, &["number of keys", "at least 1"], &["nearest", "one", "blocks.0.up", "0", "--count", "0"]);
+}
+
+/// Numbers of a standard normal distribution.
+fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed;
+    Array2::from_shape_simple_fn((rows, columns), || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        normal_quantile(((state >> 11) as f64 + 0.5) / (1u64 << 53) as f64) as f32
+    })
+}
+
+/// Keys of the model `m` near some directions.
+async fn near(store: &Store, width: usize) -> Vec<HashSet<(String, u32)>> {
+    let directions = normal(12, width, 1000);
+    let among = ["m".to_owned()];
+    let latest = store.latest().await.unwrap();
+    let found = latest.nearest_keys(directions.view(), 10, Some(&among)).await.unwrap();
+    let name = |near: NearKey| (near.layers[0].layer.clone(), near.key);
+    found.into_iter().map(|keys| keys.into_iter().map(name).collect()).collect()
+}
+
+/// Keys are found through an index whatever divides their length, also after gc has moved them.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_finds_keys_of_any_length() {
+    const WIDTHS: [usize; 5] = [96, 97, 101, 33, 7];
+    let place = Place::new();
+    let store = Store::create(&place.store()).await.unwrap();
+    let bring = async |model: &str, layers: usize, rules: &str| {
+        let weights: Vec<(String, usize, Vec<u8>)> = WIDTHS
+            .into_iter()
+            .flat_map(|width| (0..layers * if width < 32 { 3 } else { 1 }).map(move |layer| (width, layer)))
+            .map(|(width, layer)| {
+                let weight = normal(width, width, (1 + layer * 1000 + width + model.len()) as u64);
+                let bytes = weight.iter().flat_map(|v| v.to_le_bytes()).collect();
+                (format!("w{width}.{layer}.weight"), width, bytes)
+            })
+            .collect();
+        let views = weights
+            .iter()
+            .map(|(name, width, bytes)| (name, TensorView::new(DType::F32, vec![*width, *width], bytes).unwrap()));
+        let file = place.path("model.safetensors");
+        safetensors::serialize_to_file(views, None, &file).unwrap();
+        let options = ImportOptions { rules: Rules::parse(rules, "rules.toml").unwrap(), ..ImportOptions::default() };
+        import(&store, formats::open(&file).unwrap(), model, options).await.unwrap();
+    };
+    let keys = "[[rule]]\nlayers = '.*'\nmethod = 'key_value'\n";
+    bring("gone", 1, keys).await;
+    bring("m", 16, keys).await;
+    let mut exact = vec![];
+    for width in WIDTHS {
+        exact.push(near(&store, width).await);
+    }
+    let made = store.index_keys(|_, _| ()).await.unwrap();
+    assert!(made.len() == 5 && made.iter().all(|table| table.partitions == Some(1)), "{made:?}");
+    for collected in [false, true] {
+        if collected {
+            bring("gone", 1, "").await;
+            assert!(store.gc(Duration::ZERO, true).await.unwrap().artifacts > 0);
+        }
+        let mut recalls = vec![];
+        for (width, exact) in WIDTHS.into_iter().zip(&exact) {
+            let found = near(&store, width).await;
+            let common: usize = found.iter().zip(exact).map(|(found, exact)| found.intersection(exact).count()).sum();
+            recalls.push(common as f64 / 120.0);
+        }
+        assert!(recalls.iter().all(|recall| *recall > 0.8 && *recall > recalls[0] - 0.05), "{recalls:?}");
+    }
+    let (latest, among) = (store.latest().await.unwrap(), ["m".to_owned(), "n".to_owned()]);
+    let unknown = latest.nearest_keys(Array2::ones((1, 97)).view(), 1, Some(&among)).await;
+    refused(unknown, ErrorKind::NotFound, &["no model named 'n'", "gone, m"]);
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod attention;
 mod calibration;
 mod catalogue;
 mod cli;
+mod damage;
 mod export;
 mod faults;
 mod files;

@@ -257,6 +257,7 @@ fn commands_that_read_no_version_refuse_one() {
         &["log"],
         &["diff", "1", "2"],
         &["verify"],
+        &["repair"],
         &["gc"],
     ] {
         let says =

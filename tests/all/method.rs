@@ -6,8 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use layerstore::layer::parts::{Tensor, WeightRows, bytes_f32, f32_bytes};
 use layerstore::layer::{
-    Accuracy, ExactSource, Gradients, Layer, LowRankConfig, Method, MethodConfig, MethodName, Output, Parts,
-    SharedLayer, check_rows, compress, layer_from_parts, read_config, register,
+    Accuracy, ExactSource, Gradients, Layer, LayerShape, LowRankConfig, Method, MethodConfig, MethodName, Output,
+    Parts, SharedLayer, check_rows, compress, layer_from_parts, read_config, register,
 };
 use layerstore::{
     ActivationsFile, Calibration, CalibrationFile, Error, ErrorKind, ExportOptions, ImportOptions, Result, Rules,
@@ -51,15 +51,15 @@ impl Method for RowSign {
         check_gain(self.gain)
     }
 
-    fn check(&self, _out_features: usize, in_features: usize, _calibrated: bool) -> Result<()> {
-        match in_features.is_multiple_of(8) {
+    fn check(&self, shape: LayerShape, _calibrated: bool) -> Result<()> {
+        match shape.in_features.is_multiple_of(8) {
             true => Ok(()),
-            false => Err(Error::expected("weights of a row", in_features, "a multiple of 8")),
+            false => Err(Error::expected("weights of a row", shape.in_features, "a multiple of 8")),
         }
     }
 
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        Ok(Some(out_features * (in_features / 8 + 4)))
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        Ok(Some(shape.out_features * (shape.in_features / 8 + 4) + shape.bias_bytes()))
     }
 
     fn compress(
@@ -349,7 +349,7 @@ macro_rules! impostor {
         impl Method for $type {
             const NAME: &'static str = $name;
             type Layer = RowSignLayer;
-            fn check(&self, _out_features: usize, _in_features: usize, _calibrated: bool) -> Result<()> {
+            fn check(&self, _shape: LayerShape, _calibrated: bool) -> Result<()> {
                 Ok(())
             }
             fn compress(

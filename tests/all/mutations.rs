@@ -164,3 +164,31 @@ async fn files_of_a_store() {
     assert!(noticed as u64 >= (seeds.end - seeds.start) / 5, "{noticed} noticed");
     assert_eq!(kept.read().await, whole);
 }
+
+/// Every field of the ends of data files changed, at its highest bits and at its lowest: Lance asks for memory by them.
+#[tokio::test(flavor = "multi_thread")]
+async fn ends_of_data_files() {
+    count_panics();
+    let place = Place::new();
+    let kept = store_files::Kept::copied(Path::new("tests/fixtures/store-v1/layers"), &place.path("layers"));
+    let whole = kept.read().await;
+    for table in ["layers", "artifacts", "weights", "values_d96"] {
+        // The latest versions have the newest files, and the largest.
+        let files = crate::support::files(&place.path(&format!("layers/{table}.lance/data")));
+        let largest = files.into_iter().max_by_key(|file| std::fs::metadata(file).unwrap().len()).unwrap();
+        let good = std::fs::read(&largest).unwrap();
+        for from_end in [13, 9, 17, 25, 33, 16, 12, 24, 32, 40] {
+            let mut bad = good.clone();
+            let at = bad.len() - from_end;
+            bad[at] ^= 0x41;
+            std::fs::write(&largest, &bad).unwrap();
+            let panics = PANICS.load(Ordering::SeqCst);
+            let outcome = kept.read().await;
+            std::fs::write(&largest, &good).unwrap();
+            assert_eq!(PANICS.load(Ordering::SeqCst), panics, "{table}, {from_end} from the end");
+            allocations::assert_none_as_large_as(LARGE, &format!("{table}, {from_end} from the end"));
+            assert_ne!(outcome, whole, "{table}, {from_end} from the end");
+        }
+    }
+    assert_eq!(kept.read().await, whole);
+}

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::method::{Method, read_config};
 use super::name::MethodName;
 use super::parts::{Parts, Tensor, WeightRows, f32_bytes};
+use super::shape::LayerShape;
 use super::traits::{Accuracy, Gradients, Layer, Output, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -28,7 +29,7 @@ impl Method for Dense {
     const NAME: &'static str = "dense";
     type Layer = DenseLayer;
 
-    fn check(&self, _out_features: usize, _in_features: usize, _calibrated: bool) -> Result<()> {
+    fn check(&self, _shape: LayerShape, _calibrated: bool) -> Result<()> {
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use super::check::check_inputs;
 use super::name::MethodName;
 use super::parts::Parts;
+use super::shape::LayerShape;
 use super::traits::{Layer, SharedLayer};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -61,18 +62,18 @@ pub trait Method: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned 
         Ok(())
     }
 
-    /// Checks the settings against a weight's shape and whether calibration statistics are at hand, before any work is done.
+    /// Checks the settings against a layer's shape and whether calibration statistics are at hand, before any work is done.
     ///
     /// # Errors
     /// When a setting does not fit, or calibration is needed and missing.
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()>;
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()>;
 
-    /// Returns the bytes that a layer's parts will take, the bias aside; `None` where that follows from its numbers.
+    /// Returns the bytes that a layer's parts will take, the bias included; `None` where that follows from its numbers.
     ///
     /// # Errors
     /// When the settings do not fit the shape.
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        let _ = (out_features, in_features);
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        let _ = shape;
         Ok(None)
     }
 
@@ -104,6 +105,29 @@ pub trait Method: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned 
     fn with_stored(&self, stored: &Value) -> Value {
         stored.clone()
     }
+
+    /// Returns the settings that a layer of this full configuration is made with again, as far as the configuration tells: where it has a
+    /// number in the place of what decided it, the settings have the number. By default those of its entries that are settings.
+    ///
+    /// # Errors
+    /// When they are not valid together.
+    fn from_config(config: &Map<String, Value>) -> Result<Self> {
+        let settings: Self = settings_in(config)?;
+        settings.validate()?;
+        Ok(settings)
+    }
+}
+
+/// Returns the settings among the entries of a configuration, which are not checked; entries that are none are passed over.
+///
+/// # Errors
+/// When the settings cannot be read together.
+pub fn settings_in<M: Method>(config: &Map<String, Value>) -> Result<M> {
+    let one = |key: &String, value: &Value| Value::Object([(key.clone(), value.clone())].into_iter().collect());
+    let settings = config.iter().filter(|(key, value)| serde_json::from_value::<M>(one(key, value)).is_ok());
+    let settings: Map<String, Value> = settings.map(|(key, value)| (key.clone(), value.clone())).collect();
+    serde_json::from_value(Value::Object(settings))
+        .map_err(|e| Error::Settings { method: M::NAME.to_owned(), reason: e.to_string() })
 }
 
 /// Compresses `weight` `[out_features, in_features]` with its bias `[out_features]`, for inputs with the statistics of
@@ -119,8 +143,9 @@ pub fn compress<M: Method>(
     calibration: Option<&Calibration>,
 ) -> Result<M::Layer> {
     let (out_features, in_features) = weight.dim();
+    let shape = LayerShape { out_features, in_features, has_bias: bias.is_some() };
     Method::validate(settings)?;
-    Method::check(settings, out_features, in_features, calibration.is_some())?;
+    Method::check(settings, shape, calibration.is_some())?;
     check_inputs(weight, bias, calibration)?;
     Method::compress(settings, weight, bias, calibration)
 }
@@ -132,8 +157,8 @@ trait AnyMethod: fmt::Debug + Send + Sync {
     fn kind(&self) -> MethodKind;
     fn settings(&self) -> Value;
     fn validate(&self) -> Result<()>;
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()>;
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>>;
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()>;
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>>;
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str>;
     fn compress(
         &self,
@@ -160,11 +185,11 @@ impl<M: Method> AnyMethod for M {
     fn validate(&self) -> Result<()> {
         Method::validate(self)
     }
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
-        Method::check(self, out_features, in_features, calibrated)
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
+        Method::check(self, shape, calibrated)
     }
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        Method::expected_bytes(self, out_features, in_features)
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        Method::expected_bytes(self, shape)
     }
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
         Method::unusable(self, calibration)
@@ -245,21 +270,21 @@ impl MethodConfig {
         self.0.validate()
     }
 
-    /// Checks the settings by themselves and against a weight's shape.
+    /// Checks the settings by themselves and against a layer's shape.
     ///
     /// # Errors
     /// When a setting does not fit, or calibration is needed and missing.
-    pub fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+    pub fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
         self.0.validate()?;
-        self.0.check(out_features, in_features, calibrated)
+        self.0.check(shape, calibrated)
     }
 
     /// Returns the bytes that a layer's parts will take, as [`Method::expected_bytes`].
     ///
     /// # Errors
     /// When the settings do not fit the shape.
-    pub fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        self.0.expected_bytes(out_features, in_features)
+    pub fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        self.0.expected_bytes(shape)
     }
 
     /// Returns why a layer is compressed as if it had no statistics of its inputs, as [`Method::unusable`].

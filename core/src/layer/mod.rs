@@ -15,6 +15,7 @@ mod name;
 pub mod parts;
 pub mod registry;
 mod rms_norm;
+mod shape;
 mod ternary;
 mod traits;
 mod vq_attention;
@@ -34,6 +35,7 @@ pub use name::MethodName;
 pub use parts::{ArtifactId, Parts};
 pub use registry::{MethodEntry, layer_from_parts, register};
 pub use rms_norm::{NormGradients, RmsNorm};
+pub use shape::{LayerShape, bits_per_weight};
 pub use ternary::{TernaryConfig, TernaryLayer};
 pub use traits::{
     Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SearchReport, SharedLayer, check_rows,

@@ -30,10 +30,13 @@ pub struct MethodEntry {
     pub measured: &'static [&'static str],
     implemented_by: TypeId,
     read_settings: Option<ReadSettings>,
+    settings_of: Option<SettingsOf>,
     from_parts: fn(Parts) -> Result<SharedLayer>,
 }
 
 type ReadSettings = fn(Map<String, Value>) -> Result<MethodConfig>;
+
+type SettingsOf = fn(&Map<String, Value>) -> Result<MethodConfig>;
 
 fn read_settings<M: Method>(given: Map<String, Value>) -> Result<MethodConfig> {
     let settings: M = serde_json::from_value(Value::Object(given.clone()))
@@ -63,6 +66,7 @@ impl MethodEntry {
             measured: M::MEASURED,
             implemented_by: TypeId::of::<M>(),
             read_settings: Some(read_settings::<M>),
+            settings_of: Some(|config| Ok(M::from_config(config)?.into())),
             from_parts: |parts| Ok(M::from_parts(parts)?.shared()),
         }
     }
@@ -84,6 +88,24 @@ impl MethodEntry {
     }
 }
 
+impl MethodEntry {
+    /// Returns the settings that a layer of this full configuration, as the catalogue keeps it, is made with again:
+    /// [`Method::from_config`].
+    ///
+    /// # Errors
+    /// When they are not valid together, or no settings make such a layer.
+    pub fn settings_of(&self, config: &Value) -> Result<MethodConfig> {
+        match (self.settings_of, config) {
+            (Some(read), Value::Object(config)) => read(config),
+            _ => Err(Error::expected(
+                "configuration of a layer to make again",
+                config,
+                "one that a rule's settings made",
+            )),
+        }
+    }
+}
+
 /// This crate's methods, in the order in which they are documented.
 pub const BUILT_IN: [MethodEntry; 6] = [
     MethodEntry::of::<Dense>(),
@@ -98,6 +120,7 @@ pub const BUILT_IN: [MethodEntry; 6] = [
         measured: &[],
         implemented_by: TypeId::of::<ModuleLayer>(),
         read_settings: None,
+        settings_of: None,
         from_parts: |parts| Ok(ModuleLayer::from_parts(parts)?.shared()),
     },
 ];

@@ -2,8 +2,10 @@
 
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
+use serde_json::{Value, json};
 
 use crate::calibration::Calibration;
+use crate::layer::registry;
 use crate::layer::{
     Accuracy, Dense, KeyValueConfig, KeyValueLayer, Layer, LowRankConfig, MethodConfig, Rank, SearchSettings,
 };
@@ -23,6 +25,48 @@ fn methods() -> [MethodConfig; 3] {
             ..low_rank
         }),
     ]
+}
+
+/// What a catalogue says of a layer makes it again, bit for bit.
+#[test]
+fn configurations_make_their_layers_again() {
+    let (w, calibration) = (sample(8, 12, 1), Calibration::of(sample(40, 12, 2)).unwrap());
+    for (name, settings) in [
+        ("key_value", json!({"expected_keys_per_query": 2.0, "use_bias": false})),
+        (
+            "key_value",
+            json!({"decomposition": "svd", "energy_keep": 0.9, "values": "int8", "backend": {"type": "pq", "subvectors": 2, "codewords": 4}}),
+        ),
+        (
+            "low_rank",
+            json!({"weight": {"type": "int4", "group": 4, "symmetric": false}, "rank": 2, "scaling": "exact"}),
+        ),
+        (
+            "low_rank",
+            json!({"weight": {"type": "int3", "group": 4}, "rank": {"max_bits": 12.0}, "factors": "f32", "activations": "int8"}),
+        ),
+        (
+            "low_rank",
+            json!({"weight": {"type": "int4", "group": 4}, "rank": 0, "rounding": "gptq", "bias_correction": true}),
+        ),
+        (
+            "ternary",
+            json!({"group": "channel", "scales": "f16", "rank": 1, "factors": "f32", "norm": true, "activation": "silu"}),
+        ),
+        ("ternary", json!({})),
+    ] {
+        let method = registry::method(name).unwrap();
+        let Value::Object(given) = settings.clone() else { panic!("{settings}") };
+        let made = method.read_settings(given).unwrap();
+        let layer = made.compress(w.view(), None, Some(&calibration)).unwrap();
+        let config = made.with_stored(&layer.to_parts().config);
+        let again = method.settings_of(&config).unwrap();
+        assert_eq!(again.with_stored(&layer.to_parts().config), config, "{name} {settings}");
+        let again = again.compress(w.view(), None, Some(&calibration)).unwrap();
+        assert_eq!(again.to_parts().id(), layer.to_parts().id(), "{name} {settings}");
+    }
+    assert!(registry::method("module").unwrap().settings_of(&json!({"kind": "gru"})).is_err());
+    assert!(registry::method("low_rank").unwrap().settings_of(&json!({"rank": "many"})).is_err());
 }
 
 proptest! {

@@ -10,8 +10,9 @@
 mod aligned;
 mod column;
 mod data_file;
+pub mod end;
 mod page;
-mod pread;
+pub mod pread;
 #[cfg(test)]
 mod tests;
 
@@ -35,7 +36,8 @@ use moka::future::Cache;
 use object_store::path::Path;
 use tokio::sync::OnceCell;
 
-use self::data_file::{DataFile, ROWS_PER_BYTE};
+use self::data_file::DataFile;
+use self::end::require_rows;
 use super::location::Location;
 use super::waiting::unfinished;
 use crate::error::{Error, Result};
@@ -135,6 +137,11 @@ pub struct FileRows {
 /// A file by its table's name and its own.
 type FileName = (String, String);
 
+/// The path of a data file of the store in `folder`.
+fn data_path(folder: &std::path::Path, table: &str, name: &str) -> std::path::PathBuf {
+    folder.join(format!("{table}.lance")).join("data").join(name)
+}
+
 /// How many rows of a file are decoded at a time, by the longest that a page's rows are on average. A page has some MiB, or one row.
 fn batch_rows(file: &FileReader) -> u32 {
     let pages = file.metadata().column_metadatas.iter().flat_map(|column| &column.pages);
@@ -176,8 +183,14 @@ impl Files {
         let Some(folder) = self.direct_folder() else { return Ok(None) };
         let mut batches = Vec::with_capacity(wanted.len());
         for some in wanted {
-            let Some(file) = self.direct_file(folder, &some.table, &some.file)? else { return Ok(None) };
-            let Some(batch) = file.read(&some.rows)? else { return Ok(None) };
+            let named = |e: io::Error| match e.kind() {
+                io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                    io::Error::new(e.kind(), format!("{}: {e}", data_path(folder, &some.table, &some.file).display()))
+                }
+                _ => e,
+            };
+            let Some(file) = self.direct_file(folder, &some.table, &some.file).map_err(named)? else { return Ok(None) };
+            let Some(batch) = file.read(&some.rows).map_err(named)? else { return Ok(None) };
             batches.push(batch);
         }
         Ok(Some(batches))
@@ -200,7 +213,7 @@ impl Files {
         if let Some(file) = self.open_files().get(&key) {
             return Ok(Some(file.clone()));
         }
-        let path = folder.join(format!("{table}.lance")).join("data").join(name);
+        let path = data_path(folder, table, name);
         let opened = match DataFile::open(&path, &schema) {
             Err(e) if too_many_open(&e) => {
                 self.open_files().clear();
@@ -223,6 +236,15 @@ impl Files {
         let Some(folder) = self.direct_folder() else { return };
         for (table, file) in wanted.iter().take(open_files().get() / 2) {
             let _ = self.direct_file(folder, table, file);
+        }
+    }
+
+    /// Closes files of a table that have gone, so that nothing more is read of them.
+    pub async fn forget(&self, table: &str, names: impl IntoIterator<Item = String>) {
+        for name in names {
+            let key = (table.to_owned(), name);
+            self.open_files().pop(&key);
+            self.through_lance.invalidate(&key).await;
         }
     }
 
@@ -277,10 +299,8 @@ impl Files {
         let session = self.location.session();
         let (plugins, options) = (Arc::<DecoderPlugins>::default(), FileReaderOptions::default());
         let reader = FileReader::try_open(file, None, plugins, session.file_metadata_cache(), options).await?;
-        if reader.num_rows() / ROWS_PER_BYTE > size {
-            let found = format!("a file of {size} bytes claims {} rows", reader.num_rows());
-            return Err(lance::Error::invalid_input(found));
-        }
+        require_rows(reader.num_rows(), size)
+            .map_err(|e| lance::Error::corrupt_file_named("of the table", format!("{path}: {e}")))?;
         Ok(Arc::new(reader))
     }
 

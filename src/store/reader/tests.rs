@@ -12,11 +12,11 @@ use proptest::prelude::*;
 
 use super::data_file::DataFile;
 use super::{FileRows, Files, Reader};
+use crate::store::append::append;
 use crate::store::format::FORMATS;
 use crate::store::location::Location;
 use crate::store::schema::Table;
 use crate::store::testing::Hooks;
-use crate::store::writer::append;
 
 /// Rows of wide values of both kinds, some pages of them, and any run of these: as the decoder reads them.
 #[test]

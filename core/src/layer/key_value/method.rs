@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::layer::method::{Method, read_config};
 use crate::layer::name::MethodName;
 use crate::layer::parts::Parts;
+use crate::layer::shape::LayerShape;
 use crate::layer::traits::{Accuracy, ExactSource, Gradients, Layer, Output, SearchReport, SharedLayer, check_rows};
 use crate::linalg::matmul;
 
@@ -22,8 +23,8 @@ impl Method for KeyValueConfig {
         self.validate()
     }
 
-    fn check(&self, out_features: usize, in_features: usize, _calibrated: bool) -> Result<()> {
-        self.check(out_features, in_features)
+    fn check(&self, shape: LayerShape, _calibrated: bool) -> Result<()> {
+        self.check(shape.out_features, shape.in_features)
     }
 
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {

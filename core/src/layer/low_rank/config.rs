@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::layer::shape::{LayerShape, bits_per_weight};
 use crate::linalg::Ridge;
 use crate::quant::{ActivationFormat, Clipping, RowType, WeightFormat};
 
@@ -46,7 +47,7 @@ pub enum Rank {
     /// As few as bring the error, relative to the weight, down to this: both as `scaling` sees them, so that it is the
     /// outputs' error on the calibration inputs for `exact`, and the weight's own for `identity`.
     MaxError(MaxError),
-    /// As many as fit: bits per weight, of everything but the bias.
+    /// As many as fit: bits per weight, everything that is stored counted, the bias too.
     MaxBits(MaxBits),
 }
 
@@ -102,7 +103,7 @@ pub struct MaxError {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MaxBits {
-    /// The most bits for each weight, counting everything that is stored but the bias.
+    /// The most bits for each weight, counting everything that is stored, the bias too.
     pub max_bits: f64,
 }
 
@@ -254,7 +255,8 @@ impl LowRankConfig {
         check_activations(self.activations, &self.weight)
     }
 
-    pub(in crate::layer) fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
+    pub(in crate::layer) fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
+        let LayerShape { out_features, in_features, has_bias } = shape;
         let largest = out_features.min(in_features);
         if largest == 0 {
             return Err(Error::expected(
@@ -270,13 +272,15 @@ impl LowRankConfig {
                 return Err(Error::expected("rank", rank, most));
             }
             Rank::MaxBits(MaxBits { max_bits }) => {
-                let least = self.bits(out_features, in_features, 0)?;
-                if max_bits < least {
+                let bytes = self.stored_bytes(shape, 0)?;
+                let least = bits_per_weight(bytes as u64, out_features as u64, in_features as u64);
+                if let Some(least) = least.filter(|least| max_bits < *least) {
+                    let bias = if has_bias { " with its bias" } else { "" };
                     return Err(Error::expected(
                         "max_bits",
                         max_bits,
                         format!(
-                            "at least {least:.3}, the bits of a {out_features} × {in_features} weight without factors"
+                            "at least {least:.3}, the bits of a {out_features} × {in_features} weight{bias}, without factors"
                         ),
                     ));
                 }
@@ -293,23 +297,25 @@ impl LowRankConfig {
         }
     }
 
-    /// Bytes of packed weights, scales of groups and columns, zero points, bias correction and factors for a rank, as stored.
+    /// Bytes of packed weights, scales of groups and columns, zero points, bias correction, factors for a rank and bias, as
+    /// stored.
     ///
     /// # Errors
     /// When the group does not divide the row.
-    pub fn stored_bytes(&self, out_features: usize, in_features: usize, rank: usize) -> Result<usize> {
+    pub fn stored_bytes(&self, shape: LayerShape, rank: usize) -> Result<usize> {
+        let LayerShape { out_features, in_features, .. } = shape;
         let bias_correction = if self.bias_correction { 2 * out_features } else { 0 };
         let columns = if self.dual_scaling { 2 * in_features } else { 0 };
         let weight = self.weight.stored_bytes(out_features, in_features)? + columns;
-        Ok(weight + bias_correction + rank * self.component_bytes(out_features, in_features))
+        Ok(weight + bias_correction + shape.bias_bytes() + rank * self.component_bytes(out_features, in_features))
     }
 
-    pub(in crate::layer) fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
+    pub(in crate::layer) fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
         if matches!(self.rank, Rank::MaxError(_)) {
             return Ok(None);
         }
-        let rank = self.largest_rank(out_features, in_features)?;
-        self.stored_bytes(out_features, in_features, rank).map(Some)
+        let rank = self.largest_rank(shape)?;
+        self.stored_bytes(shape, rank).map(Some)
     }
 
     fn component_bytes(&self, out_features: usize, in_features: usize) -> usize {
@@ -322,23 +328,19 @@ impl LowRankConfig {
         (out_features + in_features) * self.factors.bytes() + beside
     }
 
-    fn bits(&self, out_features: usize, in_features: usize, rank: usize) -> Result<f64> {
-        let bytes = self.stored_bytes(out_features, in_features, rank)?;
-        Ok(8.0 * bytes as f64 / (out_features * in_features) as f64)
-    }
-
     /// Returns the largest rank that the settings allow before anything is computed.
     ///
     /// # Errors
     /// When the group does not divide the row.
-    pub fn largest_rank(&self, out_features: usize, in_features: usize) -> Result<usize> {
+    pub fn largest_rank(&self, shape: LayerShape) -> Result<usize> {
+        let LayerShape { out_features, in_features, .. } = shape;
         let largest = out_features.min(in_features);
         Ok(match self.rank {
             Rank::Components(rank) => rank,
             Rank::MaxError(_) => largest,
             Rank::MaxBits(MaxBits { max_bits }) => {
                 let bytes = (max_bits * (out_features * in_features) as f64 / 8.0) as usize;
-                let left = bytes.saturating_sub(self.stored_bytes(out_features, in_features, 0)?);
+                let left = bytes.saturating_sub(self.stored_bytes(shape, 0)?);
                 (left / self.component_bytes(out_features, in_features)).min(largest)
             }
         })

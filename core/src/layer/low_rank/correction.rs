@@ -141,7 +141,7 @@ pub struct Correction {
 }
 
 impl Correction {
-    /// Returns the correction for an error `[out, in]` of this weight.
+    /// Returns the correction for an error `[out, in]` of this weight, of `rank` components, or of fewer where an error decides.
     ///
     /// # Errors
     /// When a factorisation fails.
@@ -149,11 +149,12 @@ impl Correction {
         error: ArrayView2<f32>,
         weight: ArrayView2<f32>,
         config: &LowRankConfig,
+        rank: usize,
         transform: &Transform,
     ) -> Result<Self> {
         // In units in which f32 holds all products. A · B does not depend on the one of T.
         if let Some(unit) = transform.unit() {
-            let found = Self::of(error, weight, config, &transform.divided(unit))?;
+            let found = Self::of(error, weight, config, rank, &transform.divided(unit))?;
             let singular_values: Vec<f32> =
                 found.singular_values.iter().map(|&s| (f64::from(s) * unit) as f32).collect();
             require_finite("the correction's singular values", singular_values.iter())?;
@@ -169,7 +170,6 @@ impl Correction {
             }
         };
         let (out, inputs) = error.dim();
-        let rank = config.largest_rank(out, inputs)?;
         let found = match (config.rank, config.svd) {
             (Rank::MaxError(MaxError { max_error }), _) => {
                 let scaled = transform.applied(error);

@@ -15,9 +15,10 @@ pub use config::{LowRankConfig, MaxBits, MaxError, Rank, Rounding, Scaling, SvdM
 pub use correction::{Correction, Transform};
 
 use super::check::check_lengths;
-use super::method::{Method, read_config};
+use super::method::{Method, read_config, settings_in};
 use super::name::MethodName;
 use super::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
+use super::shape::LayerShape;
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -186,7 +187,8 @@ impl LowRankLayer {
         adapted.extend(floor.map(|floor| format!("ridge_relative: {ridge} to {}", ridge + floor)));
         let error = &weight - &packed.dequantize();
         let (corrects_bias, activations) = (config.bias_correction, config.activations);
-        let correction = Correction::of(error.view(), weight, config, &transform)?;
+        let shape = LayerShape { out_features, in_features, has_bias: bias.is_some() };
+        let correction = Correction::of(error.view(), weight, config, config.largest_rank(shape)?, &transform)?;
         let mut made = match json!(config) {
             Value::Object(map) => map,
             _ => Map::new(),
@@ -409,12 +411,12 @@ impl Method for LowRankConfig {
         self.validate()
     }
 
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
-        self.check(out_features, in_features, calibrated)
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
+        self.check(shape, calibrated)
     }
 
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        self.expected_bytes(out_features, in_features)
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        self.expected_bytes(shape)
     }
 
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
@@ -436,6 +438,16 @@ impl Method for LowRankConfig {
 
     fn with_stored(&self, stored: &Value) -> Value {
         with_activations(stored.clone(), self.activations)
+    }
+
+    fn from_config(config: &Map<String, Value>) -> Result<Self> {
+        let stored: StoredConfig = read_config(LowRankConfig::NAME, &Value::Object(config.clone()))?;
+        let Running { activations } = read_config(LowRankConfig::NAME, &Value::Object(config.clone()))?;
+        let made: LowRankConfig = settings_in(&stored.made)?;
+        let StoredConfig { weight, rank, factors, .. } = stored;
+        let settings = LowRankConfig { weight, rank: Rank::Components(rank), factors, activations, ..made };
+        settings.validate()?;
+        Ok(settings)
     }
 }
 
@@ -584,7 +596,7 @@ impl Layer for LowRankLayer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::{MethodConfig, compress, configured, layer_from_parts};
+    use crate::layer::{MethodConfig, bits_per_weight, compress, configured, layer_from_parts};
     use crate::linalg::relative_error;
     use crate::quant::{Clipping, Group, ScaleType, WeightType};
     use proptest::prelude::*;
@@ -647,7 +659,8 @@ mod tests {
             prop_assert_eq!(back.to_parts(), parts.clone());
             prop_assert_eq!(back.forward(x.view(), Accuracy::Full).unwrap().y, y);
             let Rank::Components(rank) = config.rank else { unreachable!() };
-            let expected = config.stored_bytes(out, 12, rank).unwrap() + 4 * out;
+            let shape = LayerShape { out_features: out, in_features: 12, has_bias: true };
+            let expected = config.stored_bytes(shape, rank).unwrap();
             prop_assert_eq!(parts.stored_bytes() as usize, expected);
         }
 
@@ -695,11 +708,16 @@ mod tests {
             let (rank, found) = error(Rank::MaxError(MaxError { max_error }));
             prop_assert!(found <= max_error * 1.001, "{} {}", found, max_error);
             prop_assert!(rank == 0 || error(Rank::Components(rank - 1)).1 > max_error * 0.999);
-            let least = 8.0 * base.stored_bytes(24, 16, 0).unwrap() as f64 / (24.0 * 16.0);
-            let max_bits = least + more;
-            let (rank, _) = error(Rank::MaxBits(MaxBits { max_bits }));
-            let bits = |rank| 8.0 * base.stored_bytes(24, 16, rank).unwrap() as f64 / (24.0 * 16.0);
-            prop_assert!(bits(rank) <= max_bits + 1e-9 && (rank == 16 || bits(rank + 1) > max_bits - 0.1));
+            let shape = LayerShape { out_features: 24, in_features: 16, has_bias: true };
+            let bits = |rank| bits_per_weight(base.stored_bytes(shape, rank).unwrap() as u64, 24, 16).unwrap();
+            let max_bits = bits(0) + more;
+            let limited = LowRankConfig { rank: Rank::MaxBits(MaxBits { max_bits }), ..base.clone() };
+            let layer = built(&limited, &w, &x);
+            let rank = rank_of(&layer);
+            // Of all that is stored, the bias too.
+            let found = bits_per_weight(layer.to_parts().stored_bytes(), 24, 16).unwrap();
+            prop_assert_eq!(found, bits(rank));
+            prop_assert!(found <= max_bits + 1e-9 && (rank == 16 || bits(rank + 1) > max_bits - 0.1));
         }
     }
 
@@ -842,7 +860,13 @@ mod tests {
             ..LowRankConfig::default()
         };
         refuse(LowRankConfig { rank: Rank::Components(7), ..fits.clone() }, "at most 6");
-        refuse(LowRankConfig { rank: Rank::MaxBits(MaxBits { max_bits: 4.0 }), ..fits.clone() }, "at least 9");
+        let of_bits = |max_bits| LowRankConfig { rank: Rank::MaxBits(MaxBits { max_bits }), ..fits.clone() };
+        refuse(of_bits(4.0), "at least 9");
+        // A bias of 6 numbers is 4 bits more for each of 48 weights.
+        let shape = LayerShape { out_features: 6, in_features: 8, has_bias: true };
+        assert!(Method::check(&of_bits(12.9), LayerShape { has_bias: false, ..shape }, false).is_ok());
+        let message = Method::check(&of_bits(12.9), shape, false).unwrap_err().to_string();
+        assert!(message.contains("at least 13.000, the bits of a 6 × 8 weight with its bias"), "{message}");
         refuse(LowRankConfig { rank: Rank::MaxError(MaxError { max_error: 0.0 }), ..fits.clone() }, "above 0");
         for scaling in [Scaling::Exact, Scaling::Rms, Scaling::MeanAbs] {
             refuse(LowRankConfig { scaling, ..fits.clone() }, "calibration");

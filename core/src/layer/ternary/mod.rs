@@ -5,16 +5,17 @@ mod config;
 
 use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 pub use config::TernaryConfig;
 
 use super::activation::Activation;
-use super::low_rank::LowRankLayer;
+use super::low_rank::{LowRankConfig, LowRankLayer};
 use super::method::{Method, read_config};
 use super::name::MethodName;
 use super::parts::{Parts, Tensor, f32_bytes};
 use super::rms_norm::RmsNorm;
+use super::shape::LayerShape;
 use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
@@ -147,12 +148,12 @@ impl Method for TernaryConfig {
         self.validate()
     }
 
-    fn check(&self, out_features: usize, in_features: usize, calibrated: bool) -> Result<()> {
-        Method::check(&self.weights, out_features, in_features, calibrated)
+    fn check(&self, shape: LayerShape, calibrated: bool) -> Result<()> {
+        Method::check(&self.weights, shape, calibrated)
     }
 
-    fn expected_bytes(&self, out_features: usize, in_features: usize) -> Result<Option<usize>> {
-        Method::expected_bytes(&self.weights, out_features, in_features)
+    fn expected_bytes(&self, shape: LayerShape) -> Result<Option<usize>> {
+        Method::expected_bytes(&self.weights, shape)
     }
 
     fn unusable(&self, calibration: &Calibration) -> Option<&'static str> {
@@ -179,6 +180,15 @@ impl Method for TernaryConfig {
 
     fn with_stored(&self, stored: &Value) -> Value {
         with_entries(stored.clone(), json!({"activations": self.weights.activations}))
+    }
+
+    fn from_config(config: &Map<String, Value>) -> Result<Self> {
+        let OwnConfig { norm, activation, activations } =
+            read_config(TernaryConfig::NAME, &Value::Object(config.clone()))?;
+        let weights = LowRankConfig { activations, ..LowRankConfig::from_config(config)? };
+        let settings = TernaryConfig { norm, activation, weights };
+        settings.validate()?;
+        Ok(settings)
     }
 }
 

@@ -77,7 +77,8 @@ fn stored_at_eight_fifths_of_a_bit() {
     assert_eq!(parts.weights.as_ref().unwrap().packed.len(), 64 * 640 / 5);
     assert_eq!(parts.stored_bytes(), 64 * 640 / 5 + 64 * 4);
     assert!(layer.memory_bytes() as u64 <= 64 * 640 / 4 + 64 * 4 + 64);
-    let expected = MethodConfig::from(TernaryConfig::default()).expected_bytes(64, 640).unwrap();
+    let shape = LayerShape { out_features: 64, in_features: 640, has_bias: false };
+    let expected = MethodConfig::from(TernaryConfig::default()).expected_bytes(shape).unwrap();
     assert_eq!(expected, Some(parts.stored_bytes() as usize));
 }
 

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::layer::method::{Method, MethodKind};
 use crate::layer::name::MethodName;
 use crate::layer::parts::Parts;
+use crate::layer::shape::LayerShape;
 use crate::layer::traits::{Accuracy, Gradients, Layer, Output, no_weight};
 
 /// A codeword is dead, and replaced, when its count is below this share of the mean count.
@@ -259,7 +260,7 @@ impl Method for VqAttentionConfig {
         Err(Error::Settings { method: Self::NAME.to_owned(), reason })
     }
 
-    fn check(&self, _out_features: usize, _in_features: usize, _calibrated: bool) -> Result<()> {
+    fn check(&self, _shape: LayerShape, _calibrated: bool) -> Result<()> {
         Err(no_weight("a method for a weight", &MethodName::new(Self::NAME)))
     }
 
