@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# notebook_check.sh BINARIES PYTHON: makes small stores, and runs the notebook and the code of docs/notebooks.md on them.
+# notebook_check.sh BINARIES PYTHON: makes small stores, runs the notebook and the code of docs/notebooks.md on them, and reads all rules.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1 python=$2
@@ -21,6 +21,13 @@ for backend in 'pq", subvectors = 12, codewords = 32' 'ivf_pq", clusters = 6, pr
 done
 layerstore snapshot create checked
 LAYERSTORE_URI="$work/layers" "$python" scripts/run_notebook.py examples/notebooks/query_layers.ipynb
+
+# Rules in the documents and the examples are read, and name settings that there are.
+awk -v out="$work/rules-" '/^```toml$/ { file = out (++n) ".toml"; next } /^```$/ { file = "" } file { print > file }' README.md docs/*.md
+for rules in "$work"/rules-*.toml examples/rules/*.toml; do
+    layerstore import "$checkpoint" --model rules --rules "$rules" \
+        --calibration tests/fixtures/small-calibration.safetensors --dry-run
+done
 
 # Every method in every format, and what the command says of it.
 page=$work/page
