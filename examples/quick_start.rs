@@ -18,9 +18,9 @@ type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 const RULES: &str = r#"
 [[rule]]
 layers = '.*\.up'
-method = "low_rank"                                   # quantised weights
+method = "low_rank"                                    # quantised weights
 weight = { type = "nf4", group = 32, scales = "f16" }  # 32 weights of a row share a scale
-dual_scaling = true                                   # and columns have scales, too
+dual_scaling = true                                    # and columns have scales, too
 "#;
 
 #[tokio::main]
