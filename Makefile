@@ -18,11 +18,11 @@ demo: $(VENV)/.ready
 	$(CARGO) build --bins --examples
 	scripts/demo.sh $(TARGET)/debug $(BIN)/python
 
-# The demo's model under other rules: make compare RULES="a.toml b.toml"
+# The demo's model under other rules, as docs/settings.md has it: make compare RULES="a.toml b.toml"
 RULES ?= $(wildcard examples/rules/minilm-*.toml)
 compare: $(VENV)/.ready
 	$(CARGO) build --bins --examples
-	scripts/compare_rules.sh $(TARGET)/debug $(RULES)
+	$(BIN)/python scripts/compare_rules.py $(TARGET)/debug $(RULES)
 
 # Demo and tests build the same profile with the same features, so dependencies compile once.
 test: $(VENV)/.ready

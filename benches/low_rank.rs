@@ -10,7 +10,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use layerstore::layer::{Accuracy, Clipping, Layer, LowRankConfig, PackedMatrix, WeightFormat, compress};
+use layerstore::layer::{Accuracy, Clipping, Layer, LowRankConfig, PackedMatrix, Rank, WeightFormat, compress};
 use layerstore::{ActivationsFile, Calibration, formats};
 use layerstore_core::linalg::{SketchOptions, Svd, leading_svd, matmul_nt, randomized_svd, relative_error};
 use ndarray::{Array2, Axis};
@@ -165,7 +165,8 @@ fn decompositions() -> Result<()> {
         let full = leading_svd(error.mapv(f64::from).view(), 32)?;
         let slow = started.elapsed().as_secs_f64();
         let started = Instant::now();
-        compress(&LowRankConfig::default(), weight.view(), None, None)?;
+        let settings = LowRankConfig { rank: Rank::Components(32), ..LowRankConfig::default() };
+        compress(&settings, weight.view(), None, None)?;
         println!(
             "{n} × {n}, rank 32: randomised SVD {fast:.2} s, full {slow:.2} s ({:.0}×); error left {:.5}× the full one's; int4 g64 with rank 32, all of it: {:.2} s",
             slow / fast,

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, SharedLayer};
+use layerstore::layer::{DType, DenseLayer, KeyValueConfig, Layer, LowRankConfig, MethodConfig, Rank, SharedLayer};
 use layerstore::{
     ErrorBasis, ImportOptions, LayerRecord, Provenance, RowLocations, Rules, Source, Store, formats, import,
 };
@@ -133,7 +133,7 @@ async fn open_and_resolve(path: &Path) -> Result<()> {
 async fn first_load(folder: &Path) -> Result<()> {
     const SAME: u64 = 6;
     let key_value = MethodConfig::from(KeyValueConfig::default());
-    let low_rank = MethodConfig::from(LowRankConfig::default());
+    let low_rank = MethodConfig::from(LowRankConfig { rank: Rank::Components(32), ..LowRankConfig::default() });
     let compressed = |method: &MethodConfig, rows: usize, columns: usize| -> layerstore::Result<Vec<SharedLayer>> {
         let bias = Array1::from_elem(rows, 0.5);
         let layer = |seed| method.compress(matrix(rows, columns, 77 + seed).view(), Some(bias.view()), None);
@@ -237,6 +237,16 @@ async fn snapshots(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What the time of an import is given for.
+const IMPORT_RULES: &str = r"
+[[rule]]
+layers = 'encoder\..*\.(query|key|value|dense)'
+method = 'low_rank'
+rank = 32
+scaling = 'exact'
+bias_correction = true
+";
+
 async fn import_minilm(folder: &Path) -> Result<()> {
     let checkpoint = Path::new("demo/minilm/model.safetensors");
     let calibration = Path::new("demo/calibration.safetensors");
@@ -245,10 +255,11 @@ async fn import_minilm(folder: &Path) -> Result<()> {
         return Ok(());
     }
     let store = Store::create(&folder.join("minilm").display().to_string()).await?;
-    let rules = Path::new("examples/rules/minilm-int4.toml");
+    let rules = folder.join("rules.toml");
+    std::fs::write(&rules, IMPORT_RULES)?;
     let started = Instant::now();
     let source = formats::open(checkpoint)?;
-    let options = ImportOptions::from_files(Some(rules), Some(calibration))?;
+    let options = ImportOptions::from_files(Some(&rules), Some(calibration))?;
     let report = import(&store, source, "int4", options).await?;
     let all = started.elapsed().as_secs_f64();
     let of =

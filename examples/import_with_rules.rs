@@ -32,9 +32,9 @@ const RULES: &str = r#"
 [[rule]]
 layers = 'block\.\d+\.attention\..*'
 method = "low_rank"
-weight = { type = "int4", group = 64 }
-rank = 8
-scaling = "exact"            # the best correction for the calibration inputs
+weight = { type = "nf4", group = 32, scales = "f16" }
+rounding = "gptq"            # codes that compensate for each other's errors on the calibration inputs
+bias_correction = true
 
 # Keys and values are floats here: what shrinks is the work of a query, which uses 32 keys on average.
 [[rule]]

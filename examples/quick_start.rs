@@ -18,9 +18,9 @@ type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
 const RULES: &str = r#"
 [[rule]]
 layers = '.*\.up'
-method = "low_rank"                     # quantised weights, and a correction of what quantising lost
-weight = { type = "int4", group = 64 }  # 64 weights of a row share a scale
-rank = 8
+method = "low_rank"                                    # quantised weights
+weight = { type = "nf4", group = 32, scales = "f16" }  # 32 weights of a row share a scale
+dual_scaling = true                                    # and columns have scales, too
 "#;
 
 #[tokio::main]

@@ -23,23 +23,21 @@ const FIRST: &str = r#"
 layers = 'block\..*'
 method = "low_rank"
 weight = { type = "int8", group = "channel" }
-rank = 0
 "#;
 
-/// The second goes down to four bits, with a correction, in the attention; the rest is as it was.
+/// The second goes down to four bits in the attention, with rounding that looks at the inputs; the rest is as it was.
 const SECOND: &str = r#"
 [[rule]]
 layers = 'block\.\d+\.attention\..*'
 method = "low_rank"
-weight = { type = "int4", group = 64 }
-rank = 8
-scaling = "exact"
+weight = { type = "nf4", group = 32, scales = "f16" }
+rounding = "gptq"
+bias_correction = true
 
 [[rule]]
 layers = 'block\..*'
 method = "low_rank"
 weight = { type = "int8", group = "channel" }
-rank = 0
 "#;
 
 #[tokio::main]
@@ -55,7 +53,7 @@ async fn main() -> Result<()> {
     let snapshot = store.create_snapshot("v1").await?;
     println!("snapshot '{}' is version {}", snapshot.name, snapshot.version);
 
-    let report = import_with(&store, folder.path(), SECOND, "int4 in the attention").await?;
+    let report = import_with(&store, folder.path(), SECOND, "4 bits in the attention").await?;
     let reused = report.layers.iter().filter(|l| l.reused).count();
     println!(
         "version {}: {} bytes, {reused} of {} layers were in the store already",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# notebook_check.sh BINARIES PYTHON: makes a small store and runs the notebook on it.
+# notebook_check.sh BINARIES PYTHON: makes small stores, runs the notebook and the code of docs/notebooks.md on them, and reads all rules.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1 python=$2
@@ -21,3 +21,33 @@ for backend in 'pq", subvectors = 12, codewords = 32' 'ivf_pq", clusters = 6, pr
 done
 layerstore snapshot create checked
 LAYERSTORE_URI="$work/layers" "$python" scripts/run_notebook.py examples/notebooks/query_layers.ipynb
+
+# Rules in the documents and the examples are read, and name settings that there are.
+awk -v out="$work/rules-" '/^```toml$/ { file = out (++n) ".toml"; next } /^```$/ { file = "" } file { print > file }' README.md docs/*.md
+for rules in "$work"/rules-*.toml examples/rules/*.toml; do
+    layerstore import "$checkpoint" --model rules --rules "$rules" \
+        --calibration tests/fixtures/small-calibration.safetensors --dry-run
+done
+
+# Every method in every format, and what the command says of it.
+page=$work/page
+mkdir "$page"
+layerstore() { "$bin/layerstore" --quiet --store "$page/layers" "$@"; }
+import() {
+    layerstore import "$checkpoint" --model "$@" > /dev/null
+    layerstore export "$1" --output "$page/$1.safetensors" > /dev/null
+}
+import dense
+layerstore snapshot create first > /dev/null
+calibration=tests/fixtures/small-calibration.safetensors
+import f32-keys --rules tests/fixtures/keys.toml --calibration "$calibration"
+import uncalibrated-keys --rules tests/fixtures/formats/keys.toml
+for rules in tests/fixtures/formats/*.toml; do
+    import "$(basename "$rules" .toml)" --rules "$rules" --calibration "$calibration"
+done
+layerstore --format json models > "$page/models.json"
+cp "$calibration" "$page/inputs.safetensors"
+for block in blocks.0 blocks.1; do
+    layerstore attend attention "$block" --q "$calibration:$block.mix" --output "$page/$block.npy" > /dev/null
+done
+"$python" scripts/page_check.py docs/notebooks.md "$page"

@@ -18,7 +18,7 @@
 //! let file = folder.join("model.safetensors");
 //! formats::write_array(&format!("{}:encoder.dense.weight", file.display()), weight.view(), false)?;
 //!
-//! let rules = Rules::parse("[[rule]]\nlayers = 'encoder\\..*'\nmethod = 'low_rank'\nrank = 4", "rules.toml")?;
+//! let rules = Rules::parse("[[rule]]\nlayers = 'encoder\\..*'\nmethod = 'low_rank'", "rules.toml")?;
 //! let store = Store::create(&folder.join("layers").display().to_string()).await?;
 //! let options = ImportOptions { rules, ..ImportOptions::default() };
 //! let report = import(&store, formats::open(&file)?, "demo", options).await?;

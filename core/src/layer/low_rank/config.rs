@@ -118,7 +118,7 @@ pub enum SvdMethod {
     Full,
 }
 
-/// A low-rank layer's settings.
+/// A low-rank layer's settings. The defaults are int4 in groups of 64, rounded to the nearest, without a correction.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LowRankConfig {
@@ -191,7 +191,7 @@ impl Default for LowRankConfig {
             activation_order: false,
             sweeps: 2,
             bias_correction: false,
-            rank: Rank::Components(32),
+            rank: Rank::Components(0),
             factors: RowType::F16,
             activations: ActivationFormat::default(),
             scaling: Scaling::default(),

@@ -153,6 +153,9 @@ impl LowRankLayer {
     ) -> Result<Self> {
         let (out_features, in_features) = weight.dim();
         let mut adapted = vec![];
+        if config.rank == Rank::Components(0) && config.scaling != Scaling::Identity {
+            adapted.push("scaling: not used, rank is 0".to_owned());
+        }
         let calibration = calibration.filter(|_| config.calibrates().is_some());
         let unusable = calibration.and_then(|calibration| config.unusable(calibration));
         adapted.extend(unusable.map(|reason| format!("calibration: not used, {reason}")));
@@ -812,6 +815,8 @@ mod tests {
             );
             assert!(relative_error(layer.weight().unwrap().view(), w.view()) < 0.2);
         }
+        let alone = LowRankConfig { scaling: Scaling::Rms, ..LowRankConfig::default() };
+        assert_eq!(of(&alone, &normal(8, 2)).1.config()["adapted"], json!(["scaling: not used, rank is 0"]));
         // What needs no help is not noted.
         assert!(of(&gptq(), &normal(8, 2)).1.config().get("adapted").is_none());
         assert!(
@@ -880,6 +885,15 @@ mod tests {
         let floats = WeightFormat { weight_type: WeightType::F16, ..fits.weight };
         refuse(LowRankConfig { weight: floats, rounding: Rounding::Gptq, ..fits.clone() }, "stay floats");
         refuse(LowRankConfig { weight: floats, dual_scaling: true, ..fits }, "stay floats");
+    }
+
+    /// The defaults need no inputs and fit layers of few outputs.
+    #[test]
+    fn defaults_have_no_correction() {
+        let layer = compress(&LowRankConfig::default(), sample(3, 64, 1).view(), None, None).unwrap();
+        let config = layer.config();
+        assert_eq!((layer.singular_values().len(), &config["rank"]), (0, &json!(0)));
+        assert!(config.get("adapted").is_none());
     }
 
     #[test]
