@@ -10,7 +10,7 @@ use super::signals::cancel_on_interrupt;
 use super::{Context, RepairArgs, VerifyArgs};
 use crate::compress::{self, CalibrationFile, RepairOptions, RepairReport, RepairSource};
 use crate::error::{Result, counted};
-use crate::store::{CorruptArtifact, DamagedMetadata, Remedy, VerifyDepth};
+use crate::store::{CorruptArtifact, DamagedMetadata, Remedy, VerifyDepth, VerifyReport};
 
 pub async fn verify(context: &Context, args: VerifyArgs) -> Result<u8> {
     context.refuse_at("verify")?;
@@ -35,16 +35,26 @@ pub async fn verify(context: &Context, args: VerifyArgs) -> Result<u8> {
             let found = findings(&report.corrupt, &report.damaged);
             return found + &format!("corrupt: {} of {artifacts}", report.corrupt.len());
         }
-        match (report.artifacts, depth) {
+        let sound = match (report.artifacts, depth) {
             (1, VerifyDepth::Quick) => "1 artifact is listed, and has all its rows".to_owned(),
             (_, VerifyDepth::Quick) => format!("{artifacts} are listed, and have all their rows"),
             (1, VerifyDepth::Full) => "1 artifact is as it was written".to_owned(),
             (_, VerifyDepth::Full) => format!("{artifacts} are as they were written"),
             (1, VerifyDepth::Deep) => "1 artifact is as it was written, and runs".to_owned(),
             (_, VerifyDepth::Deep) => format!("{artifacts} are as they were written, and run"),
-        }
+        };
+        sound + &not_built(report)
     })?;
     Ok(u8::from(!report.is_sound()))
+}
+
+/// What is said of artifacts whose methods this program does not know.
+fn not_built(report: &VerifyReport) -> String {
+    let methods = report.unknown_methods.iter();
+    let lines = methods.map(|(method, &artifacts)| {
+        format!("\nnot built: {} of method '{method}', which is not known here", counted(artifacts, "artifact", "artifacts"))
+    });
+    lines.collect()
 }
 
 /// Tables of what is damaged.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use serde::Serialize;
 
 use super::agreement::{DataTables, Names, Unreadable};
@@ -48,6 +48,10 @@ pub struct VerifyReport {
     /// Files of tables, and snapshots, that cannot be read; left out of JSON where there are none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<DamagedMetadata>,
+    /// Methods that this program does not know, with the numbers of their artifacts: these are as they were written, but no layers
+    /// were built from them. Left out of JSON where there are none.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub unknown_methods: BTreeMap<String, u64>,
 }
 
 impl VerifyReport {
@@ -92,9 +96,9 @@ pub async fn verify(
     let mut named = Named::default();
     named.read(shared, depth, versions, &mut damaged).await?;
     let records = shared.data.records().await.map_err(list_unreadable)?;
-    let mut found = match depth {
-        VerifyDepth::Quick => BTreeMap::new(),
-        _ => read_all(shared, &records, named.trials.clone(), seen).await?,
+    let (mut found, unknown_methods) = match depth {
+        VerifyDepth::Quick => Default::default(),
+        _ => read_all(shared, &records, named.trials.clone(), seen).await,
     };
     let listed: BTreeMap<ArtifactId, ArtifactRecord> = records.into_iter().map(|r| (r.artifact, r)).collect();
     let unlisted = named.names.iter().filter(|(id, _)| !listed.contains_key(id)).count();
@@ -112,7 +116,7 @@ pub async fn verify(
             layers: named.users.remove(&id).unwrap_or_default().into_iter().collect(),
         });
     }
-    Ok(VerifyReport { artifacts: (listed.len() + unlisted) as u64, corrupt, damaged })
+    Ok(VerifyReport { artifacts: (listed.len() + unlisted) as u64, corrupt, damaged, unknown_methods })
 }
 
 /// The error of a list that cannot be read, with what helps.
@@ -183,13 +187,14 @@ impl Named {
     }
 }
 
-/// Reads every listed artifact, and returns what is wrong with those that are not what was written.
+/// Reads every listed artifact. Returns what is wrong with those that are not what was written, and how many are of methods that this
+/// program does not know.
 async fn read_all(
     shared: &Arc<Shared>,
     records: &[ArtifactRecord],
     mut trials: BTreeMap<ArtifactId, Vec<Trial>>,
     seen: Arc<dyn Fn(usize, usize) + Send + Sync>,
-) -> Result<BTreeMap<ArtifactId, Finding>> {
+) -> (BTreeMap<ArtifactId, Finding>, BTreeMap<String, u64>) {
     let total = records.len();
     let checks = records.iter().enumerate().map(|(place, record)| {
         let (shared, seen) = (shared.clone(), seen.clone());
@@ -197,18 +202,31 @@ async fn read_all(
         async move {
             let checked = check(&shared, record, trials).await;
             seen(place + 1, total);
-            let reason = |e: Error| match e {
-                Error::Corrupt { reason, .. } => reason,
-                other => other.to_string(),
-            };
-            Ok::<_, Error>(checked.err().map(|e| (record.artifact, Finding { reason: reason(e), content: true })))
+            (record.artifact, checked)
         }
     });
-    let checks = futures::stream::iter(checks.collect::<Vec<_>>());
-    checks.buffer_unordered(AT_ONCE).try_filter_map(|found| async { Ok(found) }).try_collect().await
+    let mut checks = futures::stream::iter(checks.collect::<Vec<_>>()).buffer_unordered(AT_ONCE);
+    let (mut found, mut unknown) = (BTreeMap::new(), BTreeMap::new());
+    while let Some((artifact, checked)) = checks.next().await {
+        let reason = match checked {
+            Ok(()) => continue,
+            Err(Error::UnknownMethod { name, .. }) => {
+                *unknown.entry(name).or_default() += 1;
+                continue;
+            }
+            Err(Error::Corrupt { reason, .. }) => reason,
+            Err(e) => e.to_string(),
+        };
+        found.insert(artifact, Finding { reason, content: true });
+    }
+    (found, unknown)
 }
 
 /// Reads an artifact, hashes it, builds its layer, and runs that.
+///
+/// # Errors
+/// [`Error::UnknownMethod`] where it is what was written, and no layer can be built from it here; [`Error::Corrupt`] and others where it
+/// is not.
 async fn check(shared: &Shared, record: &ArtifactRecord, trials: Vec<Trial>) -> Result<()> {
     let (id, parts) = (record.artifact, shared.data.parts(record).await?);
     let checked = move || {
@@ -217,7 +235,10 @@ async fn check(shared: &Shared, record: &ArtifactRecord, trials: Vec<Trial>) -> 
             return Err(other_content(id, found));
         }
         let corrupt = |reason: String| Error::Corrupt { artifact: id.to_string(), reason };
-        let layer = layer_from_parts(parts).map_err(|e| corrupt(format!("no layer can be built from it: {e}")))?;
+        let layer = layer_from_parts(parts).map_err(|e| match e {
+            unknown @ Error::UnknownMethod { .. } => unknown,
+            e => corrupt(format!("no layer can be built from it: {e}")),
+        })?;
         trials.iter().try_for_each(|trial| trial.run(&layer)).map_err(|e| corrupt(e.to_string()))
     };
     unwrap_join(tokio::task::spawn_blocking(checked).await)?

@@ -114,8 +114,8 @@ fn blocks_are_imported_attended_with_and_trained() {
     let second = attend("second.npy", x.slice(s![21.., ..]), &["--state", &state]);
     assert!(relative_error(concatenate![Axis(0), first, second].view(), whole.view()) < 1e-5);
     let exact = attend("exact.npy", x.view(), &["--exact"]);
-    let error = relative_error(whole.view(), exact.view());
-    assert!(error > 1e-3 && error < 0.9, "{error}");
+    let from_exact = relative_error(whole.view(), exact.view());
+    assert!(from_exact > 1e-3 && from_exact < 0.9, "{from_exact}");
 
     // Training is a new version; the old one answers as before.
     place.json(&["snapshot", "create", "before"]);

@@ -154,7 +154,7 @@ fn keys_are_found_across_layers_with_and_without_an_index() {
         bad[at] ^= 0x40;
         std::fs::write(&file, bad).unwrap();
         let name = file.file_name().unwrap().to_str().unwrap();
-        place.fails(1, &[name, "contradicts itself"], &[&["nearest"], &own[..]].concat());
+        place.fails(1, &[name, "contradicts itself"], &[&["nearest"][..], &own].concat());
         std::fs::write(&file, good).unwrap();
     }
     // Keys that came after the index are found too, and gc leaves an index that works.

@@ -420,7 +420,9 @@ async fn a_program_that_does_not_know_the_method() {
     assert!(place.run(&["layers", "signs"]).out.contains("row_sign"));
     let shown = place.json(&["show", "signs", "blocks.0.up"]);
     assert_eq!((&shown["method"], &shown["config"]["gain"]), (&json!("row_sign"), &json!(1.0)));
-    assert_eq!(place.json(&["verify"])["corrupt"], json!([]));
+    let verified = place.json(&["verify"]);
+    assert_eq!((&verified["corrupt"], &verified["unknown_methods"]), (&json!([]), &json!({"row_sign": 6})));
+    assert!(place.run(&["verify"]).out.contains("not built: 6 artifacts of method 'row_sign'"));
     assert_eq!(place.json(&["stats"])["models"], 1);
     let x = place.path("x.npy").display().to_string();
     formats::write_array(&x, Array2::ones((1, 48)).view(), false).unwrap();

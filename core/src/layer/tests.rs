@@ -43,7 +43,7 @@ fn configurations_make_their_layers_again() {
         ),
         (
             "low_rank",
-            json!({"weight": {"type": "int3", "group": 4}, "rank": {"max_bits": 12.0}, "factors": "f32", "activations": "int8"}),
+            json!({"weight": {"type": "int3", "group": 4}, "rank": {"max_bits": 16.0}, "factors": "f32", "activations": "int8"}),
         ),
         (
             "low_rank",

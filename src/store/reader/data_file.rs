@@ -48,15 +48,17 @@ impl DataFile {
         if !footer.is_plain() {
             return Err(unsupported("it is of another version of Lance's file format"));
         }
+        footer.require_order(size)?;
         // The schema, the first of the buffers, comes before everything else that is wanted here.
         let first =
-            *pairs(&end.get(&file, footer.buffers)?).first().ok_or_else(|| contradiction("it has no schema"))?;
+            *pairs(&end.get(&file, footer.buffers.clone())?).first().ok_or_else(|| contradiction("it has no schema"))?;
         if first.0 < end.start {
             end = End::read(&file, size, first.0)?;
         }
         let described = pb::FileDescriptor::decode(end.get(&file, range(first)?)?)?;
         let fields = described.schema.ok_or_else(|| contradiction("it has no schema"))?.fields;
-        let descriptions = pairs(&end.get(&file, footer.columns)?);
+        let descriptions = pairs(&end.get(&file, footer.columns.clone())?);
+        footer.require_first(&descriptions)?;
         // A field with fields of its own may be any number of columns.
         if fields.len() != descriptions.len() || fields.iter().any(|field| field.parent_id >= 0) {
             return Err(unsupported("its fields are not a column each"));

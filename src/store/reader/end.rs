@@ -37,12 +37,7 @@ pub fn check(file: &File, size: u64) -> io::Result<()> {
     if !footer.has_tables() {
         return Ok(());
     }
-    let ordered = footer.descriptions <= footer.columns.start
-        && footer.columns.end <= footer.buffers.start
-        && footer.buffers.end <= size.saturating_sub(FOOTER as u64);
-    if !ordered {
-        return Err(contradiction("its footer leads out of it"));
-    }
+    footer.require_order(size)?;
     let buffers = pairs(&end.get(file, footer.buffers.clone())?);
     let mut in_buffers = 0u64;
     for &(start, length) in &buffers {
@@ -56,7 +51,9 @@ pub fn check(file: &File, size: u64) -> io::Result<()> {
     if footer.descriptions < end.start {
         end = End::read(file, size, footer.descriptions)?;
     }
-    for place in pairs(&end.get(file, footer.columns.clone())?) {
+    let descriptions = pairs(&end.get(file, footer.columns.clone())?);
+    footer.require_first(&descriptions)?;
+    for place in descriptions {
         within(place, footer.descriptions..footer.columns.start, "the description of a column")?;
         let column = pbfile::ColumnMetadata::decode(end.get(file, range(place)?)?)?;
         let mut rows = 0u64;
@@ -127,6 +124,33 @@ impl Footer {
             columns: table(footer, 8, 28),
             buffers: table(footer, 16, 24),
         })
+    }
+
+    /// Checks that the tables lie one after another, behind the descriptions, and before the footer of a file of `size` bytes.
+    ///
+    /// # Errors
+    /// When they do not.
+    pub fn require_order(&self, size: u64) -> io::Result<()> {
+        let ordered = self.descriptions <= self.columns.start
+            && self.columns.end <= self.buffers.start
+            && self.buffers.end <= size.saturating_sub(FOOTER as u64);
+        match ordered {
+            true => Ok(()),
+            false => Err(contradiction("its footer leads out of it")),
+        }
+    }
+
+    /// Checks that the first description of a column lies where the footer says that they begin.
+    ///
+    /// # Errors
+    /// When it lies elsewhere.
+    pub fn require_first(&self, descriptions: &[(u64, u64)]) -> io::Result<()> {
+        match descriptions.first() {
+            Some(first) if first.0 != self.descriptions => {
+                Err(contradiction("the descriptions of its columns begin elsewhere than its footer says"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Returns whether files of the version have these tables.
@@ -241,11 +265,13 @@ mod tests {
         column: Option<(u64, u64)>,
         offsets: Option<[u64; 3]>,
         counts: [u32; 2],
+        /// Whether the footer says that the descriptions begin a byte after they do.
+        misplaced: bool,
     }
 
     impl Default for Small {
         fn default() -> Self {
-            Small { page: (0, 8), rows: 2, schema: (8, 4), column: None, offsets: None, counts: [1, 1] }
+            Small { page: (0, 8), rows: 2, schema: (8, 4), column: None, offsets: None, counts: [1, 1], misplaced: false }
         }
     }
 
@@ -265,7 +291,7 @@ mod tests {
                 bytes.extend(start.to_le_bytes());
                 bytes.extend(length.to_le_bytes());
             }
-            bytes.extend(footer(self.offsets.unwrap_or([12, at, at + 16]), self.counts, (2, 1)));
+            bytes.extend(footer(self.offsets.unwrap_or([12 + u64::from(self.misplaced), at, at + 16]), self.counts, (2, 1)));
             let mut file = tempfile::tempfile()?;
             file.write_all(&bytes)?;
             check(&file, bytes.len() as u64)
@@ -289,6 +315,7 @@ mod tests {
             Small { counts: [1 << 31, 1], ..Small::default() },
             Small { counts: [0, 1], ..Small::default() },
             Small { offsets: Some([far, 12, 12]), ..Small::default() },
+            Small { misplaced: true, ..Small::default() },
             Small { offsets: Some([12, far, 12]), ..Small::default() },
             Small { offsets: Some([12, 14, u64::MAX]), ..Small::default() },
         ] {
