@@ -1,9 +1,10 @@
-//! `verify`, `repair`, `gc` and `stats`.
+//! `verify`, `repair`, `gc`, `upgrade` and `stats`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::ProgressBar;
+use serde::Serialize;
 
 use super::output::{bytes, table};
 use super::signals::cancel_on_interrupt;
@@ -149,6 +150,24 @@ pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<
         } else {
             format!("{found}; nothing was removed, add --apply to do so")
         }
+    })?;
+    Ok(0)
+}
+
+/// What an upgrade did, as JSON.
+#[derive(Serialize)]
+struct Upgraded {
+    from: u32,
+    to: u32,
+}
+
+pub async fn upgrade(context: &Context) -> Result<u8> {
+    context.refuse_at("upgrade")?;
+    let store = context.open().await?;
+    let upgraded = Upgraded { from: store.format().await?, to: store.upgrade().await? };
+    context.output.result(&upgraded, |Upgraded { from, to }| match from == to {
+        true => format!("the store is of format {to} already"),
+        false => format!("the store is of format {to}, and was of format {from}"),
     })?;
     Ok(0)
 }

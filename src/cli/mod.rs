@@ -153,6 +153,9 @@ enum Command {
         #[arg(long)]
         apply: bool,
     },
+    /// Bring a store that an older version made to the newest format that this one knows. Versions that do not know that format
+    /// cannot open the store any more. An older store is read and written as it is without this.
+    Upgrade,
     /// Count models, layers, versions and bytes.
     Stats,
 }
@@ -379,6 +382,7 @@ async fn run(cli: Cli) -> Result<u8> {
         Command::Verify(args) => maintain::verify(&context, args).await,
         Command::Repair(args) => maintain::repair(&context, args).await,
         Command::Gc { older_than, apply } => maintain::gc(&context, older_than, apply).await,
+        Command::Upgrade => maintain::upgrade(&context).await,
         Command::Stats => maintain::stats(&context).await,
     }
 }

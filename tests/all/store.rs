@@ -365,6 +365,24 @@ fn a_kept_store_of_format_1_is_read() {
     check_kept_store(&copy_of_kept_store());
 }
 
+/// The same store after `upgrade`: nothing that was in it differs, and what comes new lies in the tables of format 2.
+#[test]
+fn a_kept_store_is_upgraded() {
+    let place = copy_of_kept_store();
+    assert_eq!(place.json(&["upgrade"]), serde_json::json!({"from": 1, "to": 2}));
+    assert_eq!(place.json(&["upgrade"]), serde_json::json!({"from": 2, "to": 2}));
+    assert_eq!(place.run(&["upgrade"]).out.trim(), "the store is of format 2 already");
+    assert_eq!(place.json(&["log"])[0]["operation"], "upgrade to format 2");
+    assert!(!place.path("layers/weight_blocks.lance").exists());
+    check_kept_store(&place);
+    place.import("int4 again", Some(INT4));
+    let rules = place.path("int3.toml");
+    std::fs::write(&rules, std::fs::read_to_string(INT4).unwrap().replace("int4", "int3")).unwrap();
+    place.import("int3", Some(rules.to_str().unwrap()));
+    assert!(place.path("layers/weight_blocks.lance").exists());
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+}
+
 /// Columns that this version does not know are passed over when they are read, and left open when rows are written,
 /// whether they are values in files of their own or nulls that are in none.
 #[tokio::test(flavor = "multi_thread")]
