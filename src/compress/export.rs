@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use layerstore_core::layer::from_f32;
 use safetensors::View;
@@ -75,13 +75,13 @@ pub async fn export(snapshot: &Snapshot, model: &str, output: &Path, options: Ex
     let handles = records.into_iter().map(|record| snapshot.handle(record)).collect();
     let ExportOptions { allow_approximate, progress, cancel } = options;
     let work =
-        Arc::new(Work { runtime: tokio::runtime::Handle::current(), failure: Mutex::new(None), progress, cancel });
+        Arc::new(Work { runtime: tokio::runtime::Handle::current(), failure: Mutex::default(), left: Mutex::default(), progress, cancel });
     let output = output.to_owned();
     let done = tokio::task::spawn_blocking(move || {
         let Outline { tensors, added_biases, notes } =
             outline(handles, |handle| work.load(handle), allow_approximate, &output)?;
         let tensors: Vec<(String, LazyTensor)> = tensors.into_iter().map(|tensor| work.tensor(tensor)).collect();
-        work.progress.started(tensors.len(), tensors.iter().map(|(_, tensor)| tensor.length as u64).sum());
+        work.start(&tensors);
         let written = write(&output, tensors, metadata, &work.failure);
         work.progress.finished();
         Ok(ExportReport { layers, bytes: written?, added_biases, notes })
@@ -93,6 +93,8 @@ pub async fn export(snapshot: &Snapshot, model: &str, output: &Path, options: Ex
 struct Work {
     runtime: tokio::runtime::Handle,
     failure: Mutex<Option<Error>>,
+    /// For each layer, how many of its tensors are not written yet, and the bytes of those that are.
+    left: Mutex<HashMap<String, (usize, u64)>>,
     progress: Arc<dyn Progress>,
     cancel: Cancel,
 }
@@ -101,6 +103,27 @@ impl Work {
     /// Loads a layer, unless somebody has asked to stop.
     fn load(&self, handle: &LayerHandle) -> Result<SharedLayer> {
         self.runtime.block_on(self.cancel.unless(handle.load()))
+    }
+
+    /// Tells how many layers and bytes there are to write.
+    fn start(&self, tensors: &[(String, LazyTensor)]) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        for (_, tensor) in tensors {
+            left.entry(tensor.handle.record().layer.clone()).or_default().0 += 1;
+        }
+        self.progress.started(left.len(), tensors.iter().map(|(_, tensor)| tensor.length as u64).sum());
+    }
+
+    /// Tells of a layer when the last of its tensors is written.
+    fn written(&self, tensor: &LazyTensor) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((tensors, bytes)) = left.get_mut(&tensor.handle.record().layer) {
+            *tensors -= 1;
+            *bytes += tensor.length as u64;
+            if *tensors == 0 {
+                self.progress.layer_done(*bytes, false);
+            }
+        }
     }
 
     fn tensor(self: &Arc<Self>, outlined: OutlinedTensor) -> (String, LazyTensor) {
@@ -120,7 +143,7 @@ fn write(
     staged::write(output, |staged| {
         let written = safetensors::serialize_to_file(tensors, metadata, staged);
         // A layer that could not be read left its reason here and zeros in the file.
-        match failure.lock().unwrap_or_else(|e| e.into_inner()).take() {
+        match failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(failure) => Err(failure),
             None => written.map_err(|e| Error::file(output, e.to_string())),
         }
@@ -162,7 +185,7 @@ impl LazyTensor {
         if bytes.len() != self.length {
             return Err(Error::expected("bytes of a stored tensor", bytes.len(), self.length));
         }
-        self.work.progress.layer_done(self.length as u64, false);
+        self.work.written(self);
         Ok(bytes.to_vec())
     }
 }
@@ -177,7 +200,7 @@ impl View for LazyTensor {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let mut failure = self.work.failure.lock().unwrap_or_else(|e| e.into_inner());
+        let mut failure = self.work.failure.lock().unwrap_or_else(PoisonError::into_inner);
         if failure.is_none() {
             match self.read() {
                 Ok(bytes) => return bytes.into(),

@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use layerstore::formats::TensorSource;
 use layerstore::layer::{Accuracy, DType};
 use layerstore::{
-    CalibrationFile, ErrorKind, ExportOptions, ImportOptions, Rules, Snapshot, Store, export, formats, import,
+    CalibrationFile, ErrorKind, ExportOptions, ImportOptions, Progress, Rules, Snapshot, Store, export, formats, import,
 };
 use layerstore_core::layer::from_f32;
 use layerstore_core::linalg::relative_error;
@@ -384,4 +385,34 @@ fn the_command_says_what_the_file_does_not() {
     let expected = formats::read_array(&y).unwrap().0;
     assert!(apart(&plain(&*file, "blocks.0.mix", &inputs, true), &expected) < 2e-3);
     assert_eq!(file.tensors().len(), formats::open(CHECKPOINT).unwrap().tensors().len() + 2);
+}
+
+/// Counts what it is told.
+#[derive(Default)]
+struct Told(Mutex<(usize, u64, Vec<u64>)>);
+
+impl Progress for Told {
+    fn started(&self, layers: usize, bytes: u64) {
+        let mut told = self.0.lock().unwrap();
+        (told.0, told.1) = (layers, bytes);
+    }
+
+    fn layer_done(&self, bytes: u64, _skipped: bool) {
+        self.0.lock().unwrap().2.push(bytes);
+    }
+}
+
+/// Layers are counted, not tensors: a layer with a bias has two.
+#[tokio::test(flavor = "multi_thread")]
+async fn progress_counts_layers() {
+    let place = Place::new();
+    place.import("m", None);
+    let store = Store::open(&place.store()).await.unwrap();
+    let told = Arc::new(Told::default());
+    let options = ExportOptions { progress: told.clone(), ..ExportOptions::default() };
+    let latest = store.latest().await.unwrap();
+    export(&latest, "m", &place.path("m.safetensors"), options).await.unwrap();
+    let (layers, bytes, done) = &*told.0.lock().unwrap();
+    assert_eq!((*layers, done.len(), *bytes), (latest.layers("m").await.unwrap().len(), *layers, done.iter().sum()));
+    assert!(formats::open(place.path("m.safetensors")).unwrap().tensors().len() > *layers);
 }

@@ -85,7 +85,7 @@ fn checkpoints() {
 #[test]
 fn rules_files() {
     count_panics();
-    let texts = [INT4, KEYS, "tests/fixtures/backends.toml", "examples/rules/minilm-mixed.toml"];
+    let texts = [INT4, KEYS, "tests/fixtures/backends.toml", "examples/rules/minilm-4bit.toml"];
     let texts = texts.map(|path| std::fs::read(path).unwrap());
     let lines: Vec<&[u8]> = texts.iter().flat_map(|text| text.split(|byte| *byte == b'\n')).collect();
     let (mut parsed, mut refused) = (0u64, 0u64);
