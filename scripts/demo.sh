@@ -24,7 +24,7 @@ step "capture calibration inputs: this project's documents, through the model fr
 cp examples/minilm_embeddings/calibration.txt "$out/calibration.txt"
 embed --model minilm-f32 --sentences "$out/calibration.txt" --capture "$out/calibration.safetensors" > /dev/null
 
-for name in 8bit 4bit keys; do
+for name in correction 4bit keys; do
     step "import it under examples/rules/minilm-$name.toml"
     layerstore --quiet import "$checkpoint" --model "minilm-$name" --rules "examples/rules/minilm-$name.toml" \
         --calibration "$out/calibration.safetensors" --message "rules: minilm-$name" | tail -n 1
@@ -36,4 +36,4 @@ layerstore models
 layerstore log
 
 step "sentences through each model, every layer run from the store at snapshot 'demo'"
-embed --at demo --model minilm-f32 --model minilm-8bit --model minilm-4bit --model minilm-keys
+embed --at demo --model minilm-f32 --model minilm-correction --model minilm-4bit --model minilm-keys
