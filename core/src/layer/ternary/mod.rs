@@ -57,7 +57,7 @@ impl TernaryLayer {
             (Some(norm), Some(inputs)) => Some(inputs.mapped(|x| norm.forward(x))?),
             _ => None,
         };
-        let low_rank = LowRankLayer::build(&config.weights, weight, bias, normalized.as_ref().or(calibration))?;
+        let low_rank = config.weights.compress(weight, bias, normalized.as_ref().or(calibration))?;
         TernaryLayer { low_rank, norm: None, activation: config.activation }.with_norm(norm)
     }
 
@@ -135,7 +135,7 @@ impl TernaryLayer {
             true => Some(RmsNorm::new(matrix("norm_gain")?, matrix("norm_bias")?)?),
             false => None,
         };
-        let low_rank = LowRankLayer::from_parts(parts)?.with_activations(own.activations)?;
+        let low_rank = <LowRankConfig as Method>::from_parts(parts)?.with_activations(own.activations)?;
         TernaryLayer { low_rank, norm: None, activation: own.activation }.with_norm(norm)
     }
 }
