@@ -16,21 +16,28 @@ use choices::Choices;
 use store_files::Kept;
 
 struct Place {
-    kept: Kept,
+    /// The stores of each format that were kept as they were written.
+    kept: Vec<Kept>,
     runtime: Runtime,
     _folder: tempfile::TempDir,
 }
 
 static PLACE: LazyLock<Place> = LazyLock::new(|| {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/store-v1/layers");
-    let kept = Kept::copied(&fixture, &folder.path().join("layers"));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let whole = runtime.block_on(kept.read());
-    assert_eq!((whole.opened, whole.refused, whole.corrupt), (2, 0, 0), "the fixture itself");
+    let copied = ["store-v1", "store-v2"].map(|name| {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name).join("layers");
+        let kept = Kept::copied(&fixture, &folder.path().join(name));
+        let whole = runtime.block_on(kept.read());
+        assert_eq!((whole.opened, whole.refused, whole.corrupt), (2, 0, 0), "{name} itself");
+        kept
+    });
+    let kept = copied.into();
     Place { kept, runtime, _folder: folder }
 });
 
 fuzz_target!(|bytes: &[u8]| {
-    PLACE.runtime.block_on(PLACE.kept.changed(&mut Choices::new(bytes)));
+    let mut choices = Choices::new(bytes);
+    let kept = &PLACE.kept[choices.below(PLACE.kept.len())];
+    PLACE.runtime.block_on(kept.changed(&mut choices));
 });

@@ -1,6 +1,7 @@
 //! Stored bytes that nobody wrote: the harnesses of `fuzz/`, run over a fixed sequence of changes, so that every `cargo test` has
 //! some of what a fuzzer looks at. Nothing may panic, and nothing may ask for memory that its file has no use for.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -143,22 +144,33 @@ fn keras_archives() {
     assert!(opened >= least_opened && refused >= least_refused, "{opened} opened, {refused} refused");
 }
 
+/// A copy of the store of a format that was kept as it was written.
+fn kept_store(format: u32, place: &Place) -> store_files::Kept {
+    store_files::Kept::copied(Path::new(&format!("tests/fixtures/store-v{format}/layers")), &place.path("layers"))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn files_of_a_store() {
     count_panics();
+    for (format, seeds) in [(1, seeded::seeds(50)), (2, seeded::seeds(80))] {
+        change_files_of(format, seeds).await;
+    }
+}
+
+async fn change_files_of(format: u32, seeds: Range<u64>) {
     let place = Place::new();
-    let kept = store_files::Kept::copied(Path::new("tests/fixtures/store-v1/layers"), &place.path("layers"));
+    let kept = kept_store(format, &place);
     let whole = kept.read().await;
     // Three models of ten layers each, by two readers.
     assert_eq!((whole.opened, whole.loaded, whole.refused, whole.corrupt), (2, 60, 0, 0));
     let mut noticed = 0;
-    let seeds = seeded::seeds(100);
-    // Two at which Lance panics after the table is open: at a type that the manifest names, and at a page of the catalogue.
+    // Two at which Lance panics in the store of format 1 after the table is open: at a type that the manifest names, and at a page of
+    // the catalogue.
     for seed in seeds.clone().chain([223, 697]) {
         let panics = PANICS.load(Ordering::SeqCst);
         let outcome = kept.changed(&mut Choices::new(&seeded::bytes(seed, 200))).await;
-        assert_eq!(PANICS.load(Ordering::SeqCst), panics, "seed {seed}");
-        allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
+        assert_eq!(PANICS.load(Ordering::SeqCst), panics, "format {format}, seed {seed}");
+        allocations::assert_none_as_large_as(LARGE, &format!("format {format}, seed {seed}"));
         noticed += usize::from(outcome != whole);
     }
     assert!(noticed as u64 >= (seeds.end - seeds.start) / 5, "{noticed} noticed");
@@ -169,10 +181,16 @@ async fn files_of_a_store() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ends_of_data_files() {
     count_panics();
+    for (format, weights) in [(1, "weights"), (2, "weight_blocks")] {
+        change_ends_of(format, &["layers", "artifacts", weights, "values_d96"]).await;
+    }
+}
+
+async fn change_ends_of(format: u32, tables: &[&str]) {
     let place = Place::new();
-    let kept = store_files::Kept::copied(Path::new("tests/fixtures/store-v1/layers"), &place.path("layers"));
+    let kept = kept_store(format, &place);
     let whole = kept.read().await;
-    for table in ["layers", "artifacts", "weights", "values_d96"] {
+    for table in tables {
         // The latest versions have the newest files, and the largest.
         let files = crate::support::files(&place.path(&format!("layers/{table}.lance/data")));
         let largest = files.into_iter().max_by_key(|file| std::fs::metadata(file).unwrap().len()).unwrap();

@@ -324,15 +324,15 @@ async fn a_store_in_memory_lasts_as_long_as_its_handles() {
     assert!(matches!(Store::open(uri).await.unwrap_err(), Error::NotAStore { .. }));
 }
 
-fn kept() -> PathBuf {
-    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-v1")
+fn kept(format: u32) -> PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/store-v{format}"))
 }
 
-/// A copy of the store of format 1 that was kept as it was written.
-fn copy_of_kept_store() -> Place {
-    let place = Place::new();
-    for file in crate::support::files(&kept().join("layers")) {
-        let copy = place.path("layers").join(file.strip_prefix(kept().join("layers")).unwrap());
+/// A copy of the store of a format that was kept as it was written.
+fn copy_of_kept_store(format: u32) -> Place {
+    let (place, from) = (Place::new(), kept(format).join("layers"));
+    for file in crate::support::files(&from) {
+        let copy = place.path("layers").join(file.strip_prefix(&from).unwrap());
         std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
         std::fs::copy(&file, copy).unwrap();
     }
@@ -340,10 +340,10 @@ fn copy_of_kept_store() -> Place {
 }
 
 /// Holds a copy of the kept store against what was in it, and writes to it.
-fn check_kept_store(place: &Place) {
+fn check_kept_store(place: &Place, format: u32) {
     for at in ["first", "5"] {
         for model in ["f32", "int4", "keys"] {
-            let expected = std::fs::read(kept().join(format!("{model}-{at}.json"))).unwrap();
+            let expected = std::fs::read(kept(format).join(format!("{model}-{at}.json"))).unwrap();
             let expected: serde_json::Value = serde_json::from_slice(&expected).unwrap();
             assert_eq!(place.json(&["--at", at, "layers", model]), expected, "{model} at {at}");
         }
@@ -359,22 +359,24 @@ fn check_kept_store(place: &Place) {
     assert_eq!(place.json(&["models"]).as_array().unwrap().len(), 4);
 }
 
-/// A store of format 1, kept as it was written: everything in it is there, and is what it was.
+/// Stores kept as they were written: everything in them is there, and is what it was.
 #[test]
-fn a_kept_store_of_format_1_is_read() {
-    check_kept_store(&copy_of_kept_store());
+fn kept_stores_are_read() {
+    for format in [1, 2] {
+        check_kept_store(&copy_of_kept_store(format), format);
+    }
 }
 
 /// The same store after `upgrade`: nothing that was in it differs, and what comes new lies in the tables of format 2.
 #[test]
 fn a_kept_store_is_upgraded() {
-    let place = copy_of_kept_store();
+    let place = copy_of_kept_store(1);
     assert_eq!(place.json(&["upgrade"]), serde_json::json!({"from": 1, "to": 2}));
     assert_eq!(place.json(&["upgrade"]), serde_json::json!({"from": 2, "to": 2}));
     assert_eq!(place.run(&["upgrade"]).out.trim(), "the store is of format 2 already");
     assert_eq!(place.json(&["log"])[0]["operation"], "upgrade to format 2");
     assert!(!place.path("layers/weight_blocks.lance").exists());
-    check_kept_store(&place);
+    check_kept_store(&place, 1);
     place.import("int4 again", Some(INT4));
     let rules = place.path("int3.toml");
     std::fs::write(&rules, std::fs::read_to_string(INT4).unwrap().replace("int4", "int3")).unwrap();
@@ -390,7 +392,7 @@ async fn unknown_columns_are_passed_over() {
     use arrow::datatypes::{DataType, Field, Schema};
     use lance::dataset::NewColumnTransform;
 
-    let place = copy_of_kept_store();
+    let place = copy_of_kept_store(1);
     let table = |name: &str| format!("{}/{name}.lance", place.store());
     for (name, note) in [
         ("layers", "nullif(model, 'f32')"),
@@ -422,7 +424,7 @@ async fn unknown_columns_are_passed_over() {
         }
         assert_eq!(store.verify(|_, _| ()).await.unwrap().corrupt, []);
     }
-    check_kept_store(&place);
+    check_kept_store(&place, 1);
     bring(&store, "more", Some(INT4), Cancel::new()).await.unwrap();
     bring(&store, "keys", Some(INT4), Cancel::new()).await.unwrap();
     let done = store.gc(Duration::ZERO, true).await.unwrap();
