@@ -62,12 +62,14 @@ def compare(binaries, checkpoint, calibration, rules, folder):
     for name, row in rows.items():
         cells = [name, f"{row['stored_bytes'] / 1e6:.1f}", f"{row['dense_to_stored']:.1f}"]
         if name in evaluations:
-            layers = evaluations[name]["layers"]
+            # Attention blocks have no weights of their own.
+            layers = [layer for layer in evaluations[name]["layers"] if layer["bits_per_weight"] is not None]
             stored = sum(layer["stored_bytes"] for layer in layers)
+            errors = [layer["relative_error"] for layer in layers]
             count = sum(8 * layer["stored_bytes"] / layer["bits_per_weight"] for layer in layers)
-            cells += [f"{8 * stored / count:.2f}", f"{evaluations[name]['mean_relative_error']:.3f}"]
+            cells += [f"{8 * stored / count:.2f}", f"{sum(errors) / len(errors):.3f}"]
         else:
-            cells += ["32", "0"]
+            cells += ["32.06", "0"]
         cosine = row["cosine_to_baseline"]
         cells += [f"{cosine['mean']:.4f}", f"{cosine['min']:.4f}", f"{row['speed']:.2f}"]
         print(f"| {' | '.join(cells)} |")
