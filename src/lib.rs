@@ -1,8 +1,8 @@
 //! An embedded store for compressed neural-network layers.
 //!
-//! A checkpoint's layers become keys and values, or quantised weights with a low-rank correction; their parts are Arrow
-//! tables in one LanceDB directory that many models share; snapshots name versions of the whole; a layer opens lazily,
-//! by model and layer name, at any version, and runs from the store.
+//! A checkpoint's layers become keys and values, or quantised weights, with a low-rank correction where one is asked for;
+//! their parts are Arrow tables in one LanceDB directory that many models share; snapshots name versions of the whole; a
+//! layer opens lazily, by model and layer name, at any version, and runs from the store.
 //!
 //! ```
 //! use layerstore::layer::Accuracy;

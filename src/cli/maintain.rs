@@ -53,7 +53,10 @@ pub async fn verify(context: &Context, args: VerifyArgs) -> Result<u8> {
 fn not_built(report: &VerifyReport) -> String {
     let methods = report.unknown_methods.iter();
     let lines = methods.map(|(method, &artifacts)| {
-        format!("\nnot built: {} of method '{method}', which is not known here", counted(artifacts, "artifact", "artifacts"))
+        format!(
+            "\nnot built: {} of method '{method}', which is not known here",
+            counted(artifacts, "artifact", "artifacts")
+        )
     });
     lines.collect()
 }

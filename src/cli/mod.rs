@@ -193,7 +193,8 @@ struct ImportArgs {
     /// Rules (TOML): which layers are compressed how. Without it every layer stays dense.
     #[arg(long, value_name = "FILE")]
     rules: Option<PathBuf>,
-    /// Inputs of layers to calibrate with: safetensors, a tensor [tokens, in_features] named after each layer.
+    /// What to calibrate layers with: their inputs (safetensors, a tensor [tokens, in_features] named after each layer), or a file of
+    /// the inputs' statistics.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     /// A message for the log.

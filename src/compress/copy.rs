@@ -28,7 +28,7 @@ pub struct CopyReport {
 ///
 /// The whole model is put in the place of what the store holds under its name. One `layer` is put beside the other layers of the model,
 /// and takes with it what it runs with: an attention block its projections, and a module all layers that it is made of. One layer at a
-/// time is in memory; artifacts that the store has already are not read.
+/// time is in memory. Artifacts that the other store has are hashed there, and read from this one only where they are missing or damaged.
 ///
 /// # Errors
 /// When there is no such model or layer, an artifact cannot be read, the storage refuses, or the work is cancelled: then the store is as

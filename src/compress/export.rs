@@ -74,8 +74,13 @@ pub async fn export(snapshot: &Snapshot, model: &str, output: &Path, options: Ex
     let metadata: HashMap<String, String> = records.iter().flat_map(|r| r.source.metadata.clone()).collect();
     let handles = records.into_iter().map(|record| snapshot.handle(record)).collect();
     let ExportOptions { allow_approximate, progress, cancel } = options;
-    let work =
-        Arc::new(Work { runtime: tokio::runtime::Handle::current(), failure: Mutex::default(), left: Mutex::default(), progress, cancel });
+    let work = Arc::new(Work {
+        runtime: tokio::runtime::Handle::current(),
+        failure: Mutex::default(),
+        left: Mutex::default(),
+        progress,
+        cancel,
+    });
     let output = output.to_owned();
     let done = tokio::task::spawn_blocking(move || {
         let Outline { tensors, added_biases, notes } =

@@ -11,7 +11,7 @@ use super::calibration::CalibrationFile;
 use super::import::{Inputs, Item, unless_cancelled};
 use super::plan::Planned;
 use super::work::{Cancel, Progress, Silent};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{self, SourceContent, SourceLayer, TensorSource};
 use crate::layer::{ArtifactId, Dense, Method, Parts};
 use crate::store::{
@@ -228,19 +228,27 @@ impl Sources {
                     Err(e) => Err(Error::expected("row of the catalogue", e, "one that can be read")),
                 },
             };
+            let failed = |e: Error| FailedSource {
+                artifact: corrupt.artifact.clone(),
+                from: name.clone(),
+                reason: e.to_string(),
+            };
             match found {
                 Ok((parts, provenance)) => {
-                    cancel.unless(work.add(&parts, provenance)).await?;
+                    if let Err(e) = cancel.unless(work.add(&parts, provenance)).await {
+                        // What is wrong with one artifact is no reason not to mend the others.
+                        if matches!(e.kind(), ErrorKind::Storage | ErrorKind::Conflict | ErrorKind::Cancelled) {
+                            return Err(e);
+                        }
+                        report.tried.push(failed(e));
+                        continue;
+                    }
                     let CorruptArtifact { artifact, layers, .. } = corrupt;
                     report.mended.push(MendedArtifact { artifact, from: name.clone(), layers });
                     return Ok(());
                 }
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
-                Err(e) => report.tried.push(FailedSource {
-                    artifact: corrupt.artifact.clone(),
-                    from: name.clone(),
-                    reason: e.to_string(),
-                }),
+                Err(e) => report.tried.push(failed(e)),
             }
         }
         Ok(())

@@ -14,7 +14,7 @@ use lance::table::format::Fragment;
 use super::catalogue;
 use super::location::Location;
 use super::record::{LOCATIONS, LayerName, RowLocations, locations_of, named_layers};
-use super::schema::LAYERS;
+use super::schema::{LAYERS, Table};
 use super::waiting::{Waiting, is_refused, reason, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
@@ -145,6 +145,10 @@ impl<'a> DataTables<'a> {
     }
 
     async fn table(&mut self, name: &str) -> Result<Option<&mut DataTable>> {
+        // Nothing is opened by a name that only damaged or hostile lists have.
+        if Table::named(name).is_none() {
+            return Ok(None);
+        }
         if !self.tables.contains_key(name) {
             let table = match self.location.open_table(name, None).await {
                 Ok(dataset) => Some(DataTable { files: data_files(&dataset), dataset, rows: None }),
@@ -221,6 +225,23 @@ async fn count_rows(table: &str, dataset: &Dataset) -> Result<Counted> {
         }
     }
     Ok(counted)
+}
+
+/// Returns the artifacts that rows of each file of a table belong to. Files that cannot be read are left out.
+///
+/// # Errors
+/// When the system refuses to read one.
+pub async fn artifacts_by_file(table: &str, dataset: &Dataset) -> Result<Vec<(String, HashSet<ArtifactId>)>> {
+    let mut found = vec![];
+    for fragment in dataset.fragments().iter() {
+        let Some(file) = fragment.files.first() else { continue };
+        match counted_in(dataset, Some(fragment)).caught().await {
+            Ok(rows) => found.push((file.path.clone(), rows.into_keys().collect())),
+            Err(e) if is_refused(&e) => return Err(storage_error(format!("reading table '{table}'"))(e)),
+            Err(_) => {}
+        }
+    }
+    Ok(found)
 }
 
 async fn counted_in(dataset: &Dataset, fragment: Option<&Fragment>) -> lance::Result<HashMap<ArtifactId, u64>> {

@@ -206,6 +206,20 @@ impl Data {
         )
     }
 
+    /// Reads the parts of an artifact from other places than its record's, as a load does for which a version of the catalogue names
+    /// them. `None` where its rows are not all there, so that a load goes by the list.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when they are there and make up no parts.
+    pub async fn parts_at(&self, record: &ArtifactRecord, locations: &RowLocations) -> Result<Option<Parts>> {
+        let Ok(found) = self.at_locations(locations).await else { return Ok(None) };
+        if !complete(record.artifact, locations, &found) {
+            return Ok(None);
+        }
+        let parts = Parts::new(record.method.clone(), record.config.clone());
+        assembled(record.artifact, parts, (self.location.formats(), locations), found).map(Some)
+    }
+
     /// Closes files of a table that have gone.
     pub async fn forget(&self, table: &str, files: impl IntoIterator<Item = String>) {
         self.files.forget(table, files).await;
@@ -216,6 +230,9 @@ impl Data {
     /// # Errors
     /// [`Error::Corrupt`] when they are not there or cannot be decoded, and when the storage refuses.
     pub async fn rows(&self, id: ArtifactId, table: &str, rows: &TableRows) -> Result<Vec<RecordBatch>> {
+        if Table::named(table).is_none() {
+            return Err(unknown_table(id, table));
+        }
         let locations = RowLocations([(table.to_owned(), rows.clone())].into());
         let failure = match self.at_locations(&locations).await {
             Ok(found) if complete(id, &locations, &found) => return Ok(found.into_iter().flatten().collect()),
@@ -274,6 +291,10 @@ fn local_error(e: std::io::Error) -> lance::Error {
     }
 }
 
+fn unknown_table(id: ArtifactId, name: &str) -> Error {
+    corrupt(id, format!("it has rows in '{name}', which is no table of this format"))
+}
+
 fn corrupt(id: ArtifactId, reason: String) -> Error {
     Error::Corrupt { artifact: id.to_string(), reason }
 }
@@ -309,7 +330,7 @@ fn assembled(
 ) -> Result<Parts> {
     let mut tables = Vec::with_capacity(found.len());
     for (name, batches) in locations.0.keys().zip(found) {
-        let unknown = || corrupt(id, format!("it has rows in '{name}', which is no table of this format"));
+        let unknown = || unknown_table(id, name);
         let completed = batches.into_iter().map(|batch| formats.completed(name, batch));
         let batches = completed.collect::<arrow::error::Result<Vec<_>>>().map_err(|e| corrupt(id, e.to_string()))?;
         tables.push((Table::named(name).ok_or_else(unknown)?, batches));

@@ -52,7 +52,8 @@ pub struct Format {
 /// A column that a format version adds to a table.
 #[derive(Debug)]
 pub struct AddedColumn {
-    /// The table: `layers`, `artifacts`, `weights`, `tensors`, or a name without its width, such as `keys_d`.
+    /// The table: `layers`, `artifacts`, a data table, such as `tensors` or `weight_blocks`, or its name without its width, such as
+    /// `keys_d`.
     pub table: &'static str,
     /// The column's name.
     pub name: &'static str,

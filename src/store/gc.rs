@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::{DataType, UInt64Type};
+use arrow::datatypes::DataType;
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
 use lance::Dataset;
@@ -21,6 +21,7 @@ use super::record::{ArtifactRecord, RowRange, TableRows, read_artifacts};
 use super::relist::relist;
 use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, LAYERS, Table};
+use super::spans::{Span, addresses, first_files, scan, spans};
 use super::versions::{self, VersionInfo};
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
@@ -45,14 +46,6 @@ pub struct GcReport {
     pub stray_rows: u64,
     /// Whether anything was removed.
     pub applied: bool,
-}
-
-/// Consecutive rows of one artifact in a data table, by row address.
-#[derive(Debug, Clone, Copy)]
-struct Span {
-    artifact: ArtifactId,
-    start: u64,
-    rows: u64,
 }
 
 /// What there is to remove.
@@ -284,58 +277,37 @@ async fn sort_out(
     Ok((kept, dead))
 }
 
-async fn scan(dataset: &Dataset, columns: Option<&[String]>) -> lance::Result<Vec<RecordBatch>> {
-    let mut scan = dataset.scan();
-    if let Some(columns) = columns {
-        scan.project(columns)?;
-    }
-    scan.with_row_address().scan_in_order(true).batch_size(batch_rows(dataset));
-    scan.try_into_stream().await?.try_collect().await
-}
-
-fn addresses(batch: &RecordBatch) -> Result<Vec<u64>> {
-    let column = batch.column_by_name("_rowaddr").and_then(|c| c.as_primitive_opt::<UInt64Type>());
-    column.map(|c| c.values().to_vec()).ok_or_else(|| Error::expected("row addresses", "none", "one a row"))
-}
-
-/// Consecutive rows of one artifact each, in the table's order.
-async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
-    let mut spans: Vec<Span> = vec![];
-    for batch in scan(dataset, Some(&["artifact".into()])).during("reading the rows' artifacts").await? {
-        let addresses = addresses(&batch)?;
-        let names = batch
-            .column(0)
-            .as_fixed_size_binary_opt()
-            .ok_or_else(|| Error::expected("column 'artifact'", "another type", "hashes"))?;
-        for (i, start) in addresses.into_iter().enumerate() {
-            let Ok(name) = names.value(i).try_into() else {
-                return Err(Error::expected(
-                    "column 'artifact'",
-                    format!("{} bytes", names.value_length()),
-                    "32 bytes",
-                ));
-            };
-            let artifact = ArtifactId(name);
-            match spans.last_mut() {
-                Some(last) if last.artifact == artifact && last.start + last.rows == start => last.rows += 1,
-                _ => spans.push(Span { artifact, start, rows: 1 }),
-            }
-        }
-    }
-    Ok(spans)
-}
-
-/// Rows that no kept artifact needs: of others, or beyond the first copy.
+/// Rows that no kept artifact needs: of others, and copies beside the one that the list leads to. Where the rows are not all where the
+/// list says, since a gc that ended early had moved them, the first of them are kept.
 async fn unneeded(dataset: &Dataset, table: &str, kept: &BTreeMap<ArtifactId, ArtifactRecord>) -> Result<Vec<Span>> {
-    let mut wanted: HashMap<ArtifactId, u64> =
-        kept.iter().filter_map(|(id, record)| Some((*id, record.locations.0.get(table)?.rows))).collect();
+    let files = first_files(dataset);
+    let listed = |id: &ArtifactId| kept.get(id).and_then(|record| record.locations.0.get(table));
+    let spans = spans(dataset).await?;
+    let mut there: HashMap<ArtifactId, u64> = HashMap::new();
+    for span in &spans {
+        let parts = listed(&span.artifact).map(|rows| span.parts_in(&files, rows)).unwrap_or_default();
+        *there.entry(span.artifact).or_default() += parts.iter().map(|part| part.rows).sum::<u64>();
+    }
+    let mut seen: HashMap<ArtifactId, u64> = HashMap::new();
     let mut garbage = vec![];
-    for span in spans(dataset).await? {
-        let left = wanted.entry(span.artifact).or_default();
-        let needed = span.rows.min(*left);
-        *left -= needed;
-        if needed < span.rows {
-            garbage.push(Span { start: span.start + needed, rows: span.rows - needed, ..span });
+    for span in spans {
+        let needed = match listed(&span.artifact) {
+            None => vec![],
+            Some(rows) if there.get(&span.artifact) == Some(&rows.rows) => span.parts_in(&files, rows),
+            Some(rows) => {
+                let seen = seen.entry(span.artifact).or_default();
+                let first = span.rows.min(rows.rows - *seen);
+                *seen += first;
+                vec![Span { rows: first, ..span }]
+            }
+        };
+        let mut start = span.start;
+        for part in needed.into_iter().filter(|part| part.rows > 0).chain([Span { start: span.end(), rows: 0, ..span }])
+        {
+            if part.start > start {
+                garbage.push(Span { start, rows: part.start - start, ..span });
+            }
+            start = part.end();
         }
     }
     Ok(garbage)
@@ -360,7 +332,7 @@ async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64>
     if !varying.is_empty() {
         let action = "reading the rows to be removed";
         let projection = dataset.schema().project(&varying).map_err(storage_error(action))?;
-        let (fragment, offset) = ((span.start >> 32) as usize, span.start & u64::from(u32::MAX));
+        let (fragment, offset) = (span.fragment() as usize, span.offset());
         let rows = batch_rows(dataset).min(1024) as u32;
         if let Some(fragment) = dataset.get_fragment(fragment) {
             let stream =
@@ -394,7 +366,7 @@ async fn unreferenced_bytes(dataset: &Dataset) -> Result<u64> {
 async fn delete(mut dataset: Dataset, spans: &[Span]) -> lance::Result<Dataset> {
     for some in spans.chunks(RANGES_AT_ONCE) {
         let ranges: Vec<String> =
-            some.iter().map(|s| format!("(_rowaddr >= {} AND _rowaddr < {})", s.start, s.start + s.rows)).collect();
+            some.iter().map(|s| format!("(_rowaddr >= {} AND _rowaddr < {})", s.start, s.end())).collect();
         dataset.delete(&ranges.join(" OR ")).await?;
     }
     Ok(dataset)
@@ -421,14 +393,12 @@ async fn relocate(
     table: &str,
     kept: &mut BTreeMap<ArtifactId, ArtifactRecord>,
 ) -> Result<HashSet<ArtifactId>> {
-    // The first file of a fragment holds the columns that it was written with.
-    let files: HashMap<u64, String> =
-        dataset.fragments().iter().filter_map(|f| Some((f.id, f.files.first()?.path.clone()))).collect();
+    let files = first_files(dataset);
     let mut ranges: HashMap<ArtifactId, Vec<RowRange>> = HashMap::new();
     for span in spans(dataset).await? {
-        let Some(file) = files.get(&(span.start >> 32)) else { continue };
-        let offset = span.start & u64::from(u32::MAX);
-        ranges.entry(span.artifact).or_default().push(RowRange { file: file.clone(), offset, rows: span.rows });
+        let Some(file) = files.get(&span.fragment()) else { continue };
+        let range = RowRange { file: file.clone(), offset: span.offset(), rows: span.rows };
+        ranges.entry(span.artifact).or_default().push(range);
     }
     let mut moved = HashSet::new();
     for (artifact, ranges) in ranges {

@@ -24,19 +24,20 @@ pub struct Healed {
     pub written: Vec<ArtifactId>,
 }
 
-/// Begins a change of a store, after everything was completed that the list of artifacts or a data table has lost.
+/// Begins a change of a store, after everything was completed that the list of artifacts or a data table has lost. Only if something is
+/// lost that the latest version or a snapshot names, or where it is to be `thorough`, all versions are asked what they name.
 ///
 /// # Errors
 /// When the catalogue cannot be read, or the storage refuses what is written.
-pub async fn begin(shared: &Arc<Shared>) -> Result<(Writer, Healed)> {
+pub async fn begin(shared: &Arc<Shared>, thorough: bool) -> Result<(Writer, Healed)> {
     let mut writer = Writer::begin(shared).await?;
-    let healed = complete(&mut writer, shared).await?;
+    let healed = complete(&mut writer, shared, thorough).await?;
     Ok((writer, healed))
 }
 
 /// Lists again what the catalogue names and the list does not have, and writes again what is in no version of its table. What cannot
 /// be read any more is left for `verify` to tell of.
-async fn complete(writer: &mut Writer, shared: &Arc<Shared>) -> Result<Healed> {
+async fn complete(writer: &mut Writer, shared: &Arc<Shared>, thorough: bool) -> Result<Healed> {
     let location = &shared.location;
     let latest = catalogue::open(location, None).await?;
     let mut asked: BTreeSet<u64> = BTreeSet::new();
@@ -49,10 +50,11 @@ async fn complete(writer: &mut Writer, shared: &Arc<Shared>) -> Result<Healed> {
     names.add(&latest).await?;
     names.add_readable(location, asked.iter().copied()).await;
     let mut healed = Healed::default();
-    if names.iter().all(|(artifact, _)| writer.has(artifact)) {
+    let thorough = thorough || !writer.lost().is_empty();
+    if !thorough && names.iter().all(|(artifact, _)| writer.has(artifact)) {
         return Ok(healed);
     }
-    // Something was lost: also look at all the versions that may be restored.
+    // Also look at all the versions that may be restored.
     let others = catalogue::versions(&latest).await?.into_iter().filter(|v| !asked.contains(v));
     names.add_readable(location, others).await;
     let mut tables = DataTables::of(location);

@@ -13,10 +13,12 @@ use arrow::datatypes::Schema;
 use lance::Dataset;
 use lance::dataset::transaction::Transaction;
 
+use super::agreement::artifacts_by_file;
 use super::append::{Written, open_or_create, replace_fragments, write};
 use super::aside;
 use super::batches::ArtifactRows;
 use super::format::Format;
+use super::location::Location;
 use super::lock;
 use super::record::{ArtifactRecord, RowLocations, TableRows};
 use super::relist::relist;
@@ -52,7 +54,11 @@ pub async fn mend(
     }
     let guard = lock::committing(location).await?;
     let listed = shared.data.listings().await?;
-    let files = files_to_go(&listed, &ids);
+    let mut places = Places::of(&listed);
+    for table in wanted.keys().cloned().chain(places.tables_of(&ids)).collect::<BTreeSet<String>>() {
+        places.look_into(location, &table).await?;
+    }
+    let files = places.files_to_go(&ids);
     let mut now: BTreeMap<ArtifactId, RowLocations> = BTreeMap::new();
     for record in &listed {
         if ids.contains(&record.artifact) {
@@ -80,7 +86,7 @@ pub async fn mend(
         let mut seen = ids.clone();
         for record in &listed {
             let Some(rows) = record.locations.0.get(table) else { continue };
-            if rows.ranges.iter().any(|range| going.contains(&range.file)) && seen.insert(record.artifact) {
+            if places.lies_in(table, &record.artifact, going) && seen.insert(record.artifact) {
                 match shared.data.rows(record.artifact, table, rows).await {
                     Ok(found) => {
                         now.entry(record.artifact).or_insert_with(|| record.locations.clone());
@@ -115,30 +121,75 @@ pub async fn mend(
     Ok(now.into_iter().collect())
 }
 
-/// Returns the files of each table that rows of these artifacts lie in, and those of all artifacts that go on in other files: an
-/// artifact's rows of a table move together.
-fn files_to_go(listed: &[ArtifactRecord], ids: &BTreeSet<ArtifactId>) -> BTreeMap<String, BTreeSet<String>> {
-    let mut files: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for record in listed.iter().filter(|record| ids.contains(&record.artifact)) {
-        for (table, rows) in &record.locations.0 {
-            files.entry(table.clone()).or_default().extend(rows.ranges.iter().map(|range| range.file.clone()));
+/// The files that rows of artifacts lie in: those that the list says, and those that hold rows of them, since the list may be older
+/// than the tables, and copies may lie beside those that it leads to.
+struct Places(BTreeMap<String, BTreeMap<ArtifactId, BTreeSet<String>>>);
+
+impl Places {
+    /// Returns what the list says. Names that no table has are passed over: nothing is written by them.
+    fn of(listed: &[ArtifactRecord]) -> Self {
+        let mut places = Places(BTreeMap::new());
+        for record in listed {
+            for (table, rows) in record.locations.0.iter().filter(|(table, _)| Table::named(table).is_some()) {
+                let files = places.0.entry(table.clone()).or_default().entry(record.artifact).or_default();
+                files.extend(rows.ranges.iter().map(|range| range.file.clone()));
+            }
         }
+        places
     }
-    for (table, files) in &mut files {
-        let all: Vec<&TableRows> = listed.iter().filter_map(|record| record.locations.0.get(table)).collect();
-        loop {
-            let before = files.len();
-            for rows in &all {
-                if rows.ranges.iter().any(|range| files.contains(&range.file)) {
-                    files.extend(rows.ranges.iter().map(|range| range.file.clone()));
+
+    /// Returns the tables that these artifacts have rows in.
+    fn tables_of(&self, ids: &BTreeSet<ArtifactId>) -> Vec<String> {
+        let have = |artifacts: &BTreeMap<ArtifactId, _>| ids.iter().any(|id| artifacts.contains_key(id));
+        self.0.iter().filter(|(_, artifacts)| have(artifacts)).map(|(table, _)| table.clone()).collect()
+    }
+
+    /// Adds what a table holds.
+    async fn look_into(&mut self, location: &Location, table: &str) -> Result<()> {
+        let dataset = match location.open_table(table, None).await {
+            Ok(dataset) => dataset,
+            Err(lance::Error::DatasetNotFound { .. }) => return Ok(()),
+            Err(e) => return Err(storage_error(format!("opening table '{table}'"))(e)),
+        };
+        let artifacts = self.0.entry(table.to_owned()).or_default();
+        for (file, held) in artifacts_by_file(table, &dataset).await? {
+            for artifact in held {
+                artifacts.entry(artifact).or_default().insert(file.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether rows of an artifact lie in some of these files of a table.
+    fn lies_in(&self, table: &str, artifact: &ArtifactId, files: &BTreeSet<String>) -> bool {
+        let own = self.0.get(table).and_then(|artifacts| artifacts.get(artifact));
+        own.is_some_and(|own| !own.is_disjoint(files))
+    }
+
+    /// Returns the files of each table that rows of these artifacts lie in, and those of all artifacts that go on in other files: an
+    /// artifact's rows of a table move together.
+    fn files_to_go(&self, ids: &BTreeSet<ArtifactId>) -> BTreeMap<String, BTreeSet<String>> {
+        let mut all = BTreeMap::new();
+        for (table, artifacts) in &self.0 {
+            let mut files: BTreeSet<String> =
+                ids.iter().filter_map(|id| artifacts.get(id)).flatten().cloned().collect();
+            loop {
+                let before = files.len();
+                for own in artifacts.values() {
+                    if !own.is_disjoint(&files) {
+                        files.extend(own.iter().cloned());
+                    }
+                }
+                if files.len() == before {
+                    break;
                 }
             }
-            if files.len() == before {
-                break;
+            if !files.is_empty() {
+                all.insert(table.clone(), files);
             }
         }
+        all
     }
-    files
 }
 
 /// Rows of one table on their way to new places.
@@ -262,7 +313,7 @@ mod tests {
             // The second copy of the first.
             record(1, "weights", &["e"]),
         ];
-        let going = files_to_go(&listed, &[ArtifactId([1; 32])].into());
+        let going = Places::of(&listed).files_to_go(&[ArtifactId([1; 32])].into());
         let expected: BTreeSet<String> = ["a", "b", "c", "e"].map(str::to_owned).into();
         assert_eq!(going, [("weights".to_owned(), expected)].into());
     }

@@ -44,6 +44,7 @@ mod settings;
 mod shared;
 mod single;
 mod snapshot;
+mod spans;
 mod stats;
 mod tables;
 #[doc(hidden)]

@@ -69,7 +69,7 @@ impl Store {
             let _guards = (lock::collecting(location, PATIENCE).await?, lock::committing(location).await?);
             clear(shared).await?
         };
-        let (writer, healed) = heal::begin(shared).await?;
+        let (writer, healed) = heal::begin(shared, true).await?;
         let report = verify(shared, VerifyDepth::Full, Arc::new(seen)).await?;
         let mut names = Names::default();
         if !report.corrupt.is_empty() {

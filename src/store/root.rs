@@ -218,7 +218,7 @@ impl Store {
     /// # Errors
     /// When the store cannot be written.
     pub async fn writer(&self) -> Result<Writer> {
-        Ok(heal::begin(&self.shared).await?.0)
+        Ok(heal::begin(&self.shared, false).await?.0)
     }
 
     /// Removes rows and files that no snapshot, and no version younger than `older_than`, reaches; only counts them

@@ -10,7 +10,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 pub const LAYERS: &str = "layers";
 /// The list of complete artifacts.
 pub const ARTIFACTS: &str = "artifacts";
-/// Rows of weight matrices.
+/// Rows of weight matrices, in format 1.
 pub const WEIGHTS: &str = "weights";
 /// Small arrays by name.
 pub const TENSORS: &str = "tensors";
@@ -34,7 +34,7 @@ pub enum Table {
     Codes(usize),
     /// Components of this length.
     Factors(usize),
-    /// Rows of weight matrices.
+    /// Rows of weight matrices, in format 1.
     Weights,
     /// Small arrays by name.
     Tensors,

@@ -136,6 +136,9 @@ fn runs(mut batches: Vec<RecordBatch>, same: impl Fn(&RecordBatch, usize) -> Fou
         _ => arrow::compute::concat_batches(&batches[0].schema(), &batches).map_err(|e| e.to_string())?,
     };
     drop(batches);
+    if all.num_rows() == 0 {
+        return Ok(vec![]);
+    }
     let mut starts = vec![0];
     for row in 1..all.num_rows() {
         if !same(&all, row)? {

@@ -1,6 +1,8 @@
 //! The whole store: format versions beside each other, both readers beside each other, and catalogues that claim what is
 //! not so.
 
+mod copies;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,6 +1,7 @@
 //! Every version of every table opened, and every artifact held against its name.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::mem::take;
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -12,7 +13,7 @@ use super::data::other_content;
 use super::heal;
 use super::location::Location;
 use super::metadata::{self, DamagedMetadata};
-use super::record::{ArtifactRecord, LayerName};
+use super::record::{ArtifactRecord, LayerName, LayerRecord, RowLocations};
 use super::remedy::Remedy;
 use super::schema::LAYERS;
 use super::shared::Shared;
@@ -98,7 +99,7 @@ pub async fn verify(
     let records = shared.data.records().await.map_err(list_unreadable)?;
     let (mut found, unknown_methods) = match depth {
         VerifyDepth::Quick => Default::default(),
-        _ => read_all(shared, &records, named.trials.clone(), seen).await,
+        _ => read_all(shared, &records, (take(&mut named.places), take(&mut named.trials)), seen).await,
     };
     let listed: BTreeMap<ArtifactId, ArtifactRecord> = records.into_iter().map(|r| (r.artifact, r)).collect();
     let unlisted = named.names.iter().filter(|(id, _)| !listed.contains_key(id)).count();
@@ -136,6 +137,8 @@ fn list_unreadable(e: Error) -> Error {
 struct Named {
     names: Names,
     users: BTreeMap<ArtifactId, BTreeSet<LayerName>>,
+    /// Where versions say that an artifact's rows are, each place once: gc and repairs keep the list's places up to date, and not theirs.
+    places: BTreeMap<ArtifactId, Vec<RowLocations>>,
     /// Ways in which layers run, each once.
     trials: BTreeMap<ArtifactId, Vec<Trial>>,
 }
@@ -163,15 +166,7 @@ impl Named {
                 }
             };
             match read.await {
-                Ok(rows) if depth == VerifyDepth::Deep => {
-                    for row in &rows {
-                        let (trials, trial) = (self.trials.entry(row.artifact).or_default(), Trial::from(row));
-                        if !trials.iter().any(|known| known.is_like(&trial)) {
-                            trials.push(trial);
-                        }
-                    }
-                }
-                Ok(_) => {}
+                Ok(rows) => rows.iter().for_each(|row| self.add(row, depth)),
                 Err(e) if version == latest => return Err(e),
                 Err(e) => damaged.push(DamagedMetadata {
                     table: LAYERS.into(),
@@ -187,20 +182,39 @@ impl Named {
     }
 }
 
+impl Named {
+    fn add(&mut self, row: &LayerRecord, depth: VerifyDepth) {
+        let places = self.places.entry(row.artifact).or_default();
+        if !places.contains(&row.locations) {
+            places.push(row.locations.clone());
+        }
+        if depth == VerifyDepth::Deep {
+            let (trials, trial) = (self.trials.entry(row.artifact).or_default(), Trial::from(row));
+            if !trials.iter().any(|known| known.is_like(&trial)) {
+                trials.push(trial);
+            }
+        }
+    }
+}
+
 /// Reads every listed artifact. Returns what is wrong with those that are not what was written, and how many are of methods that this
 /// program does not know.
 async fn read_all(
     shared: &Arc<Shared>,
     records: &[ArtifactRecord],
-    mut trials: BTreeMap<ArtifactId, Vec<Trial>>,
+    (mut places, mut trials): (BTreeMap<ArtifactId, Vec<RowLocations>>, BTreeMap<ArtifactId, Vec<Trial>>),
     seen: Arc<dyn Fn(usize, usize) + Send + Sync>,
 ) -> (BTreeMap<ArtifactId, Finding>, BTreeMap<String, u64>) {
     let total = records.len();
     let checks = records.iter().enumerate().map(|(place, record)| {
         let (shared, seen) = (shared.clone(), seen.clone());
         let trials = trials.remove(&record.artifact).unwrap_or_default();
+        let places = places.remove(&record.artifact).unwrap_or_default();
         async move {
-            let checked = check(&shared, record, trials).await;
+            let checked = match check(&shared, record, trials).await {
+                Ok(()) => check_copies(&shared, record, places).await,
+                damaged => damaged,
+            };
             seen(place + 1, total);
             (record.artifact, checked)
         }
@@ -242,6 +256,23 @@ async fn check(shared: &Shared, record: &ArtifactRecord, trials: Vec<Trial>) -> 
         trials.iter().try_for_each(|trial| trial.run(&layer)).map_err(|e| corrupt(e.to_string()))
     };
     unwrap_join(tokio::task::spawn_blocking(checked).await)?
+}
+
+/// Reads and hashes the copies of an artifact that versions lead to, and the list does not.
+///
+/// # Errors
+/// [`Error::Corrupt`] where one is not what was written.
+async fn check_copies(shared: &Shared, record: &ArtifactRecord, places: Vec<RowLocations>) -> Result<()> {
+    let id = record.artifact;
+    for locations in places.into_iter().filter(|l| *l != record.locations && !l.0.is_empty()) {
+        let Some(parts) = shared.data.parts_at(record, &locations).await? else { continue };
+        let found = unwrap_join(tokio::task::spawn_blocking(move || parts.id()).await)?;
+        if found != id {
+            let reason = format!("a copy of it, to which a version of the catalogue leads, hashes to {found}");
+            return Err(Error::Corrupt { artifact: id.to_string(), reason });
+        }
+    }
+    Ok(())
 }
 
 /// Holds what the catalogue, the list and the data tables say against each other, and returns the fragments that cannot be read.

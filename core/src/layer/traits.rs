@@ -58,7 +58,7 @@ pub enum ExactSource {
 /// What a low-rank correction gains; empty for layers without one.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct CorrectionReport {
-    /// Relative error without the correction, measured as the error with it.
+    /// The relative error of the quantised weight alone, measured as the error of the layer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uncorrected_error: Option<f64>,
     /// Singular values of the quantisation error that the correction keeps, descending.

@@ -17,7 +17,7 @@ use lance_file::format::{pb, pbfile};
 use prost::Message;
 
 use super::column::PlainColumn;
-use super::end::{End, Footer, pairs, require_rows};
+use super::end::{End, Footer, pairs, require_rows, within};
 use super::page::{Page, contradiction, range};
 
 /// An open data file, and where each page of each column of its table lies.
@@ -49,16 +49,18 @@ impl DataFile {
             return Err(unsupported("it is of another version of Lance's file format"));
         }
         footer.require_order(size)?;
-        // The schema, the first of the buffers, comes before everything else that is wanted here.
-        let first =
-            *pairs(&end.get(&file, footer.buffers.clone())?).first().ok_or_else(|| contradiction("it has no schema"))?;
-        if first.0 < end.start {
-            end = End::read(&file, size, first.0)?;
-        }
-        let described = pb::FileDescriptor::decode(end.get(&file, range(first)?)?)?;
-        let fields = described.schema.ok_or_else(|| contradiction("it has no schema"))?.fields;
         let descriptions = pairs(&end.get(&file, footer.columns.clone())?);
         footer.require_first(&descriptions)?;
+        let buffers = pairs(&end.get(&file, footer.buffers.clone())?);
+        // All descriptions of columns come one after another: one read for those of wide tables.
+        if footer.descriptions < end.start {
+            end = End::read(&file, size, footer.descriptions)?;
+        }
+        // The schema is the first of the buffers, which come before the descriptions.
+        let schema = *buffers.first().ok_or_else(|| contradiction("it has no schema"))?;
+        within(schema, 0..footer.descriptions, "its schema")?;
+        let described = pb::FileDescriptor::decode(end.get(&file, range(schema)?)?)?;
+        let fields = described.schema.ok_or_else(|| contradiction("it has no schema"))?.fields;
         // A field with fields of its own may be any number of columns.
         if fields.len() != descriptions.len() || fields.iter().any(|field| field.parent_id >= 0) {
             return Err(unsupported("its fields are not a column each"));

@@ -86,7 +86,11 @@ pub fn require_rows(rows: u64, size: u64) -> io::Result<()> {
     }
 }
 
-fn within((start, length): (u64, u64), place: Range<u64>, what: &str) -> io::Result<()> {
+/// Checks that something lies where it has to.
+///
+/// # Errors
+/// When it does not.
+pub fn within((start, length): (u64, u64), place: Range<u64>, what: &str) -> io::Result<()> {
     match start >= place.start && start.checked_add(length).is_some_and(|end| end <= place.end) {
         true => Ok(()),
         false => Err(contradiction(&format!("{what} leads out of its place"))),
@@ -99,7 +103,7 @@ pub struct Footer {
     /// The version of the format; `None` where it is none that is known.
     version: Option<ConcreteFileVersion>,
     /// Where the descriptions of columns begin.
-    descriptions: u64,
+    pub descriptions: u64,
     /// The table of where each column's description lies.
     pub columns: Range<u64>,
     /// The table of where each buffer of the file lies that belongs to no column.
@@ -271,7 +275,15 @@ mod tests {
 
     impl Default for Small {
         fn default() -> Self {
-            Small { page: (0, 8), rows: 2, schema: (8, 4), column: None, offsets: None, counts: [1, 1], misplaced: false }
+            Small {
+                page: (0, 8),
+                rows: 2,
+                schema: (8, 4),
+                column: None,
+                offsets: None,
+                counts: [1, 1],
+                misplaced: false,
+            }
         }
     }
 
@@ -291,7 +303,11 @@ mod tests {
                 bytes.extend(start.to_le_bytes());
                 bytes.extend(length.to_le_bytes());
             }
-            bytes.extend(footer(self.offsets.unwrap_or([12 + u64::from(self.misplaced), at, at + 16]), self.counts, (2, 1)));
+            bytes.extend(footer(
+                self.offsets.unwrap_or([12 + u64::from(self.misplaced), at, at + 16]),
+                self.counts,
+                (2, 1),
+            ));
             let mut file = tempfile::tempfile()?;
             file.write_all(&bytes)?;
             check(&file, bytes.len() as u64)

@@ -208,9 +208,10 @@ impl LowRankConfig {
         Ridge { absolute: self.ridge_regularization, relative: self.ridge_relative }
     }
 
-    /// Returns what calibration inputs are needed for; `None` where they are not.
+    /// Returns what calibration inputs are needed for; `None` where they are not. A scaling without a correction needs none.
     pub fn calibrates(&self) -> Option<&'static str> {
-        match (self.rounding, self.scaling) {
+        let scaling = if self.rank == Rank::Components(0) { Scaling::Identity } else { self.scaling };
+        match (self.rounding, scaling) {
             _ if self.bias_correction => Some("bias_correction"),
             (Rounding::Gptq, _) => Some("rounding = \"gptq\""),
             (_, Scaling::MeanAbs) => Some("scaling = \"mean_abs\""),

@@ -12,7 +12,9 @@ use crate::error::{Error, Result};
 use crate::layer::method::{Method, read_config};
 use crate::layer::name::MethodName;
 use crate::layer::parts::Parts;
-use crate::layer::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows};
+use crate::layer::traits::{
+    Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows,
+};
 use crate::linalg::{matmul, matmul_nt, relative_error, require_finite};
 use crate::quant::{ActivationFormat, PackedMatrix, RowMatrix, RowType};
 
@@ -219,6 +221,9 @@ impl Layer for LowRankLayer {
     }
 
     fn correction_report(&self, weight: ArrayView2<f32>, inputs: Option<ArrayView2<f32>>) -> CorrectionReport {
+        if self.inner.config.rank == 0 {
+            return CorrectionReport::default();
+        }
         let error = match inputs {
             Some(x) => {
                 let plain = self.inner.weight.products(x, self.activations);

@@ -82,47 +82,47 @@ pub fn from_parts(mut parts: Parts) -> Result<Inner> {
 
 /// Returns the parts of a layer.
 pub fn to_parts(inner: &Inner) -> Parts {
-            let mut parts = Parts::new(LowRankConfig::NAME, json!(inner.config));
-        parts.weights = Some(WeightRows {
-            rows: inner.weight.nrows(),
-            packed: inner.weight.stored_codes(),
-            scales: inner.weight.scale_bytes().into(),
-            zeros: inner.weight.zeros().to_vec().into(),
-        });
-        for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
-            if inner.config.rank == 0 {
-                continue;
-            }
-            match rows.floats() {
-                Some(vectors) => parts.factors.push(Factor {
-                    side,
-                    singular_values: inner.singular_values.clone(),
-                    vectors: vectors.to_owned(),
-                }),
-                None => {
-                    parts.codes.push(Codes { role: side.as_str().into(), codes: rows.bytes() });
-                    if !rows.scales().is_empty() {
-                        parts.tensors.push(Tensor::vector(&format!("{}_scales", side.as_str()), rows.scales()));
-                    }
+    let mut parts = Parts::new(LowRankConfig::NAME, json!(inner.config));
+    parts.weights = Some(WeightRows {
+        rows: inner.weight.nrows(),
+        packed: inner.weight.stored_codes(),
+        scales: inner.weight.scale_bytes().into(),
+        zeros: inner.weight.zeros().to_vec().into(),
+    });
+    for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
+        if inner.config.rank == 0 {
+            continue;
+        }
+        match rows.floats() {
+            Some(vectors) => parts.factors.push(Factor {
+                side,
+                singular_values: inner.singular_values.clone(),
+                vectors: vectors.to_owned(),
+            }),
+            None => {
+                parts.codes.push(Codes { role: side.as_str().into(), codes: rows.bytes() });
+                if !rows.scales().is_empty() {
+                    parts.tensors.push(Tensor::vector(&format!("{}_scales", side.as_str()), rows.scales()));
                 }
             }
         }
-        if !parts.codes.is_empty() {
-            parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
-        }
-        if !inner.weight.column_scales().is_empty() {
-            let halves = inner.weight.column_scales().iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
-            let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![inner.config.in_features]);
-            parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
-        }
-        if let Some(correction) = &inner.bias_correction {
-            let data = correction.bytes().into_raw_vec_and_offset().0.into();
-            let shape = vec![inner.config.out_features];
-            let dtype = if correction.floats().is_some() { "F32" } else { "F16" };
-            parts.tensors.push(Tensor { name: "shift".into(), dtype: dtype.into(), shape, data });
-        }
-        if let Some(bias) = &inner.bias {
-            parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
-        }
-        parts
+    }
+    if !parts.codes.is_empty() {
+        parts.tensors.push(Tensor::vector("singular_values", &inner.singular_values));
+    }
+    if !inner.weight.column_scales().is_empty() {
+        let halves = inner.weight.column_scales().iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
+        let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![inner.config.in_features]);
+        parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
+    }
+    if let Some(correction) = &inner.bias_correction {
+        let data = correction.bytes().into_raw_vec_and_offset().0.into();
+        let shape = vec![inner.config.out_features];
+        let dtype = if correction.floats().is_some() { "F32" } else { "F16" };
+        parts.tensors.push(Tensor { name: "shift".into(), dtype: dtype.into(), shape, data });
+    }
+    if let Some(bias) = &inner.bias {
+        parts.tensors.push(Tensor::vector("bias", &bias.to_vec()));
+    }
+    parts
 }

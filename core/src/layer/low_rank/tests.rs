@@ -169,10 +169,9 @@ fn sizes_do_not_matter() {
                     Ok(found) => {
                         assert!((found / plain - 1.0).abs() < 0.05, "{config:?} × {weights}: {found} {plain}")
                     }
-                    Err(e) => assert!(
-                        factors == RowType::F16 && e.to_string().contains("f16"),
-                        "{config:?} × {weights}: {e}"
-                    ),
+                    Err(e) => {
+                        assert!(factors == RowType::F16 && e.to_string().contains("f16"), "{config:?} × {weights}: {e}")
+                    }
                 }
             }
         }
@@ -224,7 +223,10 @@ fn statistics_that_vanish_are_not_used() {
         assert!(relative_error(layer.weight().unwrap().view(), w.view()) < 0.2);
     }
     let alone = LowRankConfig { scaling: Scaling::Rms, ..LowRankConfig::default() };
-    assert_eq!(of(&alone, &normal(8, 2)).1.config()["adapted"], json!(["scaling: not used, rank is 0"]));
+    let adapted = json!(["scaling: not used, rank is 0"]);
+    assert_eq!(of(&alone, &normal(8, 2)).1.config()["adapted"], adapted);
+    // So it needs no inputs.
+    assert_eq!(compress(&alone, w.view(), None, None).unwrap().config()["adapted"], adapted);
     // What needs no help is not noted.
     assert!(of(&gptq(), &normal(8, 2)).1.config().get("adapted").is_none());
     assert!(
@@ -240,8 +242,7 @@ fn statistics_that_vanish_are_not_used() {
 #[test]
 fn activations_are_a_matter_of_running() {
     let (w, x) = (sample(24, 64, 1), sample(5, 64, 2));
-    let config =
-        LowRankConfig { activations: ActivationFormat::Int8, rank: Rank::Components(3), ..Default::default() };
+    let config = LowRankConfig { activations: ActivationFormat::Int8, rank: Rank::Components(3), ..Default::default() };
     let (rounded, plain) =
         (built(&config, &w, &x), built(&LowRankConfig { activations: ActivationFormat::F32, ..config }, &w, &x));
     assert_eq!(rounded.to_parts(), plain.to_parts());
@@ -285,10 +286,7 @@ fn what_does_not_fit_is_refused() {
         refuse(LowRankConfig { scaling, ..fits.clone() }, "calibration");
     }
     refuse(LowRankConfig { rounding: Rounding::Gptq, ..fits.clone() }, "calibration inputs for rounding");
-    refuse(
-        LowRankConfig { weight: WeightFormat { group: Group::Size(3), ..fits.weight }, ..fits.clone() },
-        "divisor",
-    );
+    refuse(LowRankConfig { weight: WeightFormat { group: Group::Size(3), ..fits.weight }, ..fits.clone() }, "divisor");
     refuse(LowRankConfig { ridge_relative: -1.0, ..fits.clone() }, "at least 0");
     let floats = WeightFormat { weight_type: WeightType::F16, ..fits.weight };
     refuse(LowRankConfig { weight: floats, rounding: Rounding::Gptq, ..fits.clone() }, "stay floats");
