@@ -40,7 +40,9 @@ pub struct Outcome {
     pub loaded: usize,
     /// Layers that were refused.
     pub refused: usize,
-    /// Artifacts that verification found to be corrupt.
+    /// Verifications that came to an end, of one.
+    pub verified: usize,
+    /// Artifacts and files that verification found to be damaged.
     pub corrupt: usize,
 }
 
@@ -124,7 +126,10 @@ impl Kept {
             said(store.log().await);
             said(store.snapshots().await);
             said(store.gc(std::time::Duration::ZERO, false).await);
-            outcome.corrupt += said(store.verify(|_, _| ()).await).map_or(0, |report| report.corrupt.len());
+            if let Some(report) = said(store.verify(|_, _| ()).await) {
+                outcome.verified += 1;
+                outcome.corrupt += report.corrupt.len() + report.damaged.len();
+            }
         }
         outcome
     }

@@ -46,7 +46,7 @@ fn bad_inputs_leave_no_store_behind() {
         ),
         ("[[rule]]\nlayers = '.*up'\nmethod = 'low_rank'\nweight = { type = 'int4', group = 36 }", "divisor"),
         (
-            "[[rule]]\nlayers = '.*up'\nmethod = 'low_rank'\nscaling = 'exact'\nweight = { type = 'int4', group = 16 }",
+            "[[rule]]\nlayers = '.*up'\nmethod = 'low_rank'\nrank = 4\nscaling = 'exact'\nweight = { type = 'int4', group = 16 }",
             "calibration",
         ),
     ] {
