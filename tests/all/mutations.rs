@@ -152,7 +152,7 @@ fn kept_store(format: u32, place: &Place) -> store_files::Kept {
 #[tokio::test(flavor = "multi_thread")]
 async fn files_of_a_store() {
     count_panics();
-    for (format, seeds) in [(1, seeded::seeds(50)), (2, seeded::seeds(80))] {
+    for (format, seeds) in [(1, seeded::seeds(30)), (2, seeded::seeds(50))] {
         change_files_of(format, seeds).await;
     }
 }
