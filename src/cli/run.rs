@@ -23,6 +23,20 @@ struct Forwarded {
     /// Inputs whose error could not be certified as asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     missed_queries: Option<usize>,
+    /// Outputs that are no finite numbers, where there are some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_finite: Option<usize>,
+}
+
+/// Counts outputs that are no finite numbers, and says so: inputs or sums were larger than f32 holds.
+fn not_finite<'a>(context: &Context, outputs: impl ExactSizeIterator<Item = &'a f32>) -> Option<usize> {
+    let all = outputs.len();
+    let found = outputs.filter(|v| !v.is_finite()).count();
+    if found == 0 {
+        return None;
+    }
+    context.output.note(format!("note: {found} of {} no finite numbers", counted(all, "output is", "outputs are")));
+    Some(found)
 }
 
 pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
@@ -65,7 +79,9 @@ pub async fn forward(context: &Context, args: ForwardArgs) -> Result<u8> {
         formats::write_array(path, answer.y.view(), is_vector)?;
     }
     let shape = if is_vector { vec![answer.y.ncols()] } else { answer.y.shape().to_vec() };
-    let result = Forwarded { shape, relative_error_bound: answer.relative_error_bound, missed_queries };
+    let not_finite = not_finite(context, answer.y.iter());
+    let relative_error_bound = answer.relative_error_bound;
+    let result = Forwarded { shape, relative_error_bound, missed_queries, not_finite };
     context.output.result(&result, |r| {
         let bound = r.relative_error_bound.map_or(String::new(), |b| format!(", relative error at most {b:.4}"));
         let place = args.output.as_ref().map_or(String::new(), |p| format!(" in {}", escape::name(p)));
@@ -110,7 +126,8 @@ async fn forward_module(context: &Context, snapshot: &Snapshot, args: ForwardArg
     if let Some(path) = &args.output {
         formats::write_any_array(path, y.view())?;
     }
-    let result = Forwarded { shape: y.shape().to_vec(), relative_error_bound: None, missed_queries: None };
+    let (shape, not_finite) = (y.shape().to_vec(), not_finite(context, y.iter()));
+    let result = Forwarded { shape, relative_error_bound: None, missed_queries: None, not_finite };
     context.output.result(&result, |r| match &args.output {
         Some(path) => format!("output of shape {:?} in {}", r.shape, escape::name(path)),
         None => format!("output of shape {:?}\n{y:.4}", r.shape),

@@ -72,7 +72,31 @@ impl Catalogue {
 }
 
 /// Opens the catalogue at `version` or the latest, and checks that this build can read it.
+///
+/// # Errors
+/// [`Error::NotAStore`] where there is none, [`Error::Damaged`] where there are other tables of a store, and when it cannot be read.
 pub async fn open(location: &Location, version: Option<u64>) -> Result<Dataset> {
+    match opened(location, version).await {
+        Err(Error::NotAStore { path, reason }) if version.is_none() => match leftovers(location).await? {
+            None => Err(Error::NotAStore { path, reason }),
+            // Unless another process has made the store meanwhile: it begins with the catalogue.
+            Some(found) => match opened(location, None).await {
+                Err(Error::NotAStore { .. }) => Err(Error::Damaged {
+                    action: format!("opening {}", location.uri()),
+                    message: format!(
+                        "it holds {found}, and no version of table '{LAYERS}', the catalogue: a copy that was cut short, or a damaged \
+                         store. Bring the table back, or give an empty or new directory"
+                    ),
+                    source: None,
+                }),
+                other => other,
+            },
+        },
+        other => other,
+    }
+}
+
+async fn opened(location: &Location, version: Option<u64>) -> Result<Dataset> {
     match location.open_table(LAYERS, version).await {
         Ok(dataset) => check_format(location, dataset),
         Err(lance::Error::DatasetNotFound { .. }) if version.is_none() => Err(not_a_store(location)),
@@ -131,20 +155,6 @@ pub async fn open_or_create(location: &Location) -> Result<Dataset> {
                 reason: format!("it holds '{name}' and no table named 'layers': give an empty or new directory"),
             });
         }
-    }
-    if let Some(found) = leftovers(location).await? {
-        // Unless another process has made the store meanwhile: it begins with the catalogue.
-        return match open(location, None).await {
-            Err(Error::NotAStore { .. }) => Err(Error::Damaged {
-                action: format!("opening {}", location.uri()),
-                message: format!(
-                    "it holds {found}, and no version of table '{LAYERS}', the catalogue: a copy that was cut short, or a damaged \
-                     store. Bring the table back, or give an empty or new directory"
-                ),
-                source: None,
-            }),
-            other => other,
-        };
     }
     let formats = location.formats();
     create_table(location, LAYERS, formats.catalogue(formats.newest().version)).await?;

@@ -27,7 +27,8 @@ impl Remedy {
         match self {
             Remedy::Repair => "layerstore repair, or the next import",
             Remedy::RepairFrom => {
-                "layerstore repair --from the checkpoint, or a store that has it; or an import of the checkpoint"
+                "layerstore repair --from the checkpoint, with --calibration where the layer was calibrated, or --from a store that has \
+                 it; or an import of the checkpoint with its rules"
             }
             Remedy::RepairFromStore => "layerstore repair --from a store that has it",
             Remedy::Gc => "layerstore gc --apply, once it is old enough",

@@ -501,3 +501,28 @@ fn a_read_only_store_can_be_read() {
     assert_eq!(place.json(&["models"]).as_array().unwrap().len(), 1);
     assert_eq!(place.json(&["snapshot", "list"]).as_array().unwrap().len(), 1);
 }
+
+/// Sums that f32 does not hold are told.
+#[test]
+fn outputs_that_are_not_finite_are_told() {
+    let place = Place::new();
+    place.import("m", Some(INT4));
+    let x = place.path("x.npy").display().to_string();
+    formats::write_array(&x, ndarray::Array2::from_elem((2, 48), 3e38).view(), false).unwrap();
+    let forward = ["forward", "m", "blocks.0.mix", "--input", &x];
+    assert!(place.json(&forward)["not_finite"].as_u64().unwrap() > 0);
+    assert!(place.run(&forward).err.contains("no finite numbers"));
+    formats::write_array(&x, ndarray::Array2::ones((2, 48)).view(), false).unwrap();
+    assert!(place.json(&forward).get("not_finite").is_none());
+}
+
+/// A store without its catalogue is damaged, and not a place where an import makes a store.
+#[test]
+fn a_store_without_its_catalogue_is_damaged() {
+    let place = Place::new();
+    place.import("m", None);
+    std::fs::remove_dir_all(place.path("layers/layers.lance/_versions")).unwrap();
+    for args in [&["verify"][..], &["models"], &["gc"], &["stats"], &["import", CHECKPOINT, "--model", "n"]] {
+        place.fails(1, &["and no version of table 'layers', the catalogue", "Bring the table back"], args);
+    }
+}
