@@ -73,6 +73,14 @@ impl Store {
         Self::with(store::Store::open_with(uri, options))
     }
 
+    /// Opens a store to verify and repair it.
+    ///
+    /// # Errors
+    /// As [`Store::open_for_repair`](crate::Store::open_for_repair).
+    pub fn open_for_repair(uri: &str, options: StoreOptions) -> Result<Self> {
+        Self::with(store::Store::open_for_repair(uri, options))
+    }
+
     /// Opens a store, or makes an empty one.
     ///
     /// # Errors

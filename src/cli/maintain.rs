@@ -20,7 +20,7 @@ pub async fn verify(context: &Context, args: VerifyArgs) -> Result<u8> {
         (_, true) => VerifyDepth::Deep,
         _ => VerifyDepth::Full,
     };
-    let store = context.open().await?;
+    let store = context.open_for_repair().await?;
     let bar = if context.output.is_quiet() { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let seen = bar.clone();
     let report = store
@@ -104,7 +104,7 @@ pub async fn repair(context: &Context, args: RepairArgs) -> Result<u8> {
         progress: Arc::new(context.output.progress()),
         cancel: cancel_on_interrupt(),
     };
-    let report = compress::repair(&context.open().await?, options).await?;
+    let report = compress::repair(&context.open_for_repair().await?, options).await?;
     context.output.result(&report, repaired)?;
     Ok(u8::from(!report.is_sound()))
 }

@@ -431,6 +431,11 @@ impl Context {
         Store::open_with(&self.store, self.options()).await
     }
 
+    /// Opens the store, also where its latest version is damaged.
+    async fn open_for_repair(&self) -> Result<Store> {
+        Store::open_for_repair(&self.store, self.options()).await
+    }
+
     /// Opens the store, or makes an empty one.
     async fn create(&self) -> Result<Store> {
         Store::create_with(&self.store, self.options()).await

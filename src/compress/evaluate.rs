@@ -177,9 +177,10 @@ fn evaluate_layer(
     inputs: ArrayView2<f32>,
 ) -> Result<LayerEvaluation> {
     let measured = measure(&**layer, weight, Some(inputs))?;
+    let usable = Some(inputs).filter(|_| measured.basis == ErrorBasis::Activations);
     Ok(LayerEvaluation {
-        correction: layer.correction_report(weight, Some(inputs)),
+        correction: layer.correction_report(weight, usable),
         search: layer.search_report(inputs)?,
-        ..LayerEvaluation::new(record, inputs.nrows(), measured)
+        ..LayerEvaluation::new(record, inputs.nrows(), (measured.error, measured.basis))
     })
 }

@@ -308,7 +308,8 @@ impl Item for Planned {
         let unusable = calibration.as_ref().and_then(|calibration| method.unusable(calibration));
         let inputs = calibration.as_ref().filter(|_| unusable.is_none()).map(|c| c.sample());
         let inputs = inputs.filter(|sample| sample.nrows() > 0);
-        let (error, error_basis) = measure(&*layer, weight.view(), inputs)?;
+        let measured = measure(&*layer, weight.view(), inputs)?;
+        let inputs = inputs.filter(|_| measured.basis == ErrorBasis::Activations);
         let parts = layer.to_parts();
         let noted = adapted(&parts.config).iter().any(|note| note.starts_with("calibration"));
         let unused = unusable.filter(|_| !noted).map(|reason| format!("calibration: not used, {reason}"));
@@ -316,10 +317,10 @@ impl Item for Planned {
         Ok(Compressed {
             correction: layer.correction_report(weight.view(), inputs),
             search,
-            notes: unused.into_iter().chain(unkept).collect(),
+            notes: unused.into_iter().chain(measured.note).chain(unkept).collect(),
             parts,
-            relative_error: Some(error).filter(|e| e.is_finite()),
-            error_basis,
+            relative_error: Some(measured.error).filter(|e| e.is_finite()),
+            error_basis: measured.basis,
         })
     }
 

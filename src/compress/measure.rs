@@ -11,23 +11,46 @@ use crate::store::ErrorBasis;
 /// Tokens that attend to each other when a block is measured: inputs do not say where sequences end.
 const WINDOW: usize = 128;
 
-/// ‖ŷ − y‖ / ‖y‖ over `inputs`, else ‖Ŵ − W‖_F / ‖W‖_F. Inputs that are all 0 measure nothing: NaN.
-pub(super) fn measure(
-    layer: &dyn Layer,
-    weight: ArrayView2<f32>,
-    inputs: Option<ArrayView2<f32>>,
-) -> Result<(f64, ErrorBasis)> {
-    match inputs {
+/// The error of a layer, and what it is an error of.
+pub(super) struct Measured {
+    /// ‖ŷ − y‖ / ‖y‖ or ‖Ŵ − W‖_F / ‖W‖_F; NaN or infinite where y or W is 0.
+    pub error: f64,
+    pub basis: ErrorBasis,
+    /// Why there are inputs, and the error is not one of outputs.
+    pub note: Option<String>,
+}
+
+/// The size below which numbers of f32 have fewer bits than others, times what hides the products that add up to them.
+const LEAST_OUTPUT: f64 = f32::MIN_POSITIVE as f64 * (1u64 << 24) as f64;
+
+/// Measures ‖ŷ − y‖ / ‖y‖ over `inputs`, else ‖Ŵ − W‖_F / ‖W‖_F. Inputs that are all 0 measure nothing: NaN. Where f32 does not
+/// hold the outputs, weights are measured.
+pub(super) fn measure(layer: &dyn Layer, weight: ArrayView2<f32>, inputs: Option<ArrayView2<f32>>) -> Result<Measured> {
+    let note = match inputs {
         Some(x) => {
             if x.iter().all(|v| *v == 0.0) {
-                return Ok((f64::NAN, ErrorBasis::Activations));
+                return Ok(Measured { error: f64::NAN, basis: ErrorBasis::Activations, note: None });
             }
-            let exact = matmul_nt(layer.weight_inputs(x)?.view(), weight);
-            let approximate = layer.linear(x, Accuracy::Approximate)?.y;
-            Ok((relative_error(approximate.view(), exact.view()), ErrorBasis::Activations))
+            let x_of_weight = layer.weight_inputs(x)?;
+            let exact = matmul_nt(x_of_weight.view(), weight);
+            let product = largest(x_of_weight.view()) * largest(weight);
+            if (product == 0.0 || product > LEAST_OUTPUT) && exact.iter().all(|v| v.is_finite()) {
+                let approximate = layer.linear(x, Accuracy::Approximate)?.y;
+                let error = relative_error(approximate.view(), exact.view());
+                return Ok(Measured { error, basis: ErrorBasis::Activations, note: None });
+            }
+            Some(format!(
+                "error: of weights, since products of inputs and weights are of a size ({product:.0e}) that f32 does not hold"
+            ))
         }
-        None => Ok((relative_error(layer.weight()?.view(), weight), ErrorBasis::Weights)),
-    }
+        None => None,
+    };
+    let error = relative_error(layer.weight()?.view(), weight);
+    Ok(Measured { error, basis: ErrorBasis::Weights, note })
+}
+
+fn largest(numbers: ArrayView2<f32>) -> f64 {
+    numbers.iter().fold(0f32, |most, v| most.max(v.abs())).into()
 }
 
 /// What a projection makes of `inputs` `[tokens, in]`: `x · Wᵀ + b`.

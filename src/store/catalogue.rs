@@ -15,7 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::format::{with_foreign, without_missing};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, Place};
+use super::location::{Location, Place, VERSIONS, version_of};
 use super::lock;
 use super::names::{Names, RowPosition};
 use super::record::{LayerRecord, layers_batches, read_layers};
@@ -96,6 +96,26 @@ pub async fn open(location: &Location, version: Option<u64>) -> Result<Dataset> 
     }
 }
 
+/// Opens the newest version of the catalogue that can be read: the latest one, where that is not damaged.
+///
+/// # Errors
+/// As [`open`] where the latest version cannot be opened for another reason, or no version can be read.
+pub async fn open_newest_readable(location: &Location) -> Result<Dataset> {
+    let damaged = match open(location, None).await {
+        Err(e @ Error::Damaged { .. }) => e,
+        other => return other,
+    };
+    let mut versions: Vec<u64> =
+        names_in(location, LAYERS, &[VERSIONS]).await?.iter().filter_map(|file| version_of(file)).collect();
+    versions.sort_unstable_by(|a, b| b.cmp(a));
+    for version in versions {
+        if let Ok(dataset) = opened(location, Some(version)).await {
+            return Ok(dataset);
+        }
+    }
+    Err(damaged)
+}
+
 async fn opened(location: &Location, version: Option<u64>) -> Result<Dataset> {
     match location.open_table(LAYERS, version).await {
         Ok(dataset) => check_format(location, dataset),
@@ -109,7 +129,13 @@ async fn opened(location: &Location, version: Option<u64>) -> Result<Dataset> {
                 latest: latest.version_id(),
             })
         }
-        Err(e) => Err(storage_error(format!("opening {}", location.uri()))(e)),
+        Err(e) => Err(match storage_error(format!("opening {}", location.uri()))(e) {
+            Error::Damaged { action, message, source } if version.is_none() => {
+                let message = format!("{message}; `layerstore verify` says what helps");
+                Error::Damaged { action, message, source }
+            }
+            other => other,
+        }),
     }
 }
 

@@ -165,7 +165,7 @@ impl Location {
         struct Hint {
             version: u64,
         }
-        let hint = self.local()?.join(format!("{table}.lance")).join("_versions/latest_version_hint.json");
+        let hint = self.local()?.join(format!("{table}.lance")).join(VERSIONS).join(VERSION_HINT);
         serde_json::from_slice::<Hint>(&std::fs::read(hint).ok()?).ok().map(|hint| hint.version)
     }
 
@@ -232,6 +232,9 @@ impl Location {
 
 /// The folder of a table that holds its manifests, one for each version.
 pub const VERSIONS: &str = "_versions";
+
+/// The file beside a table's manifests in which Lance writes the number of the last version.
+pub const VERSION_HINT: &str = "latest_version_hint.json";
 
 /// Returns the version that a manifest's name stands for: counted down from the greatest number, so that the newest comes first, or
 /// as it is in older tables. `None` for other files.

@@ -73,6 +73,7 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
     }
     if let (Some(last), Some(latest)) = (location.last_committed(LAYERS), catalogues.last())
         && last > *latest
+        && !all.iter().any(|d| d.table == LAYERS && d.version == Some(last))
     {
         all.push(DamagedMetadata {
             table: LAYERS.into(),
@@ -83,7 +84,12 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
             help: of_table(LAYERS),
         });
     }
-    let latest = catalogue::open(location, None).await?;
+    let latest = catalogue::open_newest_readable(location).await?;
+    // What is newer than it can be given up for it.
+    let newer = |d: &&mut DamagedMetadata| d.table == LAYERS && d.version > Some(latest.version_id());
+    for manifest in all.iter_mut().filter(newer).filter(|d| d.file.ends_with(".manifest")) {
+        manifest.help.push(Remedy::RollBack);
+    }
     for name in tag_names(location).await? {
         let found = match tag(location, &latest, &name).await {
             Ok(version) if catalogues.contains(&version) => continue,

@@ -19,6 +19,10 @@ pub enum Remedy {
     DeleteSnapshot,
     /// A copy of the file, put in its place.
     RestoreFile,
+    /// [`Store::restore`](crate::Store::restore) of an older version.
+    RestoreVersion,
+    /// [`repair`](crate::repair), which sets the file aside: the newest version that can be read is the latest then.
+    RollBack,
 }
 
 impl Remedy {
@@ -34,6 +38,8 @@ impl Remedy {
             Remedy::Gc => "layerstore gc --apply, once it is old enough",
             Remedy::DeleteSnapshot => "layerstore snapshot delete",
             Remedy::RestoreFile => "a copy of the file, put in its place",
+            Remedy::RestoreVersion => "layerstore restore of an older version",
+            Remedy::RollBack => "layerstore repair, which goes back to the version before it",
         }
     }
 }

@@ -18,13 +18,13 @@ use super::aside;
 use super::catalogue;
 use super::heal::{self, Healed};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, Place, VERSIONS, version_of};
+use super::location::{Location, Place, VERSION_HINT, VERSIONS, version_of};
 use super::lock;
 use super::metadata;
 use super::record::{LayerRecord, read_artifacts};
 use super::root::Store;
 use super::scan::batch_rows;
-use super::schema::{ARTIFACTS, Table};
+use super::schema::{ARTIFACTS, LAYERS, Table};
 use super::shared::Shared;
 use super::verify::{VerifyDepth, VerifyReport, verify};
 use super::waiting::{Waiting, is_refused, storage_error};
@@ -53,7 +53,7 @@ impl Store {
     /// Sets aside what stands in the way, completes what is still in the data files, and looks for what is still damaged.
     ///
     /// # Errors
-    /// When the latest version of the catalogue cannot be read, an import is at work and does not finish in time, the storage refuses, or
+    /// When no version of the catalogue can be opened, an import is at work and does not finish in time, the storage refuses, or
     /// has no locks.
     pub(crate) async fn begin_repair(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<Repairing> {
         let shared = self.shared();
@@ -67,7 +67,9 @@ impl Store {
         }
         let set_aside = {
             let _guards = (lock::collecting(location, PATIENCE).await?, lock::committing(location).await?);
-            clear(shared).await?
+            let mut files = roll_back(location).await?;
+            files.extend(clear(shared).await?);
+            files
         };
         let (writer, healed) = heal::begin(shared, true).await?;
         let report = verify(shared, VerifyDepth::Full, Arc::new(seen)).await?;
@@ -157,8 +159,24 @@ impl Repairing {
     }
 }
 
+/// Sets aside the versions of the catalogue that are newer than the newest one that can be opened, and returns the addresses of
+/// the files: nothing can be read of what they said, and nothing older either while they are there.
+async fn roll_back(location: &Location) -> Result<Vec<String>> {
+    let readable = catalogue::open_newest_readable(location).await?.version_id();
+    let mut files = vec![];
+    for file in names_in(location, LAYERS, &[VERSIONS]).await? {
+        if version_of(&file).is_some_and(|version| version > readable) {
+            files.extend(aside::set_aside(location, (LAYERS, VERSIONS), &file).await?);
+        }
+    }
+    if !files.is_empty() {
+        aside::remove(location, (LAYERS, VERSIONS), VERSION_HINT).await?;
+    }
+    Ok(files)
+}
+
 /// Sets aside what keeps the list of artifacts and the data tables from being read and written, and returns the addresses of the
-/// files. The catalogue is left alone, since nothing else says what it says.
+/// files.
 async fn clear(shared: &Shared) -> Result<Vec<String>> {
     let location = &shared.location;
     let mut files = vec![];

@@ -84,6 +84,17 @@ impl Store {
         Self::new(location, catalogue, options)
     }
 
+    /// Opens a store as [`Store::open_with`] does, or where its latest version is damaged at the newest one that can be read: to be
+    /// verified, and repaired.
+    ///
+    /// # Errors
+    /// As [`Store::open_with`], but for damage where an older version can be read.
+    pub async fn open_for_repair(uri: &str, options: StoreOptions) -> Result<Self> {
+        let location = Location::new(uri, &options.hooks)?.with_on_wait(options.on_wait.clone());
+        let catalogue = catalogue::open_newest_readable(&location).await?;
+        Self::new(location, catalogue, options)
+    }
+
     /// Opens a store, or makes an empty one in a directory that is empty or does not exist.
     ///
     /// # Errors
@@ -242,7 +253,7 @@ impl Store {
     /// Looks for damage, as much as `depth` says, and says what helps. `seen` is told how many artifacts of how many were read.
     ///
     /// # Errors
-    /// When the catalogue or the list of artifacts cannot be read; a corrupt artifact is no error but a finding.
+    /// When no version of the catalogue can be opened; damage is no error but a finding.
     pub async fn verify_with(
         &self,
         depth: VerifyDepth,

@@ -15,7 +15,7 @@ use super::location::Location;
 use super::metadata::{self, DamagedMetadata};
 use super::record::{ArtifactRecord, LayerName, LayerRecord, RowLocations};
 use super::remedy::Remedy;
-use super::schema::LAYERS;
+use super::schema::{ARTIFACTS, LAYERS};
 use super::shared::Shared;
 use super::trial::Trial;
 use crate::error::{Error, Result};
@@ -85,7 +85,7 @@ struct Finding {
 /// Looks at everything that `depth` says. `seen` is told of each artifact that was read.
 ///
 /// # Errors
-/// When the latest version of the catalogue, or of the list of artifacts, cannot be read.
+/// When no version of the catalogue can be opened, or the storage refuses.
 pub async fn verify(
     shared: &Arc<Shared>,
     depth: VerifyDepth,
@@ -95,8 +95,19 @@ pub async fn verify(
     // The catalogue first, then the list, then the data: an import at work writes them the other way round.
     let (mut damaged, versions) = metadata::damaged(location).await?;
     let mut named = Named::default();
-    named.read(shared, depth, versions, &mut damaged).await?;
-    let records = shared.data.records().await.map_err(list_unreadable)?;
+    named.read(shared, depth, versions, &mut damaged).await;
+    let records = match shared.data.records().await {
+        Ok(records) => records,
+        // Of artifacts nothing is known before there is a list again.
+        Err(e @ Error::Damaged { .. }) => {
+            if !damaged.iter().any(|d| d.table == ARTIFACTS) {
+                damaged.push(unreadable_rows(location, ARTIFACTS, None, (&e, vec![Remedy::Repair])));
+            }
+            let artifacts = named.names.iter().count() as u64;
+            return Ok(VerifyReport { artifacts, damaged, ..VerifyReport::default() });
+        }
+        Err(e) => return Err(e),
+    };
     let (mut found, unknown_methods) = match depth {
         VerifyDepth::Quick => Default::default(),
         _ => read_all(shared, &records, (take(&mut named.places), take(&mut named.trials)), seen).await,
@@ -120,15 +131,20 @@ pub async fn verify(
     Ok(VerifyReport { artifacts: (listed.len() + unlisted) as u64, corrupt, damaged, unknown_methods })
 }
 
-/// The error of a list that cannot be read, with what helps.
-fn list_unreadable(e: Error) -> Error {
-    match e {
-        Error::Damaged { action, message, source } => {
-            let message =
-                format!("{message}; `layerstore repair` makes the list again from the catalogue and the data tables");
-            Error::Damaged { action, message, source }
-        }
-        other => other,
+/// A table of the store's own whose rows cannot be read at a version, and what helps.
+fn unreadable_rows(
+    location: &Location,
+    table: &str,
+    version: Option<u64>,
+    (e, help): (&Error, Vec<Remedy>),
+) -> DamagedMetadata {
+    DamagedMetadata {
+        table: table.to_owned(),
+        version,
+        snapshot: None,
+        file: format!("{}/data", location.table_uri(table)),
+        reason: e.to_string(),
+        help,
     }
 }
 
@@ -150,9 +166,9 @@ impl Named {
         depth: VerifyDepth,
         versions: BTreeSet<u64>,
         damaged: &mut Vec<DamagedMetadata>,
-    ) -> Result<()> {
+    ) {
         let location = &shared.location;
-        let latest = shared.latest().await?.dataset().version_id();
+        let latest = versions.last().copied();
         for version in versions.into_iter().rev() {
             let read = async {
                 let dataset = catalogue::open(location, Some(version)).await?;
@@ -167,18 +183,15 @@ impl Named {
             };
             match read.await {
                 Ok(rows) => rows.iter().for_each(|row| self.add(row, depth)),
-                Err(e) if version == latest => return Err(e),
-                Err(e) => damaged.push(DamagedMetadata {
-                    table: LAYERS.into(),
-                    version: Some(version),
-                    snapshot: None,
-                    file: format!("{}/data", location.table_uri(LAYERS)),
-                    reason: e.to_string(),
-                    help: vec![Remedy::RestoreFile],
-                }),
+                Err(e) => {
+                    let help = match Some(version) == latest {
+                        true => vec![Remedy::RestoreFile, Remedy::RestoreVersion],
+                        false => vec![Remedy::RestoreFile],
+                    };
+                    damaged.push(unreadable_rows(location, LAYERS, Some(version), (&e, help)));
+                }
             }
         }
-        Ok(())
     }
 }
 
@@ -319,7 +332,7 @@ async fn still_there(
     found: &mut BTreeMap<ArtifactId, Finding>,
     damaged: &mut Vec<DamagedMetadata>,
 ) -> Result<()> {
-    let latest = catalogue::open(&shared.location, None).await?;
+    let latest = catalogue::open_newest_readable(&shared.location).await?;
     let versions: BTreeSet<u64> = catalogue::versions(&latest).await?.into_iter().collect();
     damaged.retain(|d| {
         d.table != LAYERS

@@ -68,7 +68,8 @@ pub async fn log(location: &Location, dataset: &Dataset) -> Result<Vec<VersionIn
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     let mut log = Vec::with_capacity(numbers.len());
     for version in numbers {
-        let read = dataset.read_version_transaction(version).during("reading the log").await?;
+        let read =
+            dataset.read_version_transaction(version).during(format!("reading what made version {version}")).await?;
         let property = |key: &str| {
             let properties = read.transaction.as_ref()?.transaction_properties.as_ref()?;
             properties.get(key).cloned()

@@ -4,9 +4,10 @@ use std::path::Path;
 
 use layerstore::{ActivationsFile, Calibration, CalibrationBuilder, SecondMoment, formats, write_statistics};
 use ndarray::{Array2, Axis};
+use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use crate::support::{CHECKPOINT, INPUTS, Place, field};
+use crate::support::{CHECKPOINT, INPUTS, Place, Ran, field};
 
 /// Every way of using calibration: whitening and thresholds, second moments and their diagonals, GPTQ, means, a norm's inputs.
 const RULES: &str = "
@@ -181,4 +182,51 @@ fn parts_of_the_statistics() {
     let wide = statistics(&file, |x| Calibration::of(Array2::ones((3, x.ncols() + 1))).unwrap());
     run(&rules, &wide, &["blocks.0.down", "[97]", "[96]"]);
     place.fails(1, &["statistics", "[tokens, in_features]"], &["evaluate", "full", "--activations", &wide]);
+}
+
+/// Weights and inputs whose products f32 does not hold are measured by the weights, and a note says so; sizes that it holds are
+/// measured as those near 1.
+#[test]
+fn products_beyond_f32_are_told() {
+    let place = Place::new();
+    let rules = place.path("rules.toml").display().to_string();
+    let noise = |rows: usize, seed: usize| {
+        Array2::from_shape_fn((rows, 64), |(i, j)| ((i * 7919 + j * 104_729 + seed * 31) % 1009) as f32 / 500.0 - 1.0)
+    };
+    let write = |path: &Path, name: &str, matrix: Array2<f32>| {
+        let bytes: Vec<u8> = matrix.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let view = TensorView::new(safetensors::Dtype::F32, matrix.shape().to_vec(), &bytes).unwrap();
+        safetensors::serialize_to_file([(name, view)], None, path).unwrap();
+    };
+    for method in ["low_rank", "key_value"] {
+        std::fs::write(&rules, format!("[[rule]]\nlayers = '.*'\nmethod = '{method}'\n")).unwrap();
+        let run = |weights: f32, inputs: f32| {
+            let (checkpoint, x) = (place.path("w.safetensors"), place.path("x.safetensors"));
+            write(&checkpoint, "l.weight", noise(16, 1) * weights);
+            write(&x, "l", noise(64, 2) * inputs);
+            let (checkpoint, x) = (checkpoint.display().to_string(), x.display().to_string());
+            let args = ["import", &checkpoint, "--model", "m", "--rules", &rules, "--calibration", &x];
+            place.run(&[&["--format", "json"], &args[..]].concat())
+        };
+        let layer = |ran: &Ran| serde_json::from_str::<Value>(&ran.out).expect(&ran.err)["layers"][0].clone();
+        let plain = field(&layer(&run(1.0, 1.0)), "relative_error").as_f64().unwrap();
+        for (weights, inputs) in [(1e-30, 1e10), (1e15, 1e15), (1e-10, 1e-10)] {
+            let layer = layer(&run(weights, inputs));
+            let found = field(&layer, "relative_error").as_f64().unwrap();
+            assert!((found - plain).abs() <= 0.02 * plain + 1e-6, "{method} {weights} {inputs}: {layer}");
+            assert_eq!(layer["error_basis"], "activations");
+        }
+        for (weights, inputs) in [(1e-30, 1e-30), (1e-22, 1e-22), (1e20, 1e20)] {
+            let ran = run(weights, inputs);
+            // Keys hold the inputs' size, and their scales that of outputs.
+            if method == "key_value" {
+                assert!(ran.code == 1 && ran.err.contains("layer 'l'"), "{weights} {inputs}: {} {}", ran.out, ran.err);
+                continue;
+            }
+            let layer = layer(&ran);
+            assert!(layer["relative_error"].as_f64().unwrap() < 0.2, "{weights} {inputs}: {layer}");
+            assert_eq!(layer["error_basis"], "weights", "{layer}");
+            assert!(layer["notes"].to_string().contains("f32 does not hold"), "{layer}");
+        }
+    }
 }

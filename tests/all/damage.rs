@@ -94,11 +94,8 @@ fn flipped_ends_of_data_files_are_named() {
     let forward = ["forward", "m", "blocks.0.up", "--input", &input];
     for from_end in [13, 9, 17, 25, 33] {
         for (table, commands) in [
-            (
-                "layers",
-                vec![&["models"][..], &["layers", "m"], &["verify"], &["gc"], &["import", CHECKPOINT, "--model", "n"]],
-            ),
-            ("artifacts", vec![&["verify"], &["gc"], &["import", CHECKPOINT, "--model", "n"]]),
+            ("layers", vec![&["models"][..], &["layers", "m"], &["gc"], &["import", CHECKPOINT, "--model", "n"]]),
+            ("artifacts", vec![&["gc"], &["import", CHECKPOINT, "--model", "n"]]),
             ("weight_blocks", vec![&["gc"], &forward]),
         ] {
             let file = data_files(&place, table).remove(0);
@@ -106,6 +103,10 @@ fn flipped_ends_of_data_files_are_named() {
             flip_end(&file, from_end);
             for args in commands {
                 place.fails(1, &[&name(&file), "contradicts itself"], args);
+            }
+            if table != "weight_blocks" {
+                let report = found(&place, &[]).to_string();
+                assert!(report.contains(&name(&file)) && report.contains("contradicts itself"), "{report}");
             }
             if table == "weight_blocks" {
                 let report = found(&place, &[]);
@@ -116,11 +117,6 @@ fn flipped_ends_of_data_files_are_named() {
             std::fs::write(&file, &good).unwrap();
         }
     }
-    place.fails(1, &["layerstore repair"], &{
-        flip_end(&data_files(&place, "artifacts")[0], 13);
-        ["verify"]
-    });
-    flip_end(&data_files(&place, "artifacts")[0], 13);
     sound(&place);
 }
 
@@ -428,4 +424,61 @@ async fn repairs_in_rust() {
         layerstore::blocking::repair(&store, RepairOptions::default()).unwrap()
     });
     assert!(blocking.join().unwrap().is_sound());
+}
+
+/// The newest manifest of the catalogue, cut or emptied, stands in the way of all versions, until a repair goes back before it.
+#[test]
+fn repairs_go_back_before_a_damaged_version() {
+    let place = Place::new();
+    place.import("m", Some(INT4));
+    place.json(&["snapshot", "create", "good"]);
+    let before = exported(&place, &[""]);
+    for kept in [0, 100] {
+        place.import("n", None);
+        let manifests = files(&place.path("layers/layers.lance/_versions"));
+        let manifests = manifests.into_iter().filter(|path| path.extension().is_some_and(|e| e == "manifest"));
+        // Numbers count down in names.
+        let newest = manifests.min().unwrap();
+        std::fs::File::options().write(true).open(&newest).unwrap().set_len(kept).unwrap();
+        place.fails(1, &[&name(&newest), "layerstore verify"], &["models"]);
+        let report = found(&place, &[]);
+        let damaged = report["damaged"].as_array().unwrap();
+        assert_eq!(damaged.len(), 1, "{report}");
+        assert_eq!(damaged[0]["help"], json!(["restore_file", "roll_back"]), "{report}");
+        assert!(damaged[0]["file"].as_str().unwrap().ends_with(&name(&newest)), "{report}");
+        let repaired = place.json(&["repair"]);
+        assert_eq!(repaired["set_aside"].as_array().unwrap().len(), 1, "{repaired}");
+        sound(&place);
+        assert_eq!(exported(&place, &["", "good"]), [before.clone(), before.clone()].concat());
+    }
+}
+
+/// Rows of the catalogue or of the list that cannot be read are findings like others.
+#[test]
+fn unreadable_rows_are_findings() {
+    let place = Place::new();
+    place.import("m", Some(INT4));
+    place.json(&["snapshot", "create", "good"]);
+    let old = data_files(&place, "layers");
+    place.import("n", None);
+    let new = data_files(&place, "layers").into_iter().find(|path| !old.contains(path)).unwrap();
+    let bytes = std::fs::read(&new).unwrap();
+    for damaged in [vec![], bytes[..bytes.len() / 2].to_vec()] {
+        std::fs::write(&new, damaged).unwrap();
+        let report = found(&place, &[]);
+        assert_eq!(report["damaged"][0]["table"], "layers", "{report}");
+        assert_eq!(report["damaged"][0]["help"], json!(["restore_file", "restore_version"]), "{report}");
+    }
+    place.json(&["restore", "good"]);
+    assert_eq!(place.json(&["models"]).as_array().unwrap().len(), 1);
+    std::fs::write(&new, bytes).unwrap();
+    sound(&place);
+    std::fs::write(&data_files(&place, "artifacts")[0], []).unwrap();
+    let report = found(&place, &[]);
+    assert_eq!(
+        (&report["damaged"][0]["table"], &report["damaged"][0]["help"]),
+        (&json!("artifacts"), &json!(["repair"]))
+    );
+    place.json(&["repair"]);
+    sound(&place);
 }

@@ -153,7 +153,7 @@ fn verify_names_what_a_flipped_byte_hit() {
 async fn a_damaged_manifest_is_an_error() {
     let place = Place::new();
     place.import("m", Some(KEYS));
-    for (table, args) in [("layers", &["models"][..]), ("artifacts", &["verify"][..]), ("keys_d48", &["index"][..])] {
+    for (table, args) in [("layers", &["models"][..]), ("artifacts", &["gc"][..]), ("keys_d48", &["index"][..])] {
         // The newest manifest of a table has the least name.
         let path = files(&place.path(&format!("layers/{table}.lance/_versions"))).remove(0);
         let good = std::fs::read(&path).unwrap();

@@ -34,6 +34,15 @@ impl ContributionSpace {
         self.units.as_ref().map(|u| u.view())
     }
 
+    /// Returns the space in which keys of length `dimension` are multiplied with `factor` beside.
+    ///
+    /// # Errors
+    /// When a unit is beyond what f32 holds.
+    pub fn in_units_of(self, factor: f64, dimension: usize) -> Result<Self> {
+        let units = self.units.unwrap_or_else(|| Array1::ones(dimension));
+        ContributionSpace::new(Some(units.mapv(|unit| (f64::from(unit) * factor) as f32)), dimension)
+    }
+
     /// Returns keys `[len, dimension]` of these `scales` `[len]` in the space.
     pub fn keys(&self, keys: ArrayView2<f32>, scales: &[f32]) -> Array2<f32> {
         let mut keys = &keys * &ArrayView1::from(scales).insert_axis(Axis(1));

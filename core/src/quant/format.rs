@@ -281,7 +281,7 @@ impl WeightFormat {
         Ok(rows * (self.weight_type.stored_row_bytes(columns) + self.groups(columns)? * per_group))
     }
 
-    /// The scale that is stored for this one: the nearest that the scales' type has, above 0.
+    /// The scale that is stored for this one: the nearest that the scales' type has; above 0, but for a scale of 0.
     pub(super) fn stored_scale(&self, scale: f32) -> f32 {
         match (self.weight_type, self.scales) {
             (WeightType::MxInt(_), _) => {
@@ -289,6 +289,7 @@ impl WeightFormat {
                 f32::from_bits(exponent << 23)
             }
             (_, ScaleType::F32) => scale,
+            (_, ScaleType::F16) if scale == 0.0 => 0.0,
             (_, ScaleType::F16) => f16::from_f32(scale).max(f16::from_bits(1)).min(f16::MAX).to_f32(),
         }
     }

@@ -186,9 +186,15 @@ fn reach(weights: &[f32], clipping: Clipping) -> f32 {
     }
 }
 
-/// A scale of (nearly) nothing stands for weights of nothing, beside others of a size that needs no unit.
-fn or_one(scale: f32) -> f32 {
-    if scale < f32::MIN_POSITIVE.sqrt() { 1.0 } else { scale }
+/// Returns the scale, or 0 for one of (nearly) nothing: weights of nothing, beside others of a size that needs no unit. Any
+/// other scale would leave the rounding of their products in a layer's output.
+fn or_zero(scale: f32) -> f32 {
+    if scale < f32::MIN_POSITIVE.sqrt() { 0.0 } else { scale }
+}
+
+/// Returns what weights are multiplied with to be levels; all are 0 under a scale of 0.
+fn reciprocal(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
 struct Symmetric {
@@ -204,16 +210,16 @@ impl Symmetric {
 impl Quantizer for Symmetric {
     fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
         // In LQER-Qwix's order of operations.
-        spans(or_one(reach(weights, clipping) * (1.0 / (self.half() - 0.5))), self.bits, clipping)
+        spans(or_zero(reach(weights, clipping) * (1.0 / (self.half() - 0.5))), self.bits, clipping)
     }
 
     fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
-        let (reciprocal, half) = (1.0 / params.scale, self.half());
+        let (reciprocal, half) = (reciprocal(params.scale), self.half());
         out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -half, half - 1.0) * params.scale);
     }
 
     fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
-        let (reciprocal, half) = (1.0 / params.scale, self.half());
+        let (reciprocal, half) = (reciprocal(params.scale), self.half());
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = whole(w * reciprocal, -half, half - 1.0) as i8 as u8);
     }
 
@@ -245,7 +251,7 @@ impl Quantizer for Asymmetric {
         };
         let plain = (hi - lo) / top;
         if (plain as f32) < f32::MIN_POSITIVE {
-            return vec![QuantParams { scale: 1.0, zero: 0 }];
+            return vec![QuantParams { scale: 0.0, zero: 0 }];
         }
         let ideal = -lo / plain;
         let params = |scale: f64, zero: f64| QuantParams { scale: scale as f32, zero: zero.clamp(0.0, top) as u8 };
@@ -270,13 +276,13 @@ impl Quantizer for Asymmetric {
     }
 
     fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
-        let (reciprocal, zero) = (1.0 / params.scale, f32::from(params.zero));
+        let (reciprocal, zero) = (reciprocal(params.scale), f32::from(params.zero));
         let top = self.top();
         out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -zero, top - zero) * params.scale);
     }
 
     fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
-        let (reciprocal, zero) = (1.0 / params.scale, f32::from(params.zero));
+        let (reciprocal, zero) = (reciprocal(params.scale), f32::from(params.zero));
         let top = self.top();
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = (whole(w * reciprocal, -zero, top - zero) + zero) as u8);
     }
@@ -296,16 +302,16 @@ fn normal_level(value: f32) -> usize {
 
 impl Quantizer for NormalFloat {
     fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
-        spans(or_one(reach(weights, clipping)), 4, clipping)
+        spans(or_zero(reach(weights, clipping)), 4, clipping)
     }
 
     fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
-        let reciprocal = 1.0 / params.scale;
+        let reciprocal = reciprocal(params.scale);
         out.iter_mut().zip(weights).for_each(|(o, w)| *o = NORMAL_FLOAT[normal_level(w * reciprocal)] * params.scale);
     }
 
     fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
-        let reciprocal = 1.0 / params.scale;
+        let reciprocal = reciprocal(params.scale);
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = normal_level(w * reciprocal) as u8);
     }
 
@@ -328,7 +334,7 @@ impl Quantizer for Microscaling {
     fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
         let reach = reach(weights, clipping);
         if reach < f32::MIN_POSITIVE.sqrt() {
-            return vec![QuantParams { scale: 1.0, zero: 0 }];
+            return vec![QuantParams { scale: 0.0, zero: 0 }];
         }
         // The power of two that brings the largest weight just below 2^(b−1).
         let power = reach.log2().floor() as i32 - (self.bits as i32 - 2);
@@ -338,12 +344,12 @@ impl Quantizer for Microscaling {
     }
 
     fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
-        let (reciprocal, top) = (1.0 / params.scale, self.top());
+        let (reciprocal, top) = (reciprocal(params.scale), self.top());
         out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -top, top) * params.scale);
     }
 
     fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
-        let (reciprocal, top) = (1.0 / params.scale, self.top());
+        let (reciprocal, top) = (reciprocal(params.scale), self.top());
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = whole(w * reciprocal, -top, top) as i8 as u8);
     }
 
@@ -371,22 +377,22 @@ impl Quantizer for Ternary {
         match clipping {
             Clipping::Absmean => vec![QuantParams { scale: absmean_scale(mean), zero: 0 }],
             Clipping::Absmax | Clipping::Percentile(_) => {
-                vec![QuantParams { scale: or_one(reach(weights, clipping)), zero: 0 }]
+                vec![QuantParams { scale: or_zero(reach(weights, clipping)), zero: 0 }]
             }
             Clipping::Mse | Clipping::Hqq => {
-                let mean = if (mean as f32) < f32::MIN_POSITIVE.sqrt() { 1.0 } else { mean };
+                let mean = f64::from(or_zero(mean as f32));
                 TIMES_MEAN.map(|times| params(times * mean)).to_vec()
             }
         }
     }
 
     fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
-        let reciprocal = 1.0 / params.scale;
+        let reciprocal = reciprocal(params.scale);
         out.iter_mut().zip(weights).for_each(|(o, w)| *o = whole(w * reciprocal, -1.0, 1.0) * params.scale);
     }
 
     fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
-        let reciprocal = 1.0 / params.scale;
+        let reciprocal = reciprocal(params.scale);
         codes.iter_mut().zip(weights).for_each(|(c, w)| *c = (whole(w * reciprocal, -1.0, 1.0) + 1.0) as u8);
     }
 

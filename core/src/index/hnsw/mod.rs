@@ -25,6 +25,10 @@ const THREADS: usize = 256;
 /// A walk goes on until it finds contributions below this share of the least one asked for.
 const WALK_UNTIL: f32 = 0.9;
 
+/// The exponent of the length of an f16 graph's vectors, where they are not kept as they are: numbers of a millionth of it and
+/// more are normal ones.
+const HALF_LENGTH: i32 = 10;
+
 /// An index of keys and their graph.
 pub struct HnswIndex {
     keys: FlatIndex,
@@ -53,21 +57,20 @@ impl HnswIndex {
         keep_keys: bool,
     ) -> Result<Self> {
         options.check()?;
-        let space = ContributionSpace::new(units, keys.ncols())?;
+        let mut space = ContributionSpace::new(units, keys.ncols())?;
         check_scales(keys, scales)?;
-        let vectors = lengthened(space.keys(keys, scales));
-        let largest = vectors.iter().fold(0f32, |most, v| most.max(v.abs()));
-        if options.vectors == GraphType::F16 && largest > half::f16::MAX.to_f32() {
-            return Err(Error::expected(
-                "largest number of an f16 graph",
-                largest,
-                format!("at most {}", half::f16::MAX),
-            ));
-        }
-        let held = || Loss::of_halves(vectors.iter().map(|&v| f64::from(v))).within(8.0 * HALF_ROUNDING);
-        if options.vectors == GraphType::F16 && !held() {
-            let expected = format!("few below {:e} in size: use f32 or bf16", half::f16::MIN_POSITIVE.to_f32());
-            return Err(Error::expected("numbers of an f16 graph", format!("{largest:e} at most"), expected));
+        let mut vectors = lengthened(space.keys(keys, scales));
+        if options.vectors == GraphType::F16 && !held(&vectors, HALF_ROUNDING) {
+            // Another unit for every input: directions and their order stay as they are.
+            let length = vectors.rows().into_iter().next().map_or(0.0, length);
+            space = space.in_units_of((length.log2().floor() - f64::from(HALF_LENGTH)).exp2().recip(), keys.ncols())?;
+            vectors = lengthened(space.keys(keys, scales));
+            if !held(&vectors, 8.0 * HALF_ROUNDING) {
+                let found = format!("a longest contribution of {length:e}");
+                let expected =
+                    format!("few below {:e} of it: use f32 or bf16", f64::from(HALF_LENGTH + 14).exp2().recip());
+                return Err(Error::expected("numbers of an f16 graph", found, expected));
+            }
         }
         // All vectors are equally long. A half leaves room for rounding to the graph's type.
         let longest = format::LONGEST / 2.0;
@@ -157,6 +160,11 @@ impl HnswIndex {
             count = (2 * count).min(self.len());
         }
     }
+}
+
+/// Returns whether f16 loses at most this share of vectors.
+fn held(vectors: &Array2<f32>, share: f64) -> bool {
+    Loss::of_halves(vectors.iter().map(|&v| f64::from(v))).within(share)
 }
 
 /// Returns the length of a vector.

@@ -118,10 +118,16 @@ fn key_index(
     // Types of few bits keep keys in units of the spread, f16 where it would lose too much of them as they are.
     let units = match format {
         RowFormat::Plain(RowType::F32) => None,
-        RowFormat::Plain(RowType::F16) if halves_hold(keys.view(), scales, spread.as_ref(), None) => None,
+        RowFormat::Plain(RowType::F16)
+            if spread.is_none() || halves_hold(keys.view(), scales, spread.as_ref(), None, HALF_ROUNDING) =>
+        {
+            None
+        }
         _ => spread.clone(),
     };
-    if format == RowFormat::Plain(RowType::F16) && !halves_hold(keys.view(), scales, spread.as_ref(), units.as_ref()) {
+    if format == RowFormat::Plain(RowType::F16)
+        && !halves_hold(keys.view(), scales, spread.as_ref(), units.as_ref(), LOST_BY_HALVES)
+    {
         let most = keys.iter().fold(0f32, |most, v| most.max(v.abs()));
         return Err(Error::expected(
             "keys to store as f16",
@@ -142,15 +148,16 @@ fn key_index(
     })
 }
 
-/// The share of scores that keys may lose as f16.
+/// The share of scores that keys may lose as f16, where no unit makes it less.
 const LOST_BY_HALVES: f64 = 4.0 * HALF_ROUNDING;
 
-/// Returns whether f16 holds keys `[keys, in]` multiplied with `units` well enough, for inputs of this spread.
+/// Returns whether f16 keys `[keys, in]` multiplied with `units` lose at most this share, for inputs of this spread.
 fn halves_hold(
     keys: ArrayView2<f32>,
     scales: &[f32],
     spread: Option<&Array1<f32>>,
     units: Option<&Array1<f32>>,
+    share: f64,
 ) -> bool {
     let mut loss = Loss::default();
     for (key, &scale) in keys.rows().into_iter().zip(scales) {
@@ -161,7 +168,7 @@ fn halves_hold(
             loss.add(wanted * weight, f16::from_f64(wanted).to_f64() * weight);
         }
     }
-    loss.within(LOST_BY_HALVES)
+    loss.within(share)
 }
 
 /// Checks that f32 holds the scales of components.

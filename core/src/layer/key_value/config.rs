@@ -98,8 +98,8 @@ key_value_settings! {
         energy_keep: f64 = 1.0,
         /// Least singular value of a component that is kept.
         min_singular_value: f64 = 0.0,
-        /// Number that is added to the covariance's diagonal.
-        ridge_regularization: f64 = 1e-6,
+        /// Number that is added to the covariance's diagonal, whatever the inputs' size.
+        ridge_regularization: f64 = 0.0,
         /// Share of the mean of the covariance's diagonal that is added to the diagonal.
         ridge_relative: f64 = 1e-2,
         /// Whether a forward pass adds the bias; it is stored in any case.
@@ -266,7 +266,7 @@ mod tests {
     }
 
     const DEFAULT: &str = concat!(
-        r#"{"decomposition":"whitened_svd","energy_keep":1.0,"min_singular_value":0.0,"ridge_regularization":1e-6,"#,
+        r#"{"decomposition":"whitened_svd","energy_keep":1.0,"min_singular_value":0.0,"ridge_regularization":0.0,"#,
         r#""ridge_relative":0.01,"use_bias":true,"backend":{"type":"flat","keys":"f32"},"values":"f32","#,
         r#""on_misfit":"adapt","ranking":"contribution","sides":"both","use_approximate_inference":true,"#,
         r#""use_straight_through_estimator":true}"#,

@@ -52,7 +52,7 @@ impl StoredSearch {
                 return Err(Error::expected(
                     "limit of a search on disk",
                     "max_relative_error",
-                    "expected keys or a threshold: what was left out is not known",
+                    "a number of keys or a threshold: what was left out is not known",
                 ));
             }
         };

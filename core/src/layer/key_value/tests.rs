@@ -425,9 +425,7 @@ fn sizes_do_not_matter() {
         (r#"{"type": "hnsw"}"#, r#""f32""#),
         (r#"{"type": "hnsw", "vectors": "f16"}"#, r#""f32""#),
     ] {
-        let config = format!(
-            r#"{{"ridge_regularization": 0, "expected_keys_per_query": 32, "backend": {backend}, "values": {values}}}"#
-        );
+        let config = format!(r#"{{"expected_keys_per_query": 32, "backend": {backend}, "values": {values}}}"#);
         let config: KeyValueConfig = serde_json::from_str(&config).unwrap();
         let error = |weights: f32, inputs: f32| {
             let (w, x) = (&w * weights, &x * inputs);
@@ -436,16 +434,20 @@ fn sizes_do_not_matter() {
             Ok::<_, Error>(relative_error(y.view(), x.dot(&w.t()).view()))
         };
         let plain = error(1.0, 1.0).unwrap();
-        for (weights, inputs) in
-            [(1.0, 1e7), (1.0, 1e-7), (1.0, 1e12), (1e20, 1e-10), (1e20, 1.0), (1e-15, 1e-10), (1e-20, 1.0)]
-        {
-            match error(weights, inputs) {
-                Ok(found) => assert!(found < 1.05 * plain + 1e-5, "{backend} × {weights}, × {inputs}: {found} {plain}"),
-                Err(e) => assert!(
-                    backend.contains("f16") && backend.contains("hnsw"),
-                    "{backend} × {weights}, × {inputs}: {e}"
-                ),
-            }
+        for (weights, inputs) in [
+            (1.0, 1e7),
+            (1.0, 1e-7),
+            (1.0, 1e4),
+            (1.0, 1e-4),
+            (1.0, 1e5),
+            (1.0, 1e12),
+            (1e20, 1e-10),
+            (1e20, 1.0),
+            (1e-15, 1e-10),
+            (1e-20, 1.0),
+        ] {
+            let found = error(weights, inputs).unwrap_or_else(|e| panic!("{backend} × {weights}, × {inputs}: {e}"));
+            assert!(found < 1.25 * plain + 1e-5, "{backend} × {weights}, × {inputs}: {found} {plain}");
         }
     }
     let huge = &normal(32, 1).mapv(|v| v.clamp(-3.0, 3.0)) * 1e38;

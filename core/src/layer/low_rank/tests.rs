@@ -324,3 +324,37 @@ fn ranks_are_numbers_or_targets() {
         assert_eq!(read(&text).unwrap(), rank, "{text}");
     }
 }
+
+/// A group whose weights are all 0 gives exactly 0: codes that stand around a level above 0 leave no rounding behind.
+#[test]
+fn weights_of_nothing_give_nothing() {
+    let x = sample(9, 64, 3) * 100.0;
+    let mut half = sample(8, 64, 4);
+    half.slice_mut(ndarray::s![.., 32..]).fill(0.0);
+    let only_second = {
+        let mut x = x.clone();
+        x.slice_mut(ndarray::s![.., ..32]).fill(0.0);
+        x
+    };
+    for weight_type in ["int2", "int4", "int8", "nf4", "mxint4", "mxint8", "ternary"] {
+        for (symmetric, scales) in [(true, "f32"), (false, "f32"), (true, "f16")] {
+            let mut format = json!({"type": weight_type, "group": 32});
+            if weight_type.starts_with("int") {
+                format["symmetric"] = symmetric.into();
+            }
+            if !weight_type.starts_with("mx") {
+                format["scales"] = scales.into();
+            }
+            for clipping in ["mse", "absmax", "hqq"] {
+                let config = json!({"weight": format, "clipping": clipping});
+                let config: LowRankConfig = serde_json::from_value(config).unwrap();
+                for (w, x) in [(&Array2::zeros((8, 64)), &x), (&half, &only_second)] {
+                    let layer = compress(&config, w.view(), None, None).unwrap();
+                    let layer = layer_from_parts(layer.to_parts()).unwrap();
+                    let y = layer.forward(x.view(), Accuracy::Approximate).unwrap().y;
+                    assert!(y.iter().all(|y| y.abs() < 1e-30), "{weight_type} {symmetric} {scales} {clipping}: {y}");
+                }
+            }
+        }
+    }
+}
