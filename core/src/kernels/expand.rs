@@ -54,7 +54,10 @@ impl<S: Simd, const H: usize, const LEVELS: bool> Kernel<S> for Expand<'_, H, LE
                     let window: &Window = &*m.blocks.windows.as_ptr().wrapping_add(number);
                     let first = row * m.groups + window.first;
                     let scales = S::load_some(m.scales.as_ptr().wrapping_add(first), window.count);
-                    let zeros = if m.zeros.is_empty() {
+                    let has_minimums = !m.minimums.is_empty();
+                    let offsets = if has_minimums {
+                        S::load_some(m.minimums.as_ptr().wrapping_add(first), window.count)
+                    } else if m.zeros.is_empty() {
                         S::splat(m.zero)
                     } else {
                         S::bytes_some(m.zeros.as_ptr().wrapping_add(first), window.count)
@@ -67,7 +70,8 @@ impl<S: Simd, const H: usize, const LEVELS: bool> Kernel<S> for Expand<'_, H, LE
                             S::block::<H, false>(packed, window.bytes, coding)
                         };
                         let scale = S::mul(S::pick(scales, places), S::splat(m.factor));
-                        let offset = S::fnma(scale, S::pick(zeros, places), S::zero());
+                        let own = S::pick(offsets, places);
+                        let offset = if has_minimums { own } else { S::fnma(scale, own, S::zero()) };
                         each!(four in H, {
                             each!(step in 4, {
                                 if four + step > 0 {

@@ -42,7 +42,7 @@ pub use activations::ActivationFormat;
 pub(crate) use activations::absmax_steps;
 #[cfg(test)]
 pub use isa::{Isa, available, best};
-pub use packed::{CodeFormat, PackedRows, Weights};
+pub use packed::{CodeFormat, Offsets, PackedRows, Weights};
 pub use products::Matrix;
 #[cfg(test)]
 pub use products::rounded;

@@ -16,12 +16,25 @@ pub struct CodeFormat {
     pub signed: bool,
     /// The numbers, −1 … 1, that the codes of four bits stand for; `None` where it is the code itself.
     pub levels: Option<&'static [f32; 16]>,
+    /// The number that levels are multiplied with beside scales.
+    pub unit: f32,
     /// The number that is subtracted from unsigned codes without zero points of their own.
     pub zero: u8,
 }
 
-/// A matrix `[rows, columns]` of packed codes: `(code − zero) · scale`, or `level · scale`, with a scale (and a zero point) for
-/// each group of columns.
+/// What the groups of packed codes have beside scales.
+#[derive(Debug, Clone, Copy)]
+pub enum Offsets<'a> {
+    /// Nothing: [`CodeFormat::zero`] is the zero point of all.
+    Same,
+    /// Zero points `[rows, groups]`.
+    Zeros(&'a [u8]),
+    /// Numbers that are added to codes times scales, `[rows, groups]`.
+    Minimums(&'a [f32]),
+}
+
+/// A matrix `[rows, columns]` of packed codes: `(code − zero) · scale`, `code · scale + minimum`, or `level · scale`, with a scale
+/// (and a zero point or minimum) for each group of columns.
 #[derive(Debug, Clone, Copy)]
 pub struct PackedRows<'a> {
     format: CodeFormat,
@@ -35,11 +48,13 @@ pub struct PackedRows<'a> {
     scales: &'a [f32],
     /// `[rows, groups]`, or none.
     zeros: &'a [u8],
+    /// `[rows, groups]`, or none.
+    minimums: &'a [f32],
 }
 
 impl<'a> PackedRows<'a> {
-    /// Describes codes with their scales `[rows, groups]` and zero points `[rows, groups]`, if any. The groups are as many as
-    /// there are scales for a row, and equally wide.
+    /// Describes codes with their scales `[rows, groups]`, and what groups have beside. The groups are as many as there are scales
+    /// for a row, and equally wide.
     ///
     /// # Errors
     /// When a length does not follow from the shape, or the format is none that kernels know.
@@ -48,13 +63,19 @@ impl<'a> PackedRows<'a> {
         (rows, columns): (usize, usize),
         codes: &'a [u8],
         scales: &'a [f32],
-        zeros: &'a [u8],
+        offsets: Offsets<'a>,
     ) -> Result<Self> {
+        let (zeros, minimums): (&[u8], &[f32]) = match offsets {
+            Offsets::Same => (&[], &[]),
+            Offsets::Zeros(zeros) => (zeros, &[]),
+            Offsets::Minimums(minimums) => (&[], minimums),
+        };
         if !(2..=8).contains(&format.bits) || (format.levels.is_some() && format.bits != 4) {
             return Err(Error::expected("bits of a packed code", format.bits, "2 to 8, and 4 for levels"));
         }
-        if format.signed && (format.zero != 0 || !zeros.is_empty()) {
-            return Err(Error::expected("packed codes", "signed ones with zero points", "unsigned ones"));
+        let is_plain = !format.signed && format.levels.is_none();
+        if !is_plain && (format.zero != 0 || !zeros.is_empty() || !minimums.is_empty()) {
+            return Err(Error::expected("packed codes", "signed ones or levels with zero points", "unsigned ones"));
         }
         let row_bytes = columns.checked_mul(format.bits as usize).map(|bits| bits.div_ceil(8));
         let bytes = row_bytes.and_then(|bytes| bytes.checked_mul(rows));
@@ -67,14 +88,15 @@ impl<'a> PackedRows<'a> {
             0 => scales.is_empty(),
             _ => groups > 0 && groups * rows == scales.len() && columns.is_multiple_of(groups),
         };
-        if !fits || (!zeros.is_empty() && zeros.len() != scales.len()) {
+        let as_many = |others: usize| others == 0 || others == scales.len();
+        if !fits || !as_many(zeros.len()) || !as_many(minimums.len()) {
             return Err(Error::expected(
                 format!("scales and zero points of {rows} × {columns} packed codes"),
-                format!("{} and {}", scales.len(), zeros.len()),
+                format!("{} and {}", scales.len(), zeros.len() + minimums.len()),
                 "equally many for each row, which divide the columns, and as many zero points or none",
             ));
         }
-        Ok(PackedRows { format, rows, columns, groups, codes, scales, zeros })
+        Ok(PackedRows { format, rows, columns, groups, codes, scales, zeros, minimums })
     }
 
     /// Returns how the codes lie in registers of so many lanes; `None` where there are no columns, or where groups are so
@@ -102,10 +124,10 @@ impl<'a> PackedRows<'a> {
         let half = 1u8 << (self.format.bits - 1);
         let flip = if self.format.signed { half } else { 0 };
         let (zero, factor) = match (self.format.levels, kind) {
-            (Some(_), Kind::Floats) => (0.0, 1.0),
-            (Some(_), Kind::Bytes) => (128.0, 1.0 / 127.0),
+            (Some(_), Kind::Floats) => (0.0, self.format.unit),
+            (Some(_), Kind::Bytes) => (128.0, self.format.unit / 127.0),
             (None, _) if self.format.signed => (f32::from(half), 1.0),
-            (None, _) if !self.zeros.is_empty() => (0.0, 1.0),
+            (None, _) if !self.zeros.is_empty() || !self.minimums.is_empty() => (0.0, 1.0),
             (None, _) => (f32::from(self.format.zero), 1.0),
         };
         Rows {
@@ -118,6 +140,7 @@ impl<'a> PackedRows<'a> {
             factor,
             zeros: self.zeros,
             zero,
+            minimums: self.minimums,
             groups: self.groups,
             blocks,
         }
@@ -144,6 +167,8 @@ pub struct Rows<'a> {
     pub zeros: &'a [u8],
     /// The zero point of all groups where they have none of their own.
     pub zero: f32,
+    /// What is added to scaled codes, `[rows, groups]`, or none.
+    pub minimums: &'a [f32],
     /// Groups of a row.
     pub groups: usize,
     /// The blocks of a row.

@@ -52,7 +52,8 @@ unsafe fn of_kind<S: Simd, const H: usize, const LEVELS: bool>(
 ) {
     let plain = !LEVELS && m.coding.flip == 0;
     // Where a block's codes are spread, flipping them is part of it.
-    let whole = !LEVELS && (plain || H == 1) && m.groups == 1 && m.blocks.places.len() <= WHOLE_BLOCKS;
+    let whole =
+        !LEVELS && (plain || H == 1) && m.groups == 1 && m.minimums.is_empty() && m.blocks.places.len() <= WHOLE_BLOCKS;
     let (first, count, out) = (rows.start, rows.len(), out.as_mut_ptr());
     // SAFETY: the caller's promise; there is room for the products.
     unsafe {
@@ -151,6 +152,9 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
             if MODE != mode::WHOLE && (!m.zeros.is_empty() || m.zero != 0.0) {
                 tile.subtract_zeros(m, x, row, v);
             }
+            if MODE != mode::WHOLE && !m.minimums.is_empty() {
+                tile.add_minimums(m, x, row, v);
+            }
             let scales = m.scales.as_ptr().wrapping_add(row * m.groups);
             let (windows, mut number) = (m.blocks.windows.as_ptr(), 0);
             while number < m.blocks.windows.len() {
@@ -223,6 +227,32 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                     let both = S::mul(scale, zero);
                     each!(c in V, {
                         self.totals[r][c] = S::fnma(both, S::load(sums.wrapping_add(c.wrapping_mul(stride).wrapping_add(group))), self.totals[r][c]);
+                    });
+                });
+                group += S::LANES;
+            }
+        }
+    }
+
+    /// Adds `Σ minimum · Σ inputs` of all groups to the sums.
+    #[inline(always)]
+    unsafe fn add_minimums(&mut self, m: &Rows, x: &Inputs, row: usize, v: usize) {
+        // SAFETY: the caller's promise; sums of inputs are filled up to whole registers.
+        unsafe {
+            let minimums = m.minimums.as_ptr().wrapping_add(row * m.groups);
+            let (sums, stride) = (x.first_sum(v), x.sum_stride());
+            let mut group = 0;
+            while group < m.groups {
+                let left = m.groups - group;
+                let count = if left < S::LANES { left } else { S::LANES };
+                let groups = opaque(m.groups);
+                each!(r in R, {
+                    let from = minimums.wrapping_add(r.wrapping_mul(groups).wrapping_add(group));
+                    let minimum = S::load_some(from, count);
+                    // Those of the next rows.
+                    S::prefetch(from.wrapping_add(R * groups).cast());
+                    each!(c in V, {
+                        self.totals[r][c] = S::fma(minimum, S::load(sums.wrapping_add(c.wrapping_mul(stride).wrapping_add(group))), self.totals[r][c]);
                     });
                 });
                 group += S::LANES;

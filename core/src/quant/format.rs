@@ -2,20 +2,27 @@
 
 use std::fmt;
 
-use half::f16;
+use half::{bf16, f16};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::nested::SUPER_BLOCK;
 use super::trits::TRITS;
 use crate::error::{Error, Result};
 
 /// The type of a weight's code. Written `"int2"` to `"int8"`, `"nf4"`, `"mxint2"` to `"mxint8"`, `"ternary"`, `"f16"` or
-/// `"bf16"`.
+/// `"bf16"`; and of weights that another program has quantised `"fp4"`, `"mxfp4"` or `"iq4_nl"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightType {
     /// Integers of this many bits, 2 to 8.
     Int(u8),
     /// 4-bit NormalFloat: the quantiles of a normal distribution (QLoRA).
     Nf4,
+    /// The 4-bit floats of bitsandbytes, 0 … 1 in size.
+    Fp4,
+    /// The 4-bit floats of OCP Microscaling, twice their size, whose scale is a power of two (MXFP4).
+    MxFp4,
+    /// The 16 integers of llama.cpp's IQ4_NL and IQ4_XS.
+    Iq4Nl,
     /// Signed integers of this many bits, 2 to 8, whose scale is a power of two (OCP Microscaling's MXINT).
     MxInt(u8),
     /// −1, 0 and 1: two bits each in memory, five to a byte where they are stored (BitNet b1.58).
@@ -31,7 +38,7 @@ impl WeightType {
     pub fn bits(self) -> u32 {
         match self {
             WeightType::Int(bits) | WeightType::MxInt(bits) => bits.into(),
-            WeightType::Nf4 => 4,
+            WeightType::Nf4 | WeightType::Fp4 | WeightType::MxFp4 | WeightType::Iq4Nl => 4,
             WeightType::Ternary => 2,
             WeightType::F16 | WeightType::Bf16 => 16,
         }
@@ -50,6 +57,11 @@ impl WeightType {
         }
     }
 
+    /// Returns whether a scale is a power of two, stored as its exponent.
+    pub fn has_power_scales(self) -> bool {
+        matches!(self, WeightType::MxInt(_) | WeightType::MxFp4)
+    }
+
     /// Returns whether weights are floats by themselves.
     pub fn is_float(self) -> bool {
         matches!(self, WeightType::F16 | WeightType::Bf16)
@@ -59,6 +71,9 @@ impl WeightType {
         let bits = |digits: &str| digits.parse().ok().filter(|bits| (2..=8).contains(bits) && digits.len() == 1);
         match name {
             "nf4" => Some(WeightType::Nf4),
+            "fp4" => Some(WeightType::Fp4),
+            "mxfp4" => Some(WeightType::MxFp4),
+            "iq4_nl" => Some(WeightType::Iq4Nl),
             "ternary" => Some(WeightType::Ternary),
             "f16" => Some(WeightType::F16),
             "bf16" => Some(WeightType::Bf16),
@@ -75,6 +90,9 @@ impl fmt::Display for WeightType {
         match self {
             WeightType::Int(bits) => write!(f, "int{bits}"),
             WeightType::Nf4 => f.write_str("nf4"),
+            WeightType::Fp4 => f.write_str("fp4"),
+            WeightType::MxFp4 => f.write_str("mxfp4"),
+            WeightType::Iq4Nl => f.write_str("iq4_nl"),
             WeightType::Ternary => f.write_str("ternary"),
             WeightType::MxInt(bits) => write!(f, "mxint{bits}"),
             WeightType::F16 => f.write_str("f16"),
@@ -154,15 +172,27 @@ impl<'de> Deserialize<'de> for Group {
     }
 }
 
-/// What a scale is stored as. MXINT's scales are one byte, their exponent, whatever is said here.
+/// What a scale is stored as. Scales of MXINT and MXFP4 are one byte, their exponent, whatever is said here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum ScaleType {
     /// Four bytes a scale.
     #[default]
     F32,
     /// Two bytes a scale.
     F16,
+    /// Two bytes a scale, with the exponent of an f32. Of weights that another program has quantised, as are the next ones.
+    Bf16,
+    /// 4-bit scales and minimums of 16 groups of 16 weights, of Q2_K in llama.cpp.
+    Q2K,
+    /// 6-bit scales of 16 groups of 16 weights, of Q3_K in llama.cpp.
+    Q3K,
+    /// 6-bit scales and minimums of 8 groups of 32 weights, of Q4_K and Q5_K in llama.cpp.
+    Q4K,
+    /// 8-bit scales of 16 groups of 16 weights, of Q6_K in llama.cpp.
+    Q6K,
+    /// 6-bit scales of 8 groups of 32 weights, of IQ4_XS in llama.cpp.
+    Iq4Xs,
 }
 
 /// A weight's type, its groups, and whether zero keeps a code of its own.
@@ -177,6 +207,10 @@ pub struct WeightFormat {
     /// Of integers. Symmetric: `w ≈ scale · q`, q signed. Asymmetric: `w ≈ scale · (q − zero)`, q unsigned. The other
     /// types are symmetric by themselves.
     pub symmetric: bool,
+    /// Of integers that another program has quantised: groups have a minimum in place of a zero point, a number of the scales' type,
+    /// so that `w ≈ scale · q + minimum`, q unsigned.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub minimum: bool,
     /// The type that scales are stored as.
     #[serde(skip_serializing_if = "is_f32")]
     pub scales: ScaleType,
@@ -196,17 +230,20 @@ struct Given {
     #[serde(default)]
     symmetric: bool,
     #[serde(default)]
+    minimum: bool,
+    #[serde(default)]
     scales: ScaleType,
 }
 
 impl TryFrom<Given> for WeightFormat {
     type Error = String;
     fn try_from(given: Given) -> Result<Self, String> {
-        let group = if matches!(given.weight_type, WeightType::MxInt(_)) { 32 } else { 64 };
+        let group = if given.weight_type.has_power_scales() { 32 } else { 64 };
         Ok(WeightFormat {
             weight_type: given.weight_type,
             group: given.group.unwrap_or(Group::Size(group)),
             symmetric: given.symmetric,
+            minimum: given.minimum,
             scales: given.scales,
         })
     }
@@ -218,12 +255,53 @@ impl Default for WeightFormat {
             weight_type: WeightType::Int(4),
             group: Group::Size(64),
             symmetric: false,
+            minimum: false,
             scales: ScaleType::F32,
         }
     }
 }
 
 impl WeightFormat {
+    /// Checks that weights can be quantised to the format here, as a rule may ask for.
+    ///
+    /// # Errors
+    /// When it is one of those that only come from files of other programs.
+    pub fn check_made(&self) -> Result<()> {
+        let of_files = match self.weight_type {
+            WeightType::Fp4 | WeightType::MxFp4 | WeightType::Iq4Nl => true,
+            _ => self.minimum || !matches!(self.scales, ScaleType::F32 | ScaleType::F16),
+        };
+        match of_files {
+            false => Ok(()),
+            true => {
+                let found = serde_json::to_string(self).unwrap_or_else(|_| self.weight_type.to_string());
+                let expected = "int2 to int8, nf4, mxint2 to mxint8, ternary, f16 or bf16, with scales in f32 or f16 and no minimum: \
+                                other formats are kept where a file has them, and not made";
+                Err(Error::expected("weight format", found, expected))
+            }
+        }
+    }
+
+    /// Checks that what the format says fits together, and a matrix of so many columns.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub(super) fn check_fields(&self, columns: usize) -> Result<()> {
+        let is_int = matches!(self.weight_type, WeightType::Int(_));
+        let nested = self.scales.nested();
+        let minimum = nested.map_or(self.minimum, |nested| nested.minimum);
+        if self.minimum != minimum || (minimum && (!is_int || self.symmetric)) {
+            return Err(Error::expected("weight format", format!("{self:?}"), "minimums of asymmetric integers alone"));
+        }
+        let Some(nested) = nested else { return Ok(()) };
+        let fits = self.group == Group::Size(nested.group) && columns.is_multiple_of(SUPER_BLOCK);
+        if !fits || self.weight_type.is_float() || self.weight_type.has_power_scales() {
+            let expected = format!("groups of {} in rows of a multiple of {SUPER_BLOCK} weights", nested.group);
+            return Err(Error::expected("weight format", format!("{self:?} of {columns} columns"), expected));
+        }
+        Ok(())
+    }
+
     /// Weights of a row of `columns` that share a scale.
     ///
     /// # Errors
@@ -259,17 +337,31 @@ impl WeightFormat {
 
     /// Returns whether each scale has a zero point, of one byte, beside it.
     pub fn has_zeros(&self) -> bool {
-        matches!(self.weight_type, WeightType::Int(_)) && !self.symmetric
+        matches!(self.weight_type, WeightType::Int(_)) && !self.symmetric && !self.minimum
     }
 
-    /// Bytes of a stored scale.
+    /// Bytes of a stored scale that is a number by itself.
     pub fn scale_bytes(&self) -> usize {
         match (self.weight_type, self.scales) {
             (WeightType::F16 | WeightType::Bf16, _) => 0,
-            (WeightType::MxInt(_), _) => 1,
+            (weight_type, _) if weight_type.has_power_scales() => 1,
             (_, ScaleType::F32) => 4,
-            (_, ScaleType::F16) => 2,
+            (_, ScaleType::F16 | ScaleType::Bf16) => 2,
+            (_, ScaleType::Q2K | ScaleType::Q3K | ScaleType::Q4K | ScaleType::Q6K | ScaleType::Iq4Xs) => 0,
         }
+    }
+
+    /// Bytes of the stored scales of a row of `columns`, and of its zero points or minimums.
+    ///
+    /// # Errors
+    /// As [`WeightFormat::group_size`].
+    pub fn row_scale_bytes(&self, columns: usize) -> Result<(usize, usize)> {
+        let groups = self.groups(columns)?;
+        Ok(match self.scales.nested() {
+            Some(nested) => (columns / SUPER_BLOCK * nested.bytes, 0),
+            None if self.minimum => (groups * self.scale_bytes(), groups * self.scale_bytes()),
+            None => (groups * self.scale_bytes(), groups * usize::from(self.has_zeros())),
+        })
     }
 
     /// Bytes of a stored `rows × columns` matrix in this format: codes, scales and zero points.
@@ -277,39 +369,61 @@ impl WeightFormat {
     /// # Errors
     /// As [`WeightFormat::group_size`].
     pub fn stored_bytes(&self, rows: usize, columns: usize) -> Result<usize> {
-        let per_group = self.scale_bytes() + usize::from(self.has_zeros());
-        Ok(rows * (self.weight_type.stored_row_bytes(columns) + self.groups(columns)? * per_group))
+        let (scales, zeros) = self.row_scale_bytes(columns)?;
+        Ok(rows * (self.weight_type.stored_row_bytes(columns) + scales + zeros))
     }
 
     /// The scale that is stored for this one: the nearest that the scales' type has; above 0, but for a scale of 0.
     pub(super) fn stored_scale(&self, scale: f32) -> f32 {
         match (self.weight_type, self.scales) {
-            (WeightType::MxInt(_), _) => {
+            (weight_type, _) if weight_type.has_power_scales() => {
                 let exponent = (scale.to_bits() >> 23).clamp(1, 254);
                 f32::from_bits(exponent << 23)
             }
-            (_, ScaleType::F32) => scale,
             (_, ScaleType::F16) if scale == 0.0 => 0.0,
             (_, ScaleType::F16) => f16::from_f32(scale).max(f16::from_bits(1)).min(f16::MAX).to_f32(),
+            // Others are of files alone.
+            _ => scale,
         }
     }
 
-    /// Scales as they are stored.
+    /// Scales that are numbers by themselves, as they are stored.
     pub fn scales_to_bytes(&self, scales: &[f32]) -> Vec<u8> {
         match (self.weight_type, self.scales) {
             (WeightType::MxInt(_), _) => scales.iter().map(|s| (s.to_bits() >> 23) as u8).collect(),
-            (_, ScaleType::F32) => scales.iter().flat_map(|s| s.to_le_bytes()).collect(),
+            (WeightType::MxFp4, _) => scales.iter().map(|&s| half_power_byte(s)).collect(),
             (_, ScaleType::F16) => scales.iter().flat_map(|&s| f16::from_f32(s).to_le_bytes()).collect(),
+            (_, ScaleType::Bf16) => scales.iter().flat_map(|&s| bf16::from_f32(s).to_le_bytes()).collect(),
+            _ => scales.iter().flat_map(|s| s.to_le_bytes()).collect(),
         }
     }
 
-    /// Scales from how they are stored.
+    /// Scales that are numbers by themselves, from how they are stored.
     pub fn scales_from_bytes(&self, bytes: &[u8]) -> Vec<f32> {
         match (self.weight_type, self.scales) {
             (WeightType::MxInt(_), _) => bytes.iter().map(|&e| f32::from_bits(u32::from(e) << 23)).collect(),
-            (_, ScaleType::F32) => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            (WeightType::MxFp4, _) => bytes.iter().map(|&e| half_power(e)).collect(),
             (_, ScaleType::F16) => bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            (_, ScaleType::Bf16) => bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            _ => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         }
+    }
+}
+
+/// Returns half the power of two that an E8M0 byte stands for: MXFP4's numbers are kept at twice their size.
+fn half_power(byte: u8) -> f32 {
+    f32::from_bits(match byte {
+        0 | 1 => 0x0020_0000 << byte,
+        _ => (u32::from(byte) - 1) << 23,
+    })
+}
+
+/// Returns the E8M0 byte of twice a power of two.
+fn half_power_byte(half: f32) -> u8 {
+    match half.to_bits() {
+        0x0020_0000 => 0,
+        0x0040_0000 => 1,
+        bits => (bits >> 23) as u8 + 1,
     }
 }
 

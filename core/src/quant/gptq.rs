@@ -358,7 +358,7 @@ mod tests {
         #[test]
         fn rounds_as_the_paper_says(rows in 1usize..80, bits in 2u8..6, seed in 0u64..999, order in any::<bool>()) {
             let (w, second) = (sample(rows, 24, seed), second(24, seed));
-            let format = WeightFormat { weight_type: WeightType::Int(bits), group: Group::Size(8), symmetric: false, scales: ScaleType::F32 };
+            let format = WeightFormat { weight_type: WeightType::Int(bits), group: Group::Size(8), symmetric: false, minimum: false, scales: ScaleType::F32 };
             let how = Calibrated { activation_order: order, ..Calibrated::default() };
             let round = |how| PackedMatrix::quantize_calibrated(w.view(), format, Clipping::Mse, second.view(), how).unwrap();
             let q = round(how);
@@ -396,7 +396,7 @@ mod tests {
         ];
         for (weight_type, symmetric) in types {
             for group in [Group::Size(64), Group::Size(192), Group::Size(96), Group::Channel, Group::Tensor] {
-                let format = WeightFormat { weight_type, group, symmetric, scales: ScaleType::F16 };
+                let format = WeightFormat { weight_type, group, symmetric, minimum: false, scales: ScaleType::F16 };
                 let nearest = PackedMatrix::quantize(w.view(), format, Clipping::Mse, None).unwrap();
                 for (activation_order, sweeps) in [(false, 0), (true, 0), (false, 2), (true, 1)] {
                     let how = Calibrated { activation_order, sweeps, dual_scaling: false };

@@ -81,7 +81,7 @@ mod tests {
             nf4 in any::<bool>(),
         ) {
             let weight_type = if nf4 { WeightType::Nf4 } else { WeightType::Int(bits) };
-            let format = WeightFormat { weight_type, group: Group::Channel, symmetric, scales: ScaleType::F16 };
+            let format = WeightFormat { weight_type, group: Group::Channel, symmetric, minimum: false, scales: ScaleType::F16 };
             let quantizer = format.quantizer().unwrap();
             let ones = vec![1.0; values.len()];
             let norm = |params: QuantParams| {

@@ -22,7 +22,12 @@ pub struct PackedMatrix {
     packed: Bytes,
     scales: Vec<f32>,
     zeros: Vec<u8>,
+    minimums: Vec<f32>,
     column_scales: Vec<f32>,
+    /// Scales of scales as they are stored; else none.
+    nested_scales: Bytes,
+    /// The column of the weight that each stored column is; none where they are in order.
+    order: Vec<u32>,
 }
 
 impl PackedMatrix {
@@ -56,6 +61,34 @@ impl PackedMatrix {
         &self.zeros
     }
 
+    /// Returns the groups' minimums `[rows, groups]`, empty where the format has none.
+    pub fn minimums(&self) -> &[f32] {
+        &self.minimums
+    }
+
+    /// Returns which column of the weight each stored column is `[columns]`; none where they are in order.
+    pub fn order(&self) -> &[u32] {
+        &self.order
+    }
+
+    /// Returns the same matrix with its columns in other places: stored column `j` becomes column `order[j]`.
+    ///
+    /// # Errors
+    /// When `order` does not name every column once, or columns have scales of their own.
+    pub fn with_order(self, order: Vec<u32>) -> Result<Self> {
+        let mut named = vec![false; self.columns];
+        order.iter().for_each(|&column| named.get_mut(column as usize).into_iter().for_each(|named| *named = true));
+        if order.len() != self.columns || !named.iter().all(|named| *named) {
+            let expected = format!("each of {} columns once", self.columns);
+            return Err(Error::expected("order of columns", format!("{} places", order.len()), expected));
+        }
+        if !self.column_scales.is_empty() {
+            return Err(Error::expected("order of columns", "scales of columns beside it", "one of the two"));
+        }
+        let is_order = order.iter().enumerate().all(|(place, &column)| place == column as usize);
+        Ok(PackedMatrix { order: if is_order { vec![] } else { order }, ..self })
+    }
+
     /// Returns the scales that columns are multiplied with beside, `[columns]`; none where there are none.
     pub fn column_scales(&self) -> &[f32] {
         &self.column_scales
@@ -70,6 +103,9 @@ impl PackedMatrix {
             return Err(Error::expected("scales of columns", scales.len(), format!("{}, one a column", self.columns)));
         }
         require_finite("the columns' scales", scales.iter())?;
+        if !self.order.is_empty() {
+            return Err(Error::expected("scales of columns", "an order of columns beside them", "one of the two"));
+        }
         Ok(PackedMatrix { column_scales: scales, ..self })
     }
 
@@ -110,7 +146,10 @@ impl PackedMatrix {
             packed: Bytes::from(packed).slice(start..),
             scales,
             zeros,
+            minimums: vec![],
             column_scales: vec![],
+            nested_scales: Bytes::new(),
+            order: vec![],
         }
     }
 
@@ -128,14 +167,17 @@ impl PackedMatrix {
             packed: packed.into(),
             scales: vec![],
             zeros: vec![],
+            minimums: vec![],
             column_scales: vec![],
+            nested_scales: Bytes::new(),
+            order: vec![],
         }
     }
 
     /// Builds a matrix from its stored fields.
     ///
     /// # Errors
-    /// When a length does not follow from the shape and the format, or a scale is not finite.
+    /// When a length does not follow from the shape and the format, or a scale or minimum is not finite.
     pub fn from_fields(
         format: WeightFormat,
         (rows, columns): (usize, usize),
@@ -143,13 +185,13 @@ impl PackedMatrix {
         scales: &[u8],
         zeros: Vec<u8>,
     ) -> Result<Self> {
-        let groups = format.groups(columns)?;
-        let zero_points = if format.has_zeros() { rows.saturating_mul(groups) } else { 0 };
+        format.check_fields(columns)?;
+        let (row_scales, row_zeros) = format.row_scale_bytes(columns)?;
         let found = (packed.len(), scales.len(), zeros.len());
         let expected = (
             rows.saturating_mul(format.weight_type.stored_row_bytes(columns)),
-            rows.saturating_mul(groups).saturating_mul(format.scale_bytes()),
-            zero_points,
+            rows.saturating_mul(row_scales),
+            rows.saturating_mul(row_zeros),
         );
         if found != expected {
             return Err(Error::expected(
@@ -158,13 +200,64 @@ impl PackedMatrix {
                 format!("{expected:?}"),
             ));
         }
-        let scales = format.scales_from_bytes(scales);
-        require_finite("the scales", scales.iter())?;
         let packed = match format.weight_type {
             WeightType::Ternary => from_trits(&packed, rows, columns)?,
             _ => packed,
         };
-        Ok(PackedMatrix { format, rows, columns, packed, scales, zeros, column_scales: vec![] })
+        let mut matrix = PackedMatrix {
+            format,
+            rows,
+            columns,
+            packed,
+            scales: vec![],
+            zeros: vec![],
+            minimums: vec![],
+            column_scales: vec![],
+            nested_scales: Bytes::new(),
+            order: vec![],
+        };
+        match format.scales.nested() {
+            Some(nested) => {
+                let blocks = scales.chunks_exact(nested.bytes);
+                blocks.for_each(|block| format.scales.unnest(block, &mut matrix.scales, &mut matrix.minimums));
+                matrix.nested_scales = Bytes::copy_from_slice(scales);
+            }
+            None => {
+                matrix.scales = format.scales_from_bytes(scales);
+                match format.minimum {
+                    true => matrix.minimums = format.scales_from_bytes(&zeros),
+                    false => matrix.zeros = zeros,
+                }
+            }
+        }
+        require_finite("the scales", matrix.scales.iter())?;
+        require_finite("the minimums", matrix.minimums.iter())?;
+        Ok(matrix)
+    }
+
+    /// Builds a matrix from codes `[rows, columns]`, a byte each, and its other stored fields. For a file of another program, whose
+    /// codes lie in another way.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::from_fields`].
+    ///
+    /// # Panics
+    /// When there are not as many codes as the shape says.
+    pub fn from_unpacked(
+        format: WeightFormat,
+        (rows, columns): (usize, usize),
+        codes: &[u8],
+        scales: &[u8],
+        zeros: Vec<u8>,
+    ) -> Result<Self> {
+        assert_eq!(codes.len(), rows * columns, "codes of {rows} × {columns}");
+        let mut packed: Vec<u8> = Vec::with_capacity(rows * format.weight_type.row_bytes(columns));
+        codes.chunks(columns.max(1)).for_each(|row| pack(row, format.weight_type.bits(), &mut packed));
+        let packed = match format.weight_type {
+            WeightType::Ternary => to_trits(&packed, columns),
+            _ => packed,
+        };
+        Self::from_fields(format, (rows, columns), packed.into(), scales, zeros)
     }
 
     /// Returns the codes as they are stored: as they are in memory, but five ternary ones to a byte.
@@ -176,8 +269,20 @@ impl PackedMatrix {
     }
 
     /// Returns the scales as they are stored.
-    pub fn scale_bytes(&self) -> Vec<u8> {
-        self.format.scales_to_bytes(&self.scales)
+    pub fn scale_bytes(&self) -> Bytes {
+        match self.format.scales.nested() {
+            Some(_) => self.nested_scales.clone(),
+            None => self.format.scales_to_bytes(&self.scales).into(),
+        }
+    }
+
+    /// Returns the zero points, or minimums, as they are stored; none where those are stored with the scales.
+    pub fn zero_bytes(&self) -> Bytes {
+        match self.format.scales.nested() {
+            Some(_) => Bytes::new(),
+            None if self.format.minimum => self.format.scales_to_bytes(&self.minimums).into(),
+            None => Bytes::copy_from_slice(&self.zeros),
+        }
     }
 
     /// Returns the packed bytes of one row's codes.
@@ -221,11 +326,17 @@ impl PackedMatrix {
     /// # Panics
     /// When the row is not there.
     pub(crate) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        if !self.order.is_empty() {
+            let mut stored = vec![0f32; self.columns];
+            self.decode(row, &mut stored);
+            self.order.iter().zip(stored).for_each(|(&column, weight)| out[column as usize] = weight);
+            return;
+        }
         self.decode(row, out);
         out.iter_mut().zip(&self.column_scales).for_each(|(weight, scale)| *weight *= scale);
     }
 
-    /// Writes the weights of one row before columns are multiplied.
+    /// Writes the weights of one row as its columns are stored, before they are multiplied.
     pub(super) fn decode(&self, row: usize, out: &mut [f32]) {
         match (self.format.quantizer(), self.format.weight_type) {
             (Some(quantizer), _) => self.decode_groups(&*quantizer, row, out),
@@ -243,6 +354,9 @@ impl PackedMatrix {
             let place = row * groups + g;
             let zero = self.zeros.get(place).copied().unwrap_or(0);
             quantizer.decode(QuantParams { scale: self.scales[place], zero }, codes, out);
+            if let Some(minimum) = self.minimums.get(place) {
+                out.iter_mut().for_each(|weight| *weight += minimum);
+            }
         }
     }
 
@@ -257,14 +371,15 @@ impl PackedMatrix {
 
     /// Returns the bytes of codes, scales and zero points, as stored; two for a column's scale.
     pub fn stored_bytes(&self) -> usize {
-        let columns = 2 * self.column_scales.len();
+        let columns = 2 * self.column_scales.len() + 4 * self.order.len();
         let codes = self.rows * self.format.weight_type.stored_row_bytes(self.columns);
-        codes + self.format.scale_bytes() * self.scales.len() + self.zeros.len() + columns
+        codes + self.scale_bytes().len() + self.zero_bytes().len() + columns
     }
 
     /// Returns the bytes that it takes in memory.
     pub fn memory_bytes(&self) -> usize {
-        self.packed.len() + 4 * (self.scales.len() + self.column_scales.len()) + self.zeros.len()
+        let floats = self.scales.len() + self.minimums.len() + self.column_scales.len() + self.order.len();
+        self.packed.len() + 4 * floats + self.zeros.len() + self.nested_scales.len()
     }
 }
 
@@ -281,7 +396,13 @@ mod tests {
         let types = ints.chain([WeightType::Nf4, WeightType::Ternary, WeightType::F16, WeightType::Bf16]);
         for (number, weight_type) in types.enumerate() {
             for group in [Group::Size(12), Group::Channel, Group::Tensor] {
-                let format = WeightFormat { weight_type, group, symmetric: number % 3 == 0, scales: ScaleType::F32 };
+                let format = WeightFormat {
+                    weight_type,
+                    group,
+                    symmetric: number % 3 == 0,
+                    minimum: false,
+                    scales: ScaleType::F32,
+                };
                 let plain = PackedMatrix::quantize(weight.view(), format, Clipping::Absmax, None).unwrap();
                 let scales = (0..36).map(|j| 1.0 + j as f32 / 8.0).collect();
                 for matrix in [plain.clone(), plain.with_column_scales(scales).unwrap()] {

@@ -4,10 +4,31 @@ use ndarray::{Array2, ArrayView1, ArrayView2};
 
 use super::format::WeightType;
 use super::packed::PackedMatrix;
-use super::quantizer::NORMAL_FLOAT;
+use super::quantizer::{FP4, IQ4_NL, MXFP4, NORMAL_FLOAT};
 #[cfg(test)]
 use crate::kernels::Isa;
-use crate::kernels::{ActivationFormat, CodeFormat, Matrix, PackedRows, Weights};
+use crate::kernels::{ActivationFormat, CodeFormat, Matrix, Offsets, PackedRows, Weights};
+
+/// What [`MXFP4`] is divided by: its largest is 12, and ten times each are whole 127ths.
+const MXFP4_UNIT: f32 = 12.7;
+
+static MXFP4_LEVELS: [f32; 16] = divided(&MXFP4, MXFP4_UNIT);
+static IQ4_NL_LEVELS: [f32; 16] = divided(&IQ4_NL, 127.0);
+
+const fn divided(levels: &[f32; 16], unit: f32) -> [f32; 16] {
+    let mut all = *levels;
+    let mut i = 0;
+    while i < 16 {
+        all[i] = levels[i] / unit;
+        i += 1;
+    }
+    all
+}
+
+/// The format of codes that stand for these numbers times `unit`.
+fn levels(levels: &'static [f32; 16], unit: f32) -> CodeFormat {
+    CodeFormat { bits: 4, signed: false, levels: Some(levels), unit, zero: 0 }
+}
 
 impl PackedMatrix {
     /// Returns `x · Ŵᵀ` `[batch, rows]` for `x` `[batch, columns]`.
@@ -43,14 +64,21 @@ impl PackedMatrix {
         self.with_kernels(x, |matrix, x| matrix.products_on(isa, x, activations, shared, || ()).0)
     }
 
-    /// Hands the matrix, and inputs that are multiplied with the columns' scales, to the kernels.
+    /// Hands the matrix, and inputs that are in its columns' order or multiplied with their scales, to the kernels.
     fn with_kernels<T>(&self, x: ArrayView2<f32>, run: impl FnOnce(Matrix, ArrayView2<f32>) -> T) -> T {
         assert_eq!(x.ncols(), self.ncols(), "width of the inputs");
         let decode = |row: usize, out: &mut [f32]| self.decode(row, out);
         let matrix = Matrix::new((self.nrows(), self.ncols()), self.weights(), &decode);
-        match self.column_scales() {
-            [] => run(matrix, x),
-            scales => run(matrix, (&x * &ArrayView1::from(scales)).view()),
+        match (self.column_scales(), self.order()) {
+            ([], []) => run(matrix, x),
+            ([], order) => {
+                let mut ordered = Array2::zeros(x.raw_dim());
+                for (row, mut ordered) in x.rows().into_iter().zip(ordered.rows_mut()) {
+                    ordered.iter_mut().zip(order).for_each(|(value, &column)| *value = row[column as usize]);
+                }
+                run(matrix, ordered.view())
+            }
+            (scales, _) => run(matrix, (&x * &ArrayView1::from(scales)).view()),
         }
     }
 
@@ -58,14 +86,23 @@ impl PackedMatrix {
         let codes = match self.format().weight_type {
             WeightType::F16 => return bytemuck::try_cast_slice(self.packed()).map_or(Weights::Other, Weights::F16),
             WeightType::Bf16 => return bytemuck::try_cast_slice(self.packed()).map_or(Weights::Other, Weights::Bf16),
-            WeightType::Nf4 => CodeFormat { bits: 4, signed: false, levels: Some(&NORMAL_FLOAT), zero: 0 },
-            WeightType::Ternary => CodeFormat { bits: 2, signed: false, levels: None, zero: 1 },
+            WeightType::Nf4 => levels(&NORMAL_FLOAT, 1.0),
+            WeightType::Fp4 => levels(&FP4, 1.0),
+            WeightType::MxFp4 => levels(&MXFP4_LEVELS, MXFP4_UNIT),
+            WeightType::Iq4Nl => levels(&IQ4_NL_LEVELS, 127.0),
+            WeightType::Ternary => CodeFormat { bits: 2, signed: false, levels: None, unit: 1.0, zero: 1 },
             WeightType::Int(bits) | WeightType::MxInt(bits) => {
-                CodeFormat { bits: bits.into(), signed: !self.format().has_zeros(), levels: None, zero: 0 }
+                let signed = !self.format().has_zeros() && !self.format().minimum;
+                CodeFormat { bits: bits.into(), signed, levels: None, unit: 1.0, zero: 0 }
             }
         };
         let shape = (self.nrows(), self.ncols());
-        let rows = PackedRows::new(codes, shape, self.packed(), self.scales(), self.zeros());
+        let offsets = match (self.zeros(), self.minimums()) {
+            ([], []) => Offsets::Same,
+            (zeros, []) => Offsets::Zeros(zeros),
+            (_, minimums) => Offsets::Minimums(minimums),
+        };
+        let rows = PackedRows::new(codes, shape, self.packed(), self.scales(), offsets);
         Weights::Packed(rows.expect("lengths that were checked when the matrix was made"))
     }
 }

@@ -25,6 +25,7 @@ fn formats() -> impl Strategy<Value = WeightFormat> {
         weight_type,
         group,
         symmetric,
+        minimum: false,
         scales: ScaleType::F32,
     })
 }
@@ -237,5 +238,150 @@ fn sums_beyond_32_bits() {
                 }
             }
         }
+    }
+}
+
+/// Every format that only files of other programs have, of random bytes.
+fn of_files(seed: u64) -> Vec<PackedMatrix> {
+    use ScaleType::{Bf16, F16, F32, Iq4Xs, Q2K, Q3K, Q4K, Q6K};
+    use WeightType::{Fp4, Int, Iq4Nl, MxFp4, Ternary};
+    let formats = [
+        (Int(4), 32, true, F16),
+        (Int(5), 32, true, F16),
+        (Int(4), 64, true, F32),
+        (Int(8), 16, true, Bf16),
+        (Int(4), 32, false, Bf16),
+        (Int(2), 16, true, Q2K),
+        (Int(3), 16, false, Q3K),
+        (Int(4), 32, true, Q4K),
+        (Int(5), 32, true, Q4K),
+        (Int(6), 16, false, Q6K),
+        (Iq4Nl, 32, false, Iq4Xs),
+        (Iq4Nl, 32, false, F16),
+        (MxFp4, 32, false, F32),
+        (Fp4, 64, false, F32),
+        (Ternary, 256, false, F16),
+    ];
+    let mut state = seed;
+    let mut next = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    let matrix = |(weight_type, group, minimum, scales): (WeightType, usize, bool, ScaleType)| {
+        let symmetric = !minimum;
+        let format = WeightFormat { weight_type, group: Group::Size(group), symmetric, minimum, scales };
+        let (rows, columns) = (7, 512);
+        let (of_scales, of_zeros) = format.row_scale_bytes(columns).unwrap();
+        let codes: Vec<u8> =
+            (0..rows * columns).map(|_| next() % if weight_type == Ternary { 3 } else { 255 }).collect();
+        let mut number = |bytes: usize| -> Vec<u8> {
+            let value = f32::from(next()) / 128.0 - 1.0;
+            match (weight_type, scales) {
+                (MxFp4, _) => vec![120 + next() % 10],
+                (_, F32) => value.to_le_bytes().to_vec(),
+                (_, Bf16) => half::bf16::from_f32(value).to_le_bytes().to_vec(),
+                (_, F16) => half::f16::from_f32(value).to_le_bytes().to_vec(),
+                _ => {
+                    let mut block: Vec<u8> = (0..bytes).map(|_| next()).collect();
+                    // Whatever is taken for the f16 numbers is small.
+                    let halves: &[usize] = match scales {
+                        Q2K => &[16, 18],
+                        Q3K => &[12],
+                        Q4K => &[0, 2],
+                        Q6K => &[16],
+                        _ => &[0],
+                    };
+                    let small = half::f16::from_f32(value / 16.0).to_le_bytes();
+                    halves.iter().for_each(|&at| block[at..at + 2].copy_from_slice(&small));
+                    block
+                }
+            }
+        };
+        let (count, bytes) = match scales.nested() {
+            Some(nested) => (rows * columns / 256, nested.bytes),
+            None => (rows * columns / group, 0),
+        };
+        let scale_bytes: Vec<u8> = (0..count).flat_map(|_| number(bytes)).collect();
+        let zeros = if of_zeros > 0 { (0..count).flat_map(|_| number(bytes)).collect() } else { vec![] };
+        assert_eq!(scale_bytes.len(), rows * of_scales);
+        PackedMatrix::from_unpacked(format, (rows, columns), &codes, &scale_bytes, zeros).unwrap()
+    };
+    formats.map(matrix).into()
+}
+
+/// Formats of files run on every instruction set as their dequantised weights say, with columns in any order, and come back from
+/// what is stored of them.
+#[test]
+fn formats_of_files_run() {
+    for packed in of_files(3) {
+        let format = packed.format();
+        let again = PackedMatrix::from_fields(
+            format,
+            (packed.nrows(), packed.ncols()),
+            packed.stored_codes(),
+            &packed.scale_bytes(),
+            packed.zero_bytes().to_vec(),
+        );
+        assert_eq!(again.unwrap(), packed, "{format:?}");
+        let bytes = packed.stored_codes().len() + packed.scale_bytes().len() + packed.zero_bytes().len();
+        assert_eq!(format.stored_bytes(packed.nrows(), packed.ncols()).unwrap(), bytes, "{format:?}");
+        let order: Vec<u32> = (0..512).map(|j| j * 37 % 512).collect();
+        let ordered = packed.clone().with_order(order.clone()).unwrap();
+        let (plain, moved) = (packed.dequantize(), ordered.dequantize());
+        for (stored, &column) in order.iter().enumerate() {
+            assert_eq!(plain.column(stored), moved.column(column as usize));
+        }
+        for (packed, weight) in [(&packed, plain), (&ordered, moved)] {
+            for batch in [1, 3, 40] {
+                let x = sample(batch, 512, 11) * 3.0;
+                for (activations, levels) in [(ActivationFormat::F32, 0.0), (ActivationFormat::Int8, 1.0)] {
+                    let inputs = if activations.rounds() { rounded(x.view(), activations) } else { x.clone() };
+                    let (expected, size) = slow(&inputs, &weight);
+                    let largest = packed.scales().iter().fold(0f64, |most, s| most.max(f64::from(s.abs())));
+                    // fp4's levels are rounded to 127ths.
+                    let coarse = if format.weight_type == WeightType::Fp4 { 0.5 / 127.0 * levels } else { 0.0 };
+                    for isa in available() {
+                        let y = packed.products_on(isa, x.view(), activations, false);
+                        for ((i, j), &found) in y.indexed_iter() {
+                            let sum: f64 = inputs.row(i).iter().map(|v| f64::from(v.abs())).sum();
+                            let allowed = 1e-5 + 1e-5 * size[[i, j]] + (4e-6 * 256.0 + 1.01 * coarse) * sum * largest;
+                            let off = (f64::from(found) - expected[[i, j]]).abs();
+                            assert!(
+                                off <= allowed,
+                                "{} {activations:?} {format:?}: {found}, {}",
+                                isa.name(),
+                                expected[[i, j]]
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What does not fit together is refused, and no rule can ask for a format of files.
+#[test]
+fn formats_that_contradict_themselves_are_refused() {
+    let read = |text: &str| serde_json::from_str::<WeightFormat>(text).unwrap();
+    for (text, columns) in [
+        (r#"{"type":"int4","group":32,"scales":"q4_k"}"#, 256),
+        (r#"{"type":"int4","group":32,"minimum":true,"scales":"q4_k"}"#, 32),
+        (r#"{"type":"int4","group":16,"minimum":true,"scales":"q4_k"}"#, 256),
+        (r#"{"type":"nf4","group":32,"minimum":true}"#, 256),
+        (r#"{"type":"int4","group":32,"minimum":true,"symmetric":true}"#, 256),
+        (r#"{"type":"f16","group":16,"scales":"q6_k"}"#, 256),
+    ] {
+        let refused = PackedMatrix::from_fields(read(text), (1, columns), vec![0; 128].into(), &[0; 16], vec![]);
+        assert!(refused.unwrap_err().to_string().contains("weight format"), "{text}");
+    }
+    for text in [r#"{"type":"int4","minimum":true}"#, r#"{"type":"iq4_nl"}"#, r#"{"type":"int4","scales":"bf16"}"#] {
+        assert!(read(text).check_made().unwrap_err().to_string().contains("not made"), "{text}");
+    }
+    let packed =
+        PackedMatrix::quantize(sample(2, 4, 1).view(), read(r#"{"type":"int4","group":4}"#), Clipping::Mse, None)
+            .unwrap();
+    for order in [vec![0, 1, 2], vec![0, 1, 2, 2], vec![0, 1, 2, 4]] {
+        assert!(packed.clone().with_order(order).is_err());
     }
 }

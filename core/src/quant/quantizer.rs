@@ -114,6 +114,33 @@ pub const NORMAL_FLOAT: [f32; 16] = [
     1.0,
 ];
 
+/// The levels of bitsandbytes' 4-bit floats, by code.
+pub const FP4: [f32; 16] = [
+    0.0,
+    0.005_208_333_3,
+    0.666_666_7,
+    1.0,
+    0.333_333_33,
+    0.5,
+    0.166_666_67,
+    0.25,
+    -0.0,
+    -0.005_208_333_3,
+    -0.666_666_7,
+    -1.0,
+    -0.333_333_33,
+    -0.5,
+    -0.166_666_67,
+    -0.25,
+];
+
+/// The levels of MXFP4 (E2M1 floats) at twice their size, by code.
+pub const MXFP4: [f32; 16] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
+
+/// The levels of llama.cpp's IQ4_NL and IQ4_XS.
+pub const IQ4_NL: [f32; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
+
 /// A way to write a weight as a code of at most eight bits.
 ///
 /// Weights are finite, and at most `LARGEST` in size.
@@ -136,6 +163,9 @@ impl WeightFormat {
             WeightType::Int(bits) if self.symmetric => Some(Box::new(Symmetric { bits: bits.into() })),
             WeightType::Int(bits) => Some(Box::new(Asymmetric { bits: bits.into() })),
             WeightType::Nf4 => Some(Box::new(NormalFloat)),
+            WeightType::Fp4 => Some(Box::new(Levels(&FP4))),
+            WeightType::MxFp4 => Some(Box::new(Levels(&MXFP4))),
+            WeightType::Iq4Nl => Some(Box::new(Levels(&IQ4_NL))),
             WeightType::MxInt(bits) => Some(Box::new(Microscaling { bits: bits.into() })),
             WeightType::Ternary => Some(Box::new(Ternary)),
             WeightType::F16 | WeightType::Bf16 => None,
@@ -317,6 +347,38 @@ impl Quantizer for NormalFloat {
 
     fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
         out.iter_mut().zip(codes).for_each(|(o, &c)| *o = NORMAL_FLOAT[usize::from(c & 15)] * params.scale);
+    }
+}
+
+/// Sixteen numbers in any order.
+struct Levels(&'static [f32; 16]);
+
+impl Levels {
+    fn nearest(&self, value: f32) -> usize {
+        let distance = |level: &f32| (level - value).abs();
+        let nearest = self.0.iter().enumerate().min_by(|(_, a), (_, b)| distance(a).total_cmp(&distance(b)));
+        nearest.map_or(0, |(place, _)| place)
+    }
+}
+
+impl Quantizer for Levels {
+    fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
+        let most = largest(self.0);
+        spans(or_zero(reach(weights, clipping) / most), 4, clipping)
+    }
+
+    fn round(&self, params: QuantParams, weights: &[f32], out: &mut [f32]) {
+        let reciprocal = reciprocal(params.scale);
+        out.iter_mut().zip(weights).for_each(|(o, w)| *o = self.0[self.nearest(w * reciprocal)] * params.scale);
+    }
+
+    fn encode(&self, params: QuantParams, weights: &[f32], codes: &mut [u8]) {
+        let reciprocal = reciprocal(params.scale);
+        codes.iter_mut().zip(weights).for_each(|(c, w)| *c = self.nearest(w * reciprocal) as u8);
+    }
+
+    fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = self.0[usize::from(c & 15)] * params.scale);
     }
 }
 

@@ -110,6 +110,7 @@ impl PackedMatrix {
             weight_type: WeightType::Ternary,
             group: Group::Tensor,
             symmetric: true,
+            minimum: false,
             scales: ScaleType::F32,
         };
         if let Some(found) = weights.iter().find(|w| !(-1..=1).contains(*w)) {
@@ -263,6 +264,7 @@ mod tests {
             weight_type,
             group,
             symmetric,
+            minimum: false,
             scales: if half { ScaleType::F16 } else { ScaleType::F32 },
         })
     }

@@ -244,6 +244,7 @@ impl LowRankConfig {
             }
             _ => {}
         }
+        self.weight.check_made()?;
         self.clipping.check(self.weight.weight_type)?;
         if self.weight.weight_type.is_float() && self.rounding == Rounding::Gptq {
             let found = format!("\"gptq\" for {}", self.weight.weight_type);

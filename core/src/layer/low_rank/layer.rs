@@ -29,8 +29,11 @@ pub struct LowRankLayer {
 }
 
 impl LowRankLayer {
-    /// Packed weights as they are, without a correction.
-    pub(in crate::layer) fn of_weight(weight: PackedMatrix, bias: Option<Array1<f32>>) -> Result<Self> {
+    /// Returns a layer of weights that are packed already, as in a file of another program, without a correction.
+    ///
+    /// # Errors
+    /// When the bias has another length than the outputs, or a number that is not finite.
+    pub fn of_weight(weight: PackedMatrix, bias: Option<Array1<f32>>) -> Result<Self> {
         let (out_features, in_features) = (weight.nrows(), weight.ncols());
         let factors = RowType::F16;
         let config =

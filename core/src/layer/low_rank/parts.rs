@@ -12,6 +12,9 @@ use crate::layer::method::{Method, read_config};
 use crate::layer::parts::{Codes, Factor, Parts, Side, Tensor, WeightRows};
 use crate::quant::{PackedMatrix, RowMatrix, RowType};
 
+/// The tensor that says which input each stored column of the weight is for.
+const INPUT_ORDER: &str = "input_order";
+
 /// Returns the arrays of a layer from its parts.
 ///
 /// # Errors
@@ -38,6 +41,14 @@ pub fn from_parts(mut parts: Parts) -> Result<Inner> {
             let scales = RowMatrix::from_bytes(RowType::F16, (1, inputs), &scales.data, &[])?;
             weight.with_column_scales(scales.to_f32().into_raw_vec_and_offset().0)?
         }
+        None => weight,
+    };
+    let weight = match parts.tensor(INPUT_ORDER) {
+        Some(order) if order.dtype == "U32" => {
+            let order = order.data.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
+            weight.with_order(order)?
+        }
+        Some(order) => return Err(Error::expected("dtype of an order of inputs", &order.dtype, "U32")),
         None => weight,
     };
     let mut singular_values = match parts.tensor("singular_values") {
@@ -86,8 +97,8 @@ pub fn to_parts(inner: &Inner) -> Parts {
     parts.weights = Some(WeightRows {
         rows: inner.weight.nrows(),
         packed: inner.weight.stored_codes(),
-        scales: inner.weight.scale_bytes().into(),
-        zeros: inner.weight.zeros().to_vec().into(),
+        scales: inner.weight.scale_bytes(),
+        zeros: inner.weight.zero_bytes(),
     });
     for (side, rows) in [(Side::A, &inner.a), (Side::B, &inner.b)] {
         if inner.config.rank == 0 {
@@ -114,6 +125,11 @@ pub fn to_parts(inner: &Inner) -> Parts {
         let halves = inner.weight.column_scales().iter().flat_map(|&s| f16::from_f32(s).to_le_bytes());
         let (data, shape) = (halves.collect::<Vec<u8>>().into(), vec![inner.config.in_features]);
         parts.tensors.push(Tensor { name: "column_scales".into(), dtype: "F16".into(), shape, data });
+    }
+    if !inner.weight.order().is_empty() {
+        let data = inner.weight.order().iter().flat_map(|column| column.to_le_bytes()).collect::<Vec<u8>>().into();
+        let shape = vec![inner.config.in_features];
+        parts.tensors.push(Tensor { name: INPUT_ORDER.into(), dtype: "U32".into(), shape, data });
     }
     if let Some(correction) = &inner.bias_correction {
         let data = correction.bytes().into_raw_vec_and_offset().0.into();

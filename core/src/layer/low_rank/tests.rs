@@ -34,7 +34,7 @@ fn configs() -> impl Strategy<Value = LowRankConfig> {
         |(weight_type, factors, scaling, [symmetric, gptq, half, bias_correction, dual], rank)| {
             let scales = if half { ScaleType::F16 } else { ScaleType::F32 };
             LowRankConfig {
-                weight: WeightFormat { weight_type, group: Group::Size(4), symmetric, scales },
+                weight: WeightFormat { weight_type, group: Group::Size(4), symmetric, minimum: false, scales },
                 rounding: if gptq && !weight_type.is_float() { Rounding::Gptq } else { Rounding::Nearest },
                 rank: Rank::Components(rank),
                 factors,

@@ -34,6 +34,7 @@ impl Default for TernaryConfig {
                     weight_type: WeightType::Ternary,
                     group: Group::Tensor,
                     symmetric: true,
+                    minimum: false,
                     scales: ScaleType::F32,
                 },
                 clipping: Clipping::Absmean,
