@@ -20,7 +20,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     check_place(&context.store)?;
     let rules = args.rules.as_deref().map(Rules::open).transpose()?.unwrap_or_default();
     let calibration = args.calibration.as_deref().map(CalibrationFile::open).transpose()?;
-    let source = formats::open(&args.checkpoint)?;
+    let source = formats::open_with(&args.checkpoint, formats::OpenOptions { keep_names: args.keep_names })?;
     if args.dry_run {
         let plan = tokio::task::block_in_place(|| compress::preview(&*source, &rules, calibration.as_ref()))?;
         context.output.result(&plan, planned)?;

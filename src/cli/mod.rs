@@ -184,8 +184,8 @@ struct RepairArgs {
 
 #[derive(Debug, Args)]
 struct ImportArgs {
-    /// A .safetensors file, an index of shards (.json), a folder of either, or a .keras file of Keras-MML's layers. In a folder
-    /// the index, or the shards' numbers, say what belongs to it; the rest is left out with a note.
+    /// A .safetensors file, an index of shards (.json), a folder of either, a .gguf file (any part of a split one), or a .keras file
+    /// of Keras-MML's layers. In a folder the index, or the shards' numbers, say what belongs to it; the rest is left out with a note.
     checkpoint: PathBuf,
     /// The name to store it under; what the store held under that name is replaced.
     #[arg(long)]
@@ -197,6 +197,9 @@ struct ImportArgs {
     /// the inputs' statistics.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
+    /// Of a GGUF model: keep the names and the order of rows that the file has, in place of those of Hugging Face's transformers.
+    #[arg(long)]
+    keep_names: bool,
     /// A message for the log.
     #[arg(long, value_name = "TEXT")]
     message: Option<String>,

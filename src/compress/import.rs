@@ -275,9 +275,10 @@ impl Item for Planned {
                 Source { file: from.file_name(&weight.name), tensors, metadata: BTreeMap::new() }
             }
             SourceContent::Ready { layer, .. } => {
+                let layer = layer.load()?;
                 let id = layer.to_parts().id();
                 recipe.artifact(id);
-                let tensors = source_tensors(&self.source.name, &**layer, id)?;
+                let tensors = source_tensors(&self.source.name, &*layer, id)?;
                 Source { file: from.file_name(&self.source.name), tensors, metadata: BTreeMap::new() }
             }
         };
@@ -297,7 +298,10 @@ impl Item for Planned {
                 let bias = bias.as_ref().map(|b| inputs.source.vector(b)).transpose()?;
                 (inputs.source.matrix(weight)?, bias)
             }
-            SourceContent::Ready { layer, .. } => (layer.weight()?, layer.stored_bias()?),
+            SourceContent::Ready { layer, .. } => {
+                let layer = layer.load()?;
+                (layer.weight()?, layer.stored_bias()?)
+            }
         };
         let calibration = match inputs.calibration.as_ref().filter(|_| self.calibrated) {
             Some(calibration) => calibration.get(&self.source.name, weight.ncols())?,
@@ -327,7 +331,9 @@ impl Item for Planned {
     fn configuration(&self, stored: &Value) -> Value {
         match (&self.method, &self.source.content) {
             (Some(method), _) => method.with_stored(stored),
-            (None, SourceContent::Ready { layer, .. }) => layer.config(),
+            (None, SourceContent::Ready { layer, .. }) => {
+                layer.in_memory().map_or_else(|| stored.clone(), |layer| layer.config())
+            }
             (None, SourceContent::Tensors { .. }) => stored.clone(),
         }
     }
@@ -337,7 +343,7 @@ impl Planned {
     /// The layer as the source has it, bit for bit.
     fn as_it_is(&self, source: &dyn TensorSource) -> Result<Compressed> {
         let (parts, relative_error) = match &self.source.content {
-            SourceContent::Ready { layer, .. } => (layer.to_parts(), None),
+            SourceContent::Ready { layer, .. } => (layer.load()?.to_parts(), None),
             SourceContent::Tensors { weight, bias } => {
                 let bias = bias.as_ref().map(|b| {
                     source.refuse_nan(b)?;

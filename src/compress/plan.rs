@@ -39,6 +39,10 @@ impl Planned {
                 Ok(weight.byte_len() + bias.as_ref().map_or(0, TensorInfo::byte_len))
             }
             SourceContent::Ready { layer, .. } => {
+                let Some(layer) = layer.in_memory() else {
+                    let LayerShape { out_features, in_features, has_bias } = layer.shape()?;
+                    return Ok(4 * (out_features * in_features + usize::from(has_bias) * out_features) as u64);
+                };
                 let tensors = crate::store::source_tensors(&self.source.name, &**layer, layer.to_parts().id())?;
                 Ok(tensors.iter().map(|t| 4 * t.shape.iter().product::<usize>() as u64).sum())
             }
@@ -52,7 +56,10 @@ fn shape_of(content: &SourceContent) -> (u64, u64) {
             let rows = weight.shape.first().copied().unwrap_or(1);
             (rows as u64, weight.shape.iter().skip(1).product::<usize>() as u64)
         }
-        SourceContent::Ready { layer, .. } => (layer.out_features() as u64, layer.in_features() as u64),
+        SourceContent::Ready { layer, .. } => {
+            let (rows, columns) = layer.dimensions();
+            (rows as u64, columns as u64)
+        }
     }
 }
 
@@ -60,7 +67,7 @@ fn lengths_of(content: &SourceContent) -> Result<LayerShape> {
     let (out_features, in_features) = shape_of(content);
     let has_bias = match content {
         SourceContent::Tensors { bias, .. } => bias.is_some(),
-        SourceContent::Ready { layer, .. } => layer.stored_bias()?.is_some(),
+        SourceContent::Ready { layer, .. } => return layer.shape(),
     };
     Ok(LayerShape { out_features: out_features as usize, in_features: in_features as usize, has_bias })
 }

@@ -62,7 +62,7 @@ fn values_of(source: &dyn TensorSource, layer: &Planned) -> Result<()> {
             std::iter::once(weight).chain(bias).try_for_each(check)
         }
         (SourceContent::Ready { layer: ready, .. }, Some(_)) => {
-            let weight = ready.weight()?;
+            let weight = ready.load()?.weight()?;
             match weight.iter().position(|v| !v.is_finite()) {
                 Some(index) => {
                     let value = weight.iter().nth(index).copied().unwrap_or(f32::NAN);
@@ -71,6 +71,6 @@ fn values_of(source: &dyn TensorSource, layer: &Planned) -> Result<()> {
                 None => Ok(()),
             }
         }
-        (SourceContent::Ready { .. }, None) => Ok(()),
+        (SourceContent::Ready { layer: ready, .. }, None) => ready.load().map(drop),
     }
 }

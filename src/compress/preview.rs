@@ -60,7 +60,7 @@ pub fn preview(source: &dyn TensorSource, rules: &Rules, calibration: Option<&Ca
         let dense_bytes = planned.dense_bytes()?;
         let expected_bytes = match (&planned.method, &planned.source.content) {
             (None, SourceContent::Tensors { .. }) => Some(dense_bytes),
-            (None, SourceContent::Ready { layer, .. }) => Some(layer.to_parts().stored_bytes()),
+            (None, SourceContent::Ready { layer, .. }) => Some(layer.stored_bytes()),
             (Some(method), _) => method.expected_bytes(planned.lengths()?)?.map(|bytes| bytes as u64),
         };
         let method = match (&planned.method, &planned.source.content) {

@@ -5,12 +5,13 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
 
 use crate::error::{Error, Result};
-use crate::layer::{DType, SharedLayer};
+use crate::layer::{DType, LayerShape, MethodName, SharedLayer};
 
 /// A tensor of a source.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,10 +61,103 @@ pub enum SourceContent {
     /// A layer that the file holds in a compressed form, or that is no tensor: it is stored as it is.
     Ready {
         /// The layer.
-        layer: SharedLayer,
+        layer: ReadyLayer,
         /// Whether a rule may compress it (again).
         takes_rules: bool,
     },
+}
+
+/// A layer that a source holds as one, read when it is asked for.
+#[derive(Clone)]
+pub struct ReadyLayer(Ready);
+
+#[derive(Clone)]
+enum Ready {
+    Here(SharedLayer),
+    Lazy { shape: LayerShape, method: MethodName, stored_bytes: u64, load: Load },
+}
+
+type Load = Arc<dyn Fn() -> Result<SharedLayer> + Send + Sync>;
+
+impl fmt::Debug for ReadyLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReadyLayer({})", self.method())
+    }
+}
+
+impl ReadyLayer {
+    /// Wraps a layer that is in memory.
+    pub fn new(layer: SharedLayer) -> Self {
+        ReadyLayer(Ready::Here(layer))
+    }
+
+    /// Describes a layer that `load` reads: a linear one of this shape and method, of so many bytes as it is stored.
+    pub fn lazy(
+        shape: LayerShape,
+        method: MethodName,
+        stored_bytes: u64,
+        load: impl Fn() -> Result<SharedLayer> + Send + Sync + 'static,
+    ) -> Self {
+        ReadyLayer(Ready::Lazy { shape, method, stored_bytes, load: Arc::new(load) })
+    }
+
+    /// Returns the layer's shape.
+    ///
+    /// # Errors
+    /// When its bias cannot be told.
+    pub fn shape(&self) -> Result<LayerShape> {
+        Ok(match &self.0 {
+            Ready::Here(layer) => LayerShape {
+                out_features: layer.out_features(),
+                in_features: layer.in_features(),
+                has_bias: layer.stored_bias()?.is_some(),
+            },
+            Ready::Lazy { shape, .. } => *shape,
+        })
+    }
+
+    /// Returns the numbers of rows and columns of its weight.
+    pub fn dimensions(&self) -> (usize, usize) {
+        match &self.0 {
+            Ready::Here(layer) => (layer.out_features(), layer.in_features()),
+            Ready::Lazy { shape, .. } => (shape.out_features, shape.in_features),
+        }
+    }
+
+    /// Returns the layer's method.
+    pub fn method(&self) -> MethodName {
+        match &self.0 {
+            Ready::Here(layer) => layer.method(),
+            Ready::Lazy { method, .. } => method.clone(),
+        }
+    }
+
+    /// Returns the bytes that it takes as it is stored.
+    pub fn stored_bytes(&self) -> u64 {
+        match &self.0 {
+            Ready::Here(layer) => layer.to_parts().stored_bytes(),
+            Ready::Lazy { stored_bytes, .. } => *stored_bytes,
+        }
+    }
+
+    /// Returns the layer where it is in memory.
+    pub fn in_memory(&self) -> Option<&SharedLayer> {
+        match &self.0 {
+            Ready::Here(layer) => Some(layer),
+            Ready::Lazy { .. } => None,
+        }
+    }
+
+    /// Returns the layer, which is read now where it is not in memory.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn load(&self) -> Result<SharedLayer> {
+        match &self.0 {
+            Ready::Here(layer) => Ok(layer.clone()),
+            Ready::Lazy { load, .. } => load(),
+        }
+    }
 }
 
 /// A file or folder of tensors that a model is imported from.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use self::archive::Archive;
-use super::source::{SourceContent, SourceLayer, TensorInfo, TensorSource};
+use super::source::{ReadyLayer, SourceContent, SourceLayer, TensorInfo, TensorSource};
 use crate::error::{Error, Result};
 use crate::layer::DenseLayer;
 use crate::nn::Module;
@@ -64,7 +64,7 @@ impl TensorSource for KerasSource {
         let all = self.module.to_layers(KERAS_ROOT).into_iter();
         let ready = |(name, layer): (String, crate::layer::SharedLayer)| {
             let takes_rules = layer.downcast_ref::<DenseLayer>().is_some();
-            SourceLayer { name, content: SourceContent::Ready { layer, takes_rules } }
+            SourceLayer { name, content: SourceContent::Ready { layer: ReadyLayer::new(layer), takes_rules } }
         };
         all.map(ready).collect()
     }

@@ -192,8 +192,13 @@ impl Layer for LowRankLayer {
     }
 
     fn weight(&self) -> Result<Array2<f32>> {
+        let weight = self.inner.weight.dequantize();
+        // Nothing is added where there is no correction: 0 less than 0 stays so.
+        if self.inner.config.rank == 0 {
+            return Ok(weight);
+        }
         let (a, b) = self.factors();
-        Ok(self.inner.weight.dequantize() + matmul(a.t(), b.view()))
+        Ok(weight + matmul(a.t(), b.view()))
     }
 
     fn rows(&self, indices: &[u32]) -> Result<Array2<f32>> {

@@ -1,0 +1,179 @@
+//! Names of tensors: those of llama.cpp, and those that Hugging Face's transformers has for the same ones.
+
+use std::collections::BTreeMap;
+
+use super::header::Value;
+
+/// What becomes of a tensor whose weights are stored in another way than transformers has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing.
+    None,
+    /// Each head's rows lie in pairs, for rotary positions: they are put back in halves. So many heads.
+    Unpermute(usize),
+    /// One was added to the weights of a norm: it is taken away.
+    LessOne,
+}
+
+/// A family of models whose names are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    Llama,
+    Bert,
+}
+
+/// How the tensors of a model are named.
+#[derive(Debug)]
+pub struct Names {
+    architecture: String,
+    heads: Option<usize>,
+    key_heads: Option<usize>,
+}
+
+/// Tensors of a whole model: llama.cpp's name, and transformers'.
+const LLAMA: [(&str, &str); 3] =
+    [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
+
+/// Tensors of a block.
+const LLAMA_BLOCK: [(&str, &str); 15] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_qkv", "self_attn.qkv_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate_inp", "mlp.gate"),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+];
+
+const BERT: [(&str, &str); 4] = [
+    ("token_embd", "embeddings.word_embeddings"),
+    ("token_types", "embeddings.token_type_embeddings"),
+    ("position_embd", "embeddings.position_embeddings"),
+    ("token_embd_norm", "embeddings.LayerNorm"),
+];
+
+const BERT_BLOCK: [(&str, &str); 8] = [
+    ("attn_q", "attention.self.query"),
+    ("attn_k", "attention.self.key"),
+    ("attn_v", "attention.self.value"),
+    ("attn_output", "attention.output.dense"),
+    ("attn_output_norm", "attention.output.LayerNorm"),
+    ("ffn_up", "intermediate.dense"),
+    ("ffn_down", "output.dense"),
+    ("layer_output_norm", "output.LayerNorm"),
+];
+
+fn in_table(table: &[(&'static str, &'static str)], name: &str) -> Option<&'static str> {
+    table.iter().find(|(theirs, _)| *theirs == name).map(|(_, ours)| *ours)
+}
+
+impl Names {
+    /// Finds out how the tensors of a model with such metadata are named.
+    pub fn of(metadata: &BTreeMap<String, Value>) -> Self {
+        let architecture = metadata.get("general.architecture").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let count = |key: &str| metadata.get(&format!("{architecture}.attention.{key}")).and_then(Value::as_usize);
+        let heads = count("head_count");
+        let key_heads = count("head_count_kv").or(heads);
+        Names { architecture, heads, key_heads }
+    }
+
+    /// Returns the model's architecture, as llama.cpp calls it.
+    pub fn architecture(&self) -> &str {
+        &self.architecture
+    }
+
+    /// Returns whether transformers' names are known for the architecture.
+    pub fn is_known(&self) -> bool {
+        self.family().is_some()
+    }
+
+    fn family(&self) -> Option<Family> {
+        match self.architecture.as_str() {
+            "llama" | "qwen2" | "qwen3" | "gemma" | "gemma2" | "gemma3" | "phi3" => Some(Family::Llama),
+            "bert" => Some(Family::Bert),
+            _ => None,
+        }
+    }
+
+    /// Returns transformers' name of a tensor, or its own where none is known, and what has to be undone.
+    pub fn of_tensor(&self, name: &str) -> (String, Change) {
+        self.translated(name).unwrap_or_else(|| (name.to_owned(), Change::None))
+    }
+
+    fn translated(&self, name: &str) -> Option<(String, Change)> {
+        let (stem, kind) = name.rsplit_once('.')?;
+        let family = self.family()?;
+        let block = stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+        let block = block.filter(|(number, _)| number.parse::<u32>().is_ok_and(|n| n.to_string() == *number));
+        let change = match block {
+            Some((_, "attn_q")) if self.architecture == "llama" => self.heads.map(Change::Unpermute),
+            Some((_, "attn_k")) if self.architecture == "llama" => self.key_heads.map(Change::Unpermute),
+            _ if self.architecture.starts_with("gemma") && stem.ends_with("norm") && kind == "weight" => {
+                Some(Change::LessOne)
+            }
+            _ => None,
+        };
+        let translated = match (family, block) {
+            (Family::Llama, None) => in_table(&LLAMA, stem)?.to_owned(),
+            (Family::Llama, Some((number, part))) => {
+                format!("model.layers.{number}.{}", self.in_llama_block(part)?)
+            }
+            (Family::Bert, None) => in_table(&BERT, stem)?.to_owned(),
+            (Family::Bert, Some((number, part))) => format!("encoder.layer.{number}.{}", in_table(&BERT_BLOCK, part)?),
+        };
+        Some((format!("{translated}.{kind}"), change.unwrap_or(Change::None)))
+    }
+
+    fn in_llama_block(&self, part: &str) -> Option<&'static str> {
+        let has_feed_forward_norms = matches!(self.architecture.as_str(), "gemma2" | "gemma3");
+        match (self.architecture.as_str(), part) {
+            ("phi3", "ffn_up") => Some("mlp.gate_up_proj"),
+            (_, "ffn_norm") if has_feed_forward_norms => Some("pre_feedforward_layernorm"),
+            (_, "post_attention_norm" | "post_ffw_norm") if !has_feed_forward_norms => None,
+            _ => in_table(&LLAMA_BLOCK, part),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(architecture: &str) -> Names {
+        let count = |key: &str, n| (format!("{architecture}.attention.{key}"), Value::Unsigned(n));
+        let architecture = ("general.architecture".to_owned(), Value::Text(architecture.to_owned()));
+        Names::of(&[architecture, count("head_count", 9), count("head_count_kv", 3)].into())
+    }
+
+    #[test]
+    fn names_are_those_of_transformers() {
+        for (architecture, theirs, ours, change) in [
+            ("llama", "token_embd.weight", "model.embed_tokens.weight", Change::None),
+            ("llama", "output.weight", "lm_head.weight", Change::None),
+            ("llama", "blk.12.attn_q.weight", "model.layers.12.self_attn.q_proj.weight", Change::Unpermute(9)),
+            ("llama", "blk.0.attn_k.weight", "model.layers.0.self_attn.k_proj.weight", Change::Unpermute(3)),
+            ("llama", "blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight", Change::None),
+            ("llama", "blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight", Change::None),
+            ("llama", "rope_freqs.weight", "rope_freqs.weight", Change::None),
+            ("llama", "blk.01.attn_q.weight", "blk.01.attn_q.weight", Change::None),
+            ("qwen2", "blk.3.attn_q.bias", "model.layers.3.self_attn.q_proj.bias", Change::None),
+            ("qwen3", "blk.3.attn_q_norm.weight", "model.layers.3.self_attn.q_norm.weight", Change::None),
+            ("phi3", "blk.1.ffn_up.weight", "model.layers.1.mlp.gate_up_proj.weight", Change::None),
+            ("gemma", "blk.1.ffn_norm.weight", "model.layers.1.post_attention_layernorm.weight", Change::LessOne),
+            ("gemma2", "blk.1.ffn_norm.weight", "model.layers.1.pre_feedforward_layernorm.weight", Change::LessOne),
+            ("bert", "blk.5.layer_output_norm.bias", "encoder.layer.5.output.LayerNorm.bias", Change::None),
+            ("bert", "token_types.weight", "embeddings.token_type_embeddings.weight", Change::None),
+            ("rwkv7", "token_embd.weight", "token_embd.weight", Change::None),
+        ] {
+            assert_eq!(names(architecture).of_tensor(theirs), (ours.to_owned(), change), "{architecture} {theirs}");
+        }
+    }
+}
