@@ -9,6 +9,8 @@ mod gguf;
 mod keras;
 mod merged;
 mod opened;
+mod packed;
+mod quantized;
 mod regular;
 mod safetensors;
 mod source;
@@ -53,10 +55,11 @@ const FORMATS: [Format; 3] = [
         is: |path| path.extension().is_some_and(|extension| extension == "gguf"),
         open: |path, options| Ok(Arc::new(GgufSource::open(path, options.keep_names)?)),
     },
-    Format { is: |_| true, open: |path, _| Ok(Arc::new(SafetensorsSource::open(path)?)) },
+    Format { is: |_| true, open: |path, _| quantized::QuantizedSource::of(SafetensorsSource::open(path)?) },
 ];
 
-/// Opens a model: a `.safetensors` file, an index of shards, a folder that holds either, a `.gguf` file, or a `.keras` archive.
+/// Opens a model: a `.safetensors` file, an index of shards, a folder that holds either (quantised by GPTQ, AWQ, compressed-tensors or
+/// bitsandbytes or not, as its `config.json` says), a `.gguf` file, or a `.keras` archive.
 ///
 /// The files should not be changed while the source is open. What a file no longer holds whole is an error when it is read.
 ///

@@ -10,7 +10,8 @@ use super::trits::TRITS;
 use crate::error::{Error, Result};
 
 /// The type of a weight's code. Written `"int2"` to `"int8"`, `"nf4"`, `"mxint2"` to `"mxint8"`, `"ternary"`, `"f16"` or
-/// `"bf16"`; and of weights that another program has quantised `"fp4"`, `"mxfp4"` or `"iq4_nl"`.
+/// `"bf16"`; and of weights that another program has quantised `"fp4"`, `"mxfp4"`, `"iq4_nl"`,
+/// `"f8_e4m3"` or `"f8_e5m2"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WeightType {
     /// Integers of this many bits, 2 to 8.
@@ -23,6 +24,10 @@ pub enum WeightType {
     MxFp4,
     /// The 16 integers of llama.cpp's IQ4_NL and IQ4_XS.
     Iq4Nl,
+    /// 8-bit floats of 4 bits of exponent, without infinity (E4M3FN).
+    F8E4M3,
+    /// 8-bit floats of 5 bits of exponent.
+    F8E5M2,
     /// Signed integers of this many bits, 2 to 8, whose scale is a power of two (OCP Microscaling's MXINT).
     MxInt(u8),
     /// −1, 0 and 1: two bits each in memory, five to a byte where they are stored (BitNet b1.58).
@@ -39,6 +44,7 @@ impl WeightType {
         match self {
             WeightType::Int(bits) | WeightType::MxInt(bits) => bits.into(),
             WeightType::Nf4 | WeightType::Fp4 | WeightType::MxFp4 | WeightType::Iq4Nl => 4,
+            WeightType::F8E4M3 | WeightType::F8E5M2 => 8,
             WeightType::Ternary => 2,
             WeightType::F16 | WeightType::Bf16 => 16,
         }
@@ -74,6 +80,8 @@ impl WeightType {
             "fp4" => Some(WeightType::Fp4),
             "mxfp4" => Some(WeightType::MxFp4),
             "iq4_nl" => Some(WeightType::Iq4Nl),
+            "f8_e4m3" => Some(WeightType::F8E4M3),
+            "f8_e5m2" => Some(WeightType::F8E5M2),
             "ternary" => Some(WeightType::Ternary),
             "f16" => Some(WeightType::F16),
             "bf16" => Some(WeightType::Bf16),
@@ -93,6 +101,8 @@ impl fmt::Display for WeightType {
             WeightType::Fp4 => f.write_str("fp4"),
             WeightType::MxFp4 => f.write_str("mxfp4"),
             WeightType::Iq4Nl => f.write_str("iq4_nl"),
+            WeightType::F8E4M3 => f.write_str("f8_e4m3"),
+            WeightType::F8E5M2 => f.write_str("f8_e5m2"),
             WeightType::Ternary => f.write_str("ternary"),
             WeightType::MxInt(bits) => write!(f, "mxint{bits}"),
             WeightType::F16 => f.write_str("f16"),
@@ -268,7 +278,7 @@ impl WeightFormat {
     /// When it is one of those that only come from files of other programs.
     pub fn check_made(&self) -> Result<()> {
         let of_files = match self.weight_type {
-            WeightType::Fp4 | WeightType::MxFp4 | WeightType::Iq4Nl => true,
+            WeightType::Fp4 | WeightType::MxFp4 | WeightType::Iq4Nl | WeightType::F8E4M3 | WeightType::F8E5M2 => true,
             _ => self.minimum || !matches!(self.scales, ScaleType::F32 | ScaleType::F16),
         };
         match of_files {

@@ -34,7 +34,7 @@ pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};
 pub use product::{ProductFormat, ProductQuantizer};
 pub(crate) use quantizer::absmean_scale;
-pub use quantizer::{Clipping, IQ4_NL, NORMAL_FLOAT, QuantParams, Quantizer};
+pub use quantizer::{Clipping, FP4, IQ4_NL, NORMAL_FLOAT, QuantParams, Quantizer};
 pub use row_format::{RowFormat, RowType};
 pub use rows::RowMatrix;
 

@@ -5,7 +5,7 @@ use ndarray::Array2;
 
 use super::format::{WeightFormat, WeightType};
 use super::packing::{pack, unpack};
-use super::quantizer::{QuantParams, Quantizer};
+use super::quantizer::{F8_E4M3, F8_E5M2, QuantParams, Quantizer};
 use super::trits::{from_trits, to_trits};
 use crate::error::{Error, Result};
 use crate::kernels::widen_bytes;
@@ -229,6 +229,14 @@ impl PackedMatrix {
                     false => matrix.zeros = zeros,
                 }
             }
+        }
+        let table = match format.weight_type {
+            WeightType::F8E4M3 => Some(&F8_E4M3),
+            WeightType::F8E5M2 => Some(&F8_E5M2),
+            _ => None,
+        };
+        if let Some(table) = table {
+            require_finite("the weights", matrix.packed.iter().map(|&code| &table[usize::from(code)]))?;
         }
         require_finite("the scales", matrix.scales.iter())?;
         require_finite("the minimums", matrix.minimums.iter())?;

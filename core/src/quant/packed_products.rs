@@ -90,6 +90,7 @@ impl PackedMatrix {
             WeightType::Fp4 => levels(&FP4, 1.0),
             WeightType::MxFp4 => levels(&MXFP4_LEVELS, MXFP4_UNIT),
             WeightType::Iq4Nl => levels(&IQ4_NL_LEVELS, 127.0),
+            WeightType::F8E4M3 | WeightType::F8E5M2 => return Weights::Other,
             WeightType::Ternary => CodeFormat { bits: 2, signed: false, levels: None, unit: 1.0, zero: 1 },
             WeightType::Int(bits) | WeightType::MxInt(bits) => {
                 let signed = !self.format().has_zeros() && !self.format().minimum;

@@ -244,7 +244,7 @@ fn sums_beyond_32_bits() {
 /// Every format that only files of other programs have, of random bytes.
 fn of_files(seed: u64) -> Vec<PackedMatrix> {
     use ScaleType::{Bf16, F16, F32, Iq4Xs, Q2K, Q3K, Q4K, Q6K};
-    use WeightType::{Fp4, Int, Iq4Nl, MxFp4, Ternary};
+    use WeightType::{F8E4M3, F8E5M2, Fp4, Int, Iq4Nl, MxFp4, Ternary};
     let formats = [
         (Int(4), 32, true, F16),
         (Int(5), 32, true, F16),
@@ -261,6 +261,8 @@ fn of_files(seed: u64) -> Vec<PackedMatrix> {
         (MxFp4, 32, false, F32),
         (Fp4, 64, false, F32),
         (Ternary, 256, false, F16),
+        (F8E4M3, 512, false, F16),
+        (F8E5M2, 128, false, F32),
     ];
     let mut state = seed;
     let mut next = move || {
@@ -272,8 +274,12 @@ fn of_files(seed: u64) -> Vec<PackedMatrix> {
         let format = WeightFormat { weight_type, group: Group::Size(group), symmetric, minimum, scales };
         let (rows, columns) = (7, 512);
         let (of_scales, of_zeros) = format.row_scale_bytes(columns).unwrap();
-        let codes: Vec<u8> =
-            (0..rows * columns).map(|_| next() % if weight_type == Ternary { 3 } else { 255 }).collect();
+        let below = match weight_type {
+            Ternary => 3,
+            F8E4M3 | F8E5M2 => 100,
+            _ => 255,
+        };
+        let codes: Vec<u8> = (0..rows * columns).map(|_| next() % below).collect();
         let mut number = |bytes: usize| -> Vec<u8> {
             let value = f32::from(next()) / 128.0 - 1.0;
             match (weight_type, scales) {
@@ -384,4 +390,23 @@ fn formats_that_contradict_themselves_are_refused() {
     for order in [vec![0, 1, 2], vec![0, 1, 2, 2], vec![0, 1, 2, 4]] {
         assert!(packed.clone().with_order(order).is_err());
     }
+}
+
+/// The tables of 8-bit floats are those of the formats, by their definitions.
+#[test]
+fn eight_bit_floats_are_as_defined() {
+    use super::quantizer::{F8_E4M3, F8_E5M2};
+    for code in 0..=255u8 {
+        // E5M2 is the upper half of an f16.
+        let expected = half::f16::from_bits(u16::from(code) << 8).to_f32();
+        let found = F8_E5M2[usize::from(code)];
+        assert!(found == expected || (found.is_nan() && expected.is_nan()), "{code}: {found} {expected}");
+    }
+    for (code, expected) in [(0, 0.0), (1, 0.001953125), (7, 0.013671875), (8, 0.015625), (0x38, 1.0), (0x7e, 448.0)] {
+        assert_eq!((F8_E4M3[code], F8_E4M3[code + 128]), (expected, -expected));
+    }
+    assert!(F8_E4M3[0x7f].is_nan() && F8_E4M3[0xff].is_nan());
+    let format = WeightFormat { weight_type: WeightType::F8E4M3, group: Group::Channel, ..WeightFormat::default() };
+    let of = |codes: [u8; 2]| PackedMatrix::from_unpacked(format, (1, 2), &codes, &1f32.to_le_bytes(), vec![]);
+    assert!(of([0x38, 1]).is_ok() && of([0x38, 0x7f]).unwrap_err().to_string().contains("the weights"));
 }

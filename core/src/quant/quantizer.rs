@@ -124,7 +124,7 @@ pub const FP4: [f32; 16] = [
     0.5,
     0.166_666_67,
     0.25,
-    -0.0,
+    0.0,
     -0.005_208_333_3,
     -0.666_666_7,
     -1.0,
@@ -140,6 +140,33 @@ pub const MXFP4: [f32; 16] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0
 /// The levels of llama.cpp's IQ4_NL and IQ4_XS.
 pub const IQ4_NL: [f32; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
+
+/// The 8-bit floats of 4 bits of exponent, by code; NaN at 127 and 255.
+pub(super) static F8_E4M3: [f32; 256] = eight_bits(4);
+
+/// The 8-bit floats of 5 bits of exponent, by code; infinite at 124 and 252, NaN above.
+pub(super) static F8_E5M2: [f32; 256] = eight_bits(5);
+
+const fn eight_bits(exponent_bits: u32) -> [f32; 256] {
+    let (fraction_bits, bias) = (7 - exponent_bits, (1i32 << (exponent_bits - 1)) - 1);
+    let mut all = [0f32; 256];
+    let mut code = 0usize;
+    while code < 256 {
+        let exponent = (code as u32 >> fraction_bits) & ((1 << exponent_bits) - 1);
+        let fraction = code as u32 & ((1 << fraction_bits) - 1);
+        let whole = if exponent == 0 { fraction } else { fraction | 1 << fraction_bits };
+        let power = (if exponent == 0 { 1 } else { exponent as i32 }) - bias - fraction_bits as i32;
+        let size = whole as f32 * f32::from_bits(((power + 127) as u32) << 23);
+        let size = match (exponent_bits, code & 127) {
+            (4, 127) | (5, 125..) => f32::NAN,
+            (5, 124) => f32::INFINITY,
+            _ => size,
+        };
+        all[code] = if code > 127 { -size } else { size };
+        code += 1;
+    }
+    all
+}
 
 /// A way to write a weight as a code of at most eight bits.
 ///
@@ -166,6 +193,8 @@ impl WeightFormat {
             WeightType::Fp4 => Some(Box::new(Levels(&FP4))),
             WeightType::MxFp4 => Some(Box::new(Levels(&MXFP4))),
             WeightType::Iq4Nl => Some(Box::new(Levels(&IQ4_NL))),
+            WeightType::F8E4M3 => Some(Box::new(Levels(&F8_E4M3))),
+            WeightType::F8E5M2 => Some(Box::new(Levels(&F8_E5M2))),
             WeightType::MxInt(bits) => Some(Box::new(Microscaling { bits: bits.into() })),
             WeightType::Ternary => Some(Box::new(Ternary)),
             WeightType::F16 | WeightType::Bf16 => None,
@@ -350,20 +379,21 @@ impl Quantizer for NormalFloat {
     }
 }
 
-/// Sixteen numbers in any order.
-struct Levels(&'static [f32; 16]);
+/// Numbers in any order, as many as there are codes.
+struct Levels<const N: usize>(&'static [f32; N]);
 
-impl Levels {
+impl<const N: usize> Levels<N> {
     fn nearest(&self, value: f32) -> usize {
+        // A NaN is the farthest of all.
         let distance = |level: &f32| (level - value).abs();
         let nearest = self.0.iter().enumerate().min_by(|(_, a), (_, b)| distance(a).total_cmp(&distance(b)));
         nearest.map_or(0, |(place, _)| place)
     }
 }
 
-impl Quantizer for Levels {
+impl<const N: usize> Quantizer for Levels<N> {
     fn candidates(&self, weights: &[f32], clipping: Clipping) -> Vec<QuantParams> {
-        let most = largest(self.0);
+        let most = self.0.iter().filter(|level| level.is_finite()).fold(0f32, |most, level| most.max(level.abs()));
         spans(or_zero(reach(weights, clipping) / most), 4, clipping)
     }
 
@@ -378,7 +408,7 @@ impl Quantizer for Levels {
     }
 
     fn decode(&self, params: QuantParams, codes: &[u8], out: &mut [f32]) {
-        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = self.0[usize::from(c & 15)] * params.scale);
+        out.iter_mut().zip(codes).for_each(|(o, &c)| *o = self.0[usize::from(c) % N] * params.scale);
     }
 }
 

@@ -12,17 +12,21 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
+use layerstore_core::layer::to_f32;
+use layerstore_core::quant::PackedMatrix;
 use memmap2::Mmap;
+use ndarray::Array1;
 use regex::Regex;
 
 use self::header::{ListedTensor, Value};
 use self::names::{Change, Names};
 use self::types::{BlockType, TensorType};
 use super::opened::OpenFile;
+use super::packed::packed;
 use super::regular;
-use super::source::{ReadyLayer, SourceContent, SourceLayer, TensorInfo, TensorSource, paired};
+use super::source::{SourceLayer, TensorInfo, TensorSource, paired};
 use crate::error::{Error, Result};
-use crate::layer::{DType, Layer, LayerShape, LowRankConfig, LowRankLayer, Method, MethodName, SharedLayer};
+use crate::layer::{DType, LayerShape};
 
 /// Values of an array that [`TensorSource::metadata`] has: more are a table, such as a tokenizer's.
 const FEW: usize = 64;
@@ -161,7 +165,7 @@ impl Files {
         blocks: BlockType,
         part: Option<usize>,
         bias: Option<&TensorInfo>,
-    ) -> Result<SharedLayer> {
+    ) -> Result<(PackedMatrix, Option<Array1<f32>>)> {
         let entry = &self.entries[name];
         let [.., rows, columns] = entry.listed.shape[..] else {
             return Err(Error::expected(
@@ -180,8 +184,8 @@ impl Files {
         };
         let bad = |e: Error| Error::file(&self.files[entry.file].path, format!("tensor '{}': {e}", entry.listed.name));
         let weight = blocks.packed((rows, columns), bytes).map_err(bad)?;
-        let bias = bias.map(|bias| layerstore_core::layer::to_f32(bias.dtype, &self.read(&bias.name)?)).transpose()?;
-        Ok(LowRankLayer::of_weight(weight, bias.map(Into::into)).map_err(bad)?.shared())
+        let bias = bias.map(|bias| to_f32(bias.dtype, &self.read(&bias.name)?)).transpose()?;
+        Ok((weight, bias.map(Into::into)))
     }
 }
 
@@ -263,13 +267,9 @@ impl TensorSource for GgufSource {
                 plain.remove(&bias.name);
             }
             let shape = LayerShape { out_features: rows, in_features: columns, has_bias: bias.is_some() };
-            let stored = blocks.format().stored_bytes(rows, columns).unwrap_or_default() as u64
-                + bias.map_or(0, |bias| 4 * bias.shape[0] as u64);
             let ready = |part: Option<usize>| {
                 let (file, name, bias) = (self.file.clone(), name.clone(), bias.cloned());
-                let load = move || file.layer(&name, blocks, part, bias.as_ref());
-                let layer = ReadyLayer::lazy(shape, MethodName::new(LowRankConfig::NAME), stored, load);
-                SourceContent::Ready { layer, takes_rules: true }
+                packed(shape, blocks.format(), false, move || file.layer(&name, blocks, part, bias.as_ref()))
             };
             match parts {
                 None => layers.push(SourceLayer { name: stem, content: ready(None) }),

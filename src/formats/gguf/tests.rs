@@ -1,11 +1,11 @@
 use std::path::{Path, PathBuf};
 
-use layerstore_core::layer::to_f32;
 use ndarray::Array2;
 use proptest::prelude::*;
 use serde_json::Value as Json;
 
 use super::*;
+use crate::formats::SourceContent;
 use crate::layer::Accuracy;
 
 fn fixture(name: &str) -> PathBuf {

@@ -1,0 +1,111 @@
+use std::path::{Path, PathBuf};
+
+use ndarray::Array2;
+use proptest::prelude::*;
+use serde_json::Value as Json;
+
+use crate::formats::{SourceContent, open};
+use crate::layer::Accuracy;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats/quantized").join(name)
+}
+
+/// The 64-bit FNV-1a of numbers, as `make_references.py` computes it.
+fn hash(numbers: impl Iterator<Item = f32>) -> String {
+    let bytes = numbers.flat_map(f32::to_le_bytes);
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325, step))
+}
+
+/// Every kind gives the weights that its documentation gives, to the bit, from codes of about the size that they have in the file.
+#[test]
+fn weights_are_those_of_the_reference() {
+    let references: Json = serde_json::from_slice(&std::fs::read(fixture("references.json")).unwrap()).unwrap();
+    let mut read = 0;
+    for (folder, layers) in references.as_object().unwrap() {
+        let source = open(fixture(folder)).unwrap();
+        assert!(source.tensors().is_empty(), "{folder}: {:?}", source.tensors().keys());
+        let file = std::fs::metadata(fixture(folder).join("model.safetensors")).unwrap().len() as f64;
+        let (found, mut stored) = (source.layers(), 0);
+        assert_eq!(found.len(), layers.as_object().unwrap().len());
+        for layer in found {
+            let SourceContent::Ready { layer: ready, takes_rules: true } = &layer.content else { panic!("{folder}") };
+            let loaded = ready.load().unwrap();
+            assert_eq!(loaded.to_parts().stored_bytes(), ready.stored_bytes(), "{folder}");
+            stored += ready.stored_bytes();
+            let weight = loaded.weight().unwrap();
+            let reference = &layers[&layer.name];
+            assert_eq!(serde_json::json!(weight.shape()), reference["shape"]);
+            // It runs as its weight says.
+            let x = Array2::from_shape_fn((3, weight.ncols()), |(i, j)| ((7 * i + j) % 13) as f32 - 6.0);
+            let y = loaded.forward(x.view(), Accuracy::Approximate).unwrap().y;
+            let off = (&y - &x.dot(&weight.t())).mapv(f32::abs);
+            assert!(off.iter().all(|off| *off < 1e-3), "{folder}: {off}");
+            assert_eq!(hash(weight.into_iter()), reference["hash"].as_str().unwrap(), "{folder} {}", layer.name);
+            read += 1;
+        }
+        // Scales of scales of bitsandbytes become f32 ones.
+        let most = if folder == "bnb_nf4_nested" { 1.1 } else { 1.02 };
+        assert!((stored as f64) < most * file, "{folder}: {stored} of {file}");
+    }
+    assert_eq!(read, 13 * 2);
+}
+
+fn changed(folder: &str, change: impl FnOnce(&mut Json)) -> tempfile::TempDir {
+    let place = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture(folder).join(name), place.path().join(name)).unwrap();
+    }
+    let path = place.path().join("config.json");
+    let mut config: Json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut config["quantization_config"]);
+    std::fs::write(&path, config.to_string()).unwrap();
+    place
+}
+
+#[test]
+fn what_is_not_read_is_named() {
+    let says = |folder: &str, change: fn(&mut Json), says: &[&str]| {
+        let place = changed(folder, change);
+        let message = open(place.path()).unwrap_err().to_string();
+        assert!(says.iter().all(|text| message.contains(text)), "{message}");
+    };
+    says("awq_4_g64", |config| config["quant_method"] = "aqlm".into(), &["'aqlm'", "gptq, awq", "config.json"]);
+    says("awq_4_g64", |config| config["version"] = "gemv".into(), &["gemv", "gemm"]);
+    says("gptq_4_g32_sym", |config| config["bits"] = 8.into(), &["up_proj", "shapes"]);
+    says("gptq_4_g32_sym", |config| config["bits"] = 40.into(), &["40", "2 to 8"]);
+    says("ct_pack_quantized_4", |config| config["config_groups"] = Json::Null, &["num_bits", "up_proj"]);
+    // Without a quantisation the tensors are what they are.
+    let plain = changed("awq_4_g64", |config| *config = Json::Null);
+    assert_eq!(open(plain.path()).unwrap().tensors().len(), 6);
+    let place = changed("awq_4_g64", |_| ());
+    std::fs::write(place.path().join("config.json"), "{").unwrap();
+    assert!(open(place.path()).unwrap_err().to_string().contains("not JSON"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Changed bytes of any kind of checkpoint are errors, or other weights: nothing panics.
+    #[test]
+    fn damaged_checkpoints_are_refused_or_read(
+        folder in prop::sample::select(vec!["gptq_4_g32_act", "awq_4_g64", "bnb_nf4_nested", "ct_pack_quantized_4_asym", "ct_float_quantized_8"]),
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        header in any::<bool>(),
+    ) {
+        let place = changed(folder, |_| ());
+        let path = place.path().join("model.safetensors");
+        let mut file = std::fs::read(&path).unwrap();
+        let length = if header { 1500 } else { file.len() };
+        changes.iter().for_each(|(at, byte)| file[at.index(length)] = *byte);
+        std::fs::write(&path, file).unwrap();
+        if let Ok(source) = open(place.path()) {
+            for layer in source.layers() {
+                if let SourceContent::Ready { layer, .. } = layer.content {
+                    drop(layer.load());
+                }
+            }
+        }
+    }
+}
