@@ -14,6 +14,7 @@ mod matmul_free;
 mod messages;
 mod method;
 mod mutations;
+mod packed;
 mod processes;
 mod store;
 mod support;
