@@ -188,7 +188,7 @@ fn layer(weight: ArrayView2<f32>, format: WeightFormat, activations: &str) -> Re
     parts.weights = Some(WeightRows {
         rows: out,
         packed: packed.stored_codes(),
-        scales: packed.scale_bytes().into(),
+        scales: packed.scale_bytes(),
         zeros: packed.zeros().to_vec().into(),
     });
     let factor = |length: usize, seed: u64| -> Result<Array2<u8>> {

@@ -88,6 +88,9 @@ impl Parts<'_> {
     }
 }
 
+/// Finds a layer's tensors and what they are; none where they are a plain weight.
+type Find = fn(&Parts, &Value, &SafetensorsSource) -> Result<Option<Found>>;
+
 /// Types that scales have.
 const SCALES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
@@ -115,7 +118,7 @@ impl QuantizedSource {
 
     fn with(source: SafetensorsSource, config: &Value) -> Result<Self> {
         let method = config["quant_method"].as_str().unwrap_or_default();
-        let (mark, find): (&[&str], fn(&Parts, &Value, &SafetensorsSource) -> Result<Option<Found>>) = match method {
+        let (mark, find): (&[&str], Find) = match method {
             "gptq" => (&["qweight"], |parts, config, source| columns::gptq(parts, config, source).map(Some)),
             "awq" => (&["qweight"], |parts, config, _| columns::awq(parts, config).map(Some)),
             "compressed-tensors" => (&["weight_packed", "weight_scale"], compressed::find),
