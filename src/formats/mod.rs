@@ -10,6 +10,7 @@ mod keras;
 mod merged;
 mod opened;
 mod packed;
+mod pytorch;
 mod quantized;
 mod regular;
 mod safetensors;
@@ -24,6 +25,7 @@ pub(crate) use attention_cache::check_attention_cache_output;
 pub use attention_cache::{read_attention_cache, write_attention_cache};
 pub use gguf::GgufSource;
 pub use keras::{KERAS_ROOT, KerasSource};
+pub use pytorch::PytorchSource;
 pub(crate) use regular::read_toml;
 pub use safetensors::SafetensorsSource;
 pub use source::{ReadyLayer, SourceContent, SourceLayer, TensorInfo, TensorSource};
@@ -46,7 +48,7 @@ struct Format {
 }
 
 /// The formats, in the order in which they are asked; the last takes whatever no other does.
-const FORMATS: [Format; 3] = [
+const FORMATS: [Format; 4] = [
     Format {
         is: |path| path.extension().is_some_and(|extension| extension == "keras"),
         open: |path, _| Ok(Arc::new(KerasSource::open(path)?)),
@@ -55,6 +57,7 @@ const FORMATS: [Format; 3] = [
         is: |path| path.extension().is_some_and(|extension| extension == "gguf"),
         open: |path, options| Ok(Arc::new(GgufSource::open(path, options.keep_names)?)),
     },
+    Format { is: PytorchSource::is, open: |path, _| Ok(Arc::new(PytorchSource::open(path)?)) },
     Format { is: |_| true, open: |path, _| quantized::QuantizedSource::of(SafetensorsSource::open(path)?) },
 ];
 
