@@ -184,8 +184,9 @@ struct RepairArgs {
 
 #[derive(Debug, Args)]
 struct ImportArgs {
-    /// A .safetensors file, an index of shards (.json), a folder of either, a .gguf file (any part of a split one), or a .keras file
-    /// of Keras-MML's layers. In a folder the index, or the shards' numbers, say what belongs to it; the rest is left out with a note.
+    /// A .safetensors file, an index of shards (.json), a folder of either, a .gguf file (any part of a split one), a .bin, .pt or
+    /// .pth file of PyTorch, or a .keras file of Keras-MML's layers. In a folder the index, or the shards' numbers, say what belongs
+    /// to it; the rest is left out with a note.
     checkpoint: PathBuf,
     /// The name to store it under; what the store held under that name is replaced.
     #[arg(long)]

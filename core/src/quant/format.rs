@@ -5,7 +5,7 @@ use std::fmt;
 use half::{bf16, f16};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::nested::SUPER_BLOCK;
+use super::scales::{SUPER_BLOCK, ScaleType};
 use super::trits::TRITS;
 use crate::error::{Error, Result};
 
@@ -180,29 +180,6 @@ impl<'de> Deserialize<'de> for Group {
         }
         deserializer.deserialize_any(Visitor)
     }
-}
-
-/// What a scale is stored as. Scales of MXINT and MXFP4 are one byte, their exponent, whatever is said here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ScaleType {
-    /// Four bytes a scale.
-    #[default]
-    F32,
-    /// Two bytes a scale.
-    F16,
-    /// Two bytes a scale, with the exponent of an f32. Of weights that another program has quantised, as are the next ones.
-    Bf16,
-    /// 4-bit scales and minimums of 16 groups of 16 weights, of Q2_K in llama.cpp.
-    Q2K,
-    /// 6-bit scales of 16 groups of 16 weights, of Q3_K in llama.cpp.
-    Q3K,
-    /// 6-bit scales and minimums of 8 groups of 32 weights, of Q4_K and Q5_K in llama.cpp.
-    Q4K,
-    /// 8-bit scales of 16 groups of 16 weights, of Q6_K in llama.cpp.
-    Q6K,
-    /// 6-bit scales of 8 groups of 32 weights, of IQ4_XS in llama.cpp.
-    Iq4Xs,
 }
 
 /// A weight's type, its groups, and whether zero keeps a code of its own.

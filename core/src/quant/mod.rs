@@ -10,7 +10,6 @@ mod gptq;
 mod half_quadratic;
 mod kmeans;
 mod nearest;
-mod nested;
 mod packed;
 mod packed_products;
 mod packing;
@@ -20,6 +19,7 @@ mod round;
 mod row_format;
 mod row_sums;
 mod rows;
+mod scales;
 mod trits;
 
 pub use kmeans::{kmeans, nearest};
@@ -27,9 +27,8 @@ pub use nearest::nearest_rows;
 
 pub use crate::kernels::ActivationFormat;
 pub use dual::column_scales;
-pub use format::{Group, ScaleType, WeightFormat, WeightType};
+pub use format::{Group, WeightFormat, WeightType};
 pub use gptq::Calibrated;
-pub use nested::Nested;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};
 pub use product::{ProductFormat, ProductQuantizer};
@@ -37,6 +36,7 @@ pub(crate) use quantizer::absmean_scale;
 pub use quantizer::{Clipping, FP4, IQ4_NL, NORMAL_FLOAT, QuantParams, Quantizer};
 pub use row_format::{RowFormat, RowType};
 pub use rows::RowMatrix;
+pub use scales::{Nested, ScaleType};
 
 #[cfg(test)]
 mod products_tests;

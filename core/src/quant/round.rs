@@ -5,9 +5,10 @@ use ndarray::{ArrayView1, ArrayView2};
 use rayon::prelude::*;
 
 use super::dual::column_scales;
-use super::format::{Group, ScaleType, WeightFormat, WeightType};
+use super::format::{Group, WeightFormat, WeightType};
 use super::packed::PackedMatrix;
 use super::quantizer::{Clipping, QuantParams};
+use super::scales::ScaleType;
 use crate::error::{Error, Result};
 use crate::linalg::{HALF_ROUNDING, Loss, require_finite, unit_of_f32};
 

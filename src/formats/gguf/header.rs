@@ -23,6 +23,9 @@ const MOST_ALIGNMENT: usize = 1 << 20;
 /// Dimensions of a tensor, at most.
 const MOST_DIMENSIONS: u32 = 4;
 
+/// Values of an array that are kept.
+const FEW: usize = 1024;
+
 /// Arrays inside of arrays, at most.
 const MOST_DEPTH: usize = 4;
 
@@ -41,6 +44,8 @@ pub enum Value {
     Text(String),
     /// Values of one type.
     Array(Vec<Value>),
+    /// More than [`FEW`] values of one type, such as a tokenizer's: nothing here asks for them.
+    Long(usize),
 }
 
 impl Value {
@@ -147,6 +152,9 @@ impl Unplaced {
             let multiple = format!("a multiple of {weights}, the weights of a block");
             return Err(expected(format!("length of the rows of tensor '{name}'"), row, multiple));
         }
+        if matches!(tensor_type, TensorType::Blocks(_)) && shape.contains(&0) {
+            return Err(expected(format!("shape of tensor '{name}'"), format!("{shape:?}"), "no dimension of 0"));
+        }
         let elements = shape.iter().try_fold(1usize, |all, &n| all.checked_mul(n));
         let length = elements.and_then(|elements| (elements / weights).checked_mul(bytes));
         let first = usize::try_from(offset).ok().and_then(|offset| start.checked_add(offset));
@@ -241,6 +249,14 @@ impl<'a> Bytes<'a> {
                     }
                 };
                 let count = self.count(count, least, "an array's values")?;
+                if count > FEW {
+                    let size = (kind != 8 && kind != 9).then_some(least);
+                    match size {
+                        Some(size) => _ = self.take(count * size)?,
+                        None => (0..count).try_for_each(|_| self.value(kind, depth + 1).map(drop))?,
+                    }
+                    return Ok(Value::Long(count));
+                }
                 Value::Array((0..count).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>()?)
             }
             10 => Value::Unsigned(self.u64()?),

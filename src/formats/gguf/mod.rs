@@ -28,9 +28,6 @@ use super::source::{SourceLayer, TensorInfo, TensorSource, paired};
 use crate::error::{Error, Result};
 use crate::layer::{DType, LayerShape};
 
-/// Values of an array that [`TensorSource::metadata`] has: more are a table, such as a tokenizer's.
-const FEW: usize = 64;
-
 /// An open GGUF model: one file, or all files that it is split over. Dropping it closes them.
 #[derive(Debug)]
 pub struct GgufSource {
@@ -95,12 +92,17 @@ impl GgufSource {
         if listed.is_empty() {
             return Err(Error::file(path, "the model holds no tensor"));
         }
-        let naming = Names::of(&all.metadata);
+        let naming = match keep_names {
+            true => None,
+            false => Some(Names::of(&all.metadata).map_err(|reason| {
+                Error::file(path, format!("{reason}. With --keep-names the tensors are left as the file has them"))
+            })?),
+        };
         let mut tensors = BTreeMap::new();
         for (file, listed) in listed {
-            let (name, change) = match keep_names {
-                true => (listed.name.clone(), Change::None),
-                false => naming.of_tensor(&listed.name),
+            let (name, change) = match &naming {
+                None => (listed.name.clone(), Change::None),
+                Some(naming) => naming.of_tensor(&listed.name),
             };
             if let TensorType::Plain(dtype) = listed.tensor_type {
                 let info = TensorInfo { name: name.clone(), dtype, shape: listed.shape.clone() };
@@ -112,7 +114,7 @@ impl GgufSource {
             }
         }
         let mut notes = vec![];
-        if !keep_names && !naming.is_known() {
+        if let Some(naming) = naming.filter(|naming| !naming.is_known()) {
             let architecture = naming.architecture();
             notes.push(format!("tensors keep their names: those of architecture '{architecture}' are not known"));
         }
@@ -129,17 +131,17 @@ fn parts(path: &Path) -> Result<Vec<PathBuf>> {
         LazyLock::new(|| Regex::new(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$").expect("a regular expression"));
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let Some(found) = PART.captures(&name) else { return Ok(vec![path.to_owned()]) };
-    let count: usize = found[3].parse().unwrap_or_default();
+    let (number, count) = (found[2].parse().unwrap_or(0usize), found[3].parse().unwrap_or(0usize));
+    if number == 0 || number > count {
+        return Err(Error::file(path, format!("it calls itself part {number} of {count}")));
+    }
     let parts = (1..=count).map(|part| path.with_file_name(format!("{}-{part:05}-of-{}.gguf", &found[1], &found[3])));
     let parts: Vec<PathBuf> = parts.collect();
     if let Some(missing) = parts.iter().find(|part| !part.exists()) {
         let reason = format!("it is missing: '{name}' is one of {count} parts of a model");
         return Err(Error::file(missing, reason));
     }
-    match parts.is_empty() {
-        true => Ok(vec![path.to_owned()]),
-        false => Ok(parts),
-    }
+    Ok(parts)
 }
 
 impl Files {
@@ -167,7 +169,13 @@ impl Files {
         bias: Option<&TensorInfo>,
     ) -> Result<(PackedMatrix, Option<Array1<f32>>)> {
         let entry = &self.entries[name];
-        let [.., rows, columns] = entry.listed.shape[..] else {
+        let shape = match entry.listed.shape[..] {
+            [columns] => [1, columns],
+            [.., rows, columns] => [rows, columns],
+            [] => [0, 0],
+        };
+        let [rows, columns] = shape;
+        if columns == 0 {
             return Err(Error::expected(
                 format!("shape of tensor '{name}'"),
                 format!("{:?}", entry.listed.shape),
@@ -192,7 +200,7 @@ impl Files {
 /// Puts the rows of each head back in halves: llama.cpp's converter interleaves them for its rotary positions.
 fn unpermuted(bytes: &[u8], tensor: &ListedTensor, heads: usize) -> std::result::Result<Vec<u8>, String> {
     let rows = tensor.shape.first().copied().unwrap_or_default();
-    if heads == 0 || !rows.is_multiple_of(2 * heads) {
+    if heads == 0 || heads > rows || !rows.is_multiple_of(2 * heads) {
         return Err(format!("{rows} rows, expected a multiple of twice the {heads} heads"));
     }
     let (length, width) = (bytes.len() / rows.max(1), rows / heads);
@@ -293,10 +301,10 @@ fn text(value: &Value) -> Option<String> {
         Value::Float(value) => value.to_string(),
         Value::Bool(value) => value.to_string(),
         Value::Text(text) => text.clone(),
-        Value::Array(values) if values.len() <= FEW => {
+        Value::Array(values) => {
             let values: Option<Vec<String>> = values.iter().map(text).collect();
             format!("[{}]", values?.join(", "))
         }
-        Value::Array(_) => return None,
+        Value::Long(_) => return None,
     })
 }

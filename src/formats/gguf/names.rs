@@ -26,8 +26,9 @@ enum Family {
 #[derive(Debug)]
 pub struct Names {
     architecture: String,
-    heads: Option<usize>,
-    key_heads: Option<usize>,
+    /// Of each block, or one for all.
+    heads: Vec<usize>,
+    key_heads: Vec<usize>,
 }
 
 /// Tensors of a whole model: llama.cpp's name, and transformers'.
@@ -75,14 +76,41 @@ fn in_table(table: &[(&'static str, &'static str)], name: &str) -> Option<&'stat
     table.iter().find(|(theirs, _)| *theirs == name).map(|(_, ours)| *ours)
 }
 
+/// Returns the change for the heads of a block. For one that has no number of them it is of 0 heads, which is an error when its
+/// tensor is read.
+fn of_block(counts: &[usize], block: &str) -> Change {
+    let count = match counts {
+        [all] => Some(*all),
+        each => block.parse::<usize>().ok().and_then(|block| each.get(block).copied()),
+    };
+    Change::Unpermute(count.unwrap_or(0))
+}
+
 impl Names {
     /// Finds out how the tensors of a model with such metadata are named.
-    pub fn of(metadata: &BTreeMap<String, Value>) -> Self {
+    ///
+    /// # Errors
+    /// When rows have to be put in another order, and the numbers of heads cannot be told.
+    pub fn of(metadata: &BTreeMap<String, Value>) -> Result<Self, String> {
         let architecture = metadata.get("general.architecture").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let count = |key: &str| metadata.get(&format!("{architecture}.attention.{key}")).and_then(Value::as_usize);
-        let heads = count("head_count");
-        let key_heads = count("head_count_kv").or(heads);
-        Names { architecture, heads, key_heads }
+        if architecture != "llama" {
+            return Ok(Names { architecture, heads: vec![], key_heads: vec![] });
+        }
+        let count = |key: &str| {
+            let key = format!("llama.attention.{key}");
+            let Some(value) = metadata.get(&key) else { return Ok(None) };
+            let counts: Option<Vec<usize>> = match value {
+                Value::Array(values) => values.iter().map(Value::as_usize).collect(),
+                value => value.as_usize().map(|count| vec![count]),
+            };
+            let counts = counts.filter(|counts| !counts.is_empty());
+            counts
+                .map(Some)
+                .ok_or_else(|| format!("{key}: found {value:?}, expected a whole number, or one for each block"))
+        };
+        let heads = count("head_count")?.ok_or("llama.attention.head_count: found nothing, expected a whole number")?;
+        let key_heads = count("head_count_kv")?.unwrap_or_else(|| heads.clone());
+        Ok(Names { architecture, heads, key_heads })
     }
 
     /// Returns the model's architecture, as llama.cpp calls it.
@@ -114,8 +142,8 @@ impl Names {
         let block = stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
         let block = block.filter(|(number, _)| number.parse::<u32>().is_ok_and(|n| n.to_string() == *number));
         let change = match block {
-            Some((_, "attn_q")) if self.architecture == "llama" => self.heads.map(Change::Unpermute),
-            Some((_, "attn_k")) if self.architecture == "llama" => self.key_heads.map(Change::Unpermute),
+            Some((number, "attn_q")) if self.architecture == "llama" => Some(of_block(&self.heads, number)),
+            Some((number, "attn_k")) if self.architecture == "llama" => Some(of_block(&self.key_heads, number)),
             _ if self.architecture.starts_with("gemma") && stem.ends_with("norm") && kind == "weight" => {
                 Some(Change::LessOne)
             }
@@ -150,7 +178,28 @@ mod tests {
     fn names(architecture: &str) -> Names {
         let count = |key: &str, n| (format!("{architecture}.attention.{key}"), Value::Unsigned(n));
         let architecture = ("general.architecture".to_owned(), Value::Text(architecture.to_owned()));
-        Names::of(&[architecture, count("head_count", 9), count("head_count_kv", 3)].into())
+        Names::of(&[architecture, count("head_count", 9), count("head_count_kv", 3)].into()).unwrap()
+    }
+
+    #[test]
+    fn heads_have_to_be_known() {
+        let of = |heads: Option<Value>, key_heads: Option<Value>| {
+            let architecture = ("general.architecture".to_owned(), Value::Text("llama".into()));
+            let heads = heads.map(|value| ("llama.attention.head_count".to_owned(), value));
+            let key_heads = key_heads.map(|value| ("llama.attention.head_count_kv".to_owned(), value));
+            Names::of(&[Some(architecture), heads, key_heads].into_iter().flatten().collect())
+        };
+        let each = Value::Array(vec![Value::Unsigned(4), Value::Unsigned(8)]);
+        let names = of(Some(Value::Unsigned(8)), Some(each.clone())).unwrap();
+        let change = |name: &str| names.of_tensor(name).1;
+        assert_eq!(change("blk.1.attn_q.weight"), Change::Unpermute(8));
+        assert_eq!(change("blk.0.attn_k.weight"), Change::Unpermute(4));
+        assert_eq!(change("blk.1.attn_k.weight"), Change::Unpermute(8));
+        assert_eq!(change("blk.2.attn_k.weight"), Change::Unpermute(0));
+        assert!(of(None, None).unwrap_err().contains("head_count: found nothing"));
+        for wrong in [Value::Text("4".into()), Value::Float(4.0), Value::Array(vec![]), Value::Long(2000)] {
+            assert!(of(Some(wrong.clone()), None).is_err() && of(Some(each.clone()), Some(wrong)).is_err());
+        }
     }
 
     #[test]

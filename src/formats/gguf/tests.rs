@@ -180,6 +180,34 @@ fn layers_are_those_of_transformers() {
     assert!(source.notes()[0].contains("'mamba'") && source.layers()[0].name == "output_norm");
 }
 
+/// Numbers of heads that no tensor has are errors; a vector of codes is a matrix of one row.
+#[test]
+fn heads_and_vectors() {
+    let folder = tempfile::tempdir().unwrap();
+    let heads = |count: u64| {
+        let metadata = vec![
+            ("general.architecture", Value::Text("llama".into())),
+            ("llama.attention.head_count", Value::Unsigned(count)),
+        ];
+        written(&metadata, &[("blk.0.attn_q.weight", &[8, 32], 8, q8(8)), ("a.weight", &[32], 8, q8(1))])
+    };
+    let load = |count: u64, name: &str| {
+        let source = opened(&folder, &heads(count)).unwrap();
+        let layer = source.layers().into_iter().find(|layer| layer.name == name).unwrap();
+        let SourceContent::Ready { layer, .. } = layer.content else { panic!("{name}") };
+        layer.load().map(|layer| layer.weight().unwrap())
+    };
+    let q = "model.layers.0.self_attn.q_proj";
+    assert!(load(2, q).is_ok());
+    for count in [0, 3, 16, u64::from(u32::MAX)] {
+        assert!(load(count, q).unwrap_err().to_string().contains("heads"), "{count}");
+    }
+    assert_eq!(load(2, "a").unwrap().dim(), (1, 32));
+    let mut large = header::read(&heads(2)).unwrap();
+    large.metadata.insert("llama.attention.head_count".into(), Value::Unsigned(1 << 63));
+    assert!(Names::of(&large.metadata).is_ok());
+}
+
 #[test]
 fn parts_belong_together() {
     let folder = tempfile::tempdir().unwrap();
@@ -222,6 +250,8 @@ fn what_is_wrong_is_named() {
         (tensor(&[1, 32], 99, 34), "number 99"),
         (tensor(&[1, 31], 8, 34), "a multiple of 32"),
         (tensor(&[9, 32], 8, 34), "a place in the"),
+        (tensor(&[1 << 62, 0, 32], 8, 34), "no dimension of 0"),
+        (tensor(&[1 << 40, 5, 0], 8, 34), "no dimension of 0"),
         (tensor(&[usize::MAX, 32], 8, 34), "a place in the"),
         (tensor(&[1, 1, 1, 1, 32], 8, 34), "dimensions of tensor 'a.weight'"),
         (written(&model("llama"), &[]), "no tensor"),

@@ -50,6 +50,13 @@ struct State {
 pub fn find(parts: &Parts, _: &Value, source: &SafetensorsSource) -> Result<Option<Found>> {
     let Some(weight) = parts.get("weight").cloned() else { return Ok(None) };
     if let Some(scales) = parts.get("SCB") {
+        if let Some(layout) = parts.get("weight_format") {
+            let found = source.bytes(layout)?;
+            if found.iter().any(|byte| *byte != 0) {
+                let expected = "0, rows one after another: save the model again with a newer bitsandbytes";
+                return Err(Error::expected(format!("tensor '{}'", layout.name), format!("{found:?}"), expected));
+            }
+        }
         return eight_bits(parts, weight, scales.clone()).map(Some);
     }
     let kinds = [("nf4", WeightType::Nf4, &NORMAL_FLOAT), ("fp4", WeightType::Fp4, &FP4)];

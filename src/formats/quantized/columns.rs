@@ -51,10 +51,25 @@ pub fn gptq(parts: &Parts, config: &Value, source: &SafetensorsSource) -> Result
         .filter(|bits| matches!(bits, 2..=8))
         .ok_or_else(|| Error::expected("bits of the quantisation", &config["bits"], "2 to 8"))? as usize;
     let weight = parts.required("qweight", &[DType::I32], 2)?;
+    if !(weight.shape[0] * 32).is_multiple_of(bits) {
+        let expected = format!("words that hold whole codes of {bits} bits, the configuration's");
+        return Err(Error::expected(format!("rows of '{}'", weight.name), weight.shape[0], expected));
+    }
     let (rows, columns) = (weight.shape[1], weight.shape[0] * 32 / bits);
-    let less_one = config["checkpoint_format"].as_str() != Some("gptq_v2");
+    let named = ["checkpoint_format", "format"].iter().find_map(|key| config[*key].as_str());
+    let less_one = match named {
+        None | Some("gptq") => true,
+        Some("gptq_v2") => false,
+        Some(other) => {
+            return Err(Error::expected("checkpoint_format of GPTQ", format!("'{other}'"), "gptq or gptq_v2"));
+        }
+    };
+    check_group(parts, &config["group_size"], columns, "scales")?;
     let mut found = Columns::found(parts, (rows, columns), bits, (less_one, false))?;
-    let Some(index) = parts.get("g_idx") else { return Ok(found) };
+    if parts.get("g_idx").is_none() {
+        return Ok(found);
+    }
+    let index = parts.required("g_idx", &[DType::I32], 1)?;
     found.taken.push(index.name.clone());
     let groups: Vec<u32> = words(&source.bytes(index)?);
     let Codes::Columns(codes) = &mut found.codes else { return Ok(found) };
@@ -90,9 +105,31 @@ pub fn awq(parts: &Parts, config: &Value) -> Result<Found> {
         None | Some(4) => {}
         Some(bits) => return Err(Error::expected("bits of the quantisation", bits, "4")),
     }
+    if let Some(backend) = config["backend"].as_str().filter(|backend| *backend != "autoawq") {
+        return Err(Error::expected("backend of AWQ", format!("'{backend}'"), "autoawq"));
+    }
     let weight = parts.required("qweight", &[DType::I32], 2)?;
     let shape = (weight.shape[1] * 8, weight.shape[0]);
+    check_group(parts, &config["group_size"], shape.1, "scales")?;
     Columns::found(parts, shape, 4, (false, true))
+}
+
+/// Refuses a last group that is smaller than the others: formats here have groups of one size.
+///
+/// # Errors
+/// When the configuration's group size says that there is one.
+pub fn check_group(parts: &Parts, group: &Value, columns: usize, scales: &str) -> Result<()> {
+    let Some(group) = group.as_u64().and_then(|group| usize::try_from(group).ok()).filter(|group| *group > 0) else {
+        return Ok(());
+    };
+    let (whole, groups) = (columns.is_multiple_of(group), columns.div_ceil(group));
+    match parts.get(scales).is_some_and(|scales| groups > 1 && scales.shape.contains(&groups)) {
+        true if !whole => {
+            let expected = format!("a divisor of its {columns} inputs: a smaller last group cannot be kept");
+            Err(Error::expected(format!("group_size of layer '{}'", parts.stem), group, expected))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Columns {

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::super::safetensors::SafetensorsSource;
 use super::super::source::{TensorInfo, TensorSource};
+use super::columns::check_group;
 use super::words::{whole, words};
 use super::{Codes, Found, Parts, SCALES};
 use crate::error::{Error, Result};
@@ -40,6 +41,9 @@ pub fn find(parts: &Parts, config: &Value, source: &SafetensorsSource) -> Result
         None => parts.required("weight_scale", &SCALES, 2)?.clone(),
     };
     let mut taken = vec![scales.name.clone()];
+    let of_groups = config["config_groups"].as_object();
+    let group_sizes: Vec<&Value> =
+        of_groups.iter().flat_map(|groups| groups.values()).map(|group| &group["weights"]["group_size"]).collect();
     let (weight, rows, columns, bits, is_float) = match parts.get("weight_packed") {
         Some(_) => {
             let weight = parts.required("weight_packed", &[DType::I32], 2)?.clone();
@@ -86,6 +90,7 @@ pub fn find(parts: &Parts, config: &Value, source: &SafetensorsSource) -> Result
         let expected = format!("one, or as many for each of {rows} rows as divide {columns} columns");
         return Err(Error::expected(format!("shape of '{}'", scales.name), format!("{:?}", scales.shape), expected));
     }
+    group_sizes.into_iter().try_for_each(|size| check_group(parts, size, columns, "weight_scale"))?;
     let zeros = parts.get("weight_zero_point").filter(|_| !is_float).cloned();
     taken.extend(parts.get("weight_zero_point").map(|zeros| zeros.name.clone()));
     if let Some(zeros) = &zeros {

@@ -117,7 +117,13 @@ impl QuantizedSource {
     }
 
     fn with(source: SafetensorsSource, config: &Value) -> Result<Self> {
-        let method = config["quant_method"].as_str().unwrap_or_default();
+        let loads = |key: &str| config[key].as_bool() == Some(true);
+        let method = match config["quant_method"].as_str() {
+            Some(method) => method,
+            // As bitsandbytes' configurations were before there were others.
+            None if loads("load_in_4bit") || loads("load_in_8bit") => "bitsandbytes",
+            None => "",
+        };
         let (mark, find): (&[&str], Find) = match method {
             "gptq" => (&["qweight"], |parts, config, source| columns::gptq(parts, config, source).map(Some)),
             "awq" => (&["qweight"], |parts, config, _| columns::awq(parts, config).map(Some)),

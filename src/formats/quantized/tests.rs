@@ -73,7 +73,17 @@ fn what_is_not_read_is_named() {
     };
     says("awq_4_g64", |config| config["quant_method"] = "aqlm".into(), &["'aqlm'", "gptq, awq", "config.json"]);
     says("awq_4_g64", |config| config["version"] = "gemv".into(), &["gemv", "gemm"]);
+    says("awq_4_g64", |config| config["backend"] = "llm-awq".into(), &["llm-awq", "autoawq"]);
     says("gptq_4_g32_sym", |config| config["bits"] = 8.into(), &["up_proj", "shapes"]);
+    says("gptq_4_g32_sym", |config| config["bits"] = 3.into(), &["qweight", "whole codes of 3 bits"]);
+    says("gptq_4_g32_sym", |config| config["checkpoint_format"] = "marlin".into(), &["'marlin'", "gptq_v2"]);
+    // 128 inputs in four groups, the last one smaller.
+    says("gptq_4_g32_sym", |config| config["group_size"] = 40.into(), &["up_proj", "group_size", "40", "128 inputs"]);
+    says(
+        "ct_pack_quantized_4",
+        |config| config["config_groups"]["group_0"]["weights"]["group_size"] = 40.into(),
+        &["128 inputs"],
+    );
     says("gptq_4_g32_sym", |config| config["bits"] = 40.into(), &["40", "2 to 8"]);
     says("ct_pack_quantized_4", |config| config["config_groups"] = Json::Null, &["num_bits", "up_proj"]);
     // Without a quantisation the tensors are what they are.

@@ -1,9 +1,32 @@
-//! Scales of scales: a group's scale is a small integer times the f16 scale of its super-block of 256 weights, and so is its
+//! What scales are stored as. Scales of scales: a group's scale is a small integer times the f16 scale of its super-block of 256 weights, and so is its
 //! minimum where there is one. Laid out as in llama.cpp's K-quants and IQ4_XS.
 
 use half::f16;
 
-use super::format::ScaleType;
+use serde::{Deserialize, Serialize};
+
+/// What a scale is stored as. Scales of MXINT and MXFP4 are one byte, their exponent, whatever is said here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleType {
+    /// Four bytes a scale.
+    #[default]
+    F32,
+    /// Two bytes a scale.
+    F16,
+    /// Two bytes a scale, with the exponent of an f32. Of weights that another program has quantised, as are the next ones.
+    Bf16,
+    /// 4-bit scales and minimums of 16 groups of 16 weights, of Q2_K in llama.cpp.
+    Q2K,
+    /// 6-bit scales of 16 groups of 16 weights, of Q3_K in llama.cpp.
+    Q3K,
+    /// 6-bit scales and minimums of 8 groups of 32 weights, of Q4_K and Q5_K in llama.cpp.
+    Q4K,
+    /// 8-bit scales of 16 groups of 16 weights, of Q6_K in llama.cpp.
+    Q6K,
+    /// 6-bit scales of 8 groups of 32 weights, of IQ4_XS in llama.cpp.
+    Iq4Xs,
+}
 
 /// Weights of a super-block.
 pub const SUPER_BLOCK: usize = 256;
