@@ -81,3 +81,10 @@ pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Arc<dyn
     let format = FORMATS.iter().find(|format| (format.is)(path)).expect("the last format takes every path");
     (format.open)(path, options)
 }
+
+/// Returns the 64-bit FNV-1a of bytes as 16 digits, as the scripts beside the fixtures compute it.
+#[cfg(test)]
+fn fnv(bytes: impl Iterator<Item = u8>) -> String {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325, step))
+}

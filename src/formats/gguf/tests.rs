@@ -5,18 +5,11 @@ use proptest::prelude::*;
 use serde_json::Value as Json;
 
 use super::*;
-use crate::formats::SourceContent;
+use crate::formats::{SourceContent, fnv};
 use crate::layer::Accuracy;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats/gguf").join(name)
-}
-
-/// The 64-bit FNV-1a of numbers, as `make_references.py` computes it.
-fn hash(numbers: impl Iterator<Item = f32>) -> String {
-    let bytes = numbers.flat_map(f32::to_le_bytes);
-    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-    format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325, step))
 }
 
 /// Every type gives the weights that gguf-py gives, to the bit, and quantised ones are stored in about the bytes that they take in
@@ -39,9 +32,12 @@ fn weights_are_those_of_the_reference() {
             let name = name.strip_suffix(".weight").unwrap();
             let layer = layers.iter().find(|layer| layer.name == name).unwrap();
             let found = match &layer.content {
-                SourceContent::Tensors { weight, .. } => {
-                    hash(to_f32(weight.dtype, &source.bytes(weight).unwrap()).unwrap().into_iter())
-                }
+                SourceContent::Tensors { weight, .. } => fnv(source
+                    .bytes(weight)
+                    .map(|bytes| to_f32(weight.dtype, &bytes).unwrap())
+                    .unwrap()
+                    .into_iter()
+                    .flat_map(f32::to_le_bytes)),
                 SourceContent::Ready { layer, .. } => {
                     let loaded = layer.load().unwrap();
                     let shape = layer.shape().unwrap();
@@ -53,7 +49,7 @@ fn weights_are_those_of_the_reference() {
                     let y = loaded.forward(x.view(), Accuracy::Approximate).unwrap().y;
                     let expected = x.dot(&loaded.weight().unwrap().t());
                     assert!(y.iter().zip(&expected).all(|(y, e)| (y - e).abs() < 1e-3 * e.abs().max(10.0)), "{file}");
-                    hash(loaded.weight().unwrap().into_iter())
+                    fnv(loaded.weight().unwrap().into_iter().flat_map(f32::to_le_bytes))
                 }
             };
             assert_eq!(found, reference["hash"], "{file} {name}");

@@ -31,7 +31,8 @@ pub struct Columns {
     awq: bool,
 }
 
-fn scale_type(dtype: DType) -> ScaleType {
+/// Returns the type of scales of this dtype.
+pub fn scale_type(dtype: DType) -> ScaleType {
     match dtype {
         DType::F16 => ScaleType::F16,
         DType::BF16 => ScaleType::Bf16,

@@ -1,12 +1,12 @@
 //! compressed-tensors: codes row by row, in 32-bit words (`pack-quantized`), bytes (`naive-quantized`, `int-quantized`) or 8-bit
 //! floats (`float-quantized`).
 
-use layerstore_core::quant::{Group, PackedMatrix, ScaleType, WeightFormat, WeightType};
+use layerstore_core::quant::{Group, PackedMatrix, WeightFormat, WeightType};
 use serde_json::Value;
 
 use super::super::safetensors::SafetensorsSource;
 use super::super::source::{TensorInfo, TensorSource};
-use super::columns::check_group;
+use super::columns::{check_group, scale_type};
 use super::words::{whole, words};
 use super::{Codes, Found, Parts, SCALES};
 use crate::error::{Error, Result};
@@ -120,11 +120,7 @@ pub fn find(parts: &Parts, config: &Value, source: &SafetensorsSource) -> Result
         group: if groups == 1 { Group::Channel } else { Group::Size(columns / groups) },
         symmetric: !is_float && zeros.is_none(),
         minimum: false,
-        scales: match scales.dtype {
-            DType::F16 => ScaleType::F16,
-            DType::BF16 => ScaleType::Bf16,
-            _ => ScaleType::F32,
-        },
+        scales: scale_type(scales.dtype),
     };
     let ordered = !order.is_empty();
     let codes = Codes::Compressed(Compressed { bits, weight, scales, zeros, order });

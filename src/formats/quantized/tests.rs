@@ -4,18 +4,11 @@ use ndarray::Array2;
 use proptest::prelude::*;
 use serde_json::Value as Json;
 
-use crate::formats::{SourceContent, open};
+use crate::formats::{SourceContent, fnv, open};
 use crate::layer::Accuracy;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats/quantized").join(name)
-}
-
-/// The 64-bit FNV-1a of numbers, as `make_references.py` computes it.
-fn hash(numbers: impl Iterator<Item = f32>) -> String {
-    let bytes = numbers.flat_map(f32::to_le_bytes);
-    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-    format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325, step))
 }
 
 /// Every kind gives the weights that its documentation gives, to the bit, from codes of about the size that they have in the file.
@@ -42,7 +35,12 @@ fn weights_are_those_of_the_reference() {
             let y = loaded.forward(x.view(), Accuracy::Approximate).unwrap().y;
             let off = (&y - &x.dot(&weight.t())).mapv(f32::abs);
             assert!(off.iter().all(|off| *off < 1e-3), "{folder}: {off}");
-            assert_eq!(hash(weight.into_iter()), reference["hash"].as_str().unwrap(), "{folder} {}", layer.name);
+            assert_eq!(
+                fnv(weight.into_iter().flat_map(f32::to_le_bytes)),
+                reference["hash"].as_str().unwrap(),
+                "{folder} {}",
+                layer.name
+            );
             read += 1;
         }
         // Scales of scales of bitsandbytes become f32 ones.
