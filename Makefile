@@ -1,5 +1,6 @@
 # make demo       compress a real model, run it from the store, and compare
 # make test       build, and run every test
+# make test-frameworks   the same for transformers, peft and llama.cpp
 # make campaign   kills, damage, full disks and crowds against the built binary
 # Each does its own set-up in .venv; see CONTRIBUTING.md for the rest.
 
@@ -12,7 +13,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo compare test campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
+.PHONY: demo compare test test-frameworks campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --bins --examples
@@ -30,6 +31,12 @@ test: $(VENV)/.ready
 	$(CARGO) test
 	scripts/notebook_check.sh $(TARGET)/debug $(BIN)/python
 
+# Exports held to the programs that they are for, in an environment of its own: torch, transformers, peft, llama.cpp.
+FRAMEWORKS ?= $(VENV)-frameworks
+test-frameworks: $(VENV)/.ready $(FRAMEWORKS)/.ready
+	$(CARGO) build --bins --examples
+	$(FRAMEWORKS)/bin/python tests/frameworks/formats.py $(TARGET)/debug
+
 # Faults against the built binary, with other options or for longer: make campaign CAMPAIGN="--only kill --minutes 30"
 CAMPAIGN ?=
 campaign: $(VENV)/.ready
@@ -38,7 +45,7 @@ campaign: $(VENV)/.ready
 	$(TARGET)/campaign/debug/layerstore-campaign --binary $(TARGET)/debug/layerstore --keep $(TARGET)/campaign/failures $(CAMPAIGN)
 
 # Each fuzz target for a number of runs, with cargo-fuzz on the stable toolchain; fuzz-core is the one that needs no Lance.
-FUZZ ?= rules checkpoint keras store
+FUZZ ?= rules checkpoint formats keras store
 FUZZ_RUNS ?= 1000000
 FUZZ_RUN = RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --sanitizer none --dev
 fuzz-core:
@@ -79,6 +86,11 @@ $(VENV)/.ready: examples/notebooks/requirements.txt scripts/requirements-build.t
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r scripts/requirements-build.txt -r examples/notebooks/requirements.txt
 	touch $@
 
+$(FRAMEWORKS)/.ready: tests/frameworks/requirements.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/frameworks/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-frameworks demo
 	$(CARGO) clean

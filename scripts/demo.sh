@@ -10,7 +10,7 @@ rm -rf "$store"
 layerstore() { "$bin/layerstore" --store "$store" "$@"; }
 step() { printf '\n== %s\n' "$*"; }
 
-if ! "$python" scripts/fetch_minilm.py "$out/minilm"; then
+if ! "$python" scripts/fetch_model.py minilm "$out/minilm"; then
     step "all-MiniLM-L6-v2 is out of reach: the small synthetic checkpoint of an example serves instead"
     exec "$bin/examples/import_with_rules"
 fi

@@ -23,6 +23,7 @@
 //! | `ternary` | [`TernaryConfig`] | [`TernaryLayer`] |
 //! | `vq_attention` | [`VqAttentionConfig`] | [`VqAttentionLayer`] |
 //! | `module` | | [`ModuleLayer`] |
+//! | `file` | | [`FileLayer`] |
 //!
 //! [`Method`] and [`Layer`] are traits. A program adds a method of its own with [`register`].
 
@@ -33,11 +34,11 @@ pub use layerstore_core::layer::registry::{method, methods};
 #[doc(inline)]
 pub use layerstore_core::layer::{
     Accuracy, Activation, ActivationFormat, ArtifactId, Backend, CodebookStep, CorrectionReport, DType, Decomposition,
-    Dense, DenseLayer, ExactSource, Gradients, Hit, KeyValueConfig, KeyValueLayer, Layer, LayerShape, Limit,
+    Dense, DenseLayer, ExactSource, FileLayer, Gradients, Hit, KeyValueConfig, KeyValueLayer, Layer, LayerShape, Limit,
     LowRankConfig, LowRankLayer, MaxBits, MaxError, Mechanism, Method, MethodConfig, MethodEntry, MethodKind,
     MethodName, ModuleLayer, NormGradients, OnMisfit, Output, Parts, ProductFormat, QueryHits, Rank, Ranking, Refit,
-    RmsNorm, Rounding, RowFormat, RowType, Scaling, SearchReport, SearchSettings, SharedLayer, Sides, SvdMethod,
-    TernaryConfig, TernaryLayer, ThresholdMethod, VqAttentionConfig, VqAttentionLayer, check_rows, compress,
+    RmsNorm, Rounding, RowFormat, RowType, Scaling, SearchReport, SearchSettings, SharedLayer, Sides, StoredAs,
+    SvdMethod, TernaryConfig, TernaryLayer, ThresholdMethod, VqAttentionConfig, VqAttentionLayer, check_rows, compress,
     layer_from_parts, read_config, register, search_threshold,
 };
 #[doc(inline)]

@@ -71,20 +71,20 @@ pub mod nn;
 pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment};
 
 pub use compress::{
-    ActivationsFile, CalibrationFile, Cancel, CopyReport, Evaluation, ExportOptions, ExportReport, FailedSource,
-    ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan, PlannedLayer, Progress,
-    RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections, SharedOptions, Silent, Training,
-    TrainingReport, UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview, read_attention_settings,
-    repair, shared_directions, train_codebooks, write_statistics,
+    ActivationsFile, CalibrationFile, Cancel, CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions,
+    ExportReport, FailedSource, ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan,
+    PlannedLayer, Progress, RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections, SharedOptions,
+    Silent, Training, TrainingReport, UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview,
+    read_attention_settings, repair, shared_directions, train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;
 pub use store::{
     ArtifactInfo, AttentionHandle, ComparedLayer, ComparedModel, Comparison, CorruptArtifact, DEFAULT_CACHE_BYTES,
     DamagedMetadata, DeletedSnapshot, Diff, ErrorBasis, FORMAT_VERSION, GcReport, KeyIndexReport, LayerChange,
-    LayerHandle, LayerName, LayerRecord, LayerState, ModelSummary, ModuleHandle, NearKey, OnWait, Provenance, Reader,
-    Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State, Stats, Store,
-    StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend, save_backend,
+    LayerHandle, LayerName, LayerRecord, LayerState, ModelFile, ModelSummary, ModuleHandle, NearKey, OnWait,
+    Provenance, Reader, Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State,
+    Stats, Store, StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend, save_backend,
 };
 
 // The rest of the package names errors by this path.

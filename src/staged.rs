@@ -43,6 +43,69 @@ pub(crate) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     staged.finish(&place).map_err(|e| Error::io(path, e))
 }
 
+/// Has files written in a folder beside their place, and moves it there when all are whole and on disk. Returns what `write` gives.
+///
+/// # Errors
+/// That of `write`, or when something is there already, or the folder cannot be synced or moved: then nothing is there.
+pub(crate) fn write_folder<T>(path: &Path, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let staged = staged_folder(path)?;
+    let written = write(&staged.path)?;
+    let moved = sync_all(&staged.path, &staged.made).and_then(|()| {
+        // An empty folder gives way, and nothing else does.
+        match std::fs::remove_dir(path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        std::fs::rename(&staged.path, path)?;
+        sync_folder(folder_of(path))
+    });
+    moved.map_err(|e| Error::io(path, e))?;
+    Ok(written)
+}
+
+/// Tries whether [`write_folder`] could make a folder at a place. Nothing is left behind.
+///
+/// # Errors
+/// When something is there that is no empty folder, or no folder can be made there.
+pub(crate) fn probe_folder(path: &Path) -> Result<()> {
+    staged_folder(path).map(drop)
+}
+
+/// Makes an empty folder beside a place where there is none, or an empty one.
+fn staged_folder(path: &Path) -> Result<Staged> {
+    match std::fs::read_dir(path).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => {}
+        Ok(false) => {
+            return Err(Error::file(path, "a folder is there that is not empty, expected nothing, or an empty one"));
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound && path.file_name().is_some() => {}
+        Err(e) if e.kind() == ErrorKind::NotADirectory => {
+            return Err(Error::file(path, "a file is there, expected nothing, or an empty folder"));
+        }
+        Err(e) => return Err(Error::io(path, e)),
+    }
+    let mut staged = Staged::create(&Place { path: path.to_owned(), there: None }, path)?;
+    staged.path = staged.folder.join("folder");
+    std::fs::create_dir(&staged.path).map_err(|e| Error::io(path, e))?;
+    Ok(staged)
+}
+
+/// Gives all files of a folder the mode of a new one, and syncs them and the folders themselves.
+fn sync_all(folder: &Path, made: &Metadata) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => sync_all(&path, made)?,
+            false => {
+                let file = File::open(&path)?;
+                file.set_permissions(made.permissions())?;
+                file.sync_all()?;
+            }
+        }
+    }
+    sync_folder(folder)
+}
+
 /// Tries whether [`write`] could write to a place, before the work whose result goes there. Nothing is left behind.
 ///
 /// # Errors
@@ -215,6 +278,37 @@ mod tests {
         // A file that was not written is an error too.
         assert!(matches!(write(&path, |_| Ok(())), Err(Error::Io { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "second");
+    }
+
+    #[test]
+    fn folders_appear_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path().join("model");
+        let two = |staged: &Path| {
+            std::fs::create_dir(staged.join("inner")).unwrap();
+            put("one")(&staged.join("a"))?;
+            // As safetensors makes files.
+            #[cfg(unix)]
+            {
+                use std::os::unix::fs::PermissionsExt;
+                std::fs::set_permissions(staged.join("a"), std::fs::Permissions::from_mode(0o600)).unwrap();
+            }
+            put("two")(&staged.join("inner/b"))
+        };
+        let failed = write_folder(&at, |staged| two(staged).and(Err::<(), _>(Error::Cancelled)));
+        assert!(matches!(failed, Err(Error::Cancelled)) && !at.exists());
+        std::fs::create_dir(&at).unwrap();
+        probe_folder(&at).unwrap();
+        write_folder(&at, two).unwrap();
+        assert_eq!(std::fs::read_to_string(at.join("inner/b")).unwrap(), "two");
+        let mode = |name: &str| std::fs::metadata(at.join(name)).unwrap().permissions();
+        assert_eq!(mode("a"), mode("inner/b"), "files are as the process makes them");
+        let message = write_folder(&at, two).unwrap_err().to_string();
+        assert!(message.contains("not empty"), "{message}");
+        let message = probe_folder(&at.join("a")).unwrap_err().to_string();
+        assert!(message.contains("a file is there"), "{message}");
+        assert!(probe_folder(&folder.path().join("none/model")).is_err());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `models`, `layers`, `show`, `remove`, `rename`, `snapshot`, `restore`, `log` and `diff`.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::escape;
@@ -7,7 +9,7 @@ use super::output::{bits, bytes, error, measured_over, ratio, table, time};
 use super::settings::{changes, pair};
 use super::{Context, SnapshotCommand};
 use crate::error::Result;
-use crate::store::{LayerRecord, LayerState, SnapshotInfo};
+use crate::store::{LayerRecord, LayerState, ModelFile, ModelSummary, SnapshotInfo};
 
 pub async fn models(context: &Context) -> Result<u8> {
     let models = context.snapshot().await?.models().await?;
@@ -18,12 +20,13 @@ pub async fn models(context: &Context) -> Result<u8> {
                 m.model.clone(),
                 m.layers.to_string(),
                 methods.join(", "),
+                if m.files > 0 { m.files.to_string() } else { String::new() },
                 bytes(m.stored_bytes),
                 ratio(m.dense_bytes, m.stored_bytes),
                 time(m.created_at),
             ]
         });
-        table(&["model", "layers", "methods", "stored", "ratio", "time (UTC)"], rows)
+        table(&["model", "layers", "methods", "files", "stored", "ratio", "time (UTC)"], rows)
     })?;
     Ok(0)
 }
@@ -92,6 +95,62 @@ pub async fn show(context: &Context, model: &str, layer: &str) -> Result<u8> {
         if let Some(config) = r.config.as_object() {
             rows.extend(config.iter().map(|(key, value)| vec![format!("config.{key}"), value.to_string()]));
         }
+        table(&["field", "value"], rows)
+    })?;
+    Ok(0)
+}
+
+/// A model, and what belongs to it beside its layers.
+#[derive(Serialize)]
+struct ShownModel {
+    #[serde(flatten)]
+    summary: ModelSummary,
+    bits_per_weight: Option<f64>,
+    sources: BTreeSet<String>,
+    files: Vec<ModelFile>,
+}
+
+pub async fn show_model(context: &Context, model: &str, verify: bool) -> Result<u8> {
+    let snapshot = context.snapshot().await?;
+    let records = snapshot.layers(model).await?;
+    let files = snapshot.files(model).await?;
+    if verify {
+        for file in &files {
+            snapshot.file(model, &file.name).await?;
+        }
+        for record in &records {
+            snapshot.handle(record.clone()).load().await?;
+        }
+    }
+    let summary = snapshot.models().await?.into_iter().find(|summary| summary.model == model);
+    let Some(summary) = summary else { return Ok(1) };
+    // An artifact of several layers is stored once.
+    let mut seen = BTreeSet::new();
+    let once: Vec<&LayerRecord> =
+        records.iter().filter(|r| r.bits_per_weight().is_some() && seen.insert(r.artifact)).collect();
+    let weights: u64 = once.iter().map(|r| r.in_features * r.out_features).sum();
+    let stored: u64 = once.iter().map(|r| r.stored_bytes).sum();
+    let shown = ShownModel {
+        bits_per_weight: (weights > 0).then(|| 8.0 * stored as f64 / weights as f64),
+        sources: records.iter().map(|r| r.source.file.clone()).filter(|file| !file.is_empty()).collect(),
+        summary,
+        files,
+    };
+    context.output.result(&shown, |shown| {
+        let ModelSummary { model, layers, methods, files: _, dense_bytes, stored_bytes, created_at } = &shown.summary;
+        let methods: Vec<String> = methods.iter().map(|(method, n)| format!("{n} {method}")).collect();
+        let mut rows = vec![
+            vec!["model".into(), model.clone()],
+            vec!["layers".into(), format!("{layers}: {}", methods.join(", "))],
+            vec!["dense".into(), bytes(*dense_bytes)],
+            vec!["stored".into(), format!("{} ({})", bytes(*stored_bytes), ratio(*dense_bytes, *stored_bytes))],
+            vec!["bits per weight".into(), bits(shown.bits_per_weight)],
+            vec!["time (UTC)".into(), time(*created_at)],
+        ];
+        rows.extend(shown.sources.iter().map(|source| vec!["source".into(), source.clone()]));
+        rows.extend(
+            shown.files.iter().map(|file| vec!["file".into(), format!("{}, {}", file.name, bytes(file.bytes))]),
+        );
         table(&["field", "value"], rows)
     })?;
     Ok(0)

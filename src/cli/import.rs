@@ -1,14 +1,12 @@
 //! `import` and `export`.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use super::escape;
 use super::output::{bits, bytes, error, measured_over, ratio, table};
 use super::signals::cancel_on_interrupt;
 use super::summary::{FEW_LAYERS, summary};
 use super::{Context, ImportArgs};
-use crate::compress::{self, CalibrationFile, ExportOptions, ImportOptions, ImportReport, Plan, Rules};
+use crate::compress::{self, CalibrationFile, ImportOptions, ImportReport, Plan, Rules};
 use crate::error::{Result, closest, counted};
 use crate::formats;
 use crate::store::{check_model_name, check_place};
@@ -20,9 +18,10 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     check_place(&context.store)?;
     let rules = args.rules.as_deref().map(Rules::open).transpose()?.unwrap_or_default();
     let calibration = args.calibration.as_deref().map(CalibrationFile::open).transpose()?;
-    let source = formats::open_with(&args.checkpoint, formats::OpenOptions { keep_names: args.keep_names })?;
+    let source =
+        formats::open_with(&args.checkpoint, formats::OpenOptions { keep_names: args.keep_names, keep: args.keep })?;
     if args.dry_run {
-        let plan = tokio::task::block_in_place(|| compress::preview(&*source, &rules, calibration.as_ref()))?;
+        let plan = tokio::task::block_in_place(|| compress::preview(source.clone(), &rules, calibration.as_ref()))?;
         context.output.result(&plan, planned)?;
         note_unused(context, &plan.unused_rules);
         note_all(context, &plan.notes);
@@ -64,7 +63,7 @@ fn note_all(context: &Context, notes: &[String]) {
 }
 
 /// Says what was noted of layers, each text once.
-fn note_layers<'a>(context: &Context, notes: impl Iterator<Item = (&'a str, &'a str)>) {
+pub(super) fn note_layers<'a>(context: &Context, notes: impl Iterator<Item = (&'a str, &'a str)>) {
     let mut by_text: Vec<(&str, &str, usize)> = vec![];
     for (layer, text) in notes {
         match by_text.iter_mut().find(|(_, known, _)| *known == text) {
@@ -105,8 +104,16 @@ fn planned(plan: &Plan) -> String {
     let dense = plan.layers.iter().map(|l| l.dense_bytes).sum();
     let known: Option<Vec<u64>> = plan.layers.iter().map(|l| l.expected_bytes).collect();
     let total = known.map_or("some of them by their numbers".to_owned(), |all| bytes(all.iter().sum()));
-    let count = counted(plan.layers.len(), "layer", "layers");
+    let count = with_files(counted(plan.layers.len(), "layer", "layers"), plan.files.len());
     format!("{layers}\n{count}, {total} from {}; nothing has been stored", bytes(dense))
+}
+
+/// A number of layers, and of the files beside them, if there are any.
+fn with_files(layers: String, files: usize) -> String {
+    match files {
+        0 => layers,
+        count => format!("{layers} and {}", counted(count, "file", "files")),
+    }
 }
 
 fn human(report: &ImportReport, all: bool) -> String {
@@ -118,7 +125,7 @@ fn human(report: &ImportReport, all: bool) -> String {
         "{layers}\n{} at version {}: {}, {} from {} ({}), {} new\n",
         report.model,
         report.version,
-        counted(report.layers.len(), "layer", "layers"),
+        with_files(counted(report.layers.len(), "layer", "layers"), report.files.len()),
         bytes(report.stored_bytes),
         bytes(report.dense_bytes),
         ratio(report.dense_bytes, report.stored_bytes),
@@ -147,22 +154,4 @@ fn each(report: &ImportReport) -> String {
         &["layer", "method", "shape", "error", "uncorrected", "over", "stored", "ratio", "bits", "reused", "time"],
         rows,
     )
-}
-
-pub async fn export(context: &Context, model: &str, output: &Path, allow_approximate: bool) -> Result<u8> {
-    let snapshot = context.snapshot().await?;
-    let progress = Arc::new(context.output.progress());
-    let options = ExportOptions { allow_approximate, progress, cancel: cancel_on_interrupt() };
-    let report = compress::export(&snapshot, model, output, options).await?;
-    let notes = report.notes.iter();
-    note_layers(context, notes.flat_map(|(layer, all)| all.iter().map(move |note| (layer.as_str(), note.as_str()))));
-    context.output.result(&report, |r| {
-        let layers = counted(r.layers, "layer", "layers");
-        let added = match r.added_biases.len() {
-            0 => String::new(),
-            count => format!(", {} added", counted(count, "bias", "biases")),
-        };
-        format!("{layers}, {} in {}{added}", bytes(r.bytes), escape::name(&output.to_string_lossy()))
-    })?;
-    Ok(0)
 }

@@ -5,6 +5,7 @@ mod catalogue;
 mod compare;
 mod copy;
 mod escape;
+mod export;
 mod import;
 mod keys;
 mod maintain;
@@ -67,10 +68,10 @@ enum Command {
     Models,
     /// List the layers of a model.
     Layers { model: String },
-    /// Show everything the catalogue knows of one layer.
+    /// Show a model and the files that are kept with it, or everything the catalogue knows of one layer.
     Show {
         model: String,
-        layer: String,
+        layer: Option<String>,
         /// Also read the layer's arrays, and fail unless they hash to their artifact's name.
         #[arg(long)]
         verify: bool,
@@ -123,20 +124,9 @@ enum Command {
         /// Likewise.
         new: String,
     },
-    /// Write a model as a safetensors checkpoint again: each layer as the weight and the bias that give its outputs with every
-    /// key and inputs as they are. Biases are added where the checkpoint had none and the outputs need one.
-    Export {
-        model: String,
-        #[arg(long, short, value_name = "FILE.safetensors")]
-        output: PathBuf,
-        /// Fail unless the arrays of every layer hash to its artifact's name.
-        #[arg(long)]
-        verify: bool,
-        /// Write also what a weight and a bias do not say, without it: a norm before a layer's weight, an activation after it. A note
-        /// says where.
-        #[arg(long)]
-        allow_approximate: bool,
-    },
+    /// Write a model for other programs: each layer as the weight and the bias that give its outputs with every key and inputs as
+    /// they are. Biases are added where the checkpoint had none and the outputs need one.
+    Export(ExportArgs),
     /// Look for damage, and say what helps: open every version and snapshot, count rows, hash every artifact and compare with its
     /// name, and build its layer. Exit 1 when anything is damaged.
     Verify(VerifyArgs),
@@ -201,6 +191,10 @@ struct ImportArgs {
     /// Of a GGUF model: keep the names and the order of rows that the file has, in place of those of Hugging Face's transformers.
     #[arg(long)]
     keep_names: bool,
+    /// Keep this file with the model, as its configuration and its tokenizer are kept: relative to the model's folder, or absolute. May be
+    /// given more than once.
+    #[arg(long, value_name = "FILE")]
+    keep: Vec<PathBuf>,
     /// A message for the log.
     #[arg(long, value_name = "TEXT")]
     message: Option<String>,
@@ -211,6 +205,54 @@ struct ImportArgs {
     /// store is made or changed.
     #[arg(long)]
     dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+struct ExportArgs {
+    model: String,
+    /// Where it goes: a file for safetensors and gguf, a folder that is not there, or empty, for the others.
+    #[arg(long, short, value_name = "PATH")]
+    output: PathBuf,
+    /// What is written: safetensors, one file of numbers; huggingface, a folder that transformers opens; compressed-tensors, such a
+    /// folder whose int4 and int8 layers stay packed; gguf, a file for llama.cpp that keeps the codes of its types; peft, the
+    /// corrections of low_rank layers as a LoRA adapter. Without it, what the output's name says: .safetensors, .gguf, or else
+    /// huggingface.
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    to: Option<To>,
+    /// Write weights that are no codes as this, in place of their source's dtype; q8_0 for gguf alone.
+    #[arg(long, value_name = "DTYPE", value_enum)]
+    dtype: Option<Dtype>,
+    /// Write layers as numbers that gguf or compressed-tensors cannot hold as they are stored.
+    #[arg(long)]
+    allow_dequantize: bool,
+    /// Leave out the corrections of low_rank layers: the base of an adapter (--to peft).
+    #[arg(long)]
+    without_correction: bool,
+    /// Fail unless the arrays of every layer hash to its artifact's name.
+    #[arg(long)]
+    verify: bool,
+    /// Write also what a weight and a bias do not say, without it: a norm before a layer's weight, an activation after it; and for gguf
+    /// round scales to f16. A note says where.
+    #[arg(long)]
+    allow_approximate: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum To {
+    Safetensors,
+    Huggingface,
+    CompressedTensors,
+    Gguf,
+    Peft,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 #[derive(Debug, Args)]
@@ -362,12 +404,11 @@ async fn run(cli: Cli) -> Result<u8> {
     let context = Context { store: cli.store, at: cli.at, verify_loads: cli.command.verifies_loads(), output };
     match cli.command {
         Command::Import(args) => import::import(&context, args).await,
-        Command::Export { model, output, allow_approximate, verify: _ } => {
-            import::export(&context, &model, &output, allow_approximate).await
-        }
+        Command::Export(args) => export::export(&context, args).await,
         Command::Models => catalogue::models(&context).await,
         Command::Layers { model } => catalogue::layers(&context, &model).await,
-        Command::Show { model, layer, verify: _ } => catalogue::show(&context, &model, &layer).await,
+        Command::Show { model, layer: Some(layer), verify: _ } => catalogue::show(&context, &model, &layer).await,
+        Command::Show { model, layer: None, verify } => catalogue::show_model(&context, &model, verify).await,
         Command::Snapshot(command) => catalogue::snapshot(&context, command).await,
         Command::Restore { name } => catalogue::restore(&context, &name).await,
         Command::Log => catalogue::log(&context).await,
@@ -398,7 +439,7 @@ impl Command {
         match self {
             Command::Forward(ForwardArgs { verify, .. })
             | Command::Show { verify, .. }
-            | Command::Export { verify, .. } => *verify,
+            | Command::Export(ExportArgs { verify, .. }) => *verify,
             _ => false,
         }
     }

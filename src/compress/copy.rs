@@ -59,7 +59,7 @@ impl<'a> Selected<'a> {
     /// When there is no such model or layer, or an attention block names a layer that is not there.
     pub(crate) async fn new(snapshot: &'a Snapshot, model: &'a str, layer: Option<&'a str>) -> Result<Selected<'a>> {
         let (layers, scope) = match layer {
-            None => (snapshot.handles(model).await?, Scope::Model),
+            None => (snapshot.handles_of(snapshot.rows(model).await?).await?, Scope::Model),
             Some(layer) => {
                 let own = snapshot.layer(model, layer).await?;
                 let is_module = own.record().method == ModuleLayer::METHOD;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayView2};
 use serde::Serialize;
 
+use super::arranged::seen_again;
 use super::calibration::ActivationsFile;
 use super::measurable::{Measurable, UnmeasuredLayer, measurable};
 use super::measure::{measure, measure_attention, projected};
@@ -103,6 +104,7 @@ pub async fn evaluate(
         ));
     }
     let unmatched_activations = unmatched.into_iter().map(str::to_owned).collect();
+    let checkpoint = checkpoint.map(|checkpoint| seen_again(checkpoint, records.iter()));
     let reference = Reference::new(snapshot, checkpoint).await?;
     let activations = Arc::new(activations);
     let (measurables, unmeasured) = {

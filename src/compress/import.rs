@@ -1,31 +1,27 @@
 //! A source's model into the store: every layer, each by the first rule that takes it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use chrono::Utc;
-use layerstore_core::layer::dtype_name;
-use ndarray::ArrayView2;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::attention::{PlannedBlock, block_recipe, make_block};
+use super::arranged::arranged;
 use super::calibration::CalibrationFile;
-use super::measure::measure;
+use super::items::{Compressed, Inputs, Item};
 use super::plan::{Planned, Work};
 use super::preflight::checked;
-use super::recipe::Recipe;
 use super::rules::Rules;
 use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
-use crate::formats::{SourceContent, TensorSource};
-use crate::layer::parts::Tensor;
-use crate::layer::{CorrectionReport, DenseLayer, KeyValueLayer, Layer, MethodName, Parts, SearchReport, SharedLayer};
+use crate::formats::{SideFile, TensorSource};
+use crate::layer::{CorrectionReport, MethodName, SearchReport};
 use crate::store::{
-    ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store, Writer, adapted, check_model_name,
-    source_tensors, weight_bits,
+    ArtifactInfo, ErrorBasis, LayerRecord, ModelFile, Provenance, RowLocations, Source, Store, Writer, adapted,
+    check_model_name, weight_bits,
 };
 use crate::tasks::unwrap_join;
 
@@ -118,9 +114,11 @@ pub struct ImportReport {
     pub version: u64,
     /// What became of each layer.
     pub layers: Vec<LayerReport>,
-    /// Bytes in the checkpoint, of all layers.
+    /// The files that are kept with the model.
+    pub files: Vec<ModelFile>,
+    /// Bytes in the checkpoint, of all layers and files.
     pub dense_bytes: u64,
-    /// Bytes that the layers take, those counted that the store had already.
+    /// Bytes that layers and files take, those counted that the store had already; one artifact of several layers counts once.
     pub stored_bytes: u64,
     /// Bytes of parts that were new to the store.
     pub written_bytes: u64,
@@ -169,6 +167,7 @@ impl Prepared {
     pub(crate) async fn new(source: Arc<dyn TensorSource>, model: &str, options: ImportOptions) -> Result<Self> {
         check_model_name(model)?;
         let ImportOptions { rules, calibration, message, progress, cancel } = options;
+        let source = arranged(source, &rules)?;
         let inputs = Arc::new(Inputs { source, calibration: calibration.map(Arc::new) });
         let work = {
             let (inputs, cancel) = (inputs.clone(), cancel.clone());
@@ -184,18 +183,21 @@ impl Prepared {
     /// As [`import`].
     pub(crate) async fn import_into(self, store: &Store) -> Result<ImportReport> {
         let Prepared { model, work, inputs, message, progress, cancel } = self;
-        let Work { layers, blocks, unused_rules, notes, misfits: _ } = work;
+        let Work { layers, blocks, files, unused_rules, notes, misfits: _ } = work;
         let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
         let given = inputs.calibration.iter().flat_map(|calibration| calibration.layers());
         let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
         let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
-        progress.started(layers.len() + blocks.len(), bytes);
+        progress.started(layers.len() + blocks.len() + files.len(), bytes);
         let mut session = ImportSession::begin(store, &model, &progress, &cancel).await?;
         for layer in layers {
             session.add(&inputs, layer).await?;
         }
         for block in blocks {
             session.add(&inputs, block).await?;
+        }
+        for file in files {
+            session.add_file(&inputs, file).await?;
         }
         // What is said of the whole checkpoint is stored once, with its first layer.
         if let Some(first) = session.records.first_mut() {
@@ -215,200 +217,6 @@ struct Remarks {
     notes: Vec<String>,
 }
 
-/// What layers are made from.
-pub(super) struct Inputs {
-    pub source: Arc<dyn TensorSource>,
-    pub calibration: Option<Arc<CalibrationFile>>,
-}
-
-/// A layer that an import makes, or finds made. Its methods do blocking work.
-pub(super) trait Item: Clone + Send + Sync + 'static {
-    fn name(&self) -> &str;
-
-    /// `(out_features, in_features)`.
-    fn shape(&self) -> (u64, u64);
-
-    /// Bytes in the source.
-    fn dense_bytes(&self) -> Result<u64>;
-
-    /// Names what the layer is made from and how, and where it comes from.
-    fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)>;
-
-    /// Makes the layer, and measures it.
-    fn make(&self, inputs: &Inputs) -> Result<Compressed>;
-
-    /// The full configuration of the layer, whose parts the store has with this config.
-    fn configuration(&self, stored: &Value) -> Value;
-}
-
-/// A layer that was made.
-pub(super) struct Compressed {
-    pub parts: Parts,
-    /// What a person should know of it.
-    notes: Vec<String>,
-    search: SearchReport,
-    correction: CorrectionReport,
-    pub relative_error: Option<f64>,
-    pub error_basis: ErrorBasis,
-}
-
-impl Item for Planned {
-    fn name(&self) -> &str {
-        &self.source.name
-    }
-
-    fn shape(&self) -> (u64, u64) {
-        Planned::shape(self)
-    }
-
-    fn dense_bytes(&self) -> Result<u64> {
-        Planned::dense_bytes(self)
-    }
-
-    fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)> {
-        let mut recipe = Recipe::new();
-        let from = &*inputs.source;
-        let source = match &self.source.content {
-            SourceContent::Tensors { weight, bias } => {
-                let tensors = std::iter::once(weight).chain(bias).map(|tensor| recipe.tensor(from, tensor));
-                let tensors = tensors.collect::<Result<_>>()?;
-                Source { file: from.file_name(&weight.name), tensors, metadata: BTreeMap::new() }
-            }
-            SourceContent::Ready { layer, .. } => {
-                let layer = layer.load()?;
-                let id = layer.to_parts().id();
-                recipe.artifact(id);
-                let tensors = source_tensors(&self.source.name, &*layer, id)?;
-                Source { file: from.file_name(&self.source.name), tensors, metadata: BTreeMap::new() }
-            }
-        };
-        if let Some(method) = &self.method {
-            recipe.settings(method);
-            if self.calibrated {
-                recipe.calibration(inputs.calibration.as_deref(), &self.source.name)?;
-            }
-        }
-        Ok((recipe.finish(), source))
-    }
-
-    fn make(&self, inputs: &Inputs) -> Result<Compressed> {
-        let Some(method) = &self.method else { return self.as_it_is(&*inputs.source) };
-        let (weight, bias) = match &self.source.content {
-            SourceContent::Tensors { weight, bias } => {
-                let bias = bias.as_ref().map(|b| inputs.source.vector(b)).transpose()?;
-                (inputs.source.matrix(weight)?, bias)
-            }
-            SourceContent::Ready { layer, .. } => {
-                let layer = layer.load()?;
-                (layer.weight()?, layer.stored_bias()?)
-            }
-        };
-        let calibration = match inputs.calibration.as_ref().filter(|_| self.calibrated) {
-            Some(calibration) => calibration.get(&self.source.name, weight.ncols())?,
-            None => None,
-        };
-        let layer = method.compress(weight.view(), bias.as_ref().map(|b| b.view()), calibration.as_ref())?;
-        // What says nothing of inputs is no measure either.
-        let unusable = calibration.as_ref().and_then(|calibration| method.unusable(calibration));
-        let inputs = calibration.as_ref().filter(|_| unusable.is_none()).map(|c| c.sample());
-        let inputs = inputs.filter(|sample| sample.nrows() > 0);
-        let measured = measure(&*layer, weight.view(), inputs)?;
-        let inputs = inputs.filter(|_| measured.basis == ErrorBasis::Activations);
-        let parts = layer.to_parts();
-        let noted = adapted(&parts.config).iter().any(|note| note.starts_with("calibration"));
-        let unused = unusable.filter(|_| !noted).map(|reason| format!("calibration: not used, {reason}"));
-        let (search, unkept) = promised(&layer, inputs)?;
-        Ok(Compressed {
-            correction: layer.correction_report(weight.view(), inputs),
-            search,
-            notes: unused.into_iter().chain(measured.note).chain(unkept).collect(),
-            parts,
-            relative_error: Some(measured.error).filter(|e| e.is_finite()),
-            error_basis: measured.basis,
-        })
-    }
-
-    fn configuration(&self, stored: &Value) -> Value {
-        match (&self.method, &self.source.content) {
-            (Some(method), _) => method.with_stored(stored),
-            (None, SourceContent::Ready { layer, .. }) => {
-                layer.in_memory().map_or_else(|| stored.clone(), |layer| layer.config())
-            }
-            (None, SourceContent::Tensors { .. }) => stored.clone(),
-        }
-    }
-}
-
-impl Planned {
-    /// The layer as the source has it, bit for bit.
-    fn as_it_is(&self, source: &dyn TensorSource) -> Result<Compressed> {
-        let (parts, relative_error) = match &self.source.content {
-            SourceContent::Ready { layer, .. } => (layer.load()?.to_parts(), None),
-            SourceContent::Tensors { weight, bias } => {
-                let bias = bias.as_ref().map(|b| {
-                    source.refuse_nan(b)?;
-                    let data = source.bytes(b)?.into_owned().into();
-                    Ok::<_, Error>(Tensor {
-                        name: "bias".into(),
-                        dtype: dtype_name(b.dtype),
-                        shape: b.shape.clone(),
-                        data,
-                    })
-                });
-                source.refuse_nan(weight)?;
-                let data = source.bytes(weight)?.into_owned().into();
-                let layer = DenseLayer::new(weight.dtype, weight.shape.clone(), data, bias.transpose()?)?;
-                (layer.to_parts(), Some(0.0))
-            }
-        };
-        let correction = CorrectionReport::default();
-        Ok(Compressed {
-            parts,
-            notes: vec![],
-            search: SearchReport::default(),
-            correction,
-            relative_error,
-            error_basis: ErrorBasis::Weights,
-        })
-    }
-}
-
-impl Item for PlannedBlock {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn shape(&self) -> (u64, u64) {
-        let width = self.config.d_model.unwrap_or_default() as u64;
-        (width, width)
-    }
-
-    /// None of its own: its projections are layers by themselves.
-    fn dense_bytes(&self) -> Result<u64> {
-        Ok(0)
-    }
-
-    fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)> {
-        Ok((block_recipe(&*inputs.source, self, inputs.calibration.as_deref())?, Source::default()))
-    }
-
-    fn make(&self, inputs: &Inputs) -> Result<Compressed> {
-        let (layer, error) = make_block(&*inputs.source, self, inputs.calibration.as_deref())?;
-        Ok(Compressed {
-            parts: layer.to_parts(),
-            notes: vec![],
-            search: SearchReport::default(),
-            correction: CorrectionReport::default(),
-            relative_error: error.filter(|e| e.is_finite()),
-            error_basis: ErrorBasis::Activations,
-        })
-    }
-
-    fn configuration(&self, stored: &Value) -> Value {
-        stored.clone()
-    }
-}
-
 /// A model's layers on their way into its catalogue. When it goes, whether they got there or not, the work is over.
 struct ImportSession<'a> {
     model: &'a str,
@@ -417,6 +225,7 @@ struct ImportSession<'a> {
     /// Taken by the commit.
     writer: Option<Writer>,
     layers: Vec<LayerReport>,
+    files: Vec<ModelFile>,
     records: Vec<LayerRecord>,
 }
 
@@ -427,7 +236,8 @@ impl<'a> ImportSession<'a> {
         progress: &'a Arc<dyn Progress>,
         cancel: &'a Cancel,
     ) -> Result<ImportSession<'a>> {
-        let mut session = ImportSession { model, progress, cancel, writer: None, layers: vec![], records: vec![] };
+        let mut session =
+            ImportSession { model, progress, cancel, writer: None, layers: vec![], files: vec![], records: vec![] };
         session.writer = Some(cancel.unless(store.writer()).await?);
         Ok(session)
     }
@@ -485,6 +295,14 @@ impl<'a> ImportSession<'a> {
         Ok(())
     }
 
+    /// Adds a file that belongs to the model, behind its layers.
+    async fn add_file(&mut self, inputs: &Arc<Inputs>, file: SideFile) -> Result<()> {
+        self.add(inputs, file).await?;
+        self.layers.pop();
+        self.files.extend(self.records.last().map(ModelFile::from));
+        Ok(())
+    }
+
     /// Makes all layers the model's, unless somebody has asked to stop.
     async fn commit(mut self, message: Option<&str>, remarks: Remarks) -> Result<ImportReport> {
         let Remarks { unused_rules, unmatched_calibration, notes } = remarks;
@@ -496,10 +314,17 @@ impl<'a> ImportSession<'a> {
         Ok(ImportReport {
             model: self.model.to_owned(),
             version,
-            dense_bytes: self.layers.iter().map(|l| l.dense_bytes).sum(),
-            stored_bytes: self.layers.iter().map(|l| l.stored_bytes).sum(),
+            dense_bytes: self.records.iter().map(|r| r.dense_bytes).sum(),
+            stored_bytes: self
+                .records
+                .iter()
+                .map(|r| (r.artifact, r.stored_bytes))
+                .collect::<HashMap<_, _>>()
+                .values()
+                .sum(),
             written_bytes,
             layers: std::mem::take(&mut self.layers),
+            files: std::mem::take(&mut self.files),
             unused_rules,
             unmatched_calibration,
             notes,
@@ -511,15 +336,6 @@ impl Drop for ImportSession<'_> {
     fn drop(&mut self) {
         self.progress.finished();
     }
-}
-
-/// Returns what a layer that is to certify an error finds for `inputs`, and what to say where it cannot certify it.
-fn promised(layer: &SharedLayer, inputs: Option<ArrayView2<f32>>) -> Result<(SearchReport, Option<String>)> {
-    let found = layer.downcast_ref::<KeyValueLayer>().filter(|layer| layer.asked_error().is_some());
-    let Some(layer) = found else { return Ok((SearchReport::default(), None)) };
-    let report = inputs.map_or(Ok(SearchReport::default()), |x| layer.search_report(x))?;
-    let note = layer.unkept_promise(inputs.map_or(0, |x| x.nrows()), &report);
-    Ok((report, note))
 }
 
 /// A layer that is in the store.

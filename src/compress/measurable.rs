@@ -72,6 +72,7 @@ pub(super) fn measurable(
                     .map(|projections| Measurable::Block(record.clone(), Box::new(projections)))
             }
             MethodKind::Module => Err("it is made of layers that stand for themselves".to_owned()),
+            MethodKind::File => continue,
         };
         match found {
             Ok(measurable) => {

@@ -1,5 +1,6 @@
 //! Models into the store and out of it: rules that choose methods, calibration, import, evaluation, export.
 
+mod arranged;
 mod attention;
 mod calibration;
 mod codebooks;
@@ -7,10 +8,10 @@ mod copy;
 mod evaluate;
 mod export;
 mod import;
+mod items;
 mod measurable;
 mod measure;
 mod misfits;
-mod outline;
 mod plan;
 mod preflight;
 mod preview;
@@ -27,7 +28,7 @@ pub use codebooks::{Training, TrainingReport, train_codebooks};
 pub(crate) use copy::Selected;
 pub use copy::{CopyReport, copy};
 pub use evaluate::{Evaluation, LayerEvaluation, evaluate};
-pub use export::{ExportOptions, ExportReport, export};
+pub use export::{ExportDtype, ExportFormat, ExportOptions, ExportReport, export};
 pub(crate) use import::Prepared;
 pub use import::{ImportOptions, ImportReport, LayerReport, import};
 pub use measurable::UnmeasuredLayer;

@@ -5,9 +5,9 @@ use super::calibration::CalibrationFile;
 use super::misfits::Misfits;
 use super::rules::Rules;
 use super::unapplied::unapplied;
-use crate::error::Result;
-use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
-use crate::layer::{LayerShape, MethodConfig};
+use crate::error::{Error, Result};
+use crate::formats::{SideFile, SourceContent, SourceLayer, TensorInfo, TensorSource};
+use crate::layer::{LayerShape, MethodConfig, StoredAs};
 
 /// A layer, and what is to become of it.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub(super) struct Planned {
     pub calibrated: bool,
     /// The rule that takes it.
     pub rule: Option<String>,
+    /// Whether its tensor is another layer's, too, and counts there.
+    pub tied: bool,
 }
 
 impl Planned {
@@ -32,8 +34,11 @@ impl Planned {
         lengths_of(&self.source.content)
     }
 
-    /// Bytes in the source, the bias counted; of a layer that comes ready, those of its numbers as f32.
+    /// Bytes in the source, the bias counted; none where the tensor is another layer's, too; of a layer that comes ready, those of its numbers as f32.
     pub fn dense_bytes(&self) -> Result<u64> {
+        if self.tied {
+            return Ok(0);
+        }
         match &self.source.content {
             SourceContent::Tensors { weight, bias } => {
                 Ok(weight.byte_len() + bias.as_ref().map_or(0, TensorInfo::byte_len))
@@ -76,6 +81,8 @@ fn lengths_of(content: &SourceContent) -> Result<LayerShape> {
 pub(super) struct Work {
     pub layers: Vec<Planned>,
     pub blocks: Vec<PlannedBlock>,
+    /// Files that belong to the model.
+    pub files: Vec<SideFile>,
     /// Patterns of rules that take nothing.
     pub unused_rules: Vec<String>,
     /// What a user should know of the checkpoint.
@@ -85,11 +92,11 @@ pub(super) struct Work {
 }
 
 /// Finds each layer's rule and holds it against the layer, the blocks of attention, and the rules that took nothing.
-pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option<&CalibrationFile>) -> Work {
-    let all = source.layers();
+pub(super) fn plan(from: &dyn TensorSource, rules: &Rules, calibration: Option<&CalibrationFile>) -> Work {
+    let all = from.layers();
     let mut misfits = Misfits::default();
     let (blocks, mut used) = blocks(&all, rules, calibration, &mut misfits);
-    let notes = unapplied(source, &all, &blocks, rules);
+    let notes = unapplied(from, &all, &blocks, rules);
     let mut planned = Vec::with_capacity(all.len());
     for source in all {
         let takes_rules = match &source.content {
@@ -97,7 +104,17 @@ pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option
             SourceContent::Tensors { weight, .. } => weight.is_float_matrix(),
             SourceContent::Ready { takes_rules, .. } => *takes_rules,
         };
-        let rule = rules.find(&source.name).filter(|_| takes_rules);
+        let stored_as = match &source.content {
+            SourceContent::Tensors { weight, .. } => from.stored_as(&weight.name),
+            SourceContent::Ready { .. } => from.stored_as(&format!("{}.weight", source.name)),
+        };
+        let whole = stored_as.as_ref().map(|stored| stored.tensor.strip_suffix(".weight").unwrap_or(&stored.tensor));
+        let tied = stored_as.as_ref().is_some_and(StoredAs::is_whole);
+        let rule = match tied {
+            true => rules.find(&source.name),
+            false => rules.find_part(&source.name, whole),
+        };
+        let rule = rule.filter(|_| takes_rules);
         let (mut method, rule) = match rule {
             Some((place, rule)) => {
                 used[place] = true;
@@ -117,8 +134,15 @@ pub(super) fn plan(source: &dyn TensorSource, rules: &Rules, calibration: Option
             let checked = lengths_of(&source.content).and_then(|shape| method.check(shape, calibrated));
             misfits.keep(&source.name, checked);
         }
-        planned.push(Planned { source, method, calibrated: calibrated.unwrap_or(false), rule });
+        planned.push(Planned { source, method, calibrated: calibrated.unwrap_or(false), rule, tied });
     }
     let unused = rules.iter().zip(used).filter(|(_, used)| !used).map(|(rule, _)| rule.described());
-    Work { layers: planned, blocks, unused_rules: unused.collect(), notes, misfits }
+    let files = from.side_files();
+    for file in &files {
+        if planned.iter().any(|layer| layer.source.name == file.name) {
+            let taken = Error::expected("name of a file to keep with the model", "that of a layer", "another");
+            misfits.keep::<()>(&file.name, Err(taken));
+        }
+    }
+    Work { layers: planned, blocks, files, unused_rules: unused.collect(), notes, misfits }
 }

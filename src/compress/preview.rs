@@ -1,7 +1,10 @@
 //! What an import would do, said before it does it: the dry run.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
+use super::arranged::arranged;
 use super::attention::PlannedBlock;
 use super::calibration::CalibrationFile;
 use super::plan::{Planned, Work};
@@ -41,6 +44,8 @@ pub struct PlannedLayer {
 pub struct Plan {
     /// The layers, in the source's order.
     pub layers: Vec<PlannedLayer>,
+    /// Names of the files that will be kept with the model.
+    pub files: Vec<String>,
     /// Patterns of rules that take no layer, with their lines: likely mistakes.
     pub unused_rules: Vec<String>,
     /// What was left out of the checkpoint, and what it says that an import does not do.
@@ -52,9 +57,9 @@ pub struct Plan {
 ///
 /// # Errors
 /// When a rule or calibration does not fit a layer, or a value cannot be used: the error names all that do not fit.
-pub fn preview(source: &dyn TensorSource, rules: &Rules, calibration: Option<&CalibrationFile>) -> Result<Plan> {
-    let work = checked(source, rules, calibration, &Cancel::new())?;
-    let Work { layers: planned, blocks, unused_rules, notes, misfits: _ } = work;
+pub fn preview(source: Arc<dyn TensorSource>, rules: &Rules, calibration: Option<&CalibrationFile>) -> Result<Plan> {
+    let work = checked(&*arranged(source, rules)?, rules, calibration, &Cancel::new())?;
+    let Work { layers: planned, blocks, files, unused_rules, notes, misfits: _ } = work;
     let layer = |planned: Planned| -> Result<PlannedLayer> {
         let (out_features, in_features) = planned.shape();
         let dense_bytes = planned.dense_bytes()?;
@@ -95,5 +100,6 @@ pub fn preview(source: &dyn TensorSource, rules: &Rules, calibration: Option<&Ca
         })
     };
     let layers = planned.into_iter().map(layer).chain(blocks.iter().map(block)).collect::<Result<_>>()?;
-    Ok(Plan { layers, unused_rules, notes })
+    let files = files.into_iter().map(|file| file.name).collect();
+    Ok(Plan { layers, files, unused_rules, notes })
 }

@@ -36,7 +36,8 @@ impl Recipe {
         hasher.update_rayon(&source.bytes(tensor)?);
         let hash = hasher.finalize().to_hex().to_string();
         self.add(hash.as_bytes());
-        Ok(SourceTensor { tensor: tensor.name.clone(), dtype, shape: tensor.shape.clone(), hash })
+        let stored_as = source.stored_as(&tensor.name);
+        Ok(SourceTensor { tensor: tensor.name.clone(), dtype, shape: tensor.shape.clone(), hash, stored_as })
     }
 
     /// Adds a layer that comes ready.

@@ -7,15 +7,17 @@ use std::sync::Arc;
 use layerstore_core::layer::registry;
 use serde::Serialize;
 
+use super::arranged::seen_again;
 use super::calibration::CalibrationFile;
-use super::import::{Inputs, Item, unless_cancelled};
+use super::import::unless_cancelled;
+use super::items::{Inputs, Item};
 use super::plan::Planned;
 use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{self, SourceContent, SourceLayer, TensorSource};
-use crate::layer::{ArtifactId, Dense, Method, Parts};
+use crate::layer::{ArtifactId, Dense, FileLayer, Layer, Method, Parts};
 use crate::store::{
-    CorruptArtifact, DamagedMetadata, LayerName, LayerRecord, Provenance, Repairing, SourceTensor, Store,
+    CorruptArtifact, DamagedMetadata, ErrorBasis, LayerName, LayerRecord, Provenance, Repairing, SourceTensor, Store,
 };
 
 /// Where a repair looks for what a store has lost.
@@ -255,6 +257,18 @@ impl Sources {
     }
 }
 
+/// Reads a file that belongs to a model again.
+fn file_again(inputs: &Inputs, id: ArtifactId, name: &str) -> Result<(Parts, Provenance)> {
+    let files = inputs.source.side_files();
+    let file = files.iter().find(|file| file.name == name);
+    let file = file.ok_or_else(|| Error::expected("file that belongs to the model", "none of its name", name))?;
+    let parts = FileLayer::new(file.read()?).to_parts();
+    match parts.id() == id {
+        true => Ok((parts, Provenance { recipe: id.0, relative_error: None, error_basis: ErrorBasis::Weights })),
+        false => Err(Error::expected(format!("content of '{name}'"), parts.id(), format!("{id}, which was stored"))),
+    }
+}
+
 /// Makes the artifact of a row of the catalogue again.
 fn made_again(
     inputs: &Inputs,
@@ -262,12 +276,25 @@ fn made_again(
     id: ArtifactId,
     row: Option<&LayerRecord>,
 ) -> Result<(Parts, Provenance)> {
+    if let Some(row) = row.filter(|row| row.is_file()) {
+        return file_again(inputs, id, &row.layer);
+    }
     let Some((row, wanted)) = row.and_then(|row| Some((row, row.source.tensors.first()?))) else {
         return Err(Error::expected(
             "source of the artifact",
             "no tensors of a checkpoint",
             "some: another store may have it",
         ));
+    };
+    let (seen, again);
+    let (inputs, layers) = match row.source.tensors.iter().any(|tensor| tensor.stored_as.is_some()) {
+        false => (inputs, layers),
+        true => {
+            let source = seen_again(inputs.source.clone(), std::iter::once(row));
+            again = source.layers();
+            seen = Inputs { source, calibration: inputs.calibration.clone() };
+            (&seen, &again[..])
+        }
     };
     let holds = |layer: &&SourceLayer| match &layer.content {
         SourceContent::Tensors { weight, .. } => weight.name == wanted.tensor,
@@ -276,7 +303,7 @@ fn made_again(
     let layer = layers.iter().find(holds).or_else(|| layers.iter().find(|layer| layer.name == row.layer));
     let layer =
         layer.ok_or_else(|| Error::expected("tensor to make the layer of", "none of its name", &wanted.tensor))?;
-    let mut planned = Planned { source: layer.clone(), method: None, calibrated: false, rule: None };
+    let mut planned = Planned { source: layer.clone(), method: None, calibrated: false, rule: None, tied: false };
     let (_, source) = planned.recipe(inputs)?;
     let hashes = |tensors: &[SourceTensor]| tensors.iter().map(|t| t.hash.clone()).collect::<Vec<_>>();
     if hashes(&source.tensors) != hashes(&row.source.tensors) {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
-use crate::formats;
+use crate::formats::{self, Arrangement, Split};
 use crate::layer::{MethodConfig, MethodEntry, MethodKind, VqAttentionConfig};
 
 /// One rule: layers whose whole path matches are compressed by a method.
@@ -21,6 +21,8 @@ pub struct Rule {
     pub layers: String,
     /// What layers become.
     pub method: MethodConfig,
+    /// How their weights lie in the checkpoint.
+    pub(crate) arrangement: Arrangement,
     /// Where the rule starts in its file.
     pub line: usize,
 }
@@ -99,6 +101,12 @@ impl Rules {
     /// Returns the rule that takes a layer: its place in the file's order, and itself.
     pub fn find(&self, layer: &str) -> Option<(usize, &Rule)> {
         self.rules.iter().enumerate().find(|(_, r)| r.matches(layer))
+    }
+
+    /// Returns the first rule that takes a layer by its own name, or by that of the layer that it is a part of.
+    pub(super) fn find_part(&self, layer: &str, whole: Option<&str>) -> Option<(usize, &Rule)> {
+        let names = [Some(layer), whole];
+        self.rules.iter().enumerate().find(|(_, r)| names.iter().flatten().any(|name| r.matches(name)))
     }
 }
 
@@ -226,7 +234,41 @@ fn read_rule(table: Table, line_of: &impl Fn(usize) -> usize) -> std::result::Re
         let reason = e.to_string();
         (at, format!("layers = '{layers}' is not a regular expression: {}", reason.lines().last().unwrap_or_default()))
     })?;
-    Ok(Rule { pattern, layers, method: read_method(settings, start)?, line: line_of(start) })
+    let arrangement = read_arrangement(&mut settings)?;
+    let method = read_method(settings, start)?;
+    if arrangement != Arrangement::default() && method.kind() != MethodKind::Linear {
+        let message =
+            "transpose and split are for layers of weights: give them in a rule of their own, with method = \"dense\"";
+        return Err((start, message.into()));
+    }
+    Ok(Rule { pattern, layers, method, arrangement, line: line_of(start) })
+}
+
+/// Takes what a rule says of how weights lie in the checkpoint.
+fn read_arrangement(settings: &mut Settings) -> std::result::Result<Arrangement, Mistake> {
+    let mut taken = |key: &str| Some((settings.places.get(key).copied()?, settings.values.remove(key)?));
+    let transpose = match taken("transpose") {
+        None => false,
+        Some((_, Value::Bool(transpose))) => transpose,
+        Some((at, other)) => return Err((at, format!("transpose: found {other}, expected true or false"))),
+    };
+    let whole = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
+    let split = match taken("split") {
+        None => None,
+        Some((_, Value::String(name))) if name == "experts" => Some(Split::Experts),
+        Some((at, value)) => {
+            let rows: Option<Vec<usize>> = value.as_array().and_then(|rows| rows.iter().map(whole).collect());
+            match (whole(&value), rows) {
+                (Some(parts), _) => Some(Split::Parts(parts)),
+                (_, Some(rows)) if !rows.is_empty() => Some(Split::Rows(rows)),
+                _ => {
+                    let expected = "\"experts\", a number of parts, or a list of numbers of rows";
+                    return Err((at, format!("split: found {value}, expected {expected}")));
+                }
+            }
+        }
+    };
+    Ok(Arrangement { transpose, split })
 }
 
 /// A regular expression of whole texts. `layers` is one by itself.

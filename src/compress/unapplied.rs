@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use super::attention::PlannedBlock;
 use super::rules::Rules;
 use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
-use crate::layer::DType;
 
 /// What names end with that say how weights are made of several tensors.
 const MADE_OF_SEVERAL: [(&[&str], &str); 3] = [
@@ -45,6 +44,9 @@ const MADE_OF_SEVERAL: [(&[&str], &str); 3] = [
 
 /// The names of GPT-2's Conv1D layers, whose weights are `[in_features, out_features]`.
 const CONV1D: [&str; 4] = ["c_attn", "c_proj", "c_fc", "q_attn"];
+
+/// The dtypes of what can be compressed.
+const FLOATS: &str = "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2";
 
 /// Returns a note for each thing.
 pub(super) fn unapplied(
@@ -96,6 +98,9 @@ fn transposed(source: &dyn TensorSource, layers: &[SourceLayer]) -> Option<Strin
     let named = |name: &str| CONV1D.contains(&name.rsplit('.').next().unwrap_or(name));
     let (mut certain, mut square, mut linear) = (vec![], vec![], false);
     for (name, weight, _) in weights(layers) {
+        if source.stored_as(&weight.name).is_some_and(|stored| stored.transposed) {
+            continue;
+        }
         let bias = source.tensor(&format!("{name}.bias")).map(|bias| &bias.shape[..]);
         match (&weight.shape[..], bias) {
             ([rows, columns], Some([n])) if rows == columns && n == rows && named(name) => square.push(name),
@@ -111,7 +116,7 @@ fn transposed(source: &dyn TensorSource, layers: &[SourceLayer]) -> Option<Strin
     (!certain.is_empty()).then(|| {
         format!(
             "the weights of {} are [in_features, out_features], as GPT-2's Conv1D has them, by their biases or names: they \
-             are taken as [out_features, in_features], and not transposed",
+             are taken as [out_features, in_features], and not transposed; a rule with transpose = true does that",
             such_as(&certain)
         )
     })
@@ -174,11 +179,13 @@ fn no_matrices(layers: &[SourceLayer], rules: &Rules) -> Vec<String> {
         }
         let Some((_, rule)) = rules.find(name).filter(|(_, rule)| rule.method.name() != "dense") else { continue };
         let reason = match (weight.shape.len(), weight.dtype) {
-            (2, dtype) => format!("of dtype {dtype:?}, where F32, F16 or BF16 is compressed"),
-            (n, DType::F32 | DType::F16 | DType::BF16) => format!("of {n} dimensions, where matrices are compressed"),
-            (n, dtype) => {
-                format!("of {n} dimensions and dtype {dtype:?}, where matrices of F32, F16 or BF16 are compressed")
+            (2, dtype) => format!("of dtype {dtype:?}, where {FLOATS} is compressed"),
+            (3, _) if weight.has_floats() => {
+                "of 3 dimensions, where matrices are compressed (split = \"experts\" makes a layer of each matrix)"
+                    .into()
             }
+            (n, _) if weight.has_floats() => format!("of {n} dimensions, where matrices are compressed"),
+            (n, dtype) => format!("of {n} dimensions and dtype {dtype:?}, where matrices of {FLOATS} are compressed"),
         };
         by_reason
             .entry(format!("{reason}: stored as it is, though the rule at {} matches", rule.described()))
@@ -192,6 +199,7 @@ fn no_matrices(layers: &[SourceLayer], rules: &Rules) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::formats::SafetensorsSource;
+    use crate::layer::DType;
     use safetensors::tensor::TensorView;
 
     /// The notes of a checkpoint of zeros, under a rules file.
@@ -239,8 +247,8 @@ mod tests {
             &["'lm_head.weight' as 'embed.weight'"],
         );
         let wide =
-            [("e.gate_up", F32, &[2, 4, 4][..]), ("q.weight", DType::F64, &[4, 4]), ("n.weight", F32, &[1, 1, 4])];
-        says(&notes(&wide, &[], rule), &["'e.gate_up' of 3 dimensions", "'q' of dtype F64"]);
+            [("e.gate_up", F32, &[2, 4, 4][..]), ("q.weight", DType::I64, &[4, 4]), ("n.weight", F32, &[1, 1, 4])];
+        says(&notes(&wide, &[], rule), &["'e.gate_up' of 3 dimensions", "'q' of dtype I64"]);
         says(&notes(&wide, &[], ""), &[]);
         says(
             &notes(&[("a.weight", F32, &[0]), ("b.weight", F32, &[4, 0])], &[], rule),

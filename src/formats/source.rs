@@ -4,14 +4,16 @@ use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
 
+use super::side_files::SideFile;
 use crate::error::{Error, Result};
-use crate::layer::{DType, LayerShape, MethodName, SharedLayer};
+use crate::layer::{DType, LayerShape, MethodName, SharedLayer, StoredAs};
 
 /// A tensor of a source.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,9 +35,13 @@ impl TensorInfo {
 
     /// Returns whether it is a matrix of a float type that can be compressed.
     pub fn is_float_matrix(&self) -> bool {
-        self.shape.len() == 2
-            && self.shape.iter().all(|&n| n > 0)
-            && matches!(self.dtype, DType::F32 | DType::F16 | DType::BF16)
+        self.shape.len() == 2 && self.shape.iter().all(|&n| n > 0) && self.has_floats()
+    }
+
+    /// Returns whether its elements are floats that can be computed with.
+    pub fn has_floats(&self) -> bool {
+        use DType::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64};
+        matches!(self.dtype, F32 | F16 | BF16 | F64 | F8_E4M3 | F8_E5M2)
     }
 }
 
@@ -175,6 +181,33 @@ pub trait TensorSource: fmt::Debug + Send + Sync {
     /// # Errors
     /// When the file cannot be read, or there is no such tensor.
     fn bytes(&self, tensor: &TensorInfo) -> Result<Cow<'_, [u8]>>;
+
+    /// Returns some of a tensor's bytes.
+    ///
+    /// # Errors
+    /// As [`TensorSource::bytes`], and when the tensor has fewer.
+    fn part(&self, tensor: &TensorInfo, range: Range<usize>) -> Result<Vec<u8>> {
+        let bytes = self.bytes(tensor)?;
+        match bytes.get(range.clone()) {
+            Some(part) => Ok(part.to_vec()),
+            None => Err(Error::expected(
+                format!("bytes of tensor '{}'", tensor.name),
+                bytes.len(),
+                format!("at least {}", range.end),
+            )),
+        }
+    }
+
+    /// Returns how a tensor lies in the one that the file holds, where that has another name, or is laid out in another way.
+    fn stored_as(&self, tensor: &str) -> Option<StoredAs> {
+        let _ = tensor;
+        None
+    }
+
+    /// Returns the files that belong to the model beside its tensors, such as its configuration and its tokenizer.
+    fn side_files(&self) -> Vec<SideFile> {
+        vec![]
+    }
 
     /// Returns the name of the file that a tensor lies in.
     fn file_name(&self, tensor: &str) -> String {

@@ -121,7 +121,13 @@ pub fn source_tensors(name: &str, layer: &dyn Layer, id: ArtifactId) -> Result<V
         let mut hasher = blake3::Hasher::new();
         hasher.update(&id.0);
         hasher.update(part.as_bytes());
-        SourceTensor { tensor, dtype: "F32".into(), shape, hash: hasher.finalize().to_hex().to_string() }
+        SourceTensor {
+            tensor,
+            dtype: "F32".into(),
+            shape,
+            hash: hasher.finalize().to_hex().to_string(),
+            stored_as: None,
+        }
     };
     let mut tensors = vec![];
     if registry::is_linear(&layer.method()) {

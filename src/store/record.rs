@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::schema;
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, MethodName};
+use crate::layer::{ArtifactId, MethodName, StoredAs};
 
 /// The column of both tables that holds an artifact's [`RowLocations`], as JSON.
 pub const LOCATIONS: &str = "places";
@@ -54,6 +54,9 @@ pub struct SourceTensor {
     pub shape: Vec<usize>,
     /// BLAKE3 of dtype, shape and bytes, in hex.
     pub hash: String,
+    /// How it lies in the tensor that the checkpoint holds, where that is another, or laid out in another way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_as: Option<StoredAs>,
 }
 
 /// Where a layer came from.

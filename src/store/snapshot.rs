@@ -1,6 +1,6 @@
 //! The store at one version: a consistent whole, whatever is committed meanwhile.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -33,9 +33,11 @@ pub struct ModelSummary {
     pub layers: u64,
     /// How many of them each method has.
     pub methods: BTreeMap<String, u64>,
+    /// How many files it has beside them.
+    pub files: u64,
     /// Bytes of its layers in their checkpoints.
     pub dense_bytes: u64,
-    /// Bytes of its layers' artifacts; those of a shared artifact count for each layer.
+    /// Bytes of the artifacts of its layers and files; one that several share counts once.
     pub stored_bytes: u64,
     /// When its newest layer was stored.
     pub created_at: DateTime<Utc>,
@@ -166,29 +168,47 @@ impl Snapshot {
     /// When the catalogue cannot be read.
     pub async fn models(&self) -> Result<Vec<ModelSummary>> {
         let mut models: BTreeMap<String, ModelSummary> = BTreeMap::new();
+        let mut counted = HashSet::new();
         for r in self.records().await? {
             let model = models.entry(r.model.clone()).or_insert_with(|| ModelSummary {
                 model: r.model.clone(),
                 layers: 0,
                 methods: BTreeMap::new(),
+                files: 0,
                 dense_bytes: 0,
                 stored_bytes: 0,
                 created_at: r.created_at,
             });
-            model.layers += 1;
-            *model.methods.entry(r.method.to_string()).or_default() += 1;
+            if r.is_file() {
+                model.files += 1;
+            } else {
+                model.layers += 1;
+                *model.methods.entry(r.method.to_string()).or_default() += 1;
+            }
             model.dense_bytes += r.dense_bytes;
-            model.stored_bytes += r.stored_bytes;
+            if counted.insert((r.model.clone(), r.artifact)) {
+                model.stored_bytes += r.stored_bytes;
+            }
             model.created_at = model.created_at.max(r.created_at);
         }
         Ok(models.into_values().collect())
     }
 
-    /// Returns the layers of a model, by name.
+    /// Returns the layers of a model, by name; [`Snapshot::files`] has what belongs to it beside them.
     ///
     /// # Errors
     /// When there is no such model.
     pub async fn layers(&self, model: &str) -> Result<Vec<LayerRecord>> {
+        let mut rows = self.rows(model).await?;
+        rows.retain(|record| !record.is_file());
+        Ok(rows)
+    }
+
+    /// Returns all rows of a model, by name: its layers and its files.
+    ///
+    /// # Errors
+    /// When there is no such model.
+    pub(crate) async fn rows(&self, model: &str) -> Result<Vec<LayerRecord>> {
         let rows =
             catalogue::rows(&self.shared.location, self.dataset(), Some(&format!("model = {}", quoted(model)))).await?;
         if rows.is_empty() {
@@ -226,6 +246,11 @@ impl Snapshot {
     /// When there is no such model.
     pub async fn handles(&self, model: &str) -> Result<Vec<LayerHandle>> {
         let records = self.layers(model).await?;
+        self.handles_of(records).await
+    }
+
+    /// Returns handles of rows of this snapshot, whose files are opened now.
+    pub(crate) async fn handles_of(&self, records: Vec<LayerRecord>) -> Result<Vec<LayerHandle>> {
         self.shared.data.open_ahead(&records).await?;
         Ok(records.into_iter().map(|record| self.handle(record)).collect())
     }

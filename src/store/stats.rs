@@ -38,7 +38,7 @@ pub async fn stats(shared: &Shared, dataset: &Dataset, records: &[LayerRecord]) 
     let once: HashMap<_, u64> = records.iter().map(|r| (r.artifact, r.stored_bytes)).collect();
     Ok(Stats {
         models: models.len() as u64,
-        layers: records.len() as u64,
+        layers: records.iter().filter(|r| !r.is_file()).count() as u64,
         artifacts: shared.data.records().await?.len() as u64,
         versions: catalogue::versions(dataset).await?.len() as u64,
         snapshots: versions::tag_names(&shared.location).await?.len() as u64,

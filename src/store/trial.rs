@@ -64,7 +64,7 @@ impl Trial {
         if let Some(attention) = layer.downcast_ref::<VqAttentionLayer>() {
             return attended(attention);
         }
-        // Modules run by what they are made of, which are layers of their own.
+        // Modules run by what they are made of, which are layers of their own; files do not run.
         if !registry::is_linear(&layer.method()) {
             return Ok(());
         }

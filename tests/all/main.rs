@@ -8,6 +8,7 @@ mod damage;
 mod export;
 mod faults;
 mod files;
+mod formats_out;
 mod golden;
 mod keys;
 mod matmul_free;

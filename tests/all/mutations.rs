@@ -14,6 +14,8 @@ mod allocations;
 mod checkpoint;
 #[path = "../../fuzz/shared/choices.rs"]
 mod choices;
+#[path = "../../fuzz/shared/formats.rs"]
+mod formats;
 #[path = "../../fuzz/shared/keras.rs"]
 mod keras;
 #[path = "../../fuzz/shared/rules.rs"]
@@ -81,6 +83,35 @@ fn checkpoints() {
         allocations::assert_none_as_large_as(LARGE, &format!("seed {seed}"));
     }
     assert!(opened >= count / 40 && refused >= count / 4, "{opened} opened, {refused} refused");
+}
+
+#[test]
+fn files_of_other_programs() {
+    count_panics();
+    let place = Place::new();
+    let fixtures = ["gguf", "pytorch", "quantized"].map(|folder| format!("tests/fixtures/formats/{folder}"));
+    let entries = fixtures.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_none_or(|extension| extension != "py" && extension != "json"));
+    paths.sort();
+    assert_eq!(paths.len(), 20 + 8 + 13);
+    let seeds = seeded::seeds(30);
+    let (mut opened, mut refused) = (0u64, 0u64);
+    for (number, path) in paths.iter().enumerate() {
+        let model = formats::Model::read(path);
+        for seed in seeds.clone() {
+            let panics = PANICS.load(Ordering::SeqCst);
+            let bytes = seeded::bytes(seed * 64 + number as u64, 200);
+            match formats::run(&model.write(&place.path("models"), Some(&mut Choices::new(&bytes)))) {
+                true => opened += 1,
+                false => refused += 1,
+            }
+            assert_eq!(PANICS.load(Ordering::SeqCst), panics, "{}, seed {seed}", path.display());
+            allocations::assert_none_as_large_as(LARGE, &format!("{}, seed {seed}", path.display()));
+        }
+    }
+    let all = opened + refused;
+    assert!(opened >= all / 8 && refused >= all / 8, "{opened} opened, {refused} refused");
 }
 
 #[test]

@@ -67,3 +67,56 @@ fn packed_weights_are_kept_and_run() {
     std::fs::write(&rules, "[[rule]]\nlayers = '.*'\nmethod = 'low_rank'\nweight = { type = 'iq4_nl' }\n").unwrap();
     place.fails(1, &["rules.toml", "iq4_nl", "not made"], &["import", Q4_K, "--model", "m", "--rules", &rules]);
 }
+
+/// Files beside a model are kept with it, seen by `show`, carried along and given back.
+#[test]
+fn files_of_a_model_stay_with_it() {
+    let place = Place::new();
+    let at = |name: &str| place.path(name).display().to_string();
+    let folder = place.path("model");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy("tests/fixtures/small.safetensors", folder.join("model.safetensors")).unwrap();
+    let files =
+        [("config.json", "{\"model_type\": \"x\"}"), ("tokenizer.json", "{}"), ("LICENSE", ""), ("notes.txt", "no")];
+    files.iter().for_each(|(name, text)| std::fs::write(folder.join(name), text).unwrap());
+    let import = ["import", &at("model"), "--model", "m", "--keep", "LICENSE"];
+    let plan = place.json(&[&import[..], &["--dry-run"]].concat());
+    assert_eq!(plan["files"], json!(["LICENSE", "config.json", "tokenizer.json"]));
+    let report = place.json(&import);
+    let names: Vec<&Value> = report["files"].as_array().unwrap().iter().map(|file| &file["name"]).collect();
+    assert_eq!(json!(names), plan["files"]);
+    let version = report["version"].clone();
+    assert_eq!(place.json(&import)["version"], version, "the same again is no change");
+    place.json(&["import", &at("model"), "--model", "other"]);
+    let shown = place.json(&["show", "m"]);
+    let own = shown["files"].as_array().unwrap();
+    assert_eq!((own.len(), &own[1]["bytes"], &shown["layers"]), (3, &json!(19), &json!(10)), "{shown}");
+    // One artifact for both models.
+    assert_eq!(place.json(&["show", "other"])["files"][0]["artifact"], own[1]["artifact"]);
+    let table = place.run(&["show", "m", "--verify"]).out;
+    assert!(table.contains("config.json, 19 B") && table.contains("bits per weight"), "{table}");
+    assert_eq!(place.json(&["layers", "m"]).as_array().unwrap().len(), 10);
+    assert_eq!(place.json(&["models"])[0]["files"], 3);
+    place.fails(
+        1,
+        &["a linear layer", "file"],
+        &["forward", "m", "config.json", "--input", "tests/fixtures/small-calibration.safetensors:blocks.0.up"],
+    );
+    // To another store, to another name, and out.
+    let copied = Place::new();
+    place.json(&["copy", "m", &copied.store()]);
+    place.json(&["rename", "m", "n"]);
+    place.json(&["gc", "--older-than", "0s", "--apply"]);
+    for (place, model) in [(&place, "n"), (&copied, "m")] {
+        let output = at(&format!("out-{model}"));
+        place.json(&["export", model, "--output", &output]);
+        for (name, text) in &files[..3] {
+            assert_eq!(std::fs::read_to_string(std::path::Path::new(&output).join(name)).unwrap(), *text, "{name}");
+        }
+        assert_eq!(place.json(&["verify", "--deep"])["corrupt"], json!([]));
+    }
+    place.fails(1, &["missing.txt"], &["import", &at("model"), "--model", "m", "--keep", "missing.txt"]);
+    place.fails(1, &["the model's folder"], &["import", &at("model"), "--model", "m", "--keep", "../x"]);
+    std::fs::write(folder.join("config.json"), "{").unwrap();
+    place.fails(1, &["config.json", "not JSON"], &["import", &at("model"), "--model", "m"]);
+}

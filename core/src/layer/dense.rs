@@ -16,6 +16,7 @@ use super::traits::{Accuracy, Gradients, Layer, Output, check_rows};
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::{Loss, matmul, matmul_nt};
+use crate::quant::{F8_E4M3, F8_E5M2};
 
 /// An element type, by its safetensors name.
 pub use safetensors::Dtype as DType;
@@ -243,7 +244,7 @@ impl Layer for DenseLayer {
         check_rows(indices, self.out_features())?;
         let (columns, dtype) = (self.in_features(), self.dtype());
         if dtype.bitsize() < 8 {
-            return Err(Error::expected("dtype to compute with", format!("{dtype:?}"), "F32, F16, BF16 or F64"));
+            return Err(Error::expected("dtype to compute with", format!("{dtype:?}"), COMPUTED));
         }
         let bytes = columns * dtype.bitsize() / 8;
         let mut rows = Array2::zeros((indices.len(), columns));
@@ -277,17 +278,22 @@ impl Layer for DenseLayer {
     }
 }
 
+/// The dtypes of elements that can be computed with.
+const COMPUTED: &str = "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2";
+
 /// Little-endian elements as f32.
 ///
 /// # Errors
-/// When the dtype is not F32, F16, BF16 or F64, or an F64 element is beyond what f32 holds.
+/// When the dtype is none of F32, F16, BF16, F64, F8_E4M3 and F8_E5M2, or an F64 element is beyond what f32 holds.
 pub fn to_f32(dtype: DType, raw: &[u8]) -> Result<Vec<f32>> {
     Ok(match dtype {
         DType::F32 => super::parts::bytes_f32(raw),
         DType::F16 => raw.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
         DType::BF16 => raw.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
         DType::F64 => narrowed(raw.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)))?,
-        other => return Err(Error::expected("dtype to compute with", format!("{other:?}"), "F32, F16, BF16 or F64")),
+        DType::F8_E4M3 => raw.iter().map(|&code| F8_E4M3[usize::from(code)]).collect(),
+        DType::F8_E5M2 => raw.iter().map(|&code| F8_E5M2[usize::from(code)]).collect(),
+        other => return Err(Error::expected("dtype to compute with", format!("{other:?}"), COMPUTED)),
     })
 }
 

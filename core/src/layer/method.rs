@@ -26,6 +26,8 @@ pub enum MethodKind {
     Attention,
     /// A module that is made of other layers; no rule asks for one.
     Module,
+    /// A file that belongs to a model; no rule asks for one.
+    File,
 }
 
 /// A method of compression. It is implemented by the type of the method's settings.

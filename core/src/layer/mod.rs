@@ -7,6 +7,7 @@
 mod activation;
 mod check;
 mod dense;
+mod file;
 mod key_value;
 mod low_rank;
 mod method;
@@ -16,12 +17,14 @@ pub mod parts;
 pub mod registry;
 mod rms_norm;
 mod shape;
+mod stored_as;
 mod ternary;
 mod traits;
 mod vq_attention;
 
 pub use activation::Activation;
 pub use dense::{DType, Dense, DenseLayer, dtype_name, dtype_named, from_f32, holds, to_f32};
+pub use file::FileLayer;
 pub use key_value::{
     Backend, Decomposition, Hit, KeyValueConfig, KeyValueLayer, Limit, OnMisfit, QueryHits, Ranking, Refit, ScoreRange,
     SearchSettings, Sides, StoredSearch, ThresholdMethod, search_threshold,
@@ -36,6 +39,7 @@ pub use parts::{ArtifactId, Parts};
 pub use registry::{MethodEntry, layer_from_parts, register};
 pub use rms_norm::{NormGradients, RmsNorm};
 pub use shape::{LayerShape, bits_per_weight};
+pub use stored_as::StoredAs;
 pub use ternary::{TernaryConfig, TernaryLayer};
 pub use traits::{
     Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SearchReport, SharedLayer, check_rows,

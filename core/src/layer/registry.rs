@@ -8,6 +8,7 @@ use std::sync::{PoisonError, RwLock};
 use serde_json::{Map, Value};
 
 use super::dense::Dense;
+use super::file::FileLayer;
 use super::key_value::KeyValueConfig;
 use super::low_rank::LowRankConfig;
 use super::method::{Method, MethodConfig, MethodKind};
@@ -107,7 +108,7 @@ impl MethodEntry {
 }
 
 /// This crate's methods, in the order in which they are documented.
-pub const BUILT_IN: [MethodEntry; 6] = [
+pub const BUILT_IN: [MethodEntry; 7] = [
     MethodEntry::of::<Dense>(),
     MethodEntry::of::<KeyValueConfig>(),
     MethodEntry::of::<LowRankConfig>(),
@@ -122,6 +123,15 @@ pub const BUILT_IN: [MethodEntry; 6] = [
         read_settings: None,
         settings_of: None,
         from_parts: |parts| Ok(ModuleLayer::from_parts(parts)?.shared()),
+    },
+    MethodEntry {
+        name: FileLayer::METHOD,
+        kind: MethodKind::File,
+        measured: &[],
+        implemented_by: TypeId::of::<FileLayer>(),
+        read_settings: None,
+        settings_of: None,
+        from_parts: |parts| Ok(FileLayer::from_parts(parts)?.shared()),
     },
 ];
 

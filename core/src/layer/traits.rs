@@ -360,6 +360,7 @@ pub fn check_rows(indices: &[u32], rows: usize) -> Result<()> {
 pub fn no_weight(what: &str, found: &MethodName) -> Error {
     let expected = match found.as_str() {
         "vq_attention" => "a linear layer: attention runs by `attend`, and its projections by themselves",
+        "file" => "a linear layer: a file of the model is only kept",
         _ => "a linear layer: a module runs with the layers that it is made of",
     };
     Error::expected(what, found, expected)

@@ -302,6 +302,17 @@ impl PackedMatrix {
         &self.packed[row * bytes..(row + 1) * bytes]
     }
 
+    /// Writes the codes of one row into `out` `[columns]`, a byte each, as they are stored: those of symmetric integers in two's
+    /// complement.
+    ///
+    /// # Panics
+    /// When the row is not there, `out` is not as long as a row, or the weights are floats by themselves.
+    pub fn codes(&self, row: usize, out: &mut [u8]) {
+        assert_eq!(out.len(), self.columns, "codes of a row");
+        assert!(!self.format.weight_type.is_float(), "{} has no codes", self.format.weight_type);
+        unpack(self.row_codes(row), self.format.weight_type.bits(), out);
+    }
+
     /// Dequantises one row: the embedding of token `index`, where the matrix is a table of them.
     ///
     /// # Errors

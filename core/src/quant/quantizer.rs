@@ -142,10 +142,10 @@ pub const IQ4_NL: [f32; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
 /// The 8-bit floats of 4 bits of exponent, by code; NaN at 127 and 255.
-pub(super) static F8_E4M3: [f32; 256] = eight_bits(4);
+pub(crate) static F8_E4M3: [f32; 256] = eight_bits(4);
 
 /// The 8-bit floats of 5 bits of exponent, by code; infinite at 124 and 252, NaN above.
-pub(super) static F8_E5M2: [f32; 256] = eight_bits(5);
+pub(crate) static F8_E5M2: [f32; 256] = eight_bits(5);
 
 const fn eight_bits(exponent_bits: u32) -> [f32; 256] {
     let (fraction_bits, bias) = (7 - exponent_bits, (1i32 << (exponent_bits - 1)) - 1);

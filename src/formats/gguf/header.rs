@@ -44,7 +44,7 @@ pub enum Value {
     Text(String),
     /// Values of one type.
     Array(Vec<Value>),
-    /// More than [`FEW`] values of one type, such as a tokenizer's: nothing here asks for them.
+    /// More than [`FEW`] values of one type, such as a tokenizer's, where they were not asked for.
     Long(usize),
 }
 
@@ -54,6 +54,32 @@ impl Value {
         match self {
             Value::Unsigned(value) => usize::try_from(*value).ok(),
             Value::Signed(value) => usize::try_from(*value).ok(),
+            _ => None,
+        }
+    }
+
+    /// Returns the value as a number, if it is one.
+    pub fn as_f64(&self) -> Option<f64> {
+        match self {
+            Value::Unsigned(value) => Some(*value as f64),
+            Value::Signed(value) => Some(*value as f64),
+            Value::Float(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// Returns the value as a truth value, if it is one.
+    pub fn as_bool(&self) -> Option<bool> {
+        match self {
+            Value::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// Returns the values of an array, if it is one that was kept.
+    pub fn as_array(&self) -> Option<&[Value]> {
+        match self {
+            Value::Array(values) => Some(values),
             _ => None,
         }
     }
@@ -85,6 +111,8 @@ pub struct ListedTensor {
 pub struct Header {
     /// Values by their keys.
     pub metadata: BTreeMap<String, Value>,
+    /// The keys in the file's order, and where each pair lies, from its key's length to the end of its value.
+    pub pairs: Vec<(String, std::ops::Range<usize>)>,
     /// The tensors, in the file's order.
     pub tensors: Vec<ListedTensor>,
 }
@@ -94,7 +122,19 @@ pub struct Header {
 /// # Errors
 /// When it is no GGUF file of version 2 or 3, is cut short, or says what cannot be.
 pub fn read(file: &[u8]) -> Result<Header> {
-    let mut bytes = Bytes { all: file, at: 0 };
+    read_with(Bytes { all: file, at: 0, keeps_long: false })
+}
+
+/// Reads what a file begins with, arrays of any length included.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_all(file: &[u8]) -> Result<Header> {
+    read_with(Bytes { all: file, at: 0, keeps_long: true })
+}
+
+fn read_with(mut bytes: Bytes) -> Result<Header> {
+    let file = bytes.all;
     let magic = bytes.take(4)?;
     if magic != b"GGUF" {
         let found = String::from_utf8_lossy(magic).into_owned();
@@ -109,15 +149,17 @@ pub fn read(file: &[u8]) -> Result<Header> {
         return Err(expected("version of GGUF", found, "2 or 3, little-endian"));
     }
     let (tensors, pairs) = (bytes.u64()?, bytes.u64()?);
-    let mut metadata = BTreeMap::new();
+    let (mut metadata, mut all) = (BTreeMap::new(), vec![]);
     // A pair takes 13 bytes at least, a tensor 24.
     for _ in 0..bytes.count(pairs, 13, "pairs of metadata")? {
+        let start = bytes.at;
         let key = bytes.text()?;
         let kind = bytes.u32()?;
         let value = bytes.value(kind, 0).map_err(|e| format!("metadata '{key}': {e}"))?;
         if metadata.insert(key.clone(), value).is_some() {
             return Err(expected("metadata", format!("key '{key}' twice"), "each key once"));
         }
+        all.push((key, start..bytes.at));
     }
     let mut listed = Vec::new();
     for _ in 0..bytes.count(tensors, 24, "tensors")? {
@@ -132,7 +174,14 @@ pub fn read(file: &[u8]) -> Result<Header> {
     };
     let start = bytes.at.next_multiple_of(alignment);
     let tensors = listed.into_iter().map(|tensor| tensor.placed(start, alignment, file.len()));
-    Ok(Header { metadata, tensors: tensors.collect::<Result<_>>()? })
+    let tensors = tensors.collect::<Result<Vec<ListedTensor>>>()?;
+    let mut in_order: Vec<&ListedTensor> = tensors.iter().filter(|tensor| !tensor.bytes.is_empty()).collect();
+    in_order.sort_by_key(|tensor| tensor.bytes.start);
+    if let Some([one, other]) = in_order.windows(2).find(|pair| pair[1].bytes.start < pair[0].bytes.end) {
+        let found = format!("bytes {:?}, where tensor '{}' has {:?}", other.bytes, one.name, one.bytes);
+        return Err(expected(format!("place of tensor '{}'", other.name), found, "bytes of its own"));
+    }
+    Ok(Header { metadata, pairs: all, tensors })
 }
 
 /// A tensor before it is known where data begin.
@@ -176,6 +225,8 @@ impl Unplaced {
 struct Bytes<'a> {
     all: &'a [u8],
     at: usize,
+    /// Whether arrays of more than [`FEW`] values are kept.
+    keeps_long: bool,
 }
 
 impl<'a> Bytes<'a> {
@@ -249,7 +300,7 @@ impl<'a> Bytes<'a> {
                     }
                 };
                 let count = self.count(count, least, "an array's values")?;
-                if count > FEW {
+                if count > FEW && !self.keeps_long {
                     let size = (kind != 8 && kind != 9).then_some(least);
                     match size {
                         Some(size) => _ = self.take(count * size)?,

@@ -1,8 +1,13 @@
 //! Models in GGUF files, as llama.cpp has them: quantised weights are kept as they are.
 
+mod blocks;
 mod header;
+mod made;
+mod metadata;
 mod names;
+mod tokenizer;
 mod types;
+mod writer;
 
 #[cfg(test)]
 mod tests;
@@ -18,15 +23,23 @@ use memmap2::Mmap;
 use ndarray::Array1;
 use regex::Regex;
 
+pub use self::blocks::to_q8_0;
 use self::header::{ListedTensor, Value};
-use self::names::{Change, Names};
-use self::types::{BlockType, TensorType};
+pub use self::made::Made as MadeMetadata;
+pub use self::metadata::METADATA;
+use self::metadata::Shape;
+pub use self::names::Change;
+pub use self::names::Names as GgufNames;
+use self::names::Names;
+pub use self::types::{BlockType, TensorType};
+pub use self::writer::{Pairs, TensorToWrite, write as write_gguf};
 use super::opened::OpenFile;
 use super::packed::packed;
 use super::regular;
+use super::side_files::SideFile;
 use super::source::{SourceLayer, TensorInfo, TensorSource, paired};
 use crate::error::{Error, Result};
-use crate::layer::{DType, LayerShape};
+use crate::layer::{DType, LayerShape, StoredAs};
 
 /// An open GGUF model: one file, or all files that it is split over. Dropping it closes them.
 #[derive(Debug)]
@@ -35,6 +48,9 @@ pub struct GgufSource {
     /// Tensors of numbers one by one.
     tensors: BTreeMap<String, TensorInfo>,
     file: Arc<Files>,
+    /// The embedding that the head is, too, by transformers' names.
+    tied: Option<(String, String)>,
+    side_files: Vec<SideFile>,
     notes: Vec<String>,
 }
 
@@ -47,7 +63,7 @@ struct Files {
 }
 
 /// A tensor under the name that it is imported by.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Entry {
     file: usize,
     listed: ListedTensor,
@@ -67,12 +83,13 @@ impl GgufSource {
     pub fn open(path: impl AsRef<Path>, keep_names: bool) -> Result<Self> {
         let path = path.as_ref();
         let mut all = Files { files: vec![], metadata: BTreeMap::new(), entries: BTreeMap::new() };
-        let (mut listed, mut names) = (vec![], HashSet::new());
+        let (mut listed, mut names, mut header_alone) = (vec![], HashSet::new(), None);
         for path in parts(path)? {
             let file = regular::open(&path)?;
             // SAFETY: only the header is read from it, now.
             let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?;
             let header = header::read(&map).map_err(|reason| Error::file(&path, reason))?;
+            header_alone.get_or_insert_with(|| metadata::without_tensors(&map, &header));
             for tensor in header.tensors {
                 if !names.insert(tensor.name.clone()) {
                     return Err(Error::file(&path, format!("tensor '{}' is there twice", tensor.name)));
@@ -114,13 +131,27 @@ impl GgufSource {
             }
         }
         let mut notes = vec![];
-        if let Some(naming) = naming.filter(|naming| !naming.is_known()) {
+        if let Some(naming) = naming.as_ref().filter(|naming| !naming.is_known()) {
             let architecture = naming.architecture();
             notes.push(format!("tensors keep their names: those of architecture '{architecture}' are not known"));
         }
-        Ok(GgufSource { path: path.to_owned(), tensors, file: Arc::new(all), notes })
+        let tied = naming.as_ref().is_some_and(Names::ties_heads) && all.tie_head(&mut tensors);
+        let tied = tied.then(|| (HEAD.to_owned(), EMBEDDING.to_owned()));
+        let header_alone = header_alone.unwrap_or_default();
+        let mut side_files = vec![];
+        if naming.as_ref().is_some_and(Names::is_known) {
+            let (made, more) = metadata::for_transformers(&header_alone, &all.shape(tied.is_some()));
+            side_files.extend(made);
+            notes.extend(more);
+        }
+        side_files.push(SideFile::new(METADATA, header_alone));
+        Ok(GgufSource { path: path.to_owned(), tensors, file: Arc::new(all), tied, side_files, notes })
     }
 }
+
+/// Transformers' names of the embedding and the head.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// Returns the files of a model: those of all parts, where the name says that it is one of several.
 ///
@@ -145,6 +176,30 @@ fn parts(path: &Path) -> Result<Vec<PathBuf>> {
 }
 
 impl Files {
+    /// Gives the embedding the head's name, too, where there is no head: llama.cpp takes the one for the other. Returns whether that
+    /// is so.
+    fn tie_head(&mut self, tensors: &mut BTreeMap<String, TensorInfo>) -> bool {
+        let (Some(embedding), false) = (self.entries.get(EMBEDDING), self.entries.contains_key(HEAD)) else {
+            return false;
+        };
+        self.entries.insert(HEAD.to_owned(), embedding.clone());
+        if let Some(embedding) = tensors.get(EMBEDDING) {
+            tensors.insert(HEAD.to_owned(), TensorInfo { name: HEAD.to_owned(), ..embedding.clone() });
+        }
+        true
+    }
+
+    /// What the tensors say of a configuration.
+    fn shape(&self, is_tied: bool) -> Shape {
+        let rows = |name: &str| self.entries.get(name).and_then(|entry| entry.listed.shape.first().copied());
+        Shape {
+            vocabulary: rows(EMBEDDING).or_else(|| rows("embeddings.word_embeddings.weight")),
+            token_types: rows("embeddings.token_type_embeddings.weight"),
+            is_tied,
+            has_attention_bias: self.entries.contains_key("model.layers.0.self_attn.q_proj.bias"),
+        }
+    }
+
     /// Reads the bytes of a tensor, as transformers would have them.
     fn read(&self, name: &str) -> Result<Vec<u8>> {
         let Some(Entry { file, listed, change }) = self.entries.get(name) else {
@@ -215,6 +270,26 @@ fn unpermuted(bytes: &[u8], tensor: &ListedTensor, heads: usize) -> std::result:
     Ok(all)
 }
 
+/// Puts the halves of each head's rows in pairs, as llama.cpp's converter does.
+///
+/// # Errors
+/// When the rows are not those of so many heads.
+pub fn permuted(bytes: &[u8], shape: &[usize], heads: usize) -> std::result::Result<Vec<u8>, String> {
+    let rows = shape.first().copied().unwrap_or_default();
+    if heads == 0 || heads > rows || !rows.is_multiple_of(2 * heads) {
+        return Err(format!("{rows} rows, expected a multiple of twice the {heads} heads"));
+    }
+    let (length, width) = (bytes.len() / rows, rows / heads);
+    let mut all = vec![0; bytes.len()];
+    for (row, bytes) in bytes.chunks_exact(length.max(1)).take(rows).enumerate() {
+        let (head, row) = (row / width, row % width);
+        let (half, pair) = (row / (width / 2), row % (width / 2));
+        let to = head * width + 2 * pair + half;
+        all[to * length..(to + 1) * length].copy_from_slice(bytes);
+    }
+    Ok(all)
+}
+
 fn less_one(bytes: Vec<u8>, tensor: &ListedTensor) -> std::result::Result<Vec<u8>, String> {
     match tensor.tensor_type {
         TensorType::Plain(DType::F32) => {
@@ -243,6 +318,16 @@ impl TensorSource for GgufSource {
         let entry = self.file.entries.get(tensor).or_else(|| self.file.entries.get(&format!("{tensor}.weight")));
         let file = entry.map_or(0, |entry| entry.file);
         self.file.files[file].name.clone()
+    }
+
+    fn stored_as(&self, tensor: &str) -> Option<StoredAs> {
+        let (_, embedding) = self.tied.as_ref().filter(|(head, _)| head == tensor)?;
+        Some(StoredAs::whole(embedding, &self.file.entries.get(embedding)?.listed.shape))
+    }
+
+    /// The header as a file without tensors, and what transformers has in its place.
+    fn side_files(&self) -> Vec<SideFile> {
+        self.side_files.clone()
     }
 
     /// The header's values, but for long arrays.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::header::Value;
+use super::header::{self, Value};
 
 /// What becomes of a tensor whose weights are stored in another way than transformers has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +123,52 @@ impl Names {
         self.family().is_some()
     }
 
+    /// Returns how the tensors are named of a model with the metadata of this file.
+    ///
+    /// # Errors
+    /// When it is no GGUF file, or as [`Names::of`].
+    pub fn of_file(file: &[u8]) -> Result<Self, String> {
+        Names::of(&header::read(file)?.metadata)
+    }
+
+    /// Returns how the tensors of a model are named whose architecture and numbers of heads are known.
+    pub fn new(architecture: &str, heads: usize, key_heads: usize) -> Self {
+        Names { architecture: architecture.to_owned(), heads: vec![heads], key_heads: vec![key_heads] }
+    }
+
+    /// Returns llama.cpp's name of a tensor that transformers calls so, and what [`Names::of_tensor`] would undo; none where it has none.
+    pub fn of_transformers(&self, name: &str) -> Option<(String, Change)> {
+        let (stem, kind) = name.rsplit_once('.')?;
+        let theirs = match self.family()? {
+            Family::Llama => match stem.strip_prefix("model.layers.") {
+                Some(rest) => {
+                    let (number, part) = rest.split_once('.')?;
+                    let mut parts = LLAMA_BLOCK.iter().map(|(theirs, _)| *theirs);
+                    format!("blk.{number}.{}", parts.find(|theirs| self.in_llama_block(theirs) == Some(part))?)
+                }
+                None => LLAMA.iter().find(|(_, ours)| *ours == stem)?.0.to_owned(),
+            },
+            Family::Bert => {
+                let stem = stem.strip_prefix("bert.").unwrap_or(stem);
+                match stem.strip_prefix("encoder.layer.") {
+                    Some(rest) => {
+                        let (number, part) = rest.split_once('.')?;
+                        format!("blk.{number}.{}", BERT_BLOCK.iter().find(|(_, ours)| *ours == part)?.0)
+                    }
+                    None => BERT.iter().find(|(_, ours)| *ours == stem)?.0.to_owned(),
+                }
+            }
+        };
+        let theirs = format!("{theirs}.{kind}");
+        let change = self.of_tensor(&theirs).1;
+        Some((theirs, change))
+    }
+
+    /// Returns whether a model without a head has its embedding for one.
+    pub fn ties_heads(&self) -> bool {
+        self.family() == Some(Family::Llama)
+    }
+
     fn family(&self) -> Option<Family> {
         match self.architecture.as_str() {
             "llama" | "qwen2" | "qwen3" | "gemma" | "gemma2" | "gemma3" | "phi3" => Some(Family::Llama),
@@ -200,6 +246,25 @@ mod tests {
         for wrong in [Value::Text("4".into()), Value::Float(4.0), Value::Array(vec![]), Value::Long(2000)] {
             assert!(of(Some(wrong.clone()), None).is_err() && of(Some(each.clone()), Some(wrong)).is_err());
         }
+    }
+
+    #[test]
+    fn names_come_back() {
+        for (architecture, tensors) in [
+            ("llama", &["token_embd.weight", "blk.3.attn_q.weight", "blk.0.ffn_norm.weight", "output.weight"][..]),
+            ("gemma2", &["blk.1.ffn_norm.weight", "blk.1.post_attention_norm.weight", "output_norm.weight"]),
+            ("phi3", &["blk.1.ffn_up.weight", "blk.2.attn_qkv.weight"]),
+            ("bert", &["blk.5.layer_output_norm.bias", "token_types.weight"]),
+        ] {
+            let names = names(architecture);
+            for theirs in tensors {
+                let (ours, change) = names.of_tensor(theirs);
+                assert_ne!(ours, *theirs);
+                assert_eq!(names.of_transformers(&ours), Some(((*theirs).to_owned(), change)), "{architecture} {ours}");
+            }
+        }
+        assert_eq!(names("bert").of_transformers("bert.pooler.dense.weight"), None);
+        assert_eq!(names("llama").of_transformers("model.layers.0.other.weight"), None);
     }
 
     #[test]

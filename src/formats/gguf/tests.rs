@@ -218,7 +218,9 @@ fn parts_belong_together() {
     let second = part(2, &[("token_embd.weight", &[2, 32], 8, q8(2))]);
     for path in [&first, &second] {
         let source = GgufSource::open(path, false).unwrap();
-        assert_eq!(source.layers().len(), 2);
+        // The embedding is the head, too.
+        assert_eq!(source.layers().len(), 3);
+        assert_eq!(weight(&source, "lm_head"), weight(&source, "model.embed_tokens"));
         assert_eq!(weight(&source, "model.embed_tokens").column(3).to_vec(), [0.0, 1.0]);
         assert_eq!(source.file_name("model.embed_tokens"), "m-00002-of-00002.gguf");
     }
@@ -238,7 +240,13 @@ fn what_is_wrong_is_named() {
     version[4] = 1;
     let mut big_endian = tensor(&[1, 32], 8, 34);
     big_endian[4..8].copy_from_slice(&3u32.to_be_bytes());
+    let mut shared =
+        written(&model("llama"), &[("a.weight", &[1, 32], 8, vec![0; 34]), ("b.weight", &[1, 32], 8, vec![0; 34])]);
+    // Behind the name are the number of dimensions, both of them, the type, and the offset.
+    let offset = shared.windows(8).position(|bytes| bytes == b"b.weight").unwrap() + 8 + 4 + 16 + 4;
+    shared[offset..offset + 8].fill(0);
     for (file, says) in [
+        (shared, "bytes of its own"),
         (b"GGML".to_vec(), "GGUF"),
         (version, "found 1"),
         (big_endian, "big-endian"),

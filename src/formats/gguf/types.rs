@@ -97,6 +97,11 @@ impl TensorType {
         })
     }
 
+    /// Returns the type's number in a file; none for numbers that GGUF has not.
+    pub fn number(self) -> Option<u32> {
+        (0..64).find(|number| matches!(Self::of(*number), Ok(found) if found == self))
+    }
+
     /// Returns the weights and the bytes of a block; a number by itself is a block of one.
     pub fn block(self) -> (usize, usize) {
         match self {
@@ -107,8 +112,8 @@ impl TensorType {
 }
 
 impl BlockType {
-    /// Weights of a block.
-    fn weights(self) -> usize {
+    /// Returns the weights of a block.
+    pub fn weights(self) -> usize {
         use BlockType::*;
         match self {
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Iq4Nl | Mxfp4 => 32,
@@ -116,8 +121,8 @@ impl BlockType {
         }
     }
 
-    /// Bytes of a block.
-    fn bytes(self) -> usize {
+    /// Returns the bytes of a block.
+    pub fn bytes(self) -> usize {
         use BlockType::*;
         match self {
             Q4_0 | Iq4Nl => 18,

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
 
+use flate2::bufread::DeflateDecoder;
 use hdf5_reader::Hdf5File;
 use hdf5_reader::group::Group;
 use ndarray::{Array1, Array2, ArrayD};
@@ -12,6 +13,9 @@ use serde_json::Value;
 
 use super::super::regular;
 use crate::error::{Error, Result};
+
+/// How many bytes deflate can make of one, at most.
+const MOST_INFLATED: u64 = 1032;
 
 /// A `.keras` file.
 pub struct Archive {
@@ -44,12 +48,23 @@ impl Archive {
                 _ => continue,
             };
             let name = String::from_utf8_lossy(name.as_ref()).into_owned();
-            if entry.compression_method() != CompressionMethod::STORE {
-                return Err(wrong(format!("{name} is compressed; Keras stores it as it is")));
-            }
+            let (method, claimed) = (entry.compression_method(), entry.uncompressed_size_hint());
             let part = archive.get_entry(entry.wayfinder()).map_err(|e| wrong(format!("{name}: {e}")))?;
             let mut read = Vec::with_capacity(part.data().len());
-            part.verifying_reader(part.data()).read_to_end(&mut read).map_err(|e| wrong(format!("{name}: {e}")))?;
+            let done = match method {
+                CompressionMethod::STORE => part.verifying_reader(part.data()).read_to_end(&mut read),
+                // Nothing is believed that the bytes cannot become.
+                CompressionMethod::DEFLATE if claimed / MOST_INFLATED <= part.data().len() as u64 => {
+                    let inflated = DeflateDecoder::new(part.data()).take(claimed.saturating_add(1));
+                    part.verifying_reader(inflated).read_to_end(&mut read)
+                }
+                CompressionMethod::DEFLATE => {
+                    let found = format!("{claimed} bytes that were {}", part.data().len());
+                    return Err(wrong(format!("{name}: found {found}, expected what deflate can make of them")));
+                }
+                other => return Err(wrong(format!("{name} is compressed by {other:?}; expected stored, or deflate"))),
+            };
+            done.map_err(|e| wrong(format!("{name}: {e}")))?;
             *target = Some(read);
         }
         let missing = |name: &str| wrong(format!("there is no {name} in it"));

@@ -141,6 +141,28 @@ mod tests {
         json!({"class_name": "Dense", "config": {"name": name}, "inbound_nodes": nodes})
     }
 
+    /// `compressed.keras` is `tokens.keras` with its parts deflated.
+    #[test]
+    fn compressed_archives_hold_the_same() {
+        let open = |name: &str| KerasSource::open(Path::new(&format!("tests/fixtures/keras/{name}.keras"))).unwrap();
+        let ids = |source: &KerasSource| -> Vec<_> {
+            source.module().to_layers(KERAS_ROOT).into_iter().map(|(name, l)| (name, l.to_parts().id())).collect()
+        };
+        assert_eq!(ids(&open("compressed")), ids(&open("tokens")));
+        // A length that nothing could have been deflated from, in the directory.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.keras");
+        let mut bytes = std::fs::read("tests/fixtures/keras/compressed.keras").unwrap();
+        let mut at = 0;
+        while let Some(entry) = bytes[at..].windows(4).position(|w| w == b"PK\x01\x02") {
+            at += entry + 4;
+            bytes[at + 20..at + 24].copy_from_slice(&0xf000_0000u32.to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let message = KerasSource::open(&path).unwrap_err().to_string();
+        assert!(message.contains("expected what deflate can make of them"), "{message}");
+    }
+
     /// Weights that were changed or cut off, past the archive's own sums: a module or an error, and no panic.
     #[test]
     fn weights_that_are_not_what_they_were() {

@@ -5,7 +5,6 @@ use layerstore_core::quant::{FP4, Group, NORMAL_FLOAT, PackedMatrix, ScaleType, 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::super::safetensors::SafetensorsSource;
 use super::super::source::{TensorInfo, TensorSource};
 use super::{Codes, Found, Parts};
 use crate::error::{Error, Result};
@@ -47,7 +46,7 @@ struct State {
 ///
 /// # Errors
 /// When its tensors are not what the format says, or a block is not a whole part of a row, or whole rows.
-pub fn find(parts: &Parts, _: &Value, source: &SafetensorsSource) -> Result<Option<Found>> {
+pub fn find(parts: &Parts, _: &Value, source: &dyn TensorSource) -> Result<Option<Found>> {
     let Some(weight) = parts.get("weight").cloned() else { return Ok(None) };
     if let Some(scales) = parts.get("SCB") {
         if let Some(layout) = parts.get("weight_format") {
@@ -174,7 +173,7 @@ impl BitsAndBytes {
         &self,
         (rows, columns): (usize, usize),
         format: WeightFormat,
-        source: &SafetensorsSource,
+        source: &dyn TensorSource,
     ) -> Result<PackedMatrix> {
         let (codes, scales) = (source.bytes(&self.weight)?, source.bytes(&self.scales)?);
         if self.weight.dtype == DType::I8 {

@@ -3,8 +3,8 @@
 use layerstore_core::quant::{Group, PackedMatrix, ScaleType, WeightFormat, WeightType};
 use serde_json::Value;
 
-use super::super::safetensors::SafetensorsSource;
 use super::super::source::{TensorInfo, TensorSource};
+use super::order::by_groups;
 use super::words::{dense, words};
 use super::{Codes, Found, Parts, SCALES};
 use crate::error::{Error, Result};
@@ -46,7 +46,7 @@ pub fn scale_type(dtype: DType) -> ScaleType {
 ///
 /// # Errors
 /// When its tensors are not what the format says.
-pub fn gptq(parts: &Parts, config: &Value, source: &SafetensorsSource) -> Result<Found> {
+pub fn gptq(parts: &Parts, config: &Value, source: &dyn TensorSource) -> Result<Found> {
     let bits = config["bits"]
         .as_u64()
         .filter(|bits| matches!(bits, 2..=8))
@@ -75,21 +75,12 @@ pub fn gptq(parts: &Parts, config: &Value, source: &SafetensorsSource) -> Result
     let groups: Vec<u32> = words(&source.bytes(index)?);
     let Codes::Columns(codes) = &mut found.codes else { return Ok(found) };
     let count = codes.scales.shape[0];
-    if groups.len() != columns || groups.iter().any(|&group| group as usize >= count) {
-        let expected = format!("a group below {count} for each of {columns} inputs");
-        return Err(Error::expected(format!("tensor '{}'", index.name), format!("{} of them", groups.len()), expected));
-    }
-    let mut order: Vec<u32> = (0..columns as u32).collect();
-    order.sort_by_key(|&column| groups[column as usize]);
-    let each = columns / count;
-    if order.iter().enumerate().any(|(place, &column)| groups[column as usize] as usize != place / each) {
-        let expected = format!("{each} inputs in each of {count} groups");
-        return Err(Error::expected(format!("tensor '{}'", index.name), "groups of several sizes", expected));
-    }
-    if order.iter().enumerate().any(|(place, &column)| place != column as usize) {
-        codes.order = order;
-        found.ordered = true;
-    }
+    let Some(order) = by_groups(&groups, columns, count) else {
+        let expected = format!("{columns} inputs, as many in each of {count} groups");
+        return Err(Error::expected(format!("tensor '{}'", index.name), "groups of other sizes", expected));
+    };
+    found.ordered = !order.is_empty();
+    codes.order = order;
     Ok(found)
 }
 
@@ -170,7 +161,7 @@ impl Columns {
         &self,
         (rows, columns): (usize, usize),
         format: WeightFormat,
-        source: &SafetensorsSource,
+        source: &dyn TensorSource,
     ) -> Result<PackedMatrix> {
         let bits = self.bits;
         let (weight, zeros) = (words(&source.bytes(&self.weight)?), words(&source.bytes(&self.zeros)?));

@@ -4,9 +4,9 @@
 use layerstore_core::quant::{Group, PackedMatrix, WeightFormat, WeightType};
 use serde_json::Value;
 
-use super::super::safetensors::SafetensorsSource;
 use super::super::source::{TensorInfo, TensorSource};
 use super::columns::{check_group, scale_type};
+use super::order::by_groups;
 use super::words::{whole, words};
 use super::{Codes, Found, Parts, SCALES};
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ pub struct Compressed {
 ///
 /// # Errors
 /// When its tensors are not what the formats say.
-pub fn find(parts: &Parts, config: &Value, source: &SafetensorsSource) -> Result<Option<Found>> {
+pub fn find(parts: &Parts, config: &Value, source: &dyn TensorSource) -> Result<Option<Found>> {
     let scales = match parts.get("weight_scale") {
         Some(_) if parts.get("weight_packed").is_none() && parts.get("weight").is_none() => return Ok(None),
         Some(scales) if SCALES.contains(&scales.dtype) => scales.clone(),
@@ -149,22 +149,22 @@ fn bits_of(config: &Value, stem: &str) -> Result<usize> {
 /// The order of inputs (`weight_g_idx`), by their groups.
 fn order(
     parts: &Parts,
-    source: &SafetensorsSource,
+    source: &dyn TensorSource,
     (columns, groups): (usize, usize),
     taken: &mut Vec<String>,
 ) -> Result<Vec<u32>> {
     let Some(index) = parts.get("weight_g_idx") else { return Ok(vec![]) };
     taken.push(index.name.clone());
-    let each = columns / groups.max(1);
     let of = words(&source.bytes(index)?);
-    let mut order: Vec<u32> = (0..columns as u32).collect();
-    if index.dtype == DType::I32 && of.len() == columns {
-        order.sort_by_key(|&column| of[column as usize]);
-        if order.iter().enumerate().all(|(place, &column)| of[column as usize] as usize == place / each) {
-            let is_order = order.iter().enumerate().all(|(place, &column)| place == column as usize);
-            return Ok(if is_order { vec![] } else { order });
-        }
+    // What stands for no order is −1 everywhere.
+    let order = match of.iter().all(|&group| group == u32::MAX) {
+        true => Some(vec![]),
+        false => by_groups(&of, columns, groups),
+    };
+    if let Some(order) = order.filter(|_| index.dtype == DType::I32) {
+        return Ok(order);
     }
+    let each = columns / groups.max(1);
     let expected = format!("{each} of {columns} inputs in each of {groups} groups, as I32");
     Err(Error::expected(format!("tensor '{}'", index.name), format!("{:?} {:?}", index.dtype, index.shape), expected))
 }
@@ -178,7 +178,7 @@ impl Compressed {
         &self,
         (rows, columns): (usize, usize),
         format: WeightFormat,
-        source: &SafetensorsSource,
+        source: &dyn TensorSource,
     ) -> Result<PackedMatrix> {
         let bits = self.bits;
         let half = 1u8 << (bits - 1);

@@ -4,6 +4,8 @@
 mod bitsandbytes;
 mod columns;
 mod compressed;
+mod order;
+mod scaled;
 mod words;
 
 #[cfg(test)]
@@ -16,19 +18,18 @@ use std::sync::Arc;
 
 use layerstore_core::layer::to_f32;
 use layerstore_core::quant::{PackedMatrix, WeightFormat};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::config_beside;
 use super::packed::packed;
-use super::regular;
-use super::safetensors::SafetensorsSource;
 use super::source::{SourceLayer, TensorInfo, TensorSource, paired};
 use crate::error::{Error, Result};
 use crate::layer::{DType, LayerShape};
 
-/// A checkpoint of safetensors with quantised layers among its tensors.
+/// A checkpoint with quantised layers among its tensors.
 #[derive(Debug)]
 pub struct QuantizedSource {
-    source: Arc<SafetensorsSource>,
+    source: Arc<dyn TensorSource>,
     /// Tensors that are no part of a quantised layer.
     tensors: BTreeMap<String, TensorInfo>,
     layers: BTreeMap<String, Quantized>,
@@ -52,6 +53,7 @@ enum Codes {
     Columns(columns::Columns),
     Compressed(compressed::Compressed),
     BitsAndBytes(bitsandbytes::BitsAndBytes),
+    Scaled(scaled::Scaled),
 }
 
 /// What was found of a layer: its shape, format and codes, and the names of its tensors.
@@ -89,7 +91,7 @@ impl Parts<'_> {
 }
 
 /// Finds a layer's tensors and what they are; none where they are a plain weight.
-type Find = fn(&Parts, &Value, &SafetensorsSource) -> Result<Option<Found>>;
+type Find = fn(&Parts, &Value, &dyn TensorSource) -> Result<Option<Found>>;
 
 /// Types that scales have.
 const SCALES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
@@ -99,24 +101,26 @@ impl QuantizedSource {
     ///
     /// # Errors
     /// When the configuration is of a kind that is not read here, or the tensors of a layer are not what it says.
-    pub fn of(source: SafetensorsSource) -> Result<Arc<dyn TensorSource>> {
-        let path = source.path();
-        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new(".")) };
-        let file = folder.join("config.json");
-        if !file.is_file() {
-            return Ok(Arc::new(source));
+    pub fn of(source: Arc<dyn TensorSource>) -> Result<Arc<dyn TensorSource>> {
+        let config = config_beside(source.path())?.unwrap_or_default();
+        let text = &config["text_config"]["quantization_config"];
+        let quantization = [&config["quantization_config"], &config["compression_config"], text];
+        let quantization = quantization.into_iter().find(|found| found.is_object());
+        let path = source.path().to_owned();
+        match quantization {
+            Some(quantization) => {
+                let found = Self::with(source, quantization);
+                Ok(Arc::new(found.map_err(|e| Error::file(path, format!("as its config.json has it: {e}")))?))
+            }
+            None if scaled::is_scaled(source.tensors()) => {
+                let found = Self::with(source, &json!({ "quant_method": "fp8" }));
+                Ok(Arc::new(found.map_err(|e| Error::file(path, e.to_string()))?))
+            }
+            None => Ok(source),
         }
-        let config: Value = serde_json::from_str(&regular::read_to_string(&file)?)
-            .map_err(|e| Error::file(&file, format!("not JSON: {e}")))?;
-        let quantization = ["quantization_config", "compression_config"].map(|key| &config[key]);
-        let Some(quantization) = quantization.into_iter().find(|found| found.is_object()) else {
-            return Ok(Arc::new(source));
-        };
-        let found = Self::with(source, quantization).map_err(|e| Error::file(&file, e.to_string()))?;
-        Ok(Arc::new(found))
     }
 
-    fn with(source: SafetensorsSource, config: &Value) -> Result<Self> {
+    fn with(source: Arc<dyn TensorSource>, config: &Value) -> Result<Self> {
         let loads = |key: &str| config[key].as_bool() == Some(true);
         let method = match config["quant_method"].as_str() {
             Some(method) => method,
@@ -129,8 +133,9 @@ impl QuantizedSource {
             "awq" => (&["qweight"], |parts, config, _| columns::awq(parts, config).map(Some)),
             "compressed-tensors" => (&["weight_packed", "weight_scale"], compressed::find),
             "bitsandbytes" => (&["weight"], bitsandbytes::find),
+            "fp8" | "fbgemm_fp8" => (&["weight"], |parts, _, source| scaled::find(parts, source)),
             other => {
-                let expected = "gptq, awq, compressed-tensors or bitsandbytes";
+                let expected = "gptq, awq, compressed-tensors, bitsandbytes or fp8";
                 return Err(Error::expected("quant_method of the checkpoint", format!("'{other}'"), expected));
             }
         };
@@ -142,7 +147,7 @@ impl QuantizedSource {
                 continue;
             }
             let parts = Parts { stem, tensors: source.tensors() };
-            let Some(found) = find(&parts, config, &source)? else { continue };
+            let Some(found) = find(&parts, config, &*source)? else { continue };
             let (rows, columns) = found.shape;
             if rows == 0 || columns == 0 {
                 let shape = format!("{rows} × {columns}");
@@ -154,18 +159,19 @@ impl QuantizedSource {
             let Found { format, ordered, codes, .. } = found;
             layers.insert(stem.to_owned(), Quantized { rows, columns, format, ordered, bias, codes });
         }
-        Ok(QuantizedSource { source: Arc::new(source), tensors, layers })
+        Ok(QuantizedSource { source, tensors, layers })
     }
 }
 
 impl Quantized {
     /// Reads the layer's weight.
-    fn matrix(&self, source: &SafetensorsSource) -> Result<PackedMatrix> {
+    fn matrix(&self, source: &dyn TensorSource) -> Result<PackedMatrix> {
         let shape = (self.rows, self.columns);
         match &self.codes {
             Codes::Columns(codes) => codes.matrix(shape, self.format, source),
             Codes::Compressed(codes) => codes.matrix(shape, self.format, source),
             Codes::BitsAndBytes(codes) => codes.matrix(shape, self.format, source),
+            Codes::Scaled(codes) => codes.matrix(shape, self.format, source),
         }
     }
 }
@@ -208,7 +214,7 @@ impl TensorSource for QuantizedSource {
             let load = move || {
                 let read = || {
                     let bias = of.bias.as_ref().map(|bias| to_f32(bias.dtype, &source.bytes(bias)?)).transpose()?;
-                    Ok((of.matrix(&source)?, bias.map(Into::into)))
+                    Ok((of.matrix(&*source)?, bias.map(Into::into)))
                 };
                 read().map_err(|e: Error| e.in_layer(&stem))
             };

@@ -1,11 +1,13 @@
 use std::path::{Path, PathBuf};
 
+use layerstore_core::layer::to_f32;
 use ndarray::Array2;
 use proptest::prelude::*;
+use safetensors::tensor::TensorView;
 use serde_json::Value as Json;
 
 use crate::formats::{SourceContent, fnv, open};
-use crate::layer::Accuracy;
+use crate::layer::{Accuracy, DType};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats/quantized").join(name)
@@ -90,6 +92,66 @@ fn what_is_not_read_is_named() {
     let place = changed("awq_4_g64", |_| ());
     std::fs::write(place.path().join("config.json"), "{").unwrap();
     assert!(open(place.path()).unwrap_err().to_string().contains("not JSON"));
+}
+
+/// 8-bit floats are what their scales make of them, whatever the scales are for; without scales they are numbers.
+#[test]
+fn eight_bit_floats_have_their_scales() {
+    let (rows, columns) = (130usize, 256usize);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.safetensors");
+    // None of them NaN.
+    let codes: Vec<u8> =
+        (0..rows * columns).map(|i| (i * 37 % 251) as u8).map(|c| if c & 0x7f == 0x7f { 1 } else { c }).collect();
+    let scale = |i: usize| 0.5 + i as f32 / 8.0;
+    let scales = |count: usize| -> Vec<u8> { (0..count).flat_map(|i| scale(i).to_le_bytes()).collect() };
+    let layers: [(&str, &str, Vec<usize>); 5] = [
+        ("one", "weight_scale", vec![]),
+        ("comfy", "scale_weight", vec![1]),
+        ("rows", "weight_scale", vec![rows, 1]),
+        ("blocks", "weight_scale_inv", vec![2, 2]),
+        ("bare", "", vec![0]),
+    ];
+    let mut tensors = vec![];
+    for (name, suffix, shape) in &layers {
+        tensors.push((format!("{name}.weight"), DType::F8_E4M3, vec![rows, columns], codes.clone()));
+        if !suffix.is_empty() {
+            tensors.push((format!("{name}.{suffix}"), DType::F32, shape.clone(), scales(shape.iter().product())));
+        }
+    }
+    let views = tensors.iter().map(|(n, d, s, b)| (n.as_str(), TensorView::new(*d, s.clone(), b).unwrap()));
+    safetensors::serialize_to_file(views.collect::<Vec<_>>(), None, &path).unwrap();
+    let source = open(&path).unwrap();
+    let numbers = to_f32(DType::F8_E4M3, &codes).unwrap();
+    for layer in source.layers() {
+        match layer.content {
+            SourceContent::Ready { layer: ready, .. } => {
+                let weight = ready.load().unwrap().weight().unwrap();
+                for ((i, j), found) in weight.indexed_iter() {
+                    let of = match layer.name.as_str() {
+                        "rows" => i,
+                        "blocks" => i / 128 * 2 + j / 128,
+                        _ => 0,
+                    };
+                    assert_eq!(*found, numbers[i * columns + j] * scale(of), "{} {i} {j}", layer.name);
+                }
+            }
+            SourceContent::Tensors { weight, bias: None } => {
+                assert_eq!((layer.name.as_str(), weight.dtype), ("bare", DType::F8_E4M3));
+                assert!(weight.is_float_matrix());
+                assert_eq!(source.matrix(&weight).unwrap().into_raw_vec_and_offset().0, numbers);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(source.layers().len(), 5);
+    // Scales of another number.
+    tensors[1].2 = vec![3];
+    tensors[1].3 = scales(3);
+    let views = tensors.iter().map(|(n, d, s, b)| (n.as_str(), TensorView::new(*d, s.clone(), b).unwrap()));
+    safetensors::serialize_to_file(views.collect::<Vec<_>>(), None, &path).unwrap();
+    let message = open(&path).unwrap_err().to_string();
+    assert!(message.contains("'one.weight_scale'") && message.contains("each of 130 rows"), "{message}");
 }
 
 proptest! {

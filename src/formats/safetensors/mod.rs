@@ -162,6 +162,19 @@ impl TensorSource for SafetensorsSource {
         Ok(self.files[*file].read(bytes)?.into())
     }
 
+    fn part(&self, tensor: &TensorInfo, range: Range<usize>) -> Result<Vec<u8>> {
+        let place = self.places.get(&tensor.name);
+        let found = place.and_then(|Place { file, bytes }| {
+            let (first, end) = (bytes.start.checked_add(range.start)?, bytes.start.checked_add(range.end)?);
+            (first <= end && end <= bytes.end).then_some((*file, first..end))
+        });
+        let Some((file, bytes)) = found else {
+            let expected = format!("a part of one of {}", self.path.display());
+            return Err(Error::expected(format!("bytes of tensor '{}'", tensor.name), format!("{range:?}"), expected));
+        };
+        self.files[file].read(&bytes)
+    }
+
     fn file_name(&self, tensor: &str) -> String {
         self.places.get(tensor).map(|place| self.files[place.file].name.clone()).unwrap_or_default()
     }
