@@ -6,7 +6,7 @@
 //!
 //! Dependencies point one way: [`linalg`] knows of nothing, then the kernels, [`quant`], [`calibration`], then [`index`] and
 //! [`attention`], then [`layer`], then
-//! [`nn`].
+//! [`nn`] and [`transformer`].
 
 #[cfg(target_endian = "big")]
 compile_error!("stored numbers are little-endian and are used in place");
@@ -20,6 +20,7 @@ pub mod layer;
 pub mod linalg;
 pub mod nn;
 pub mod quant;
+pub mod transformer;
 
 pub use calibration::{Calibration, CalibrationBuilder, SecondMoment};
 pub use error::{Error, ErrorKind, Result};
