@@ -69,7 +69,8 @@ impl ArrangedSource {
             return Err(Error::expected("weight to be seen in another way", "packed already", "a plain tensor"));
         };
         let stem = weight.name.strip_suffix(".weight").unwrap_or(&weight.name);
-        let bias = self.tensors.get(&format!("{stem}.bias")).cloned();
+        let named = |name: String| self.tensors.get(&name).cloned();
+        let bias = named(format!("{stem}.bias"));
         let whole = |tensor: &TensorInfo| StoredAs::whole(&tensor.name, &tensor.shape);
         let base = StoredAs { transposed: arrangement.transpose, ..whole(weight) };
         match &arrangement.split {
@@ -78,7 +79,7 @@ impl ArrangedSource {
             Some(Split::Experts) => {
                 let [experts, rows, columns] = weight.shape[..] else { return Err(no_experts(weight)) };
                 let rows = if arrangement.transpose { columns } else { rows };
-                let bias = bias.filter(|bias| bias.shape == [experts, rows]);
+                let bias = bias.or_else(|| named(format!("{stem}_bias"))).filter(|bias| bias.shape == [experts, rows]);
                 for number in 0..experts {
                     let (name, expert) = (format!("{stem}.{number}"), Some(number));
                     self.see(format!("{name}.weight"), weight, StoredAs { expert, ..base.clone() })?;
@@ -339,12 +340,16 @@ mod tests {
 
     #[test]
     fn splits_have_their_rows() {
-        let (_folder, mut one) = source(&[("q.weight", &[6, 2]), ("q.bias", &[6]), ("e", &[2, 2, 3]), ("x", &[2])]);
+        let tensors =
+            [("q.weight", &[6, 2][..]), ("q.bias", &[6]), ("e", &[2, 2, 3]), ("e_bias", &[2, 3]), ("x", &[2])];
+        let (_folder, mut one) = source(&tensors);
         arrange(&mut one, "q", false, Some(Split::Rows(vec![3, 1, 2]))).unwrap();
         arrange(&mut one, "e", true, Some(Split::Experts)).unwrap();
         assert_eq!(names(&one), ["e.0", "e.1", "q.0", "q.1", "q.2", "x"]);
         assert_eq!(matrix(&one, "q.1.weight"), ndarray::arr2(&[[6.0, 7.0]]));
         assert_eq!(one.stored_as("q.2.bias").unwrap().rows, Some((4, 6)));
+        let bias = one.stored_as("e.1.bias").unwrap();
+        assert_eq!((bias.tensor.as_str(), bias.expert), ("e_bias", Some(1)));
         assert_eq!(matrix(&one, "e.1.weight"), ndarray::arr2(&[[6.0, 9.0], [7.0, 10.0], [8.0, 11.0]]));
         // A source of a source: rows of what is transposed.
         let (_folder, mut inner) = source(&[("c.weight", &[2, 6]), ("c.bias", &[6])]);

@@ -124,8 +124,11 @@ fn config_beside(path: &Path) -> Result<Option<Value>> {
         return Ok(None);
     }
     let text = regular::read_to_string(&file)?;
-    let config = serde_json::from_str(&text);
-    config.map(Some).map_err(|e| Error::file(&file, format!("not JSON: {e}")))
+    match serde_json::from_str(&text) {
+        Ok(config @ Value::Object(_)) => Ok(Some(config)),
+        Ok(other) => Err(Error::file(&file, format!("it holds {other}, expected an object of settings"))),
+        Err(e) => Err(Error::file(&file, format!("not JSON: {e}"))),
+    }
 }
 
 /// Returns the 64-bit FNV-1a of bytes as 16 digits, as the scripts beside the fixtures compute it.

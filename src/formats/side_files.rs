@@ -118,8 +118,14 @@ pub fn beside(path: &Path, keep: &[PathBuf]) -> Result<(Vec<SideFile>, Vec<Strin
         if file.metadata().map_err(|e| Error::io(&at, e))?.len() > MOST_BYTES {
             return Err(too_large(&at));
         }
-        if !files.iter().any(|file| file.name == name) {
-            files.push(SideFile { name, content: Content::At(at) });
+        let path_of = |file: &SideFile| match &file.content {
+            Content::At(path) => path.canonicalize().ok(),
+            Content::Made(_) => None,
+        };
+        match files.iter().find(|file| file.name == name) {
+            None => files.push(SideFile { name, content: Content::At(at) }),
+            Some(same) if path_of(same).is_some_and(|path| at.canonicalize().is_ok_and(|at| at == path)) => {}
+            Some(_) => return Err(Error::file(&at, format!("another file is kept as '{name}' already, expected one"))),
         }
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));

@@ -99,6 +99,11 @@ impl Rotary {
         self.dimensions
     }
 
+    /// Returns the angle of each pair at position 1, for texts as long as those of the training.
+    pub fn frequencies(&self) -> &[f32] {
+        &self.frequencies
+    }
+
     /// Returns the cosines and sines of the angles at a position of a text of this length.
     pub fn at(&self, position: usize, length: usize) -> Angles {
         let longer = match self.scaling {

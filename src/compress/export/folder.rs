@@ -1,17 +1,19 @@
 //! Folders that transformers opens: tensors in shards with an index, and the files that belong to the model.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
-use super::content::{Content, OutlinedTensor};
+use super::super::misfits::Misfits;
+use super::content::{Content, Kept, OutlinedTensor};
 use super::model::Model;
 use super::options::ExportDtype;
 use super::tensor::{LazyTensor, Work};
 use crate::error::{Error, Result};
+use crate::formats::gguf::FREQUENCIES;
 use crate::formats::{METADATA, place_of_side_file};
 use crate::staged;
 
@@ -47,8 +49,14 @@ impl Model {
 
     /// Writes the folder of a model, with what its configuration is to say of quantised weights.
     pub(super) fn write_model_folder(&mut self, quantization: Option<Value>) -> Result<u64> {
-        let tensors = std::mem::take(&mut self.outline.tensors);
+        let before = self.outline.tensors.len();
+        self.outline.tensors.retain(|tensor| tensor.name != FREQUENCIES);
+        if self.outline.tensors.len() < before {
+            let remark = format!("'{FREQUENCIES}' is left out: transformers computes it of config.json");
+            self.outline.remarks.push(remark);
+        }
         let files = self.files_to_write(quantization)?;
+        let tensors = std::mem::take(&mut self.outline.tensors);
         let (work, output) = (self.work.clone(), self.output.clone());
         write_folder(&output, "model", tensors, files, &work)
     }
@@ -74,9 +82,9 @@ impl Model {
             return Ok(files);
         };
         let before = config.clone();
-        QUANTIZATION.iter().for_each(|key| _ = config.remove(*key));
+        config.retain(|key, value| value.is_null() || !QUANTIZATION.contains(&key.as_str()));
         if let Some(text) = config.get_mut("text_config").and_then(Value::as_object_mut) {
-            QUANTIZATION.iter().for_each(|key| _ = text.remove(*key));
+            text.retain(|key, value| value.is_null() || !QUANTIZATION.contains(&key.as_str()));
         }
         if config != before && quantization.is_none() {
             let remark =
@@ -86,6 +94,7 @@ impl Model {
         if let Some(quantization) = quantization {
             config.insert("quantization_config".into(), quantization);
         }
+        self.allow_for_biases(&mut config)?;
         if !self.outline.untied.is_empty() {
             config.insert("tie_word_embeddings".into(), json!(false));
         }
@@ -104,6 +113,76 @@ impl Model {
             files.insert("config.json".into(), text.into());
         }
         Ok(files)
+    }
+}
+
+/// A group of linear layers that a setting gives biases to, all of them or none.
+struct Group {
+    /// What is in the layers' names.
+    part: &'static str,
+    /// The setting; `None` where the family's layers of that group have none.
+    setting: Option<&'static str>,
+}
+
+/// Returns how a family's layers get biases; `None` for families whose layers have some already, or that are not known.
+fn bias_groups(family: &str) -> Option<[Group; 2]> {
+    let group = |part, setting| Group { part, setting };
+    match family {
+        "llama" => Some([group(".self_attn.", Some("attention_bias")), group(".mlp.", Some("mlp_bias"))]),
+        "qwen3" | "qwen3_moe" => Some([group(".self_attn.", Some("attention_bias")), group(".mlp.", None)]),
+        "qwen2" | "qwen2_moe" | "mistral" | "mixtral" | "gemma" | "gemma2" | "gemma3" | "gemma3_text" | "phi3" => {
+            Some([group(".self_attn.", None), group(".mlp.", None)])
+        }
+        _ => None,
+    }
+}
+
+impl Model {
+    /// Has a configuration say which layers have the biases that were added; layers beside them get biases of 0.
+    ///
+    /// # Errors
+    /// When the family's layers have none, unless the model may be approximate.
+    fn allow_for_biases(&mut self, config: &mut Map<String, Value>) -> Result<()> {
+        let family = config.get("model_type").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let Some(groups) = bias_groups(&family).filter(|_| !self.outline.added_biases.is_empty()) else {
+            return Ok(());
+        };
+        let mut misfits = Misfits::default();
+        for name in &self.outline.added_biases {
+            let has_place = groups.iter().any(|group| name.contains(group.part) && group.setting.is_some());
+            if !has_place && !self.rounds_scales {
+                let found = format!("'{name}', a constant that the layer's outputs need");
+                let expected = format!(
+                    "layers that have one in transformers' {family}; --allow-approximate writes it all the same"
+                );
+                misfits.keep::<()>(name, Err(Error::expected("bias for a Hugging Face folder", found, expected)));
+            }
+        }
+        misfits.result(&self.output)?;
+        for Group { part, setting } in groups {
+            let Some(setting) = setting.filter(|_| self.outline.added_biases.iter().any(|name| name.contains(part)))
+            else {
+                continue;
+            };
+            config.insert(setting.into(), json!(true));
+            let names: HashSet<String> = self.outline.tensors.iter().map(|tensor| tensor.name.clone()).collect();
+            let without = self.outline.tensors.iter().filter(|t| t.shape.len() == 2 && t.name.contains(part));
+            let zeros: Vec<OutlinedTensor> = without
+                .filter_map(|tensor| {
+                    let name = format!("{}.bias", tensor.name.strip_suffix(".weight")?);
+                    let rows = *tensor.shape.first()?;
+                    let bytes = vec![0; rows * tensor.dtype.bitsize() / 8];
+                    let mut zero = beside(tensor, name, Content::Made(bytes.into()));
+                    zero.pieces.truncate(1);
+                    zero.pieces.iter_mut().for_each(|piece| (piece.dtype, piece.stored_as) = (tensor.dtype, None));
+                    Some(OutlinedTensor { shape: vec![rows], kept: Kept::Numbers, ..zero })
+                })
+                .filter(|zero| !names.contains(&zero.name))
+                .collect();
+            self.outline.added_biases.extend(zeros.iter().map(|zero| zero.name.clone()));
+            self.outline.tensors.extend(zeros);
+        }
+        Ok(())
     }
 }
 

@@ -30,6 +30,14 @@ const LEFT_OUT: [&str; 8] = [
     "attention.bias",
 ];
 
+/// What a file says of the model, and how its tensors are called.
+struct Metadata {
+    pairs: Pairs,
+    names: Option<GgufNames>,
+    /// What was made of the model's files, where it came from no GGUF file.
+    made: Option<MadeMetadata>,
+}
+
 /// A tensor of the file, and what it is written from.
 struct Planned {
     to: TensorToWrite,
@@ -38,12 +46,15 @@ struct Planned {
     change: Change,
     /// Whether numbers are rounded to Q8_0.
     rounds: bool,
+    /// Its bytes, where no layer has them.
+    made: Vec<u8>,
 }
 
 impl Model {
     /// Writes the file.
     pub(super) fn gguf(&mut self) -> Result<u64> {
-        let (pairs, names) = self.metadata_and_names()?;
+        let Metadata { pairs, names, made } = self.metadata()?;
+        self.check(made.as_ref())?;
         let tensors = std::mem::take(&mut self.outline.tensors);
         let mut misfits = Misfits::default();
         let mut planned: BTreeMap<String, Planned> = BTreeMap::new();
@@ -55,6 +66,10 @@ impl Model {
             }
             let name = tensor.name.clone();
             let Some(found) = misfits.keep(&name, self.planned(tensor, names.as_ref())) else { continue };
+            let Some(found) = found else {
+                self.outline.remarks.push(format!("'{name}' is left out: llama.cpp's architecture has no such bias"));
+                continue;
+            };
             match expert_of(&found.to.name) {
                 Some((stem, number)) => _ = experts.entry(stem).or_default().insert(number, found),
                 None => _ = planned.insert(found.to.name.clone(), found),
@@ -64,6 +79,13 @@ impl Model {
             let joined = together(&stem, parts).map(|joined| planned.insert(stem.clone(), joined));
             misfits.keep(&stem, joined);
         }
+        if let Some(factors) = made.and_then(|made| made.frequency_factors) {
+            let name = "rope_freqs.weight".to_owned();
+            let (shape, tensor_type) = (vec![factors.len()], TensorType::Plain(DType::F32));
+            let to = TensorToWrite { name: name.clone(), shape, tensor_type };
+            let made = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
+            planned.entry(name).or_insert(Planned { to, from: vec![], change: Change::None, rounds: false, made });
+        }
         misfits.result(&self.output)?;
         let planned: Vec<Planned> = planned.into_values().collect();
         let tensors: Vec<TensorToWrite> = planned.iter().map(|planned| planned.to.clone()).collect();
@@ -72,29 +94,61 @@ impl Model {
         staged::write(&self.output, |staged| write_gguf(staged, &pairs, &tensors, |place| planned[place].bytes()))
     }
 
-    /// Returns the metadata, as they came or as the model's files say, and how tensors are called; none where they have llama.cpp's
-    /// names already.
-    fn metadata_and_names(&self) -> Result<(Pairs, Option<GgufNames>)> {
-        let wrong = |reason: String| Error::expected("metadata for a GGUF file", reason, "those that llama.cpp needs");
+    /// Returns the metadata, as they came or as the model's files say, and how tensors are called; no names where they have llama.cpp's
+    /// already.
+    fn metadata(&self) -> Result<Metadata> {
+        let wrong = |reason: String| Error::file(&self.output, format!("no GGUF file can be written: {reason}"));
         let has_theirs = self.outline.tensors.iter().any(|tensor| tensor.name == "token_embd.weight");
         match self.files.get(METADATA) {
             Some(file) => {
                 let pairs = Pairs::of_file(file).map_err(wrong)?;
-                if has_theirs {
-                    return Ok((pairs, None));
-                }
-                Ok((pairs, Some(GgufNames::of_file(file).map_err(wrong)?)))
+                let names = if has_theirs { None } else { Some(GgufNames::of_file(file).map_err(wrong)?) };
+                Ok(Metadata { pairs, names, made: None })
             }
-            None if has_theirs => Err(wrong("no metadata of a GGUF file beside tensors of its names".into())),
+            None if has_theirs => {
+                Err(wrong("the model has llama.cpp's names, and no metadata of the GGUF file that it came from".into()))
+            }
             None => {
                 let made = MadeMetadata::of(&self.files, &self.name).map_err(wrong)?;
-                Ok((made.pairs, Some(GgufNames::new(&made.architecture, made.heads, made.key_heads))))
+                let names = GgufNames::new(&made.architecture, made.heads, made.key_heads);
+                Ok(Metadata { pairs: made.pairs.clone(), names: Some(names), made: Some(made) })
             }
         }
     }
 
+    /// Holds what a configuration says against the tensors, and what llama.cpp does against the configuration.
+    fn check(&mut self, made: Option<&MadeMetadata>) -> Result<()> {
+        let Some(made) = made else { return Ok(()) };
+        let block = |name: &str| {
+            let name = name.strip_prefix("bert.").unwrap_or(name);
+            let rest = name.strip_prefix("model.layers.").or_else(|| name.strip_prefix("encoder.layer."))?;
+            rest.split('.').next()?.parse::<usize>().ok()
+        };
+        let tensors = &self.outline.tensors;
+        let blocks = tensors.iter().filter_map(|tensor| block(&tensor.name)).max().map_or(0, |last| last + 1);
+        let embedding = tensors
+            .iter()
+            .find(|t| t.name == "model.embed_tokens.weight" || t.name.ends_with("embeddings.word_embeddings.weight"));
+        let features = embedding.and_then(|tensor| tensor.shape.last()).copied().unwrap_or(made.features);
+        if (blocks, features) != (made.blocks, made.features) {
+            let found = format!("{blocks} blocks of {features} features");
+            let expected = format!("{} of {}, as config.json says", made.blocks, made.features);
+            return Err(Error::expected("layers of the model", found, expected));
+        }
+        for unsaid in &made.unsaid {
+            if !self.rounds_scales {
+                let expected = "what llama.cpp runs; --allow-approximate writes the file without it";
+                return Err(Error::expected("what config.json asks for", unsaid, expected));
+            }
+            self.outline.remarks.push(format!("written without {unsaid}"));
+        }
+        Ok(())
+    }
+
     /// Returns how a tensor is written.
-    fn planned(&self, tensor: OutlinedTensor, names: Option<&GgufNames>) -> Result<Planned> {
+    ///
+    /// `None` where it is a bias that is left out.
+    fn planned(&self, tensor: OutlinedTensor, names: Option<&GgufNames>) -> Result<Option<Planned>> {
         let (name, change) = match names {
             None => (tensor.name.clone(), Change::None),
             Some(names) => match names.of_transformers(&tensor.name) {
@@ -110,6 +164,13 @@ impl Model {
                 }
             },
         };
+        if names.is_some_and(|names| !names.has_place(&name)) {
+            if self.rounds_scales {
+                return Ok(None);
+            }
+            let expected = "a tensor that llama.cpp has for the architecture; --allow-approximate leaves it out";
+            return Err(Error::expected("tensor for a GGUF file", "a bias", expected));
+        }
         let columns = tensor.shape.last().copied().unwrap_or(1);
         let codes = match (&tensor.kept, tensor.shape.len()) {
             (Kept::Codes(format), 2) => Some(BlockType::holding(*format, columns, self.rounds_scales)),
@@ -140,7 +201,7 @@ impl Model {
         if let (TensorType::Blocks(_), false) = (tensor_type, rounds) {
             from.length = to.byte_len()?;
         }
-        Ok(Planned { to, from: vec![from], change, rounds })
+        Ok(Some(Planned { to, from: vec![from], change, rounds, made: vec![] }))
     }
 
     /// Returns the type of numbers that a tensor is written as, and the dtype that it is read in.
@@ -200,7 +261,7 @@ fn together(stem: &str, parts: BTreeMap<usize, Planned>) -> Result<Planned> {
 impl Planned {
     /// Reads the bytes that are written.
     fn bytes(&self) -> Result<Vec<u8>> {
-        let mut all = vec![];
+        let mut all = self.made.clone();
         for from in &self.from {
             let mut bytes = from.read()?;
             if self.rounds {

@@ -11,7 +11,7 @@ use ndarray::Array1;
 use super::super::misfits::Misfits;
 use super::content::{Content, Kept, OutlinedTensor, Piece, packed_of};
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, DType, Dense, Layer, LowRankLayer, Method, SharedLayer};
+use crate::layer::{ArtifactId, DType, Dense, Layer, LowRankConfig, LowRankLayer, Method, SharedLayer};
 use crate::store::{LayerHandle, SourceTensor};
 
 /// A correction of a layer that has one.
@@ -83,6 +83,11 @@ pub(super) fn outline(
             // A second name of what is written under the first.
             if owners.get(&of.tensor) == Some(&record.artifact) {
                 all.tied.push(weight.tensor.clone());
+                if record.method == LowRankConfig::NAME {
+                    let mut of_layer = OfLayer { asked, ..OfLayer::default() };
+                    of_layer.weight(&handle, &*load(&handle).map_err(|e| e.in_layer(&name))?);
+                    all.corrections.extend(of_layer.correction);
+                }
                 continue;
             }
             all.untied.push(weight.tensor.clone());

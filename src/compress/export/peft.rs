@@ -35,15 +35,11 @@ impl Model {
         let config = self.adapter(&corrections, most, transposed > 0)?;
         let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
         let files = BTreeMap::from([("adapter_config.json".to_owned(), text.into())]);
-        let others = self.outline.tied.len();
         self.outline.notes.clear();
         self.outline.added_biases.clear();
         self.outline.remarks = vec![
             "the adapter is for this model's quantised weights: export --to huggingface --without-correction writes them".into(),
         ];
-        if others > 0 {
-            self.outline.remarks.push("a head that is tied to the embedding has its correction there".into());
-        }
         write_folder(&self.output, "adapter_model", tensors, files, &self.work)
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use layerstore_core::transformer::{Rotary, RotaryScaling};
 use serde_json::Value as Json;
 
 use super::writer::Pairs;
@@ -33,6 +34,14 @@ pub struct Made {
     pub heads: usize,
     /// Heads of keys.
     pub key_heads: usize,
+    /// Blocks that the configuration says.
+    pub blocks: usize,
+    /// Features of a token.
+    pub features: usize,
+    /// What the configuration says and the metadata cannot.
+    pub unsaid: Vec<String>,
+    /// What each frequency of the rotary positions is divided by, where that is a tensor of its own.
+    pub frequency_factors: Option<Vec<f32>>,
 }
 
 impl Made {
@@ -119,19 +128,77 @@ impl<'a> Files<'a> {
             pairs.number(&key("vocab_size"), self.required("vocab_size")?);
         }
         self.tokenizer(architecture, &mut pairs)?;
-        Ok(Made { pairs, architecture: architecture.to_owned(), heads, key_heads })
+        Ok(Made {
+            pairs,
+            architecture: architecture.to_owned(),
+            heads,
+            key_heads,
+            blocks: self.required("num_hidden_layers")?,
+            features: width,
+            unsaid: self.unsaid(architecture),
+            frequency_factors: self.frequency_factors(width / heads.max(1))?,
+        })
+    }
+
+    /// What llama.cpp does otherwise than the configuration says.
+    fn unsaid(&self, architecture: &str) -> Vec<String> {
+        let mut all = vec![];
+        let activations: &[&str] = if architecture == "bert" { &["gelu"] } else { &["silu", "swish"] };
+        let activation = self.config["hidden_act"].as_str().unwrap_or(activations[0]);
+        if !activations.contains(&activation) {
+            all.push(format!("the activation {activation}: llama.cpp runs {} with {architecture}", activations[0]));
+        }
+        let is_on = self.config["use_sliding_window"].as_bool();
+        let always = self.config["model_type"].as_str() == Some("mistral");
+        let window = self.number("sliding_window").filter(|_| is_on.unwrap_or(always));
+        let context = self.number("max_position_embeddings").unwrap_or(usize::MAX);
+        if let Some(window) = window.filter(|window| *window < context) {
+            all.push(format!("windows of {window} tokens: llama.cpp's {architecture} sees all tokens"));
+        }
+        all
+    }
+
+    /// What Llama 3.1's frequencies are divided by.
+    fn frequency_factors(&self, width: usize) -> Result<Option<Vec<f32>>, String> {
+        let scaling = self.scaling();
+        if scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str()) != Some("llama3") {
+            return Ok(None);
+        }
+        let number = |key: &str| {
+            scaling[key].as_f64().ok_or_else(|| format!("config.json: {key} of its positions is {}", scaling[key]))
+        };
+        let base = self.config["rope_theta"].as_f64().or_else(|| scaling["rope_theta"].as_f64()).unwrap_or(10000.0);
+        let head = self.number("head_dim").unwrap_or(width);
+        let settings = RotaryScaling::Llama3 {
+            factor: number("factor")?,
+            original: number("original_max_position_embeddings")? as usize,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+        };
+        let rotary = |scaling| Rotary::new(head, base, scaling).map_err(|e| e.to_string());
+        let (plain, scaled) = (rotary(RotaryScaling::None)?, rotary(settings)?);
+        Ok(Some(plain.frequencies().iter().zip(scaled.frequencies()).map(|(plain, scaled)| plain / scaled).collect()))
+    }
+
+    /// What is said of positions beyond those of the training.
+    fn scaling(&self) -> &Json {
+        match self.config["rope_scaling"].is_object() {
+            true => &self.config["rope_scaling"],
+            // Newer configurations have all of it in one table.
+            false => &self.config["rope_parameters"],
+        }
     }
 
     /// The rotary positions.
     fn rope(&self, key: &impl Fn(&str) -> String, pairs: &mut Pairs) -> Result<(), String> {
-        // Newer configurations have all of it in one table.
-        let nested = &self.config["rope_parameters"];
-        let base = self.config["rope_theta"].as_f64().or_else(|| nested["rope_theta"].as_f64());
+        let scaling = self.scaling();
+        let nested = &self.config["rope_parameters"]["rope_theta"];
+        let base = self.config["rope_theta"].as_f64().or_else(|| nested.as_f64());
         pairs.float(&key("rope.freq_base"), base.unwrap_or(10000.0));
-        let scaling = if self.config["rope_scaling"].is_object() { &self.config["rope_scaling"] } else { nested };
         let kind = scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str()).unwrap_or("default");
         match kind {
-            "default" => {}
+            // Of llama3 a tensor says it.
+            "default" | "llama3" => {}
             "linear" | "yarn" => {
                 pairs.text(&key("rope.scaling.type"), kind);
                 pairs.float(&key("rope.scaling.factor"), scaling["factor"].as_f64().unwrap_or(1.0));
@@ -141,7 +208,7 @@ impl<'a> Files<'a> {
             }
             other => {
                 return Err(format!(
-                    "config.json: positions are scaled as '{other}', expected default, linear or yarn"
+                    "config.json: positions are scaled as '{other}', expected default, linear, yarn or llama3"
                 ));
             }
         }
@@ -177,6 +244,9 @@ impl<'a> Files<'a> {
             let Some(id) = id(number) else {
                 return Err(format!("tokenizer.json: the number of '{token}' is {number}"));
             };
+            if types[id] != UNUSED {
+                return Err(format!("tokenizer.json: '{token}' and '{}' have the same number, {id}", tokens[id]));
+            }
             (tokens[id], types[id]) = (token.clone(), NORMAL);
         }
         for token in added {
@@ -190,12 +260,15 @@ impl<'a> Files<'a> {
         match model["type"].as_str().unwrap_or_default() {
             "BPE" if bytes => self.sentence_pieces(model, &mut tokens, &mut types, pairs)?,
             "BPE" => byte_pairs(&tokenizer, pairs)?,
-            "WordPiece" if architecture == "bert" => word_pieces(&mut tokens, &types, pairs),
+            "WordPiece" if architecture == "bert" => {
+                word_pieces(&mut tokens, &types, pairs);
+                pairs.number("tokenizer.ggml.token_type_count", self.number("type_vocab_size").unwrap_or(2));
+            }
             other => return Err(format!("tokenizer.json: its model is '{other}', expected BPE, or WordPiece of bert")),
         }
         pairs.texts("tokenizer.ggml.tokens", tokens.iter().map(String::as_str));
         pairs.numbers("tokenizer.ggml.token_type", &types);
-        self.special(&settings, added, vocabulary, architecture, pairs)?;
+        self.special(&settings, (added, vocabulary), (architecture, count), pairs)?;
         let begins = settings["add_bos_token"].as_bool().or_else(|| begins_with_special(&tokenizer, &settings));
         if let Some(begins) = begins.filter(|_| architecture != "bert") {
             pairs.flag("tokenizer.ggml.add_bos_token", begins);
@@ -212,9 +285,8 @@ impl<'a> Files<'a> {
     fn special(
         &self,
         settings: &Json,
-        added: &[Json],
-        vocabulary: &serde_json::Map<String, Json>,
-        architecture: &str,
+        (added, vocabulary): (&[Json], &serde_json::Map<String, Json>),
+        (architecture, count): (&str, usize),
         pairs: &mut Pairs,
     ) -> Result<(), String> {
         let generation = self.json("generation_config.json")?.unwrap_or_default();
@@ -225,6 +297,7 @@ impl<'a> Files<'a> {
         let text = |value: &Json| value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned);
         let named = [("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("sep", "seperator")];
         let named = named.into_iter().chain([("cls", "cls"), ("mask", "mask")]);
+        let named = named.filter(|(ours, _)| architecture != "bert" || !matches!(*ours, "bos" | "eos"));
         for (ours, theirs) in named {
             // A model may end with several tokens; the first is the one of the header.
             let first = |value: &Json| value.as_u64().or_else(|| value[0].as_u64());
@@ -234,8 +307,16 @@ impl<'a> Files<'a> {
                 .or_else(|| first(&self.config[&key]))
                 .or_else(|| first(&generation[&key]));
             let id = id.or_else(|| of_text(&format!("[{}]", ours.to_uppercase())).filter(|_| architecture == "bert"));
-            if let Some(id) = id {
-                pairs.number(&format!("tokenizer.ggml.{theirs}_token_id"), id as usize);
+            let Some(id) = id else { continue };
+            if id >= count as u64 {
+                return Err(format!("{ours}_token_id is {id}, of {count} tokens"));
+            }
+            pairs.number(&format!("tokenizer.ggml.{theirs}_token_id"), id as usize);
+            // What llama.cpp puts around a text for BERT.
+            match (architecture, ours) {
+                ("bert", "cls") => pairs.number("tokenizer.ggml.bos_token_id", id as usize),
+                ("bert", "sep") => pairs.number("tokenizer.ggml.eos_token_id", id as usize),
+                _ => {}
             }
         }
         Ok(())
@@ -281,7 +362,15 @@ fn merges(model: &Json) -> Result<Vec<(String, String)>, String> {
         Json::String(text) => text.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned())),
         merge => Some((merge[0].as_str()?.to_owned(), merge[1].as_str()?.to_owned())),
     };
-    all.iter().map(pair).collect::<Option<_>>().ok_or_else(|| "tokenizer.json: a merge is no pair of texts".into())
+    let all: Option<Vec<(String, String)>> = all.iter().map(pair).collect();
+    let all = all.ok_or("tokenizer.json: a merge is no pair of texts")?;
+    let known = |piece: &String| model["vocab"].get(piece).is_some();
+    match all.iter().find(|(left, right)| !known(left) || !known(right)) {
+        Some((left, right)) => {
+            Err(format!("tokenizer.json: a merge of '{left}' and '{right}', which are no tokens both"))
+        }
+        None => Ok(all),
+    }
 }
 
 /// Byte pairs over bytes as letters, as GPT-2 has them.
@@ -316,7 +405,6 @@ fn word_pieces(tokens: &mut [String], types: &[i32], pairs: &mut Pairs) {
     }
     pairs.text("tokenizer.ggml.model", "bert");
     pairs.text("tokenizer.ggml.pre", "default");
-    pairs.number("tokenizer.ggml.token_type_count", 2);
 }
 
 /// Whether a text's tokens begin with the one for that, as the template around it says.

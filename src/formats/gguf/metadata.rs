@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use layerstore_core::transformer::{Rotary, RotaryScaling};
 use serde_json::{Map, Value as Json, json};
 
 use super::super::side_files::SideFile;
@@ -35,6 +36,8 @@ pub struct Shape {
     pub is_tied: bool,
     /// Whether projections of queries have a bias.
     pub has_attention_bias: bool,
+    /// What frequencies of rotary positions are divided by, where a tensor says it.
+    pub frequency_factors: Option<Vec<f32>>,
 }
 
 /// Returns the files that transformers has in the place of the metadata, as far as they can be made, and notes of those that cannot.
@@ -52,7 +55,15 @@ pub fn for_transformers(metadata: &[u8], shape: &Shape) -> (Vec<SideFile>, Vec<S
     };
     let tokens = all.tokens();
     match configuration(&all, shape, &tokens) {
-        Some(config) => add("config.json", &config),
+        Some(mut config) => {
+            if let Some(factors) = &shape.frequency_factors {
+                match llama3(&all, factors) {
+                    Some(scaling) => config["rope_scaling"] = scaling,
+                    None => notes.push("config.json does not say how rope_freqs.weight scales positions".into()),
+                }
+            }
+            add("config.json", &config);
+        }
         None => notes.push(format!("no config.json is made of the metadata of architecture '{}'", all.architecture())),
     }
     if !tokens.is_empty() {
@@ -155,6 +166,28 @@ fn configuration(all: &Metadata, shape: &Shape, tokens: &Map<String, Json>) -> O
     }
     tokens.iter().for_each(|(key, id)| set(key, Some(id.clone())));
     Some(Json::Object(config))
+}
+
+/// Returns the settings of Llama 3.1's positions that give these factors, if there are any.
+fn llama3(all: &Metadata, factors: &[f32]) -> Option<Json> {
+    let base = all.float("rope.freq_base").unwrap_or(10000.0);
+    let factor = factors.iter().fold(1f32, |most, factor| most.max(*factor));
+    let plain = Rotary::new(2 * factors.len(), base, RotaryScaling::None).ok()?;
+    // The lengths of training texts that are in use.
+    [8192, 4096, 2048, 16384, 32768].into_iter().find_map(|original| {
+        let (low, high) = (1.0, 4.0);
+        let scaling =
+            RotaryScaling::Llama3 { factor: f64::from(factor), original, low_freq_factor: low, high_freq_factor: high };
+        let scaled = Rotary::new(2 * factors.len(), base, scaling).ok()?;
+        let found = plain.frequencies().iter().zip(scaled.frequencies()).map(|(plain, scaled)| plain / scaled);
+        let same = found.zip(factors).all(|(found, factor)| (found - factor).abs() <= 1e-3 * factor);
+        same.then(|| {
+            json!({
+                "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            })
+        })
+    })
 }
 
 fn scaling(all: &Metadata) -> Option<Json> {

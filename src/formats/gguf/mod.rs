@@ -153,6 +153,9 @@ impl GgufSource {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
+/// What rotary frequencies are divided by.
+pub const FREQUENCIES: &str = "rope_freqs.weight";
+
 /// Returns the files of a model: those of all parts, where the name says that it is one of several.
 ///
 /// # Errors
@@ -197,6 +200,10 @@ impl Files {
             token_types: rows("embeddings.token_type_embeddings.weight"),
             is_tied,
             has_attention_bias: self.entries.contains_key("model.layers.0.self_attn.q_proj.bias"),
+            frequency_factors: match self.entries.get(FREQUENCIES).map(|entry| entry.listed.tensor_type) {
+                Some(TensorType::Plain(dtype)) => self.read(FREQUENCIES).and_then(|bytes| to_f32(dtype, &bytes)).ok(),
+                _ => None,
+            },
         }
     }
 

@@ -164,6 +164,17 @@ impl Names {
         Some((theirs, change))
     }
 
+    /// Returns whether llama.cpp has a place for a tensor of its names: biases that an architecture does not have are none.
+    pub fn has_place(&self, name: &str) -> bool {
+        let part = name.strip_suffix(".bias").and_then(|stem| stem.rsplit('.').next());
+        match (self.architecture.as_str(), part) {
+            (_, None) | ("llama" | "bert", _) => true,
+            ("qwen2", Some(part)) => matches!(part, "attn_q" | "attn_k" | "attn_v"),
+            ("qwen3" | "gemma" | "gemma2" | "gemma3" | "phi3", Some(_)) => false,
+            _ => true,
+        }
+    }
+
     /// Returns whether a model without a head has its embedding for one.
     pub fn ties_heads(&self) -> bool {
         self.family() == Some(Family::Llama)

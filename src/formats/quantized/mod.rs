@@ -105,8 +105,12 @@ impl QuantizedSource {
         let config = config_beside(source.path())?.unwrap_or_default();
         let text = &config["text_config"]["quantization_config"];
         let quantization = [&config["quantization_config"], &config["compression_config"], text];
-        let quantization = quantization.into_iter().find(|found| found.is_object());
         let path = source.path().to_owned();
+        if let Some(odd) = quantization.into_iter().find(|found| !found.is_object() && !found.is_null()) {
+            let reason = format!("quantization_config of its config.json is {odd}, expected an object of settings");
+            return Err(Error::file(path, reason));
+        }
+        let quantization = quantization.into_iter().find(|found| found.is_object());
         match quantization {
             Some(quantization) => {
                 let found = Self::with(source, quantization);
