@@ -18,9 +18,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use ndarray::{Array1, Array2, ArrayView2};
 use tokio::runtime::{Builder, Runtime};
 
+use crate::architectures::LanguageModel;
 use crate::compress::{
     self, ActivationsFile, Cancel, CopyReport, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport,
     Progress, RepairOptions, RepairReport, SharedDirections, SharedOptions, Training, TrainingReport,
@@ -30,8 +32,8 @@ use crate::formats::TensorSource;
 use crate::layer::{Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer};
 use crate::nn::{AttentionBlock, Module};
 use crate::store::{
-    self, ArtifactInfo, Comparison, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelSummary,
-    NearKey, Provenance, SnapshotInfo, Stats, StoreOptions, VerifyDepth, VerifyReport, VersionInfo,
+    self, ArtifactInfo, Comparison, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelFile,
+    ModelSummary, NearKey, Provenance, SnapshotInfo, Stats, StoreOptions, VerifyDepth, VerifyReport, VersionInfo,
 };
 
 /// Defines methods that run those of the same name of the async type to their ends.
@@ -300,6 +302,12 @@ impl Snapshot {
         fn models() -> Vec<ModelSummary>;
         /// Returns the layers of a model, by name.
         fn layers(model: &str) -> Vec<LayerRecord>;
+        /// Returns the files that belong to a model beside its layers, by name.
+        fn files(model: &str) -> Vec<ModelFile>;
+        /// Reads a file that belongs to a model.
+        fn file(model: &str, name: &str) -> Bytes;
+        /// Opens a model as a language model.
+        fn language_model(model: &str) -> LanguageModel;
         /// Counts what the store holds, as this version tells.
         fn stats() -> Stats;
         /// Finds, for each of some directions `[directions, length]`, the `count` keys that point most nearly along it.

@@ -38,7 +38,8 @@
 //!
 //! The crate root has the store ([`Store`], its [`Snapshot`]s and handles), the work on whole models ([`import`],
 //! [`evaluate`], [`export`], [`copy`], [`repair`], [`train_codebooks`], [`shared_directions`]) with its options and reports, the
-//! statistics that layers are calibrated with ([`Calibration`]), and [`Error`].
+//! statistics that layers are calibrated with ([`Calibration`]), language models that run whole ([`LanguageModel`]), and
+//! [`Error`].
 //!
 //! | module | contents |
 //! |---|---|
@@ -54,6 +55,7 @@
 // These panic where standard output or error is full or closed.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod architectures;
 #[doc(hidden)]
 pub mod cli;
 mod compress;
@@ -70,6 +72,7 @@ pub mod nn;
 #[doc(inline)]
 pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment};
 
+pub use architectures::{ChatMessage, Divergence, Generation, GenerationOptions, LanguageModel, Perplexity, Sampling};
 pub use compress::{
     ActivationsFile, CalibrationFile, Cancel, CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions,
     ExportReport, FailedSource, ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan,

@@ -27,7 +27,8 @@ pub async fn nearest(context: &Context, args: NearestArgs) -> Result<u8> {
         (of, input) => {
             let names = counted(of.len(), "name", "names");
             let found = format!("{names}{}", if input.is_some() { " and --input" } else { "" });
-            return Err(Error::expected("what to look for", found, "MODEL LAYER KEY, or --input FILE"));
+            let expected = "MODEL LAYER KEY, or --input FILE".into();
+            return Err(Error::Usage { option: "what to look for".into(), found, expected });
         }
     };
     let models = (!args.among.is_empty()).then_some(&args.among[..]);

@@ -41,6 +41,19 @@ impl Output {
         }
     }
 
+    /// Prints a piece of a text as it comes, unless the result is to be JSON.
+    pub fn piece(&self, text: &str) {
+        if !self.json {
+            let mut out = std::io::stdout().lock();
+            let _ = write!(out, "{}", escape::lines(text)).and_then(|()| out.flush());
+        }
+    }
+
+    /// Prints a result whose text was printed piece by piece: as JSON, or the end of a line.
+    pub fn ended<T: Serialize>(&self, value: &T) -> Result<()> {
+        self.result(value, |_| String::new())
+    }
+
     /// Whether notes and progress are left out.
     pub fn is_quiet(&self) -> bool {
         self.quiet

@@ -38,6 +38,9 @@ fn cancelled() -> bool {
 pub fn listen() {
     use tokio::signal::unix::{SignalKind, signal};
 
+    // A file that may grow no further is an error of the write, which says where; not the end of the process.
+    // SAFETY: no handler is set.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // Asked before anybody listens. Who is told to ignore a hangup (nohup) or Ctrl-C goes on.
     let ignored = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].map(is_ignored);
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];

@@ -33,7 +33,7 @@ pub use gguf::GgufSource;
 pub(crate) use gguf::METADATA;
 pub use keras::{KERAS_ROOT, KerasSource};
 pub use pytorch::PytorchSource;
-pub(crate) use regular::read_toml;
+pub(crate) use regular::{read_to_string as read_text, read_toml};
 pub use safetensors::SafetensorsSource;
 pub use side_files::SideFile;
 pub(crate) use side_files::place as place_of_side_file;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use layerstore::formats::{OpenOptions, SourceContent, TensorSource, open, open_with};
 use layerstore::layer::{Accuracy, DType, LowRankLayer};
 use layerstore::{
-    ErrorKind, ExportDtype, ExportFormat, ExportOptions, ExportReport, ImportOptions, ImportReport, Rules, Store,
-    export, import,
+    CalibrationFile, ErrorKind, ExportDtype, ExportFormat, ExportOptions, ExportReport, ImportOptions, ImportReport,
+    Rules, Store, export, import,
 };
 use ndarray::Array2;
 use serde_json::{Value, json};
@@ -439,6 +439,71 @@ async fn gguf_is_made_of_transformers_files() {
     assert!(rounded["model.norm"].0.contains("F32"));
     let options = ExportOptions { dtype: Some(ExportDtype::Q8_0), ..ExportOptions::default() };
     refused(work.export("dense", "q8.safetensors", options).await, ErrorKind::InvalidInput, &["q8_0", "of gguf alone"]);
+}
+
+/// What another program runs otherwise is refused, or said.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_other_programs_run_otherwise_is_said() {
+    let work = Work::new("otherwise").await;
+    let folder = work.place.path("llama");
+    llama(&folder);
+    let with = |changes: Value| {
+        let mut config = parsed(folder.join("config.json"));
+        changes.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    };
+    for (changes, says) in [
+        (json!({"hidden_act": "gelu"}), "the activation gelu"),
+        (json!({"hidden_act": "silu", "model_type": "mistral", "sliding_window": 16}), "windows of 16 tokens"),
+        (json!({"sliding_window": null, "num_hidden_layers": 2}), "1 blocks of 64 features"),
+        (json!({"num_hidden_layers": 1, "eos_token_id": 9}), "eos_token_id is 9, of 8 tokens"),
+    ] {
+        with(changes);
+        work.import(open(&folder).unwrap(), "m", "").await;
+        refused(work.export("m", "m.gguf", ExportOptions::default()).await, ErrorKind::InvalidInput, &[says]);
+    }
+    // Llama 3.1's positions are a tensor there, and a setting here.
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    });
+    with(json!({"eos_token_id": 2, "model_type": "llama", "rope_scaling": llama3.clone(), "rope_theta": 500000.0}));
+    work.import(open(&folder).unwrap(), "m", "").await;
+    work.export("m", "m.gguf", ExportOptions::default()).await.unwrap();
+    work.import(open(work.place.path("m.gguf")).unwrap(), "again", "").await;
+    let report = work.export("again", "again", ExportOptions::default()).await.unwrap();
+    assert!(report.remarks[0].contains("rope_freqs.weight"), "{report:?}");
+    assert_eq!(parsed(work.place.path("again/config.json"))["rope_scaling"], llama3);
+    // Constants that outputs need are biases, where the family has any.
+    let inputs = work.place.path("inputs.safetensors");
+    write(&inputs, &[("model.layers.0.self_attn.q_proj", vec![96, 64]), ("model.layers.0.mlp.up_proj", vec![96, 64])]);
+    let rules = |layers: &str| {
+        format!(
+            "[[rule]]\nlayers = '{layers}'\nmethod = 'low_rank'\nbias_correction = true\nweight = {{ type = 'int4', group = 32, symmetric = true, scales = 'f16' }}\n"
+        )
+    };
+    let import_with = async |model: &str, layers: &str| {
+        let rules = Rules::parse(&rules(layers), "r.toml").unwrap();
+        let calibration = Some(CalibrationFile::open(&inputs).unwrap());
+        let options = ImportOptions { rules, calibration, ..ImportOptions::default() };
+        import(&work.store, open(&folder).unwrap(), model, options).await.unwrap();
+    };
+    import_with("biased", ".*q_proj").await;
+    let report = work.export("biased", "biased", ExportOptions::default()).await.unwrap();
+    assert_eq!(report.added_biases.len(), 4, "{report:?}");
+    let config = parsed(work.place.path("biased/config.json"));
+    assert_eq!((&config["attention_bias"], config.get("mlp_bias")), (&json!(true), None));
+    let again = open(work.place.path("biased")).unwrap();
+    let zeros = again.vector(again.tensor("model.layers.0.self_attn.o_proj.bias").unwrap()).unwrap();
+    assert_eq!(zeros.to_vec(), [0.0; 64]);
+    with(json!({"model_type": "qwen2"}));
+    import_with("qwen2", ".*up_proj").await;
+    let says = ["up_proj.bias", "--allow-approximate"];
+    refused(work.export("qwen2", "qwen2", ExportOptions::default()).await, ErrorKind::InvalidInput, &says);
+    refused(work.export("qwen2", "q.gguf", ExportOptions::default()).await, ErrorKind::InvalidInput, &says);
+    let options = ExportOptions { allow_approximate: true, ..ExportOptions::default() };
+    let report = work.export("qwen2", "q.gguf", options).await.unwrap();
+    assert!(report.remarks.iter().any(|remark| remark.contains("no such bias")), "{report:?}");
 }
 
 /// All layers that a format cannot hold are named at once, and nothing is written.

@@ -11,6 +11,7 @@ mod files;
 mod formats_out;
 mod golden;
 mod keys;
+mod language;
 mod matmul_free;
 mod messages;
 mod method;

@@ -1,0 +1,179 @@
+//! A model's `config.json`: what kind of decoder its layers make up.
+
+use layerstore_core::transformer::{DecoderConfig, Rotary, RotaryScaling};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::layer::Activation;
+
+/// Families of Llama's kind, as `model_type` has them.
+const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "smollm3"];
+
+/// A decoder, as its configuration describes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LlamaConfig {
+    /// How its blocks attend.
+    pub decoder: DecoderConfig,
+    /// Blocks.
+    pub blocks: usize,
+    /// Added to the mean square of a norm.
+    pub epsilon: f32,
+    /// Whether the head is the embedding.
+    pub is_tied: bool,
+    /// Whether heads of queries and keys are normed.
+    pub has_head_norms: bool,
+    /// The longest text that it was made for.
+    pub context: Option<usize>,
+}
+
+/// Reads the configuration of a decoder.
+///
+/// # Errors
+/// When the family is not known, or a setting is missing or not what is run here: the message names it.
+pub fn llama(config: &Value) -> Result<LlamaConfig> {
+    let family = config["model_type"].as_str().unwrap_or_default();
+    if !FAMILIES.contains(&family) || family == "smollm3" {
+        let found = format!("'{family}'");
+        return Err(Error::expected("model_type of config.json", found, "llama, mistral, qwen2 or qwen3"));
+    }
+    let number = |key: &str| config[key].as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
+    let required = |key: &str| {
+        number(key)
+            .ok_or_else(|| Error::expected(format!("{key} of config.json"), &config[key], "a whole number above 0"))
+    };
+    let heads = required("num_attention_heads")?;
+    let features = required("hidden_size")?;
+    let head_dim = match number("head_dim") {
+        Some(head_dim) => head_dim,
+        None if features.is_multiple_of(heads) => features / heads,
+        None => {
+            return Err(Error::expected(
+                "hidden_size of config.json",
+                features,
+                format!("a multiple of {heads} heads"),
+            ));
+        }
+    };
+    let activation = match config["hidden_act"].as_str().unwrap_or("silu") {
+        "silu" | "swish" => Activation::Silu,
+        "gelu" => Activation::Gelu,
+        "relu" => Activation::Relu,
+        other => return Err(Error::expected("hidden_act of config.json", format!("'{other}'"), "silu, gelu or relu")),
+    };
+    let context = number("max_position_embeddings");
+    let is_windowed = config["use_sliding_window"].as_bool().unwrap_or(family == "mistral");
+    let window = number("sliding_window").filter(|_| is_windowed);
+    if window.is_some() && number("max_window_layers").is_some_and(|layers| layers > 0) && family != "mistral" {
+        let found = "windows in some of the blocks";
+        return Err(Error::expected("max_window_layers of config.json", found, "0, or no window"));
+    }
+    let epsilon = config["rms_norm_eps"].as_f64().unwrap_or(1e-6);
+    let tied_by_default = false;
+    Ok(LlamaConfig {
+        decoder: DecoderConfig {
+            heads,
+            kv_heads: number("num_key_value_heads").unwrap_or(heads),
+            head_dim,
+            rotary: rotary(config, head_dim, context)?,
+            window,
+            activation,
+        },
+        blocks: required("num_hidden_layers")?,
+        epsilon: epsilon as f32,
+        is_tied: config["tie_word_embeddings"].as_bool().unwrap_or(tied_by_default),
+        has_head_norms: family == "qwen3",
+        context,
+    })
+}
+
+/// Reads the rotary positions, of older configurations and of newer ones, which have all of it in one table.
+fn rotary(config: &Value, head_dim: usize, context: Option<usize>) -> Result<Rotary> {
+    let table = &config["rope_parameters"];
+    let scaling = if config["rope_scaling"].is_object() { &config["rope_scaling"] } else { table };
+    let base = config["rope_theta"].as_f64().or_else(|| table["rope_theta"].as_f64()).unwrap_or(10_000.0);
+    let share =
+        config["partial_rotary_factor"].as_f64().or_else(|| table["partial_rotary_factor"].as_f64()).unwrap_or(1.0);
+    let dimensions = (head_dim as f64 * share) as usize;
+    let kind = scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str()).unwrap_or("default");
+    let number = |key: &str, default: Option<f64>| {
+        scaling[key]
+            .as_f64()
+            .or(default)
+            .ok_or_else(|| Error::expected(format!("{key} of the positions in config.json"), &scaling[key], "a number"))
+    };
+    let original = || number("original_max_position_embeddings", context.map(|n| n as f64)).map(|n| n as usize);
+    let scaling = match kind {
+        "default" => RotaryScaling::None,
+        "linear" => RotaryScaling::Linear { factor: number("factor", None)? },
+        "dynamic" => RotaryScaling::Dynamic { factor: number("factor", None)?, original: original()? },
+        "yarn" => RotaryScaling::Yarn {
+            factor: number("factor", None)?,
+            original: original()?,
+            beta_fast: number("beta_fast", Some(32.0))?,
+            beta_slow: number("beta_slow", Some(1.0))?,
+            attention_factor: scaling["attention_factor"].as_f64(),
+        },
+        "llama3" => RotaryScaling::Llama3 {
+            factor: number("factor", None)?,
+            original: original()?,
+            low_freq_factor: number("low_freq_factor", None)?,
+            high_freq_factor: number("high_freq_factor", None)?,
+        },
+        other => {
+            let expected = "default, linear, dynamic, yarn or llama3";
+            return Err(Error::expected("rope_type of config.json", format!("'{other}'"), expected));
+        }
+    };
+    Rotary::new(dimensions, base, scaling)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn configurations_of_both_forms_are_read() {
+        let old = json!({
+            "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_hidden_layers": 3, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": true,
+            "max_position_embeddings": 128,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64},
+        });
+        let found = llama(&old).unwrap();
+        assert_eq!((found.decoder.head_dim, found.decoder.kv_heads, found.blocks, found.is_tied), (16, 2, 3, true));
+        let mut new = old.clone();
+        let mut table = old["rope_scaling"].clone();
+        table["rope_theta"] = json!(500000.0);
+        new["rope_parameters"] = table;
+        new.as_object_mut().unwrap().retain(|key, _| key != "rope_scaling" && key != "rope_theta");
+        assert_eq!(llama(&new).unwrap(), found);
+    }
+
+    #[test]
+    fn what_is_not_run_is_named() {
+        let good = json!({"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1});
+        assert_eq!(llama(&good).unwrap().decoder.window, None);
+        for (key, value, says) in [
+            ("model_type", json!("mamba"), "'mamba'"),
+            ("hidden_size", json!(66), "a multiple of 4 heads"),
+            ("hidden_size", json!("x"), "hidden_size"),
+            ("hidden_act", json!("quick_gelu"), "'quick_gelu'"),
+            ("rope_scaling", json!({"rope_type": "longrope"}), "'longrope'"),
+            ("rope_scaling", json!({"rope_type": "linear"}), "factor"),
+            ("rope_theta", json!(0.5), "base"),
+        ] {
+            let mut wrong = good.clone();
+            wrong[key] = value;
+            let message = llama(&wrong).unwrap_err().to_string();
+            assert!(message.contains(says), "{message}");
+        }
+        let mut windowed = good.clone();
+        windowed["use_sliding_window"] = json!(true);
+        windowed["sliding_window"] = json!(8);
+        assert_eq!(llama(&windowed).unwrap().decoder.window, Some(8));
+        windowed["max_window_layers"] = json!(28);
+        assert!(llama(&windowed).is_err());
+    }
+}
