@@ -180,7 +180,7 @@ fn keys_are_found_across_layers_with_and_without_an_index() {
     place.fails(1, &["length of the direction", "7", "48, 96"], &["nearest", "--input", &v]);
     place.fails(1, &["key", "48", "less than 48"], &["nearest", "one", "blocks.0.up", "48"]);
     place.fails(1, &["backend", "f32"], &["nearest", "int4", "blocks.0.up", "0"]);
-    place.fails(1, &["MODEL LAYER KEY"], &["nearest", "one"]);
+    place.fails(2, &["MODEL LAYER KEY"], &["nearest", "one"]);
     place.fails(
         1,
         &["no model named 'svt'", "svd"],

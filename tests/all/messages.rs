@@ -261,7 +261,7 @@ fn commands_that_read_no_version_refuse_one() {
         &["gc"],
     ] {
         let says =
-            [args[0], "expected a command that reads a version (models, layers, show, compare, forward, attend, "];
+            [args[0], "expected a command that reads a version (models, layers, show, compare, forward, generate, "];
         place.fails(2, &says, &[&["--at", "1"], args].concat());
     }
     // Those that the message names take one.
