@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::layer::Activation;
 
 /// Families of Llama's kind, as `model_type` has them.
-const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "smollm3"];
+const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
 /// A decoder, as its configuration describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,18 +32,17 @@ pub struct LlamaConfig {
 /// When the family is not known, or a setting is missing or not what is run here: the message names it.
 pub fn llama(config: &Value) -> Result<LlamaConfig> {
     let family = config["model_type"].as_str().unwrap_or_default();
-    if !FAMILIES.contains(&family) || family == "smollm3" {
+    if !FAMILIES.contains(&family) {
         let found = format!("'{family}'");
         return Err(Error::expected("model_type of config.json", found, "llama, mistral, qwen2 or qwen3"));
     }
-    let number = |key: &str| config[key].as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
+    let number = |key: &str| number(config, key);
     let required = |key: &str| {
-        number(key)
-            .ok_or_else(|| Error::expected(format!("{key} of config.json"), &config[key], "a whole number above 0"))
+        number(key)?.ok_or_else(|| Error::expected(format!("{key} of config.json"), "none", "a whole number above 0"))
     };
     let heads = required("num_attention_heads")?;
     let features = required("hidden_size")?;
-    let head_dim = match number("head_dim") {
+    let head_dim = match number("head_dim")? {
         Some(head_dim) => head_dim,
         None if features.is_multiple_of(heads) => features / heads,
         None => {
@@ -54,25 +53,27 @@ pub fn llama(config: &Value) -> Result<LlamaConfig> {
             ));
         }
     };
-    let activation = match config["hidden_act"].as_str().unwrap_or("silu") {
-        "silu" | "swish" => Activation::Silu,
-        "gelu" => Activation::Gelu,
-        "relu" => Activation::Relu,
-        other => return Err(Error::expected("hidden_act of config.json", format!("'{other}'"), "silu, gelu or relu")),
+    let activation = match &config["hidden_act"] {
+        Value::Null => Activation::Silu,
+        other => match other.as_str() {
+            Some("silu" | "swish") => Activation::Silu,
+            Some("gelu") => Activation::Gelu,
+            Some("relu") => Activation::Relu,
+            _ => return Err(Error::expected("hidden_act of config.json", other, "silu, gelu or relu")),
+        },
     };
-    let context = number("max_position_embeddings");
-    let is_windowed = config["use_sliding_window"].as_bool().unwrap_or(family == "mistral");
-    let window = number("sliding_window").filter(|_| is_windowed);
-    if window.is_some() && number("max_window_layers").is_some_and(|layers| layers > 0) && family != "mistral" {
+    let context = number("max_position_embeddings")?;
+    let is_windowed = flag(config, "use_sliding_window")?.unwrap_or(family == "mistral");
+    let window = number("sliding_window")?.filter(|_| is_windowed);
+    if window.is_some() && config["max_window_layers"] != 0 && !config["max_window_layers"].is_null() {
         let found = "windows in some of the blocks";
         return Err(Error::expected("max_window_layers of config.json", found, "0, or no window"));
     }
-    let epsilon = config["rms_norm_eps"].as_f64().unwrap_or(1e-6);
-    let tied_by_default = false;
+    let epsilon = float(config, "rms_norm_eps")?.unwrap_or(1e-6);
     Ok(LlamaConfig {
         decoder: DecoderConfig {
             heads,
-            kv_heads: number("num_key_value_heads").unwrap_or(heads),
+            kv_heads: number("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
             rotary: rotary(config, head_dim, context)?,
             window,
@@ -80,7 +81,7 @@ pub fn llama(config: &Value) -> Result<LlamaConfig> {
         },
         blocks: required("num_hidden_layers")?,
         epsilon: epsilon as f32,
-        is_tied: config["tie_word_embeddings"].as_bool().unwrap_or(tied_by_default),
+        is_tied: flag(config, "tie_word_embeddings")?.unwrap_or(false),
         has_head_norms: family == "qwen3",
         context,
     })
@@ -90,16 +91,13 @@ pub fn llama(config: &Value) -> Result<LlamaConfig> {
 fn rotary(config: &Value, head_dim: usize, context: Option<usize>) -> Result<Rotary> {
     let table = &config["rope_parameters"];
     let scaling = if config["rope_scaling"].is_object() { &config["rope_scaling"] } else { table };
-    let base = config["rope_theta"].as_f64().or_else(|| table["rope_theta"].as_f64()).unwrap_or(10_000.0);
-    let share =
-        config["partial_rotary_factor"].as_f64().or_else(|| table["partial_rotary_factor"].as_f64()).unwrap_or(1.0);
+    let base = float(config, "rope_theta")?.or(float(table, "rope_theta")?).unwrap_or(10_000.0);
+    let share = float(config, "partial_rotary_factor")?.or(float(table, "partial_rotary_factor")?).unwrap_or(1.0);
     let dimensions = (head_dim as f64 * share) as usize;
     let kind = scaling["rope_type"].as_str().or_else(|| scaling["type"].as_str()).unwrap_or("default");
     let number = |key: &str, default: Option<f64>| {
-        scaling[key]
-            .as_f64()
-            .or(default)
-            .ok_or_else(|| Error::expected(format!("{key} of the positions in config.json"), &scaling[key], "a number"))
+        let missing = || Error::expected(format!("{key} of the positions in config.json"), "none", "a number");
+        float(scaling, key)?.or(default).ok_or_else(missing)
     };
     let original = || number("original_max_position_embeddings", context.map(|n| n as f64)).map(|n| n as usize);
     let scaling = match kind {
@@ -111,7 +109,7 @@ fn rotary(config: &Value, head_dim: usize, context: Option<usize>) -> Result<Rot
             original: original()?,
             beta_fast: number("beta_fast", Some(32.0))?,
             beta_slow: number("beta_slow", Some(1.0))?,
-            attention_factor: scaling["attention_factor"].as_f64(),
+            attention_factor: float(scaling, "attention_factor")?,
         },
         "llama3" => RotaryScaling::Llama3 {
             factor: number("factor", None)?,
@@ -125,6 +123,30 @@ fn rotary(config: &Value, head_dim: usize, context: Option<usize>) -> Result<Rot
         }
     };
     Rotary::new(dimensions, base, scaling)
+}
+
+/// Reads a setting that may be left out; what is there has to be of its kind.
+fn setting<T>(config: &Value, key: &str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+    match &config[key] {
+        Value::Null => Ok(None),
+        found => match read(found) {
+            Some(value) => Ok(Some(value)),
+            None => Err(Error::expected(format!("{key} of config.json"), found, kind)),
+        },
+    }
+}
+
+fn number(config: &Value, key: &str) -> Result<Option<usize>> {
+    let whole = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
+    setting(config, key, "a whole number above 0", whole)
+}
+
+fn float(config: &Value, key: &str) -> Result<Option<f64>> {
+    setting(config, key, "a number", Value::as_f64)
+}
+
+fn flag(config: &Value, key: &str) -> Result<Option<bool>> {
+    setting(config, key, "true or false", Value::as_bool)
 }
 
 #[cfg(test)]
@@ -159,6 +181,10 @@ mod tests {
             ("model_type", json!("mamba"), "'mamba'"),
             ("hidden_size", json!(66), "a multiple of 4 heads"),
             ("hidden_size", json!("x"), "hidden_size"),
+            ("num_hidden_layers", json!(null), "num_hidden_layers of config.json: found none"),
+            ("rms_norm_eps", json!("small"), "rms_norm_eps of config.json: found \"small\""),
+            ("head_dim", json!(-2), "head_dim"),
+            ("tie_word_embeddings", json!(1), "true or false"),
             ("hidden_act", json!("quick_gelu"), "'quick_gelu'"),
             ("rope_scaling", json!({"rope_type": "longrope"}), "'longrope'"),
             ("rope_scaling", json!({"rope_type": "linear"}), "factor"),

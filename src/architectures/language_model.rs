@@ -76,19 +76,18 @@ impl Snapshot {
     pub async fn language_model(&self, model: &str) -> Result<LanguageModel> {
         let files = self.files(model).await?;
         let has = |name: &str| files.iter().any(|file| file.name == name);
-        let of_model = |e: Error| Error::expected(format!("model '{model}'"), e, "a language model that can be run");
         if !has("config.json") {
             let expected = "one stored with the model, as an import of a folder or a GGUF file keeps it";
-            return Err(of_model(Error::expected("config.json", "none", expected)));
+            return Err(Error::expected(format!("config.json of model '{model}'"), "none", expected));
         }
         let json = |name: &'static str| async move {
             let file = self.file(model, name).await?;
             serde_json::from_slice::<Value>(&file).map_err(|e| Error::expected(name, e, "JSON"))
         };
-        let settings = json("config.json").await.map_err(of_model)?;
-        let config = llama(&settings).map_err(of_model)?;
+        let settings = json("config.json").await?;
+        let config = llama(&settings)?;
         let generation = match has("generation_config.json") {
-            true => json("generation_config.json").await.map_err(of_model)?,
+            true => json("generation_config.json").await?,
             false => Value::Null,
         };
         let decoder = decoder(self, model, &config).await?;
@@ -100,7 +99,7 @@ impl Snapshot {
                 let tokenizer = self.file(model, "tokenizer.json").await?;
                 let (beside, template) = (read("tokenizer_config.json").await?, read("chat_template.jinja").await?);
                 let read = TextTokenizer::new(&tokenizer, beside.as_ref(), template.as_ref());
-                Some(Arc::new(read.map_err(of_model)?))
+                Some(Arc::new(read?))
             }
             false => None,
         };
@@ -121,7 +120,8 @@ async fn decoder(snapshot: &Snapshot, model: &str, config: &LlamaConfig) -> Resu
         let gain = vector(&layer).map_err(|e| e.in_layer(&name))?;
         Ok::<_, Error>(Norm::rms(gain, config.epsilon))
     };
-    let mut blocks = Vec::with_capacity(config.blocks);
+    // As many as there are layers for: the number is the configuration's.
+    let mut blocks = vec![];
     for number in 0..config.blocks {
         let of = |part: &str| format!("model.layers.{number}.{part}");
         let (mut query_norm, mut key_norm) = (None, None);

@@ -141,6 +141,7 @@ fn models_are_run_by_the_command() {
     let broken = folder.display().to_string();
     for (from, to, says) in [
         ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "model.layers.2"),
+        ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1000000000000000000", "model.layers.2"),
         ("\"model_type\": \"llama\"", "\"model_type\": \"mamba\"", "'mamba'"),
         ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 4", "the key of block 0"),
     ] {
