@@ -1,12 +1,11 @@
 //! A file that lies beside a model's weights, such as its configuration or its tokenizer, kept as it is.
 
 use bytes::Bytes;
-use ndarray::{Array2, ArrayView2};
 use serde_json::{Value, json};
 
 use super::name::MethodName;
 use super::parts::{Parts, Tensor};
-use super::traits::{Accuracy, Gradients, Layer, Output, no_weight};
+use super::traits::{Layer, no_weight};
 use crate::error::{Error, Result};
 
 /// The name of the array that holds the bytes.
@@ -60,18 +59,6 @@ impl Layer for FileLayer {
 
     fn require_linear(&self) -> Result<()> {
         Err(no_weight("a layer to run", &self.method()))
-    }
-
-    fn product(&self, _x: ArrayView2<f32>, _accuracy: Accuracy) -> Result<Output> {
-        Err(no_weight("a layer to run", &self.method()))
-    }
-
-    fn weight(&self) -> Result<Array2<f32>> {
-        Err(no_weight("a layer with a weight", &self.method()))
-    }
-
-    fn gradients(&self, _x: ArrayView2<f32>, _grad_output: ArrayView2<f32>) -> Result<Gradients> {
-        Err(no_weight("a layer with gradients of a weight", &self.method()))
     }
 
     fn config(&self) -> Value {

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayD, ArrayView2, IxDyn};
+use ndarray::{ArrayD, IxDyn};
 use serde_json::{Map, Value};
 
 use super::name::MethodName;
 use super::parts::{Parts, Tensor, bytes_f32, f32_bytes};
-use super::traits::{Accuracy, Gradients, Layer, Output, no_weight};
+use super::traits::{Layer, no_weight};
 use crate::error::{Error, Result};
 
 /// A module less the layers that it is made of. Cloning shares the arrays.
@@ -93,18 +93,6 @@ impl Layer for ModuleLayer {
 
     fn require_linear(&self) -> Result<()> {
         Err(no_weight("a layer to run", &self.method()))
-    }
-
-    fn product(&self, _x: ArrayView2<f32>, _accuracy: Accuracy) -> Result<Output> {
-        Err(no_weight("a layer to run", &self.method()))
-    }
-
-    fn weight(&self) -> Result<Array2<f32>> {
-        Err(no_weight("a layer with a weight", &self.method()))
-    }
-
-    fn gradients(&self, _x: ArrayView2<f32>, _grad_output: ArrayView2<f32>) -> Result<Gradients> {
-        Err(no_weight("a layer with gradients of a weight", &self.method()))
     }
 
     fn own_tensors(&self) -> Vec<(String, ArrayD<f32>)> {

@@ -90,7 +90,7 @@ pub type SharedLayer = Arc<dyn Layer>;
 /// A layer in memory, ready to run.
 ///
 /// A linear layer computes `y = x · Wᵀ + b` for `x` `[batch, in_features]`. Methods that stand for no weight matrix (attention,
-/// modules) leave the linear methods at their defaults, which refuse. To add a method, see `CONTRIBUTING.md`.
+/// modules, files) leave `product`, `weight` and `gradients` at their defaults, which refuse. To add a method, see `CONTRIBUTING.md`.
 pub trait Layer: Any + fmt::Debug + Send + Sync {
     /// Returns the method that the layer is compressed by.
     fn method(&self) -> MethodName;
@@ -132,8 +132,11 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
     /// [`Layer::linear`].
     ///
     /// # Errors
-    /// When the layer cannot compute with its stored type.
-    fn product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output>;
+    /// When the layer cannot compute with its stored type, or stands for no weight matrix.
+    fn product(&self, x: ArrayView2<f32>, accuracy: Accuracy) -> Result<Output> {
+        let _ = (x, accuracy);
+        Err(no_weight("a layer to run", &self.method()))
+    }
 
     /// Returns the bias `[out_features]` that a forward pass adds.
     ///
@@ -181,7 +184,9 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// When the layer stands for no weight matrix, or its dtype cannot be computed with.
-    fn weight(&self) -> Result<Array2<f32>>;
+    fn weight(&self) -> Result<Array2<f32>> {
+        Err(no_weight("a layer with a weight", &self.method()))
+    }
 
     /// Returns rows of the weight, `[indices, in_features]`: an embedding looked up by token.
     ///
@@ -197,7 +202,10 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// When the layer has no gradients.
-    fn gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients>;
+    fn gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients> {
+        let _ = (x, grad_output);
+        Err(no_weight("a layer with gradients of a weight", &self.method()))
+    }
 
     /// Returns the tensors beside weight and bias, by name: a norm's `norm.gain`, a module's own.
     fn own_tensors(&self) -> Vec<(String, ArrayD<f32>)> {

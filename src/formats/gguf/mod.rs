@@ -216,7 +216,7 @@ impl Files {
         let bytes = file.read(&listed.bytes)?;
         let changed = match change {
             Change::None => Ok(bytes),
-            Change::Unpermute(heads) => unpermuted(&bytes, listed, *heads),
+            Change::Unpermute(heads) => unpermuted(&bytes, &listed.shape, *heads),
             Change::LessOne => less_one(bytes, listed),
         };
         changed.map_err(|reason| Error::file(&file.path, format!("tensor '{}': {reason}", listed.name)))
@@ -259,40 +259,44 @@ impl Files {
     }
 }
 
-/// Puts the rows of each head back in halves: llama.cpp's converter interleaves them for its rotary positions.
-fn unpermuted(bytes: &[u8], tensor: &ListedTensor, heads: usize) -> std::result::Result<Vec<u8>, String> {
-    let rows = tensor.shape.first().copied().unwrap_or_default();
+/// Returns where each row of a weight whose heads' rows are in halves is when they are in pairs, as llama.cpp's converter puts them for
+/// its rotary positions.
+///
+/// # Errors
+/// When the rows are not those of so many heads.
+fn places_in_pairs(rows: usize, heads: usize) -> std::result::Result<impl Iterator<Item = usize>, String> {
     if heads == 0 || heads > rows || !rows.is_multiple_of(2 * heads) {
         return Err(format!("{rows} rows, expected a multiple of twice the {heads} heads"));
     }
-    let (length, width) = (bytes.len() / rows.max(1), rows / heads);
+    let width = rows / heads;
+    Ok((0..rows).map(move |row| {
+        let (head, row) = (row / width, row % width);
+        let (half, pair) = (row / (width / 2), row % (width / 2));
+        head * width + 2 * pair + half
+    }))
+}
+
+/// Puts the rows of each head back in halves.
+fn unpermuted(bytes: &[u8], shape: &[usize], heads: usize) -> std::result::Result<Vec<u8>, String> {
+    let rows = shape.first().copied().unwrap_or_default();
+    let places = places_in_pairs(rows, heads)?;
+    let length = bytes.len() / rows;
     let mut all = Vec::with_capacity(bytes.len());
-    for head in 0..heads {
-        for row in 0..width {
-            let (half, pair) = (row / (width / 2), row % (width / 2));
-            let from = head * width + 2 * pair + half;
-            all.extend_from_slice(&bytes[from * length..(from + 1) * length]);
-        }
-    }
+    places.for_each(|place| all.extend_from_slice(&bytes[place * length..(place + 1) * length]));
     Ok(all)
 }
 
-/// Puts the halves of each head's rows in pairs, as llama.cpp's converter does.
+/// Puts the halves of each head's rows in pairs.
 ///
 /// # Errors
 /// When the rows are not those of so many heads.
 pub fn permuted(bytes: &[u8], shape: &[usize], heads: usize) -> std::result::Result<Vec<u8>, String> {
     let rows = shape.first().copied().unwrap_or_default();
-    if heads == 0 || heads > rows || !rows.is_multiple_of(2 * heads) {
-        return Err(format!("{rows} rows, expected a multiple of twice the {heads} heads"));
-    }
-    let (length, width) = (bytes.len() / rows, rows / heads);
+    let places = places_in_pairs(rows, heads)?;
+    let length = bytes.len() / rows;
     let mut all = vec![0; bytes.len()];
-    for (row, bytes) in bytes.chunks_exact(length.max(1)).take(rows).enumerate() {
-        let (head, row) = (row / width, row % width);
-        let (half, pair) = (row / (width / 2), row % (width / 2));
-        let to = head * width + 2 * pair + half;
-        all[to * length..(to + 1) * length].copy_from_slice(bytes);
+    for (row, place) in places.enumerate() {
+        all[place * length..(place + 1) * length].copy_from_slice(&bytes[row * length..(row + 1) * length]);
     }
     Ok(all)
 }

@@ -5,7 +5,7 @@ mod stored;
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayView4, Axis, s};
+use ndarray::{ArrayView1, ArrayView2, ArrayView4, Axis, s};
 use serde_json::{Map, Value, json};
 
 pub use config::{Mechanism, VqAttentionConfig};
@@ -19,7 +19,7 @@ use crate::layer::method::{Method, MethodKind};
 use crate::layer::name::MethodName;
 use crate::layer::parts::Parts;
 use crate::layer::shape::LayerShape;
-use crate::layer::traits::{Accuracy, Gradients, Layer, Output, no_weight};
+use crate::layer::traits::{Layer, no_weight};
 
 /// A codeword is dead, and replaced, when its count is below this share of the mean count.
 const DEAD_BELOW: f32 = 0.01;
@@ -303,18 +303,6 @@ impl Layer for VqAttentionLayer {
 
     fn require_linear(&self) -> Result<()> {
         Err(no_weight("a layer to run", &self.method()))
-    }
-
-    fn product(&self, _x: ArrayView2<f32>, _accuracy: Accuracy) -> Result<Output> {
-        Err(no_weight("a layer to run", &self.method()))
-    }
-
-    fn weight(&self) -> Result<Array2<f32>> {
-        Err(no_weight("a layer with a weight", &self.method()))
-    }
-
-    fn gradients(&self, _x: ArrayView2<f32>, _grad_output: ArrayView2<f32>) -> Result<Gradients> {
-        Err(no_weight("a layer with gradients of a weight", &self.method()))
     }
 
     fn memory_bytes(&self) -> usize {
