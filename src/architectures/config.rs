@@ -185,7 +185,7 @@ mod tests {
             ("rms_norm_eps", json!("small"), "rms_norm_eps of config.json: found \"small\""),
             ("head_dim", json!(-2), "head_dim"),
             ("tie_word_embeddings", json!(1), "true or false"),
-            ("hidden_act", json!("quick_gelu"), "'quick_gelu'"),
+            ("hidden_act", json!("quick_gelu"), "\"quick_gelu\""),
             ("rope_scaling", json!({"rope_type": "longrope"}), "'longrope'"),
             ("rope_scaling", json!({"rope_type": "linear"}), "factor"),
             ("rope_theta", json!(0.5), "base"),
