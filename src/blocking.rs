@@ -22,10 +22,10 @@ use bytes::Bytes;
 use ndarray::{Array1, Array2, ArrayView2};
 use tokio::runtime::{Builder, Runtime};
 
-use crate::architectures::LanguageModel;
+use crate::architectures::{LanguageModel, TextEncoder};
 use crate::compress::{
-    self, ActivationsFile, Cancel, CopyReport, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport,
-    Progress, RepairOptions, RepairReport, SharedDirections, SharedOptions, Training, TrainingReport,
+    self, ActivationsFile, CopyReport, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport,
+    RepairOptions, RepairReport, SharedDirections, SharedOptions, Training, TrainingReport,
 };
 use crate::error::{Error, Result};
 use crate::formats::TensorSource;
@@ -35,6 +35,7 @@ use crate::store::{
     self, ArtifactInfo, Comparison, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelFile,
     ModelSummary, NearKey, Provenance, SnapshotInfo, Stats, StoreOptions, VerifyDepth, VerifyReport, VersionInfo,
 };
+use crate::work::{Cancel, Progress};
 
 /// Defines methods that run those of the same name of the async type to their ends.
 macro_rules! run_to_end {
@@ -308,6 +309,8 @@ impl Snapshot {
         fn file(model: &str, name: &str) -> Bytes;
         /// Opens a model as a language model.
         fn language_model(model: &str) -> LanguageModel;
+        /// Opens a model as a text encoder.
+        fn encoder(model: &str) -> TextEncoder;
         /// Counts what the store holds, as this version tells.
         fn stats() -> Stats;
         /// Finds, for each of some directions `[directions, length]`, the `count` keys that point most nearly along it.

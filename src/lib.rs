@@ -38,7 +38,8 @@
 //!
 //! The crate root has the store ([`Store`], its [`Snapshot`]s and handles), the work on whole models ([`import`],
 //! [`evaluate`], [`export`], [`copy`], [`repair`], [`train_codebooks`], [`shared_directions`]) with its options and reports, the
-//! statistics that layers are calibrated with ([`Calibration`]), language models that run whole ([`LanguageModel`]), and
+//! statistics that layers are calibrated with ([`Calibration`]), language models and text encoders that run whole
+//! ([`LanguageModel`], [`TextEncoder`]), and
 //! [`Error`].
 //!
 //! | module | contents |
@@ -68,17 +69,21 @@ pub mod blocking;
 pub mod formats;
 pub mod layer;
 pub mod nn;
+mod work;
 
 #[doc(inline)]
 pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Result, SecondMoment};
 
-pub use architectures::{ChatMessage, Divergence, Generation, GenerationOptions, LanguageModel, Perplexity, Sampling};
+pub use architectures::{
+    CacheType, ChatMessage, Divergence, EncodingOptions, Generation, GenerationOptions, LanguageModel, Perplexity,
+    Pooling, Sampling, SpeedOptions, SpeedReport, TextEncoder,
+};
 pub use compress::{
-    ActivationsFile, CalibrationFile, Cancel, CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions,
-    ExportReport, FailedSource, ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan,
-    PlannedLayer, Progress, RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections, SharedOptions,
-    Silent, Training, TrainingReport, UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview,
-    read_attention_settings, repair, shared_directions, train_codebooks, write_statistics,
+    ActivationsFile, CalibrationFile, CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions, ExportReport,
+    FailedSource, ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan, PlannedLayer,
+    RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections, SharedOptions, Training, TrainingReport,
+    UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview, read_attention_settings, repair,
+    shared_directions, train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;
@@ -89,6 +94,8 @@ pub use store::{
     Provenance, Reader, Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State,
     Stats, Store, StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend, save_backend,
 };
+
+pub use work::{Cancel, Progress, Silent};
 
 // The rest of the package names errors by this path.
 use layerstore_core::error;

@@ -37,9 +37,7 @@ pub fn llama(config: &Value) -> Result<LlamaConfig> {
         return Err(Error::expected("model_type of config.json", found, "llama, mistral, qwen2 or qwen3"));
     }
     let number = |key: &str| number(config, key);
-    let required = |key: &str| {
-        number(key)?.ok_or_else(|| Error::expected(format!("{key} of config.json"), "none", "a whole number above 0"))
-    };
+    let required = |key: &str| required(config, key);
     let heads = required("num_attention_heads")?;
     let features = required("hidden_size")?;
     let head_dim = match number("head_dim")? {
@@ -126,7 +124,10 @@ fn rotary(config: &Value, head_dim: usize, context: Option<usize>) -> Result<Rot
 }
 
 /// Reads a setting that may be left out; what is there has to be of its kind.
-fn setting<T>(config: &Value, key: &str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+///
+/// # Errors
+/// When it is something else.
+pub fn setting<T>(config: &Value, key: &str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
     match &config[key] {
         Value::Null => Ok(None),
         found => match read(found) {
@@ -136,12 +137,29 @@ fn setting<T>(config: &Value, key: &str, kind: &str, read: impl Fn(&Value) -> Op
     }
 }
 
-fn number(config: &Value, key: &str) -> Result<Option<usize>> {
+/// Reads a whole number above 0 that may be left out.
+///
+/// # Errors
+/// When it is something else.
+pub fn number(config: &Value, key: &str) -> Result<Option<usize>> {
     let whole = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
     setting(config, key, "a whole number above 0", whole)
 }
 
-fn float(config: &Value, key: &str) -> Result<Option<f64>> {
+/// Reads a whole number above 0 that has to be there.
+///
+/// # Errors
+/// When it is not, or is something else.
+pub fn required(config: &Value, key: &str) -> Result<usize> {
+    let missing = || Error::expected(format!("{key} of config.json"), "none", "a whole number above 0");
+    number(config, key)?.ok_or_else(missing)
+}
+
+/// Reads a number that may be left out.
+///
+/// # Errors
+/// When it is something else.
+pub fn float(config: &Value, key: &str) -> Result<Option<f64>> {
     setting(config, key, "a number", Value::as_f64)
 }
 

@@ -3,18 +3,26 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use layerstore_core::transformer::{Decoder, DecoderBlock, KvCache, Logits, Norm};
-use ndarray::{Array1, Array2, ArrayView1};
+use layerstore_core::transformer::{CacheType, Continuation, Decoder, KvCache, Logits, Norm};
+use ndarray::Array2;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::config::{LlamaConfig, llama};
+use super::llama_blocks;
+use super::open::{OpenModel, missing, norm_of, rounding};
 use super::sampling::{Sampler, Sampling};
 use super::tokenizer::{ChatMessage, TextTokenizer};
-use crate::compress::Cancel;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, DenseLayer, SharedLayer};
+use crate::layer::{Accuracy, ActivationFormat};
 use crate::store::Snapshot;
+use crate::work::Cancel;
+
+/// Tokens of a prompt that are read at a time.
+const PIECE: usize = 512;
+
+/// Tokens that a cache has room for before they are there.
+const MOST_RESERVED: usize = 4096;
 
 /// A language model, ready to run: its layers of any method, straight from the store. Cloning shares them.
 #[derive(Debug, Clone)]
@@ -35,6 +43,8 @@ pub struct GenerationOptions {
     pub sampling: Sampling,
     /// Whether the layers run as their settings say, or at full accuracy.
     pub accuracy: Accuracy,
+    /// What keys and values of the tokens so far are kept as.
+    pub cache: CacheType,
     /// Stops between two tokens when the caller asks.
     pub cancel: Cancel,
 }
@@ -45,6 +55,7 @@ impl Default for GenerationOptions {
             max_tokens: 128,
             sampling: Sampling::default(),
             accuracy: Accuracy::Approximate,
+            cache: CacheType::F32,
             cancel: Cancel::new(),
         }
     }
@@ -74,35 +85,12 @@ impl Snapshot {
     /// When there is no such model, its configuration is missing or of a kind that is not run here, or a layer is missing or does not
     /// fit: the message says which.
     pub async fn language_model(&self, model: &str) -> Result<LanguageModel> {
-        let files = self.files(model).await?;
-        let has = |name: &str| files.iter().any(|file| file.name == name);
-        if !has("config.json") {
-            let expected = "one stored with the model, as an import of a folder or a GGUF file keeps it";
-            return Err(Error::expected(format!("config.json of model '{model}'"), "none", expected));
-        }
-        let json = |name: &'static str| async move {
-            let file = self.file(model, name).await?;
-            serde_json::from_slice::<Value>(&file).map_err(|e| Error::expected(name, e, "JSON"))
-        };
-        let settings = json("config.json").await?;
+        let opened = OpenModel::new(self, model).await?;
+        let settings = opened.config().await?;
         let config = llama(&settings)?;
-        let generation = match has("generation_config.json") {
-            true => json("generation_config.json").await?,
-            false => Value::Null,
-        };
-        let decoder = decoder(self, model, &config).await?;
-        let tokenizer = match has("tokenizer.json") {
-            true => {
-                let read = |name: &'static str| async move {
-                    if has(name) { self.file(model, name).await.map(Some) } else { Ok(None) }
-                };
-                let tokenizer = self.file(model, "tokenizer.json").await?;
-                let (beside, template) = (read("tokenizer_config.json").await?, read("chat_template.jinja").await?);
-                let read = TextTokenizer::new(&tokenizer, beside.as_ref(), template.as_ref());
-                Some(Arc::new(read?))
-            }
-            false => None,
-        };
+        let generation = opened.json("generation_config.json").await?.unwrap_or_default();
+        let decoder = decoder(&opened, &config).await?;
+        let tokenizer = opened.tokenizer().await?.map(Arc::new);
         let ends = [&generation["eos_token_id"], &settings["eos_token_id"]].into_iter().find(|ids| !ids.is_null());
         let ends = ends.map_or(vec![], |ids| match ids.as_array() {
             Some(ids) => ids.iter().filter_map(Value::as_u64).map(|id| id as u32).collect(),
@@ -113,60 +101,44 @@ impl Snapshot {
 }
 
 /// Finds the layers of a decoder by transformers' names, and loads them.
-async fn decoder(snapshot: &Snapshot, model: &str, config: &LlamaConfig) -> Result<Decoder> {
-    let load = |name: String| async move { snapshot.layer(model, &name).await?.load().await };
-    let norm = |name: String| async move {
-        let layer = load(name.clone()).await?;
-        let gain = vector(&layer).map_err(|e| e.in_layer(&name))?;
-        Ok::<_, Error>(Norm::rms(gain, config.epsilon))
-    };
+async fn decoder(model: &OpenModel<'_>, config: &LlamaConfig) -> Result<Decoder> {
     // As many as there are layers for: the number is the configuration's.
     let mut blocks = vec![];
     for number in 0..config.blocks {
-        let of = |part: &str| format!("model.layers.{number}.{part}");
-        let (mut query_norm, mut key_norm) = (None, None);
-        if config.has_head_norms {
-            query_norm = Some(norm(of("self_attn.q_norm")).await?);
-            key_norm = Some(norm(of("self_attn.k_norm")).await?);
-        }
-        blocks.push(DecoderBlock {
-            attention_norm: norm(of("input_layernorm")).await?,
-            query: load(of("self_attn.q_proj")).await?,
-            key: load(of("self_attn.k_proj")).await?,
-            value: load(of("self_attn.v_proj")).await?,
-            output: load(of("self_attn.o_proj")).await?,
-            query_norm,
-            key_norm,
-            feed_forward_norm: norm(of("post_attention_layernorm")).await?,
-            gate: load(of("mlp.gate_proj")).await?,
-            up: load(of("mlp.up_proj")).await?,
-            down: load(of("mlp.down_proj")).await?,
-        });
+        let layers = model.layers(llama_blocks::all_names(config, number)).await?;
+        blocks
+            .push(llama_blocks::block(config, number, &|name| layers.get(name).cloned().ok_or_else(|| missing(name)))?);
     }
-    let embedding = load("model.embed_tokens".into()).await?;
+    let embedding = model.layer(llama_blocks::EMBEDDING).await?;
     // A head of its own, tied or not, is a layer, too.
-    let head = match load("lm_head".into()).await {
+    let head = match model.artifact(llama_blocks::HEAD).await {
         Err(Error::UnknownLayer { .. }) if config.is_tied => embedding.clone(),
-        head => head?,
+        Ok(artifact) if artifact == model.artifact(llama_blocks::EMBEDDING).await? => embedding.clone(),
+        _ => model.layer(llama_blocks::HEAD).await?,
     };
-    let last = norm("model.norm".into()).await?;
-    Decoder::new(config.decoder.clone(), embedding, blocks, last, head)
-}
-
-/// The numbers of a layer that is a vector.
-fn vector(layer: &SharedLayer) -> Result<Array1<f32>> {
-    match layer.downcast_ref::<DenseLayer>() {
-        Some(dense) if dense.shape().len() == 1 => {
-            layerstore_core::layer::to_f32(dense.dtype(), dense.raw()).map(Array1::from)
-        }
-        _ => Err(Error::expected("layer of a norm", layer.method(), "a dense vector")),
-    }
+    let (gain, _) = norm_of(llama_blocks::NORM, &model.layer(llama_blocks::NORM).await?)?;
+    Decoder::new(config.decoder.clone(), embedding, blocks, Norm::rms(gain, config.epsilon), head)
 }
 
 impl LanguageModel {
     /// Returns the decoder, to be run token by token.
     pub(crate) fn decoder(&self) -> &Decoder {
         &self.decoder
+    }
+
+    /// Returns the same model, its packed layers' inputs rounded like this whatever their own settings say: whole numbers of 8 bits
+    /// are faster. Layers whose weights are floats run as they do.
+    ///
+    /// # Errors
+    /// When a layer refuses the setting.
+    pub fn with_activations(&self, activations: ActivationFormat) -> Result<Self> {
+        let decoder = self.decoder.with_layers(|layer| rounding(layer, activations))?;
+        Ok(LanguageModel { decoder: Arc::new(decoder), ..self.clone() })
+    }
+
+    /// Returns the memory that the layers take, in bytes.
+    pub fn memory_bytes(&self) -> usize {
+        self.decoder.memory_bytes()
     }
 
     /// Returns the longest text that the model was made for, in tokens, where its configuration says it.
@@ -216,7 +188,7 @@ impl LanguageModel {
     /// # Errors
     /// When there are none, or one is not known.
     pub fn logits(&self, tokens: &[u32], accuracy: Accuracy) -> Result<Array2<f32>> {
-        self.decoder.forward(tokens, &mut self.decoder.cache(), Logits::All, accuracy)
+        self.decoder.forward(tokens, &mut self.decoder.cache(CacheType::F32), Logits::All, accuracy)
     }
 
     /// Goes on with tokens, one after another, until the model ends the text, or `max_tokens` are there. `each` is told each token's
@@ -235,17 +207,19 @@ impl LanguageModel {
             return Err(Error::expected("tokens of the prompt", prompt.len(), expected));
         }
         let room = self.config.context.map_or(usize::MAX, |context| context - prompt.len());
-        let (mut cache, mut sampler) = (self.decoder.cache(), Sampler::new(options.sampling.clone()));
+        let (mut cache, mut sampler) = (self.decoder.cache(options.cache), Sampler::new(options.sampling.clone()));
+        let (limit, accuracy, mut logits) = (options.max_tokens.min(room), options.accuracy, vec![]);
+        cache.reserve(prompt.len() + limit.min(MOST_RESERVED));
         let started = Instant::now();
-        let mut logits = self.decoder.forward(prompt, &mut cache, Logits::Last, options.accuracy)?;
+        self.read(prompt, &mut cache, accuracy, &mut logits, &options.cancel)?;
         let prompt_seconds = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let (mut tokens, mut text, mut ended) = (vec![], String::new(), false);
-        while tokens.len() < options.max_tokens.min(room) {
+        while tokens.len() < limit {
             if options.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let token = sampler.choose(row(logits.row(0)));
+            let token = sampler.choose(&logits);
             if self.ends.contains(&token) {
                 ended = true;
                 break;
@@ -259,8 +233,8 @@ impl LanguageModel {
                     text = all;
                 }
             }
-            if tokens.len() < options.max_tokens.min(room) {
-                logits = self.next(token, &mut cache, options.accuracy)?;
+            if tokens.len() < limit {
+                self.read(&[token], &mut cache, accuracy, &mut logits, &options.cancel)?;
             }
         }
         let text = if self.tokenizer.is_some() { self.text(&tokens)? } else { String::new() };
@@ -268,11 +242,25 @@ impl LanguageModel {
         Ok(Generation { text, tokens, prompt_tokens: prompt.len(), ended, prompt_seconds, seconds })
     }
 
-    fn next(&self, token: u32, cache: &mut KvCache, accuracy: Accuracy) -> Result<Array2<f32>> {
-        self.decoder.forward(&[token], cache, Logits::Last, accuracy)
+    /// Reads tokens that follow those in the cache; the logits of what comes next replace what is in `logits`.
+    fn read(
+        &self,
+        tokens: &[u32],
+        cache: &mut KvCache,
+        accuracy: Accuracy,
+        logits: &mut Vec<f32>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        // In pieces, so that a long prompt can be given up.
+        for tokens in tokens.chunks(PIECE) {
+            if cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            self.decoder.forward_into(&mut [Continuation { tokens, cache }], Logits::Last, accuracy, logits)?;
+        }
+        if tokens.is_empty() {
+            return Err(Error::expected("tokens of the prompt", "none", "one at least"));
+        }
+        Ok(())
     }
-}
-
-fn row(row: ArrayView1<'_, f32>) -> &'_ [f32] {
-    row.to_slice().unwrap_or_default()
 }

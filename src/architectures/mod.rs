@@ -1,12 +1,21 @@
-//! Whole models of the store, run by what their configuration says they are: language models of Llama's kind.
+//! Whole models of the store, run by what their configuration says they are: language models of Llama's kind, and text encoders of
+//! BERT's.
 
+mod bench;
+mod bert;
 mod config;
 mod language_model;
+mod llama_blocks;
+mod open;
 mod perplexity;
 mod sampling;
+mod text_encoder;
 mod tokenizer;
 
+pub use bench::{SpeedOptions, SpeedReport};
 pub use language_model::{Generation, GenerationOptions, LanguageModel};
+pub use layerstore_core::transformer::CacheType;
 pub use perplexity::{Divergence, Perplexity};
 pub use sampling::Sampling;
+pub use text_encoder::{EncodingOptions, Pooling, TextEncoder};
 pub use tokenizer::ChatMessage;

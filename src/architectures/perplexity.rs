@@ -1,13 +1,16 @@
 //! How well a language model foretells a text, and how far it is from another one, by llama.cpp's definitions.
 
-use layerstore_core::transformer::Logits;
+use layerstore_core::transformer::{CacheType, Logits};
 use ndarray::ArrayView1;
 use serde::Serialize;
 
 use super::language_model::LanguageModel;
-use crate::compress::Cancel;
 use crate::error::{Error, Result};
 use crate::layer::Accuracy;
+use crate::work::Cancel;
+
+/// Tokens whose logits are in memory at a time.
+const PIECE: usize = 64;
 
 /// How well a model foretells a text.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -68,22 +71,30 @@ impl LanguageModel {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let read = |model: &LanguageModel| {
-                let decoder = model.decoder();
-                decoder.forward(&tokens[..tokens.len() - 1], &mut decoder.cache(), Logits::All, accuracy)
-            };
-            let logits = read(self)?;
-            let other = against.map(read).transpose()?;
-            // Tokens of the first half have little to go by.
-            for place in tokens.len() / 2..tokens.len() {
-                let token = tokens[place] as usize;
-                let p = log_shares(logits.row(place - 1));
-                own.push(-p[token]);
-                if let Some(other) = &other {
-                    let q = log_shares(other.row(place - 1));
-                    others.push(-q[token]);
-                    divergences.push(q.iter().zip(&p).map(|(q, p)| q.exp() * (q - p)).sum::<f64>());
-                    same += usize::from(place_of_most(&q) == place_of_most(&p));
+            // In pieces: logits of a whole window would take much memory.
+            let mut caches = [Some(self), against].map(|model| model.map(|m| m.decoder().cache(CacheType::F32)));
+            for (piece, read) in tokens[..tokens.len() - 1].chunks(PIECE).enumerate() {
+                let mut of = |model: Option<&LanguageModel>, place: usize| {
+                    let Some((model, cache)) = model.zip(caches[place].as_mut()) else { return Ok(None) };
+                    // Tokens of the first half have little to go by.
+                    let wanted = if (piece + 1) * PIECE < tokens.len() / 2 { Logits::Last } else { Logits::All };
+                    model.decoder().forward(read, cache, wanted, accuracy).map(Some)
+                };
+                let (Some(logits), other) = (of(Some(self), 0)?, of(against, 1)?) else { continue };
+                for row in 0..read.len() {
+                    let place = piece * PIECE + row + 1;
+                    if place < tokens.len() / 2 {
+                        continue;
+                    }
+                    let token = tokens[place] as usize;
+                    let p = log_shares(logits.row(row));
+                    own.push(-p[token]);
+                    if let Some(other) = &other {
+                        let q = log_shares(other.row(row));
+                        others.push(-q[token]);
+                        divergences.push(q.iter().zip(&p).map(|(q, p)| q.exp() * (q - p)).sum::<f64>());
+                        same += usize::from(place_of_most(&q) == place_of_most(&p));
+                    }
                 }
             }
             each(number + 1, windows.len());

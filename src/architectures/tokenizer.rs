@@ -4,7 +4,7 @@ use bytes::Bytes;
 use minijinja::{Environment, Error as TemplateError, ErrorKind as TemplateErrorKind};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::error::{Error, Result};
 
@@ -24,6 +24,7 @@ pub struct TextTokenizer {
     /// The `tokenizer_config.json`.
     config: Value,
     template: Option<String>,
+    limit: Option<usize>,
 }
 
 impl TextTokenizer {
@@ -33,7 +34,11 @@ impl TextTokenizer {
     /// When a file is not what its name says.
     pub fn new(tokenizer: &Bytes, config: Option<&Bytes>, template: Option<&Bytes>) -> Result<Self> {
         let wrong = |what: &str, e: String| Error::expected(what, e, "what tokenizers reads");
-        let tokenizer = Tokenizer::from_bytes(tokenizer).map_err(|e| wrong("tokenizer.json", e.to_string()))?;
+        let mut tokenizer = Tokenizer::from_bytes(tokenizer).map_err(|e| wrong("tokenizer.json", e.to_string()))?;
+        // Texts are neither filled up nor cut off unless somebody asks for it.
+        let limit = tokenizer.get_truncation().map(|truncation| truncation.max_length);
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| wrong("tokenizer.json", e.to_string()))?;
         let config: Value = match config {
             Some(config) => {
                 serde_json::from_slice(config).map_err(|e| wrong("tokenizer_config.json", e.to_string()))?
@@ -44,7 +49,23 @@ impl TextTokenizer {
             Some(template) => Some(String::from_utf8_lossy(template).into_owned()),
             None => config["chat_template"].as_str().map(str::to_owned),
         };
-        Ok(TextTokenizer { tokenizer, config, template })
+        Ok(TextTokenizer { tokenizer, config, template, limit })
+    }
+
+    /// Returns the length that the tokenizer's file has texts cut off at.
+    pub fn limit(&self) -> Option<usize> {
+        self.limit
+    }
+
+    /// Returns the same tokenizer, which cuts texts off at so many tokens, those around them counted.
+    ///
+    /// # Errors
+    /// When fewer tokens are left than are put around each text.
+    pub fn cut_at(mut self, tokens: usize) -> Result<Self> {
+        let truncation = TruncationParams { max_length: tokens, ..TruncationParams::default() };
+        let cut = self.tokenizer.with_truncation(Some(truncation)).map(drop);
+        cut.map_err(|e| Error::expected("tokens to cut texts off at", tokens, format!("room for special ones: {e}")))?;
+        Ok(self)
     }
 
     /// Returns a text's tokens, with those that the tokenizer puts around it.

@@ -4,6 +4,7 @@ mod attention;
 mod catalogue;
 mod compare;
 mod copy;
+mod embed;
 mod escape;
 mod export;
 mod import;
@@ -80,9 +81,13 @@ enum Command {
     /// Run a layer, or a module with the layers that it is made of, on inputs.
     Forward(ForwardArgs),
     /// Go on with a text by a language model whose layers are in the store, and print what comes as it comes.
-    Generate(GenerateArgs),
+    Generate(language::GenerateArgs),
     /// Measure how well a language model foretells a text, and how far it is from another one.
-    Perplexity(PerplexityArgs),
+    Perplexity(language::PerplexityArgs),
+    /// Turn texts into vectors by a text encoder whose layers are in the store.
+    Embed(embed::EmbedArgs),
+    /// Measure how many tokens a second a language model reads and writes, and the memory that it takes.
+    Bench(language::BenchArgs),
     /// Run an attention block, its projections included, on a sequence.
     Attend(attention::AttendArgs),
     /// Train the codebooks of an attention block.
@@ -283,62 +288,6 @@ struct ForwardArgs {
 }
 
 #[derive(Debug, Args)]
-struct GenerateArgs {
-    model: String,
-    /// The text to go on with.
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
-    /// Write it as the message of a conversation, by the model's chat template.
-    #[arg(long)]
-    chat: bool,
-    /// How many tokens are added at most.
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    max_tokens: usize,
-    /// Draw tokens, from shares that this makes flatter or steeper; 0 takes the likeliest.
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
-    temperature: f32,
-    /// Draw from so many of the likeliest tokens; 0 for all.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: usize,
-    /// Draw from the likeliest tokens that have this share together.
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
-    top_p: f32,
-    /// Of the draws.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Run every layer at full accuracy, whatever its settings leave out.
-    #[arg(long)]
-    exact: bool,
-}
-
-/// A number from 0 on.
-fn temperature(given: &str) -> Result<f32, String> {
-    given.parse().ok().filter(|t: &f32| t.is_finite() && *t >= 0.0).ok_or_else(|| "expected a number from 0 on".into())
-}
-
-/// A number above 0, and 1 at most.
-fn share(given: &str) -> Result<f32, String> {
-    given.parse().ok().filter(|p| *p > 0.0 && *p <= 1.0).ok_or_else(|| "expected a number above 0, at most 1".into())
-}
-
-#[derive(Debug, Args)]
-struct PerplexityArgs {
-    model: String,
-    /// The text, UTF-8.
-    #[arg(long, value_name = "FILE")]
-    text: PathBuf,
-    /// Also measure how far the model's shares are from those of this one.
-    #[arg(long, value_name = "OTHER")]
-    against: Option<String>,
-    /// Tokens of a window, of which the second half is counted.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    window: usize,
-    /// Run every layer at full accuracy, whatever its settings leave out.
-    #[arg(long)]
-    exact: bool,
-}
-
-#[derive(Debug, Args)]
 struct SearchArgs {
     model: String,
     layer: String,
@@ -477,6 +426,8 @@ async fn run(cli: Cli) -> Result<u8> {
         Command::Forward(args) => run::forward(&context, args).await,
         Command::Generate(args) => language::generate(&context, args).await,
         Command::Perplexity(args) => language::perplexity(&context, args).await,
+        Command::Embed(args) => embed::embed(&context, args).await,
+        Command::Bench(args) => language::bench(&context, args).await,
         Command::Attend(args) => attention::attend(&context, args).await,
         Command::Codebooks(command) => attention::codebooks(&context, command).await,
         Command::Search(args) => run::search(&context, args).await,

@@ -8,9 +8,9 @@ use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::escape;
-use crate::compress::Progress;
 use crate::error::{Error, Result, counted};
 use crate::store::ErrorBasis;
+use crate::work::Progress;
 
 /// Where results and notes go.
 #[derive(Debug, Clone, Copy)]

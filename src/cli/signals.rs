@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError};
 #[cfg(unix)]
 use std::time::Duration;
 
-use crate::compress::Cancel;
 use crate::staged;
+use crate::work::Cancel;
 
 /// What Ctrl-C asks to stop; nothing before there is such work, or once it was asked.
 static WORK: Mutex<Option<Cancel>> = Mutex::new(None);

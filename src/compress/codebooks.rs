@@ -9,11 +9,11 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::Serialize;
 
 use super::measure::measure_attention;
-use super::work::{Cancel, Progress};
 use crate::error::{Error, Result, counted};
 use crate::layer::{Accuracy, CodebookStep, Layer, Method, Parts, VqAttentionConfig, VqAttentionLayer};
 use crate::store::{ErrorBasis, LayerHandle, LayerRecord, Provenance, RowLocations, Snapshot, Source, Store};
 use crate::tasks::unwrap_join;
+use crate::work::{Cancel, Progress};
 
 /// How codebooks are trained.
 #[derive(Debug, Clone)]

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::work::{Cancel, Progress};
 use crate::error::{Error, Result};
 use crate::layer::{Method, ModuleLayer, VqAttentionConfig};
 use crate::store::{LayerHandle, LayerRecord, Provenance, RowLocations, Scope, Snapshot, Store, Writer};
+use crate::work::{Cancel, Progress};
 
 /// What was copied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -15,7 +15,6 @@ use super::items::{Compressed, Inputs, Item};
 use super::plan::{Planned, Work};
 use super::preflight::checked;
 use super::rules::Rules;
-use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::formats::{SideFile, TensorSource};
 use crate::layer::{CorrectionReport, MethodName, SearchReport};
@@ -24,6 +23,7 @@ use crate::store::{
     check_model_name, weight_bits,
 };
 use crate::tasks::unwrap_join;
+use crate::work::{Cancel, Progress, Silent};
 
 /// How a model is imported.
 pub struct ImportOptions {

@@ -21,7 +21,6 @@ mod repair;
 mod rules;
 mod shared;
 mod unapplied;
-mod work;
 
 pub use calibration::{ActivationsFile, CalibrationFile, write_statistics};
 pub use codebooks::{Training, TrainingReport, train_codebooks};
@@ -37,4 +36,3 @@ pub use reference::exact_layer;
 pub use repair::{FailedSource, MendedArtifact, RepairOptions, RepairReport, RepairSource, repair};
 pub use rules::{Rule, Rules, read_attention_settings};
 pub use shared::{SharedDirections, SharedOptions, shared_directions};
-pub use work::{Cancel, Progress, Silent};

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use super::calibration::CalibrationFile;
 use super::plan::{Planned, Work, plan};
 use super::rules::Rules;
-use super::work::Cancel;
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, TensorInfo, TensorSource};
+use crate::work::Cancel;
 
 /// Plans an import, and reads every value that it will use.
 ///

@@ -10,11 +10,11 @@ use super::calibration::CalibrationFile;
 use super::plan::{Planned, Work};
 use super::preflight::checked;
 use super::rules::Rules;
-use super::work::Cancel;
 use crate::error::Result;
 use crate::formats::{SourceContent, TensorSource};
 use crate::layer::MethodName;
 use crate::store::weight_bits;
+use crate::work::Cancel;
 
 /// What would become of a layer.
 #[derive(Debug, Clone, Serialize)]

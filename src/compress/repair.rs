@@ -12,13 +12,13 @@ use super::calibration::CalibrationFile;
 use super::import::unless_cancelled;
 use super::items::{Inputs, Item};
 use super::plan::Planned;
-use super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::{self, SourceContent, SourceLayer, TensorSource};
 use crate::layer::{ArtifactId, Dense, FileLayer, Layer, Method, Parts};
 use crate::store::{
     CorruptArtifact, DamagedMetadata, ErrorBasis, LayerName, LayerRecord, Provenance, Repairing, SourceTensor, Store,
 };
+use crate::work::{Cancel, Progress, Silent};
 
 /// Where a repair looks for what a store has lost.
 #[derive(Clone)]

@@ -5,6 +5,7 @@ mod calibration;
 mod catalogue;
 mod cli;
 mod damage;
+mod encoders;
 mod export;
 mod faults;
 mod files;

@@ -8,7 +8,7 @@ use super::output::{AttentionOutput, QueryTile, query_tiles};
 use super::shape::{AttentionShape, check_scale};
 use super::softmax::{OnlineSoftmax, accumulate, finish};
 use crate::error::Result;
-use crate::linalg::{in_pool, large_zeros, on_all_threads};
+use crate::linalg::{large_zeros, on_all_threads};
 
 /// Queries of a tile.
 pub(super) const TILE_QUERIES: usize = 128;
@@ -59,7 +59,7 @@ pub fn exact(
     } else {
         // The last queries of a causal attention see the most keys: those first.
         tiles.sort_by_key(|tile| std::cmp::Reverse(tile.first));
-        in_pool(|| on_all_threads(tiles, work));
+        on_all_threads(tiles, work);
     }
     AttentionOutput::from_heads(output, log_sum_exp, (batch, heads))
 }

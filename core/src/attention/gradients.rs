@@ -13,7 +13,7 @@ use super::output::AttentionOutput;
 use super::shape::AttentionShape;
 use super::vector_quantized::VqAttention;
 use crate::error::{Error, Result};
-use crate::linalg::{in_pool, on_all_threads, product_into, require_finite};
+use crate::linalg::{on_all_threads, product_into, require_finite};
 
 /// Gradients with respect to queries, keys and values, in their shapes.
 #[derive(Debug, Clone)]
@@ -67,7 +67,7 @@ pub fn exact_gradients(
         group: shape.group,
         offset: shape.offset(),
     };
-    in_pool(|| on_all_threads(tasks, |(head, q, k, v)| backward.head((head / kv_heads, head % kv_heads), q, k, v)));
+    on_all_threads(tasks, |(head, q, k, v)| backward.head((head / kv_heads, head % kv_heads), q, k, v));
     let of_shape = |e: ShapeError| Error::Numeric(e.to_string());
     Ok(AttentionGradients {
         q: of_q.into_shape_with_order(q.dim()).map_err(of_shape)?,

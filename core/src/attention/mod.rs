@@ -34,6 +34,7 @@ pub use gradients::{AttentionGradients, exact_gradients};
 pub use hyper::{HyperAttention, HyperAttentionSample};
 pub use mask::AttentionMask;
 pub use output::AttentionOutput;
+pub(crate) use softmax::OnlineSoftmax;
 pub use vector_quantized::{RelativeBias, VqAttention};
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
-//! AVX2 with FMA and BMI2: Haswell and Zen, and what came after them.
+//! AVX2 with FMA, BMI2 and F16C: Haswell and Zen, and what came after them.
 
 use std::arch::x86_64::*;
 
+use half::f16;
+
 use super::simd::{Coding, Kernel, Simd, each, level_byte, read, write};
 
-/// AVX2, FMA and BMI2.
+/// AVX2, FMA, BMI2 and F16C.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2;
 
@@ -53,7 +55,7 @@ unsafe fn eight(from: *const u8, count: usize) -> u64 {
     }
 }
 
-#[target_feature(enable = "avx2,fma,bmi2")]
+#[target_feature(enable = "avx2,fma,bmi2,f16c")]
 unsafe fn compiled<K: Kernel<Avx2>>(kernel: K) {
     // SAFETY: the caller's promise.
     unsafe { kernel.run() }
@@ -68,7 +70,10 @@ impl Simd for Avx2 {
     type Coding = Registers;
 
     fn available() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("bmi2")
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("f16c")
     }
 
     unsafe fn compiled<K: Kernel<Self>>(kernel: K) {
@@ -124,6 +129,20 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn halves(from: *const f16) -> __m256 {
+        unsafe { _mm256_cvtph_ps(read(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves_some(from: *const f16, count: usize) -> __m256 {
+        unsafe {
+            let (low, high) =
+                (eight(from.cast(), 2 * count), eight(from.wrapping_add(4).cast(), (2 * count).saturating_sub(8)));
+            _mm256_cvtph_ps(_mm_set_epi64x(high as i64, low as i64))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn bytes_some(from: *const u8, count: usize) -> __m256 {
         unsafe {
             let bytes = _mm_cvtsi64_si128(eight(from, count) as i64);
@@ -170,6 +189,9 @@ impl Simd for Avx2 {
         unsafe {
             if H > 1 && FULL {
                 return read(from.cast());
+            }
+            if FULL && coding.bits == 8 {
+                return _mm256_xor_si256(read(from.cast()), coding.flip);
             }
             let each = if H > 1 { 8 } else { coding.bits };
             let mut words = [0u64; 4];
@@ -266,16 +288,41 @@ impl Simd for Avx2 {
     unsafe fn dot(codes: __m256i, x: __m256i, sum: __m256i, coding: Registers) -> __m256i {
         unsafe {
             let products = if coding.wide {
-                let even = _mm256_madd_epi16(
-                    _mm256_and_si256(codes, _mm256_set1_epi16(255)),
-                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
-                );
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), _mm256_srai_epi16::<8>(x));
-                _mm256_add_epi32(even, odd)
+                // The lower seven bits and the eighth by themselves: sums of two of either's products fit 16 bits.
+                let (eighth, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
+                let low = _mm256_maddubs_epi16(_mm256_andnot_si256(eighth, codes), x);
+                let high = _mm256_maddubs_epi16(_mm256_and_si256(eighth, codes), x);
+                _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones))
             } else {
                 _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1))
             };
             _mm256_add_epi32(sum, products)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_halves<const H: usize, const LEVELS: bool>(
+        halves: [__m256i; 4],
+        x: *const i8,
+        coding: Registers,
+    ) -> __m256i {
+        unsafe {
+            if H == 1 || LEVELS {
+                let mut sum = Self::zeros();
+                each!(half in H, {
+                    sum = Self::dot(halves[half], Self::load_bytes(x.wrapping_add(half * 4 * Self::LANES)), sum, coding);
+                });
+                return sum;
+            }
+            // Two codes of four bits, or four of two, each times 128: sums of two such products fit 16 bits.
+            let mut sums = _mm256_maddubs_epi16(halves[0], Self::load_bytes(x));
+            each!(half in H, {
+                if half > 0 {
+                    let x = Self::load_bytes(x.wrapping_add(half * 4 * Self::LANES));
+                    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(halves[half], x));
+                }
+            });
+            _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
         }
     }
 

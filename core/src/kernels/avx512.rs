@@ -2,7 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{Coding, Kernel, Simd, level_byte, read, write};
+use half::f16;
+
+use super::simd::{Coding, Kernel, Simd, each, level_byte, read, write};
 
 /// AVX-512 F and BW, VNNI, VBMI and GFNI.
 #[derive(Debug, Clone, Copy)]
@@ -126,6 +128,19 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_some(from: *const f32, count: usize) -> __m512 {
         unsafe { _mm512_maskz_loadu_ps(first(count) as u16, from) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves(from: *const f16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(read(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves_some(from: *const f16, count: usize) -> __m512 {
+        unsafe {
+            let halves = _mm512_maskz_loadu_epi16(first(count) as u32, from.cast());
+            _mm512_cvtph_ps(_mm512_castsi512_si256(halves))
+        }
     }
 
     #[inline(always)]
@@ -275,6 +290,21 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn dot(codes: __m512i, x: __m512i, sum: __m512i, _: Registers) -> __m512i {
         unsafe { _mm512_dpbusd_epi32(sum, codes, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_halves<const H: usize, const LEVELS: bool>(
+        halves: [__m512i; 4],
+        x: *const i8,
+        coding: Registers,
+    ) -> __m512i {
+        unsafe {
+            let mut sum = Self::zeros();
+            each!(half in H, {
+                sum = Self::dot(halves[half], Self::load_bytes(x.wrapping_add(half * 4 * Self::LANES)), sum, coding);
+            });
+            sum
+        }
     }
 
     #[inline(always)]

@@ -53,10 +53,10 @@ impl<S: Simd, const H: usize, const LEVELS: bool> Kernel<S> for Expand<'_, H, LE
                 while number < m.blocks.windows.len() {
                     let window: &Window = &*m.blocks.windows.as_ptr().wrapping_add(number);
                     let first = row * m.groups + window.first;
-                    let scales = S::load_some(m.scales.as_ptr().wrapping_add(first), window.count);
+                    let scales = m.scales.load::<S>(first, window.count);
                     let has_minimums = !m.minimums.is_empty();
                     let offsets = if has_minimums {
-                        S::load_some(m.minimums.as_ptr().wrapping_add(first), window.count)
+                        m.minimums.load::<S>(first, window.count)
                     } else if m.zeros.is_empty() {
                         S::splat(m.zero)
                     } else {

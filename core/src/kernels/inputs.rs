@@ -2,10 +2,10 @@
 
 use bytemuck::{Pod, Zeroable};
 use ndarray::ArrayView2;
-use rayon::prelude::*;
 
 use super::activations::{ActivationFormat, round};
 use super::layout::Layout;
+use crate::linalg::share;
 
 /// What the inputs of a product are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,8 +21,8 @@ pub enum Kind {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// A matrix of inputs, each row in the order of the kernels and filled up with zeros.
-#[derive(Debug)]
+/// A matrix of inputs, each row in the order of the kernels and filled up with zeros. Its memory serves one matrix after another.
+#[derive(Debug, Default)]
 pub struct Inputs {
     lines: Vec<Line>,
     /// Lines of a row.
@@ -34,61 +34,85 @@ pub struct Inputs {
     scales: Vec<f32>,
     /// The sum of all of a row's whole numbers; 0 for floats.
     totals: Vec<i64>,
+    /// The whole numbers, before they are laid out.
+    whole: Vec<i8>,
 }
 
-/// Rows from which on they are laid out by several threads.
+/// Numbers from which on rows are laid out by several threads.
 const PARALLEL_FROM: usize = 1 << 16;
 
 impl Inputs {
-    /// Lays inputs out as floats: within a block, the codes `step` of all lanes lie side by side.
-    pub fn floats(x: ArrayView2<f32>, layout: &Layout) -> Self {
-        Self::laid_out(x, layout, |row, target, sums| {
-            #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: the feature is there.
-                return unsafe { lay_floats_avx2(layout, row, target, sums) };
-            }
-            lay_floats(layout, row, target, sums)
-        })
+    /// Lays rows `[rows, columns]` out as the numbers that the format makes of them.
+    ///
+    /// # Panics
+    /// When there are not whole rows.
+    pub fn lay(&mut self, x: &[f32], layout: &Layout, format: ActivationFormat) {
+        match format {
+            ActivationFormat::F32 => self.lay_out(x, layout, 0, |row, _, target, sums| {
+                #[cfg(target_arch = "x86_64")]
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the feature is there.
+                    return unsafe { lay_floats_avx2(layout, row, target, sums) };
+                }
+                lay_floats(layout, row, target, sums)
+            }),
+            rounding => self.lay_out(x, layout, layout.columns, |row, whole, target, sums| {
+                #[cfg(target_arch = "x86_64")]
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the feature is there.
+                    return unsafe { lay_bytes_avx2(layout, row, rounding, whole, target, sums) };
+                }
+                lay_bytes(layout, row, rounding, whole, target, sums)
+            }),
+        }
     }
 
-    /// Lays inputs out as signed bytes, times a scale of the row's own: within a block a register for each of a lane's halves,
-    /// whose bytes are in the order of the codes.
-    pub fn bytes(x: ArrayView2<f32>, layout: &Layout, format: ActivationFormat) -> Self {
-        Self::laid_out(x, layout, |row, target, sums| {
-            let mut whole = vec![0i8; row.len()];
-            #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: the feature is there.
-                return unsafe { lay_bytes_avx2(layout, row, format, &mut whole, target, sums) };
-            }
-            lay_bytes(layout, row, format, &mut whole, target, sums)
-        })
-    }
-
-    /// `fill` lays one row out, sums up its groups, and gives its scale and the sum of its whole numbers.
-    fn laid_out<T: Pod + Send + Sync>(
-        x: ArrayView2<f32>,
+    /// `fill` lays one row out, sums up its groups, and gives its scale and the sum of its whole numbers. Floats: within a block, the
+    /// codes `step` of all lanes lie side by side. Bytes: within a block a register for each of a lane's halves, whose bytes are in
+    /// the order of the codes.
+    fn lay_out<T: Pod + Send + Sync>(
+        &mut self,
+        x: &[f32],
         layout: &Layout,
-        fill: impl Fn(&[f32], &mut [T], &mut [f32]) -> (f32, i64) + Sync,
-    ) -> Self {
-        let batch = x.nrows();
-        let x = x.as_standard_layout();
-        let x = x.as_slice().expect("standard layout");
-        let stride = (layout.block_count() * layout.block_codes() * size_of::<T>()).div_ceil(64);
-        let sum_stride = layout.groups().next_multiple_of(16);
-        let (mut lines, mut sums) = (vec![Line([0; 64]); batch * stride], vec![0f32; batch * sum_stride]);
-        let (row, line) = (layout.columns.max(1), stride.max(1));
-        let one = |((row, target), sums): ((&[f32], &mut [Line]), &mut [f32])| {
-            fill(row, bytemuck::cast_slice_mut(target), sums)
+        whole: usize,
+        fill: impl Fn(&[f32], &mut [i8], &mut [T], &mut [f32]) -> (f32, i64) + Sync,
+    ) {
+        let batch = x.len() / layout.columns.max(1);
+        assert_eq!(x.len(), batch * layout.columns, "whole rows of inputs");
+        self.stride = (layout.block_count() * layout.block_codes() * size_of::<T>()).div_ceil(64);
+        self.sum_stride = layout.groups().next_multiple_of(16);
+        // What rows are filled up with has to be 0, and the rest is written.
+        self.lines.clear();
+        self.lines.resize(batch * self.stride, Line([0; 64]));
+        self.sums.clear();
+        self.sums.resize(batch * self.sum_stride, 0.0);
+        self.scales.resize(batch, 0.0);
+        self.totals.resize(batch, 0);
+        self.whole.resize(batch * whole, 0);
+        let (row, line, sum_stride) = (layout.columns, self.stride, self.sum_stride);
+        let place = Places {
+            lines: self.lines.as_mut_ptr(),
+            sums: self.sums.as_mut_ptr(),
+            scales: self.scales.as_mut_ptr(),
+            totals: self.totals.as_mut_ptr(),
+            whole: self.whole.as_mut_ptr(),
         };
-        let (scales, totals) = if x.len() >= PARALLEL_FROM && batch > 1 {
-            let rows = x.par_chunks(row).zip(lines.par_chunks_mut(line));
-            rows.zip(sums.par_chunks_mut(sum_stride.max(1))).map(one).unzip()
-        } else {
-            x.chunks(row).zip(lines.chunks_mut(line)).zip(sums.chunks_mut(sum_stride.max(1))).map(one).unzip()
+        let one = |i: usize| {
+            let place = &place;
+            // SAFETY: each row has its own part of everything, within what was made room for; each is laid out once.
+            unsafe {
+                let target = std::slice::from_raw_parts_mut(place.lines.add(i * line), line);
+                let sums = std::slice::from_raw_parts_mut(place.sums.add(i * sum_stride), sum_stride);
+                let bytes = std::slice::from_raw_parts_mut(place.whole.add(i * whole), whole);
+                let (scale, total) = fill(&x[i * row..(i + 1) * row], bytes, bytemuck::cast_slice_mut(target), sums);
+                *place.scales.add(i) = scale;
+                *place.totals.add(i) = total;
+            }
         };
-        Inputs { lines, stride, sums, sum_stride, scales, totals }
+        match x.len() >= PARALLEL_FROM && batch > 1 {
+            true => share(batch, one),
+            false => (0..batch).for_each(one),
+        }
     }
 
     /// Returns how many inputs there are.
@@ -139,6 +163,18 @@ impl Inputs {
         ArrayView2::from_shape((self.rows(), 16 * self.stride), floats).expect("a stride of lines for each row")
     }
 }
+
+/// Where all rows' parts are, for threads that lay out some of them each.
+struct Places {
+    lines: *mut Line,
+    sums: *mut f32,
+    scales: *mut f32,
+    totals: *mut i64,
+    whole: *mut i8,
+}
+
+// SAFETY: each row's parts are used by one thread.
+unsafe impl Sync for Places {}
 
 /// The same, compiled for wider registers.
 #[cfg(target_arch = "x86_64")]

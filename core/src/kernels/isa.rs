@@ -27,12 +27,12 @@ pub trait Isa: Debug + Send + Sync {
     /// Returns how many lanes inputs are laid out for, at most 16.
     fn lanes(&self) -> usize;
 
-    /// Computes `out[v · rows + i] = ⟨row i of the range, input v⟩`.
+    /// Computes `out[v · stride + i] = ⟨row i of the range, input v⟩`.
     ///
     /// # Safety
     /// The device is [available](Isa::available), the rows are there, the inputs are laid out for its lanes and the matrix, and
-    /// are of this kind.
-    unsafe fn products(&self, m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]);
+    /// are of this kind. There is room for what is written, and nobody else uses it.
+    unsafe fn products(&self, m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: *mut f32, stride: usize);
 
     /// Writes the numbers that rows stand for, each row in the order that inputs are laid out in as floats, `stride` apart.
     ///
@@ -54,9 +54,9 @@ impl<S: Simd + Debug> Isa for S {
         S::LANES
     }
 
-    unsafe fn products(&self, m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]) {
+    unsafe fn products(&self, m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: *mut f32, stride: usize) {
         // SAFETY: the caller's promise.
-        unsafe { tile::products::<S>(m, x, kind, rows, out) }
+        unsafe { tile::products::<S>(m, x, kind, rows, (out, stride)) }
     }
 
     unsafe fn expand(&self, m: &Rows, rows: Range<usize>, stride: usize, out: &mut [f32]) {

@@ -41,6 +41,15 @@ pub struct Blocks {
     pub windows: Vec<Window>,
 }
 
+/// How the rows of a matrix lie in a device's registers.
+#[derive(Debug)]
+pub struct Plan {
+    /// Where codes and scales are.
+    pub(super) layout: Layout,
+    /// The blocks of a row.
+    pub(super) blocks: Blocks,
+}
+
 impl Layout {
     /// Returns the layout for registers of so many lanes; `None` if the lanes do not each belong to one group.
     pub fn new(columns: usize, group: usize, bits: u32, lanes: usize) -> Option<Self> {

@@ -28,6 +28,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod expand;
+mod fused;
 mod inputs;
 mod isa;
 mod layout;
@@ -42,7 +43,15 @@ pub use activations::ActivationFormat;
 pub(crate) use activations::absmax_steps;
 #[cfg(test)]
 pub use isa::{Isa, available, best};
-pub use packed::{CodeFormat, Offsets, PackedRows, Weights};
+
+/// Returns the name of the instruction set that this computer's kernels use.
+pub fn instruction_set() -> &'static str {
+    isa::best().name()
+}
+
+pub use fused::{FusedProduct, MOST_FUSED, SharedInputs, fused_products, plan};
+pub use layout::Plan;
+pub use packed::{CodeFormat, GroupNumbers, Offsets, PackedRows, Weights};
 pub use products::Matrix;
 #[cfg(test)]
 pub use products::rounded;

@@ -3,8 +3,9 @@
 use half::{bf16, f16};
 
 use super::inputs::Kind;
-use super::layout::{Blocks, Layout};
-use super::simd::Coding;
+use super::layout::{Blocks, Layout, Plan};
+use super::rows::Element;
+use super::simd::{Coding, Simd};
 use crate::error::{Error, Result};
 
 /// What codes stand for, scales aside.
@@ -22,6 +23,82 @@ pub struct CodeFormat {
     pub zero: u8,
 }
 
+/// Numbers of groups, `[rows, groups]`.
+#[derive(Debug, Clone, Copy)]
+pub enum GroupNumbers<'a> {
+    /// Floats.
+    F32(&'a [f32]),
+    /// Half floats.
+    F16(&'a [f16]),
+}
+
+impl GroupNumbers<'_> {
+    /// Returns how many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            GroupNumbers::F32(all) => all.len(),
+            GroupNumbers::F16(all) => all.len(),
+        }
+    }
+
+    /// Returns whether there are none.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        match self {
+            GroupNumbers::F32(all) => all.is_empty(),
+            GroupNumbers::F16(all) => all.is_empty(),
+        }
+    }
+
+    /// Loads `count` of them as floats; behind them are zeros or the next ones, whatever is faster to load.
+    ///
+    /// # Safety
+    /// They are there, and the processor has the instructions of `S`.
+    #[inline(always)]
+    pub(super) unsafe fn load<S: Simd>(&self, first: usize, count: usize) -> S::Float {
+        // SAFETY: the caller's promise; whole registers are loaded where there are as many.
+        unsafe {
+            match self {
+                GroupNumbers::F32(all) => {
+                    let from = all.as_ptr().wrapping_add(first);
+                    if first + S::LANES <= all.len() { S::load(from) } else { S::load_some(from, count) }
+                }
+                GroupNumbers::F16(all) => {
+                    let from = all.as_ptr().wrapping_add(first);
+                    if first + S::LANES <= all.len() { S::halves(from) } else { S::halves_some(from, count) }
+                }
+            }
+        }
+    }
+
+    /// Asks for the cache line of one, which need not be there.
+    #[inline(always)]
+    pub(super) unsafe fn prefetch<S: Simd>(&self, place: usize) {
+        // SAFETY: the caller has the instructions of `S`.
+        unsafe {
+            match self {
+                GroupNumbers::F32(all) => S::prefetch(all.as_ptr().wrapping_add(place).cast()),
+                GroupNumbers::F16(all) => S::prefetch(all.as_ptr().wrapping_add(place).cast()),
+            }
+        }
+    }
+
+    /// Returns one of them.
+    ///
+    /// # Safety
+    /// It is there.
+    #[inline(always)]
+    pub(super) unsafe fn at(&self, place: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                GroupNumbers::F32(all) => *all.as_ptr().wrapping_add(place),
+                GroupNumbers::F16(all) => (*all.as_ptr().wrapping_add(place)).value(),
+            }
+        }
+    }
+}
+
 /// What the groups of packed codes have beside scales.
 #[derive(Debug, Clone, Copy)]
 pub enum Offsets<'a> {
@@ -30,7 +107,7 @@ pub enum Offsets<'a> {
     /// Zero points `[rows, groups]`.
     Zeros(&'a [u8]),
     /// Numbers that are added to codes times scales, `[rows, groups]`.
-    Minimums(&'a [f32]),
+    Minimums(GroupNumbers<'a>),
 }
 
 /// A matrix `[rows, columns]` of packed codes: `(code − zero) · scale`, `code · scale + minimum`, or `level · scale`, with a scale
@@ -45,12 +122,15 @@ pub struct PackedRows<'a> {
     /// Row after row, each padded to whole bytes.
     codes: &'a [u8],
     /// `[rows, groups]`
-    scales: &'a [f32],
+    scales: GroupNumbers<'a>,
     /// `[rows, groups]`, or none.
     zeros: &'a [u8],
     /// `[rows, groups]`, or none.
-    minimums: &'a [f32],
+    minimums: GroupNumbers<'a>,
 }
+
+/// How many rows before they are read rows are asked for.
+const AHEAD: usize = 4;
 
 impl<'a> PackedRows<'a> {
     /// Describes codes with their scales `[rows, groups]`, and what groups have beside. The groups are as many as there are scales
@@ -62,12 +142,13 @@ impl<'a> PackedRows<'a> {
         format: CodeFormat,
         (rows, columns): (usize, usize),
         codes: &'a [u8],
-        scales: &'a [f32],
+        scales: GroupNumbers<'a>,
         offsets: Offsets<'a>,
     ) -> Result<Self> {
-        let (zeros, minimums): (&[u8], &[f32]) = match offsets {
-            Offsets::Same => (&[], &[]),
-            Offsets::Zeros(zeros) => (zeros, &[]),
+        let none = GroupNumbers::F32(&[]);
+        let (zeros, minimums): (&[u8], GroupNumbers) = match offsets {
+            Offsets::Same => (&[], none),
+            Offsets::Zeros(zeros) => (zeros, none),
             Offsets::Minimums(minimums) => (&[], minimums),
         };
         if !(2..=8).contains(&format.bits) || (format.levels.is_some() && format.bits != 4) {
@@ -99,16 +180,23 @@ impl<'a> PackedRows<'a> {
         Ok(PackedRows { format, rows, columns, groups, codes, scales, zeros, minimums })
     }
 
-    /// Returns how the codes lie in registers of so many lanes; `None` where there are no columns, or where groups are so
-    /// narrow that a lane would have codes of several.
-    pub(super) fn layout(&self, lanes: usize) -> Option<Layout> {
-        let group = self.columns / self.groups.max(1);
-        Layout::new(self.columns, group, self.format.bits, lanes).filter(|_| self.columns > 0)
+    /// Returns the number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
     }
 
-    /// Returns the blocks of a row in this layout.
-    pub(super) fn blocks(&self, layout: &Layout) -> Blocks {
-        layout.blocks(self.row_bytes(), self.block_bytes(layout))
+    /// Returns the number of columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Returns how the rows lie in registers of so many lanes; `None` where there are no columns, or where groups are so narrow
+    /// that a lane would have codes of several.
+    pub(super) fn plan(&self, lanes: usize) -> Option<Plan> {
+        let group = self.columns / self.groups.max(1);
+        let layout = Layout::new(self.columns, group, self.format.bits, lanes).filter(|_| self.columns > 0)?;
+        let blocks = layout.blocks(self.row_bytes(), self.block_bytes(&layout));
+        Some(Plan { layout, blocks })
     }
 
     fn row_bytes(&self) -> usize {
@@ -120,7 +208,7 @@ impl<'a> PackedRows<'a> {
     }
 
     /// Returns the rows as the loops read them, for inputs of a kind.
-    pub(super) fn for_kind(&self, layout: &Layout, blocks: &'a Blocks, kind: Kind) -> Rows<'a> {
+    pub(super) fn for_kind(&self, plan: &'a Plan, kind: Kind) -> Rows<'a> {
         let half = 1u8 << (self.format.bits - 1);
         let flip = if self.format.signed { half } else { 0 };
         let (zero, factor) = match (self.format.levels, kind) {
@@ -133,8 +221,9 @@ impl<'a> PackedRows<'a> {
         Rows {
             packed: self.codes,
             row_bytes: self.row_bytes(),
-            block_bytes: self.block_bytes(layout),
-            halves: layout.halves,
+            ahead: AHEAD * self.row_bytes(),
+            block_bytes: self.block_bytes(&plan.layout),
+            halves: plan.layout.halves,
             coding: Coding { bits: self.format.bits, flip, levels: self.format.levels },
             scales: self.scales,
             factor,
@@ -142,7 +231,7 @@ impl<'a> PackedRows<'a> {
             zero,
             minimums: self.minimums,
             groups: self.groups,
-            blocks,
+            blocks: &plan.blocks,
         }
     }
 }
@@ -153,6 +242,8 @@ pub struct Rows<'a> {
     pub packed: &'a [u8],
     /// Bytes of a row.
     pub row_bytes: usize,
+    /// Bytes from a row to those that are asked for while it is read: whole rows.
+    pub ahead: usize,
     /// Bytes of a block of a row's codes.
     pub block_bytes: usize,
     /// See [`Layout::halves`].
@@ -160,7 +251,7 @@ pub struct Rows<'a> {
     /// How codes become numbers.
     pub coding: Coding,
     /// `[rows, groups]`
-    pub scales: &'a [f32],
+    pub scales: GroupNumbers<'a>,
     /// The number that scales are multiplied with beside.
     pub factor: f32,
     /// `[rows, groups]`, or none where `zero` is every group's.
@@ -168,7 +259,7 @@ pub struct Rows<'a> {
     /// The zero point of all groups where they have none of their own.
     pub zero: f32,
     /// What is added to scaled codes, `[rows, groups]`, or none.
-    pub minimums: &'a [f32],
+    pub minimums: GroupNumbers<'a>,
     /// Groups of a row.
     pub groups: usize,
     /// The blocks of a row.

@@ -1,6 +1,9 @@
 //! Plain Rust, for every processor: eight lanes that a compiler may put into registers.
 
-use super::simd::{Coding, Kernel, Simd, level_byte, read, write};
+use half::f16;
+
+use super::rows::Element;
+use super::simd::{Coding, Kernel, Simd, each, level_byte, read, write};
 
 /// The instruction set that is none.
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +89,16 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load_some(from: *const f32, count: usize) -> [f32; 8] {
         lanes!(0f32, i => if i < count { unsafe { *from.wrapping_add(i) } } else { 0.0 })
+    }
+
+    #[inline(always)]
+    unsafe fn halves(from: *const f16) -> [f32; 8] {
+        lanes!(0f32, i => unsafe { *from.wrapping_add(i) }.value())
+    }
+
+    #[inline(always)]
+    unsafe fn halves_some(from: *const f16, count: usize) -> [f32; 8] {
+        lanes!(0f32, i => if i < count { unsafe { *from.wrapping_add(i) }.value() } else { 0.0 })
     }
 
     #[inline(always)]
@@ -234,6 +247,21 @@ impl Simd for Portable {
             }
             all as u32
         })
+    }
+
+    #[inline(always)]
+    unsafe fn dot_halves<const H: usize, const LEVELS: bool>(
+        halves: [[u32; 8]; 4],
+        x: *const i8,
+        coding: Registers,
+    ) -> [u32; 8] {
+        unsafe {
+            let mut sum = Self::zeros();
+            each!(half in H, {
+                sum = Self::dot(halves[half], Self::load_bytes(x.wrapping_add(half * 4 * Self::LANES)), sum, coding);
+            });
+            sum
+        }
     }
 
     #[inline(always)]

@@ -10,13 +10,10 @@ use super::inputs::{Inputs, Kind};
 use super::isa::{Isa, best};
 use super::packed::{PackedRows, Rows, Weights};
 use super::rows::{Element, dots};
-use crate::linalg::{in_pool, on_all_threads, product_into};
+use crate::linalg::{on_all_threads, product_into};
 
 /// Multiply-adds below which one thread does everything: the others would not be awake in time.
 const PARALLEL_FROM: usize = 1 << 21;
-
-/// Inputs from which on all of the work is done in the pool.
-const IN_POOL_FROM: usize = 4;
 
 /// Parts of the work for each thread, so that one that is late holds nobody up.
 const SHARES: usize = 16;
@@ -67,9 +64,7 @@ impl<'a> Matrix<'a> {
         beside: impl FnOnce() -> T + Send,
     ) -> (Array2<f32>, T) {
         let shared = self.rows * self.columns * x.nrows() >= PARALLEL_FROM;
-        let run = || self.products_on(best(), x, activations, shared, beside);
-        // For a few inputs, waking a thread to do this one's part takes longer than it saves.
-        if shared && x.nrows() >= IN_POOL_FROM { in_pool(run) } else { run() }
+        self.products_on(best(), x, activations, shared, beside)
     }
 
     /// [`Matrix::products_beside`] with the kernels of one device, on all threads or on this one.
@@ -170,24 +165,37 @@ fn packed_part<'a>(
     x: ArrayView2<f32>,
     activations: ActivationFormat,
 ) -> Option<Box<Part<'a>>> {
-    let layout = packed.layout(isa.lanes())?;
-    let (kind, inputs) = match activations {
-        ActivationFormat::F32 => (Kind::Floats, Inputs::floats(x, &layout)),
-        rounding => (Kind::Bytes, Inputs::bytes(x, &layout, rounding)),
-    };
-    let blocks = packed.blocks(&layout);
+    let plan = packed.plan(isa.lanes())?;
+    let mut inputs = Inputs::default();
+    inputs.lay(x.as_standard_layout().as_slice().expect("standard layout"), &plan.layout, activations);
     Some(Box::new(move |rows, y| {
-        let m = packed.for_kind(&layout, &blocks, kind);
-        if kind == Kind::Floats && inputs.rows() >= EXPAND_FROM {
-            return expanded(isa, &m, &inputs, rows, y);
-        }
-        let mut found = vec![0f32; rows.len() * inputs.rows()];
-        // SAFETY: the device is there, as was asserted; lengths were checked when the rows were described.
-        unsafe { isa.products(&m, &inputs, kind, rows.clone(), &mut found) };
-        for (mut y, found) in y.rows_mut().into_iter().zip(found.chunks(rows.len())) {
-            y += &ArrayView1::from(found);
-        }
+        let m = packed.for_kind(&plan, kind(activations));
+        packed_products(isa, &m, &inputs, kind(activations), rows, y);
     }))
+}
+
+/// Returns what inputs become.
+pub(super) fn kind(activations: ActivationFormat) -> Kind {
+    if activations.rounds() { Kind::Bytes } else { Kind::Floats }
+}
+
+/// Writes some rows' products with all inputs, of this kind, to their columns of the outputs `[inputs, rows]`.
+pub(super) fn packed_products(
+    isa: &dyn Isa,
+    m: &Rows,
+    inputs: &Inputs,
+    kind: Kind,
+    rows: Range<usize>,
+    y: &mut ArrayViewMut2<f32>,
+) {
+    assert!(isa.available(), "{} on this computer", isa.name());
+    assert!(y.dim() == (inputs.rows(), rows.len()) && y.strides()[1] == 1, "room for the products");
+    if kind == Kind::Floats && inputs.rows() >= EXPAND_FROM {
+        return expanded(isa, m, inputs, rows, y);
+    }
+    let stride = y.strides()[0] as usize;
+    // SAFETY: the device is there; lengths were checked when the rows were described, and the outputs' above.
+    unsafe { isa.products(m, inputs, kind, rows, y.as_mut_ptr(), stride) };
 }
 
 /// Some rows at a time become floats, in the order of the inputs, and are multiplied as such.
@@ -201,7 +209,7 @@ fn expanded(isa: &dyn Isa, m: &Rows, inputs: &Inputs, rows: Range<usize>, y: &mu
         // SAFETY: as for products.
         unsafe { isa.expand(m, some, stride, block.as_slice_mut().expect("owned")) };
         let y = y.slice_mut(s![.., start..start + count]);
-        product_into(y, x, block.slice(s![..count, ..]).reversed_axes(), 1.0, true);
+        product_into(y, x, block.slice(s![..count, ..]).reversed_axes(), 1.0, false);
     }
 }
 

@@ -5,6 +5,8 @@
 //! rather than with closures and iterator adaptors, which are functions of their own and are compiled without the
 //! instructions where they are not inlined. `make check-kernels` disassembles what comes of it.
 
+use half::f16;
+
 /// Repeats a block for `$i` = 0, 1, … below `$n`, which is a constant of at most 4, as straight code: no loop is left for
 /// the compiler to unroll, and so what is indexed with `$i` stays in registers.
 macro_rules! each {
@@ -145,6 +147,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store(to: *mut f32, value: Self::Float);
     /// Loads the first `count` floats, at most [`Simd::LANES`]; zeros behind them.
     unsafe fn load_some(from: *const f32, count: usize) -> Self::Float;
+    /// Loads [`Simd::LANES`] f16 numbers as floats.
+    unsafe fn halves(from: *const f16) -> Self::Float;
+    /// Loads the first `count` f16 numbers, at most [`Simd::LANES`], as floats; zeros behind them.
+    unsafe fn halves_some(from: *const f16, count: usize) -> Self::Float;
     /// Loads the first `count` bytes as floats; zeros behind them.
     unsafe fn bytes_some(from: *const u8, count: usize) -> Self::Float;
     /// Returns `value` in every lane.
@@ -191,6 +197,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_bytes(from: *const i8) -> Self::Int;
     /// Adds the four products in each lane of unsigned bytes with signed ones to `sum`.
     unsafe fn dot(codes: Self::Int, x: Self::Int, sum: Self::Int, coding: Self::Coding) -> Self::Int;
+    /// Returns the sums in each lane of the products of all `H` registers of a block's codes with inputs that lie one register after
+    /// another.
+    unsafe fn dot_halves<const H: usize, const LEVELS: bool>(
+        halves: [Self::Int; 4],
+        x: *const i8,
+        coding: Self::Coding,
+    ) -> Self::Int;
     /// Converts each lane, a signed integer, to a float.
     unsafe fn to_float(value: Self::Int) -> Self::Float;
     /// Returns the sum of the lanes, signed integers, which is more than 32 bits hold where rows are long.

@@ -24,13 +24,15 @@ mod mode {
 /// 64 bits.
 const WHOLE_BLOCKS: usize = 1 << 13;
 
-/// Computes `out[v · rows + i] = ⟨row i of the range, input v⟩`.
+/// Where products go: the first one, and how far one input's are from the next one's.
+type Target = (*mut f32, usize);
+
+/// Computes `out[v · stride + i] = ⟨row i of the range, input v⟩`.
 ///
 /// # Safety
 /// The processor has the instructions of `S`, the rows are there, the inputs are laid out for `S` and the matrix, and are of
-/// this kind.
-pub unsafe fn products<S: Simd>(m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: &mut [f32]) {
-    assert!(out.len() >= rows.len() * x.rows(), "room for the products");
+/// this kind. There is room for what is written, and nobody else uses it.
+pub unsafe fn products<S: Simd>(m: &Rows, x: &Inputs, kind: Kind, rows: Range<usize>, out: Target) {
     // SAFETY: the caller's promise.
     unsafe {
         match (m.halves, m.coding.levels.is_some()) {
@@ -48,20 +50,20 @@ unsafe fn of_kind<S: Simd, const H: usize, const LEVELS: bool>(
     x: &Inputs,
     kind: Kind,
     rows: Range<usize>,
-    out: &mut [f32],
+    (out, stride): Target,
 ) {
     let plain = !LEVELS && m.coding.flip == 0;
     // Where a block's codes are spread, flipping them is part of it.
     let whole =
         !LEVELS && (plain || H == 1) && m.groups == 1 && m.minimums.is_empty() && m.blocks.places.len() <= WHOLE_BLOCKS;
-    let (first, count, out) = (rows.start, rows.len(), out.as_mut_ptr());
-    // SAFETY: the caller's promise; there is room for the products.
+    let (first, count) = (rows.start, rows.len());
+    // SAFETY: the caller's promise.
     unsafe {
         match kind {
-            Kind::Floats => S::compiled(Tiles::<H, LEVELS, { mode::FLOATS }> { m, x, first, count, out }),
-            Kind::Bytes if whole => S::compiled(Tiles::<H, false, { mode::WHOLE }> { m, x, first, count, out }),
-            Kind::Bytes if plain => S::compiled(Tiles::<H, false, { mode::PLAIN }> { m, x, first, count, out }),
-            Kind::Bytes => S::compiled(Tiles::<H, LEVELS, { mode::BYTES }> { m, x, first, count, out }),
+            Kind::Floats => S::compiled(Tiles::<H, LEVELS, { mode::FLOATS }> { m, x, first, count, out, stride }),
+            Kind::Bytes if whole => S::compiled(Tiles::<H, false, { mode::WHOLE }> { m, x, first, count, out, stride }),
+            Kind::Bytes if plain => S::compiled(Tiles::<H, false, { mode::PLAIN }> { m, x, first, count, out, stride }),
+            Kind::Bytes => S::compiled(Tiles::<H, LEVELS, { mode::BYTES }> { m, x, first, count, out, stride }),
         }
     }
 }
@@ -72,8 +74,9 @@ struct Tiles<'a, const H: usize, const LEVELS: bool, const MODE: u8> {
     x: &'a Inputs,
     first: usize,
     count: usize,
-    /// Room for `count · x.rows()` products.
     out: *mut f32,
+    /// From one input's products to the next one's.
+    stride: usize,
 }
 
 impl<S: Simd, const H: usize, const LEVELS: bool, const MODE: u8> Kernel<S> for Tiles<'_, H, LEVELS, MODE> {
@@ -102,7 +105,13 @@ impl<S: Simd, const H: usize, const LEVELS: bool, const MODE: u8> Kernel<S> for 
                 let mut v = 0;
                 if batch < 4 {
                     while v < batch {
-                        self.tile::<S, 4, 1>(coding, row, v);
+                        // Sums, scales and codes of four rows take sixteen registers.
+                        if S::REGISTERS < 32 {
+                            self.tile::<S, 2, 1>(coding, row, v);
+                            self.tile::<S, 2, 1>(coding, row + 2, v);
+                        } else {
+                            self.tile::<S, 4, 1>(coding, row, v);
+                        }
                         v += 1;
                     }
                 }
@@ -139,8 +148,8 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
                 whole: [[S::zeros(); 4]; R],
                 scales: [S::zero(); R],
                 packed,
-                // The next rows, which the processor does not guess in time; what is only prefetched need not be there.
-                ahead: packed.wrapping_add(R * m.row_bytes),
+                // Rows to come, which the processor does not guess in time; what is only prefetched need not be there.
+                ahead: packed.wrapping_add(m.ahead),
                 row_bytes: m.row_bytes,
                 block_bytes: m.block_bytes,
                 floats: x.first::<f32>(v),
@@ -155,14 +164,14 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
             if MODE != mode::WHOLE && !m.minimums.is_empty() {
                 tile.add_minimums(m, x, row, v);
             }
-            let scales = m.scales.as_ptr().wrapping_add(row * m.groups);
+            let scales = row * m.groups;
             let (windows, mut number) = (m.blocks.windows.as_ptr(), 0);
             while number < m.blocks.windows.len() {
                 let window: &Window = &*windows.wrapping_add(number);
                 if MODE != mode::WHOLE {
                     let groups = opaque(m.groups);
                     each!(r in R, {
-                        tile.scales[r] = S::load_some(scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(window.first)), window.count);
+                        tile.scales[r] = m.scales.load::<S>(scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(window.first)), window.count);
                     });
                 }
                 let (full, mut block) = (window.bytes == m.block_bytes, 0);
@@ -172,11 +181,11 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
                 }
                 number += 1;
             }
-            let (out, count) = (self.out.wrapping_add(v * self.count + i), self.count);
+            let (out, stride) = (self.out.wrapping_add(v * self.stride + i), self.stride);
             if MODE == mode::WHOLE {
-                tile.store_whole::<H>(m, x, row, v, out, count);
+                tile.store_whole::<H>(m, x, row, v, out, stride);
             } else {
-                tile.store_scaled(m, x, v, out, count);
+                tile.store_scaled(m, x, v, out, stride);
             }
         }
     }
@@ -209,7 +218,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
     unsafe fn subtract_zeros(&mut self, m: &Rows, x: &Inputs, row: usize, v: usize) {
         // SAFETY: the caller's promise; sums of inputs are filled up to whole registers.
         unsafe {
-            let scales = m.scales.as_ptr().wrapping_add(row * m.groups);
+            let scales = row * m.groups;
             let (sums, stride) = (x.first_sum(v), x.sum_stride());
             let (same, own) = (S::splat(m.zero), !m.zeros.is_empty());
             let zeros = m.zeros.as_ptr().wrapping_add(row * m.groups);
@@ -220,9 +229,9 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                 let groups = opaque(m.groups);
                 each!(r in R, {
                     let from = scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(group));
-                    let scale = S::load_some(from, count);
+                    let scale = m.scales.load::<S>(from, count);
                     // Those of the next rows.
-                    S::prefetch(from.wrapping_add(R * groups).cast());
+                    m.scales.prefetch::<S>(from.wrapping_add(R * groups));
                     let zero = if own { S::bytes_some(zeros.wrapping_add(r.wrapping_mul(groups).wrapping_add(group)), count) } else { same };
                     let both = S::mul(scale, zero);
                     each!(c in V, {
@@ -239,7 +248,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
     unsafe fn add_minimums(&mut self, m: &Rows, x: &Inputs, row: usize, v: usize) {
         // SAFETY: the caller's promise; sums of inputs are filled up to whole registers.
         unsafe {
-            let minimums = m.minimums.as_ptr().wrapping_add(row * m.groups);
+            let minimums = row * m.groups;
             let (sums, stride) = (x.first_sum(v), x.sum_stride());
             let mut group = 0;
             while group < m.groups {
@@ -248,9 +257,9 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                 let groups = opaque(m.groups);
                 each!(r in R, {
                     let from = minimums.wrapping_add(r.wrapping_mul(groups).wrapping_add(group));
-                    let minimum = S::load_some(from, count);
+                    let minimum = m.minimums.load::<S>(from, count);
                     // Those of the next rows.
-                    S::prefetch(from.wrapping_add(R * groups).cast());
+                    m.minimums.prefetch::<S>(from.wrapping_add(R * groups));
                     each!(c in V, {
                         self.totals[r][c] = S::fma(minimum, S::load(sums.wrapping_add(c.wrapping_mul(stride).wrapping_add(group))), self.totals[r][c]);
                     });
@@ -384,11 +393,12 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [S::zeros(); R];
-            each!(half in H, {
-                let x = S::load_bytes(self.bytes.wrapping_add(half * 4 * S::LANES));
-                each!(r in R, {
-                    sums[r] = S::dot(S::bytes::<H, LEVELS, PLAIN>(codes[r], half, coding), x, sums[r], coding);
+            each!(r in R, {
+                let mut halves = [codes[r]; 4];
+                each!(half in H, {
+                    halves[half] = S::bytes::<H, LEVELS, PLAIN>(codes[r], half, coding);
                 });
+                sums[r] = S::dot_halves::<H, LEVELS>(halves, self.bytes, coding);
             });
             each!(r in R, {
                 let scale = S::pick(self.scales[r], self.places);
@@ -414,11 +424,8 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                 });
                 let scale = S::pick(self.scales[r], self.places);
                 each!(c in V, {
-                    let mut sum = S::zeros();
-                    each!(half in H, {
-                        let x = S::load_bytes(self.bytes.wrapping_add(c.wrapping_mul(self.byte_stride).wrapping_add(half * 4 * S::LANES)));
-                        sum = S::dot(halves[half], x, sum, coding);
-                    });
+                    let x = self.bytes.wrapping_add(c.wrapping_mul(self.byte_stride));
+                    let sum = S::dot_halves::<H, LEVELS>(halves, x, coding);
                     self.totals[r][c] = S::fma(S::to_float(sum), scale, self.totals[r][c]);
                 });
             });
@@ -427,14 +434,14 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
 
     /// Writes what the sums of floats come to.
     #[inline(always)]
-    unsafe fn store_scaled(&self, m: &Rows, x: &Inputs, v: usize, out: *mut f32, count: usize) {
+    unsafe fn store_scaled(&self, m: &Rows, x: &Inputs, v: usize, out: *mut f32, stride: usize) {
         // SAFETY: the caller's promise.
         unsafe {
             let scales = x.scales().as_ptr().wrapping_add(v);
             each!(c in V, {
                 let scale = *scales.wrapping_add(c);
                 each!(r in R, {
-                    *out.wrapping_add(c.wrapping_mul(count).wrapping_add(r)) = S::sum(self.totals[r][c]) * scale * m.factor;
+                    *out.wrapping_add(c.wrapping_mul(stride).wrapping_add(r)) = S::sum(self.totals[r][c]) * scale * m.factor;
                 });
             });
         }
@@ -449,13 +456,13 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
         row: usize,
         v: usize,
         out: *mut f32,
-        count: usize,
+        stride: usize,
     ) {
         // SAFETY: the caller's promise; there is one group.
         unsafe {
             let (scales, totals) = (x.scales().as_ptr().wrapping_add(v), x.totals().as_ptr().wrapping_add(v));
             each!(r in R, {
-                let scale = *m.scales.as_ptr().wrapping_add(row + r);
+                let scale = m.scales.at(row + r);
                 let zero =
                     if m.zeros.is_empty() { m.zero as i64 } else { i64::from(*m.zeros.as_ptr().wrapping_add(row + r)) };
                 each!(c in V, {
@@ -465,7 +472,7 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                         S::sum_whole(self.whole[r][c])
                     };
                     let whole = (sum - zero * *totals.wrapping_add(c)) as f32;
-                    *out.wrapping_add(c.wrapping_mul(count).wrapping_add(r)) = whole * scale * *scales.wrapping_add(c) * m.factor;
+                    *out.wrapping_add(c.wrapping_mul(stride).wrapping_add(r)) = whole * scale * *scales.wrapping_add(c) * m.factor;
                 });
             });
         }

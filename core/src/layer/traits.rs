@@ -13,6 +13,7 @@ use super::name::MethodName;
 use super::parts::Parts;
 use crate::error::{Error, Result};
 use crate::linalg::{add_outer, require_finite};
+use crate::quant::PackedForward;
 
 /// Whether a forward pass may leave out what matters little.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -144,6 +145,13 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
     /// When the bias is of a dtype that cannot be computed with.
     fn bias(&self) -> Result<Option<Array1<f32>>> {
         Ok(None)
+    }
+
+    /// Returns what a forward pass computes, where that is a product with a packed weight and what is added to it, and nothing
+    /// else: several layers that have the same inputs are run at once by it. `None` otherwise.
+    #[doc(hidden)]
+    fn packed_forward(&self) -> Option<PackedForward<'_>> {
+        None
     }
 
     /// Returns the constant `[out_features]` that [`Layer::product`] adds to `x · Wᵀ` at full accuracy, W being [`Layer::weight`]:

@@ -9,6 +9,7 @@
 
 mod convert;
 mod decompose;
+mod exp;
 mod finite;
 mod narrow;
 mod normal;
@@ -30,9 +31,11 @@ pub use statistics::{Ridge, covariance, covariance_of, second_moment_of};
 pub use whitening::Whitening;
 
 pub(crate) use decompose::{cholesky, kept_rank, solve_lower_transposed, spectral_norm_bound, svd};
+pub(crate) use exp::exp;
 pub(crate) use narrow::{HALF_ROUNDING, Loss, unit_of, unit_of_f32};
 pub(crate) use normal::{normal_matrix, normal_survival};
 pub(crate) use pages::large_zeros;
 pub(crate) use product::{dot_f64, product_into};
 pub(crate) use statistics::with_floor;
-pub(crate) use threads::{in_pool, on_all_threads};
+pub use threads::threads;
+pub(crate) use threads::{on_all_threads, share, share_chunks};

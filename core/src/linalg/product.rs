@@ -4,12 +4,18 @@ use faer::linalg::matmul::matmul as faer_matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 
+use super::threads::is_sharing;
+
 /// Below this many multiply-adds a product stays on one thread: starting threads would cost more than it saves.
 const PARALLEL_FROM: usize = 1 << 20;
 
-/// Returns one thread for what is small, and for what is already one of rayon's tasks: the others have theirs.
+/// Returns one thread for what is small, and for what is already a part of shared work: the others have theirs.
 pub(super) fn parallelism(operations: usize) -> Par {
-    if operations >= PARALLEL_FROM && rayon::current_thread_index().is_none() { Par::rayon(0) } else { Par::Seq }
+    if operations >= PARALLEL_FROM && rayon::current_thread_index().is_none() && !is_sharing() {
+        Par::rayon(0)
+    } else {
+        Par::Seq
+    }
 }
 
 macro_rules! product {

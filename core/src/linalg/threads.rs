@@ -1,45 +1,269 @@
 //! Sharing work among threads.
+//!
+//! One team of threads serves the whole process. Its members look out for work for a while before they sleep, so that a model
+//! whose layers follow each other within microseconds does not pay for waking them each time.
 
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-/// How long a thread looks out for the others before it sleeps.
-const LOOK_OUT: Duration = Duration::from_micros(30);
+/// How long a member looks out for work before it sleeps.
+const LOOK_OUT: Duration = Duration::from_micros(200);
 
-/// Runs `work` on one of rayon's threads: what it shares with the others from there on needs no waking of this one.
-pub fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    if rayon::current_thread_index().is_some() { work() } else { rayon::scope(|_| work()) }
+/// Looks between two of which the processor is offered to other threads.
+const LOOKS: usize = 256;
+
+/// Calls `work` with each number below `parts` once, on this thread and on the team's others. Whichever is free takes the next
+/// number: what begins late is not waited for. Where the team is at other work, or is this thread's own, this thread does it all.
+///
+/// # Panics
+/// When `work` does.
+pub fn share(parts: usize, work: impl Fn(usize) + Sync) {
+    let others = rayon::current_num_threads().min(parts).saturating_sub(1);
+    if others == 0 {
+        return (0..parts).for_each(work);
+    }
+    let team = Team::get();
+    if team.taken.swap(true, Ordering::Acquire) {
+        return (0..parts).for_each(work);
+    }
+    team.run(parts, others, &work);
 }
 
-/// Does each part of the work once, on this thread and all others of rayon's pool.
-///
-/// This one begins at once, and whichever is free takes the next part: what begins late is not waited for. For about as
-/// long as a part takes, it looks out for the end of the others' last ones: being woken takes longer.
+/// Returns how many threads share work, this one counted.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Does each part of the work once, as [`share`] does.
 pub fn on_all_threads<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
-    let others = rayon::current_num_threads().min(parts.len()).saturating_sub(1);
+    let count = parts.len();
     let parts = Mutex::new(parts.into_iter());
     let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let run = || {
-        while let Some(part) = next() {
+    share(count, |_| next().into_iter().for_each(&work));
+}
+
+/// Calls `work` with each piece of `size` numbers, the last of which may be shorter, and its number, as [`share`] does.
+///
+/// # Panics
+/// As [`share`], and when `size` is 0.
+pub fn share_chunks<T: Send>(all: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+    struct First<T>(*mut T);
+    // SAFETY: each part uses a piece of its own.
+    unsafe impl<T: Send> Sync for First<T> {}
+    let (length, first) = (all.len(), First(all.as_mut_ptr()));
+    share(length.div_ceil(size), |number| {
+        let first = &first;
+        let start = number * size;
+        // SAFETY: within the slice, which is borrowed until all parts are done; pieces do not overlap.
+        let piece = unsafe { std::slice::from_raw_parts_mut(first.0.add(start), size.min(length - start)) };
+        work(number, piece);
+    });
+}
+
+/// What is being done: parts of one caller's work.
+struct Job {
+    /// Lives as long as [`Team::run`], which does not return before all members have left.
+    work: *const (dyn Fn(usize) + Sync),
+    parts: usize,
+}
+
+struct Team {
+    /// Whether a caller has the team.
+    taken: AtomicBool,
+    /// The caller's job; written while nobody may join.
+    job: UnsafeCell<Option<Job>>,
+    /// The number of the job in the upper half, then [`OPEN`], then how many more may join and how many are at it, in
+    /// [`COUNT`] each.
+    state: AtomicU64,
+    /// The next part.
+    next: AtomicUsize,
+    /// What a member's panic said.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    members: OnceLock<Vec<Member>>,
+}
+
+struct Member {
+    thread: Thread,
+    asleep: &'static AtomicBool,
+}
+
+// SAFETY: the job is written by whoever has taken the team, while the state is not open and nobody is at it; it is read by those
+// that have joined an open state.
+unsafe impl Sync for Team {}
+// SAFETY: the pointer in a job is used by those that have joined alone.
+unsafe impl Send for Team {}
+
+/// The job may be joined.
+const OPEN: u64 = 1 << 31;
+/// One more may join.
+const ROOM: u64 = 1 << 15;
+/// Members that are at the job.
+const COUNT: u64 = ROOM - 1;
+
+impl Team {
+    fn get() -> &'static Team {
+        static TEAM: LazyLock<&'static Team> = LazyLock::new(|| {
+            let team: &'static Team = Box::leak(Box::new(Team {
+                taken: AtomicBool::new(false),
+                job: UnsafeCell::new(None),
+                state: AtomicU64::new(0),
+                next: AtomicUsize::new(0),
+                panic: Mutex::new(None),
+                members: OnceLock::new(),
+            }));
+            let others = thread::available_parallelism().map_or(1, |n| n.get()).max(rayon::current_num_threads()) - 1;
+            // A thread that cannot be had is done without.
+            let members = (0..others.min(COUNT as usize)).map_while(|number| {
+                let asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
+                let builder = thread::Builder::new().name(format!("layerstore-{number}"));
+                let spawned = builder.spawn(move || team.serve(asleep)).ok()?;
+                Some(Member { thread: spawned.thread().clone(), asleep })
+            });
+            let members: Vec<Member> = members.collect();
+            team.members.get_or_init(|| members);
+            team
+        });
+        *TEAM
+    }
+
+    /// For the caller that has taken the team.
+    fn run<'a>(&self, parts: usize, others: usize, work: &'a (dyn Fn(usize) + Sync + 'a)) {
+        // SAFETY: only the lifetime is another; `left` waits for all who use it, also while a panic unwinds.
+        let work_forever: *const (dyn Fn(usize) + Sync) =
+            unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + 'a), _>(work) };
+        // SAFETY: this thread has taken the team, and nobody is at a job.
+        unsafe { *self.job.get() = Some(Job { work: work_forever, parts }) };
+        self.next.store(0, Ordering::Relaxed);
+        let number = (self.state.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        let members = self.members.get().map_or(&[][..], Vec::as_slice);
+        let room = others.min(members.len()) as u64 * ROOM;
+        self.state.store(number << 32 | OPEN | room, Ordering::SeqCst);
+        let left = Left(self);
+        for member in members.iter().take(others) {
+            if member.asleep.swap(false, Ordering::SeqCst) {
+                member.thread.unpark();
+            }
+        }
+        self.take_parts(parts, work);
+        drop(left);
+        self.taken.store(false, Ordering::Release);
+    }
+
+    fn take_parts(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
+        let _sharing = Sharing::begin();
+        loop {
+            let part = self.next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                return;
+            }
             work(part);
         }
-    };
-    let busy = AtomicUsize::new(others);
-    rayon::in_place_scope(|scope| {
-        for _ in 0..others {
-            scope.spawn(|_| {
-                run();
-                busy.fetch_sub(1, Ordering::Release);
-            });
-        }
-        run();
-        let since = Instant::now();
-        while busy.load(Ordering::Acquire) > 0 && since.elapsed() < LOOK_OUT {
+    }
+
+    /// What a member does all its life.
+    fn serve(&self, asleep: &AtomicBool) {
+        let (mut last, mut since, mut looks) = (0, Instant::now(), 0usize);
+        loop {
+            let state = self.state.load(Ordering::SeqCst);
+            let number = state >> 32;
+            if number != last && state & OPEN != 0 && state & (OPEN - 1) >= ROOM {
+                let joined = state - ROOM + 1;
+                if self.state.compare_exchange(state, joined, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                    continue;
+                }
+                last = number;
+                // SAFETY: the job was written before the state was opened, and stays until this one has left.
+                if let Some(Job { work, parts }) = unsafe { &*self.job.get() } {
+                    // SAFETY: as above.
+                    let work = unsafe { &**work };
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_parts(*parts, work))) {
+                        // The others need not go on.
+                        self.next.store(*parts, Ordering::Relaxed);
+                        *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+                    }
+                }
+                self.state.fetch_sub(1, Ordering::AcqRel);
+                (since, looks) = (Instant::now(), 0);
+                continue;
+            }
+            looks += 1;
             spin_loop();
+            if looks.is_multiple_of(LOOKS) {
+                thread::yield_now();
+                if since.elapsed() >= LOOK_OUT {
+                    asleep.store(true, Ordering::SeqCst);
+                    // A job that has come since then is not slept through: whoever opened it has not seen this one asleep.
+                    if self.state.load(Ordering::SeqCst) >> 32 == number {
+                        thread::park();
+                    }
+                    asleep.store(false, Ordering::SeqCst);
+                    (since, looks) = (Instant::now(), 0);
+                }
+            }
         }
-    });
+    }
+}
+
+thread_local! {
+    /// Whether this thread is at a part of shared work.
+    static SHARING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Returns whether this thread is at a part of shared work: the other threads have theirs.
+pub(super) fn is_sharing() -> bool {
+    SHARING.get()
+}
+
+/// Marks this thread until it is dropped.
+struct Sharing;
+
+impl Sharing {
+    fn begin() -> Self {
+        SHARING.set(true);
+        Sharing
+    }
+}
+
+impl Drop for Sharing {
+    fn drop(&mut self) {
+        SHARING.set(false);
+    }
+}
+
+/// Closes a job when it is dropped, and waits for those that are at it.
+struct Left<'a>(&'a Team);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        let team = self.0;
+        if thread::panicking() {
+            team.next.store(usize::MAX / 2, Ordering::Relaxed);
+        }
+        team.state.fetch_and(!(OPEN | (OPEN - 1) & !COUNT), Ordering::AcqRel);
+        let mut looks = 0usize;
+        while team.state.load(Ordering::Acquire) & COUNT != 0 {
+            looks += 1;
+            spin_loop();
+            if looks.is_multiple_of(LOOKS) {
+                thread::yield_now();
+            }
+        }
+        // SAFETY: nobody is at the job any more.
+        unsafe { *team.job.get() = None };
+        let panic = team.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread::panicking() {
+            team.taken.store(false, Ordering::Release);
+        } else if let Some(panic) = panic {
+            team.taken.store(false, Ordering::Release);
+            resume_unwind(panic);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -54,6 +278,45 @@ mod tests {
                 part.fetch_add(1, Ordering::Relaxed);
             });
             assert!(done.iter().all(|d| d.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    /// Callers at once, work within work, and pauses in which members fall asleep.
+    #[test]
+    fn callers_may_come_at_any_time() {
+        thread::scope(|scope| {
+            for caller in 0..4 {
+                scope.spawn(move || {
+                    for round in 0..300usize {
+                        let (sum, parts) = (AtomicUsize::new(0), 1 + (round * 7 + caller) % 23);
+                        share(parts, |part| {
+                            share(3, |inner| {
+                                sum.fetch_add(part * 3 + inner, Ordering::Relaxed);
+                            });
+                        });
+                        let all = 3 * parts;
+                        assert_eq!(sum.into_inner(), all * (all - 1) / 2);
+                        if round % 60 == 0 {
+                            thread::sleep(Duration::from_millis(1));
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_team_goes_on() {
+        for wrong in [0, 3, 7] {
+            let caught = catch_unwind(|| {
+                share(8, |part| assert_ne!(part, wrong, "part {wrong}"));
+            });
+            assert!(caught.is_err());
+            let done = AtomicUsize::new(0);
+            share(8, |_| {
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 8);
         }
     }
 }

@@ -374,6 +374,11 @@ impl WeightFormat {
         }
     }
 
+    /// Returns whether stored scales, and minimums, are f16 numbers by themselves.
+    pub(super) fn has_half_scales(&self) -> bool {
+        self.scales == ScaleType::F16 && !self.weight_type.has_power_scales()
+    }
+
     /// Scales that are numbers by themselves, as they are stored.
     pub fn scales_to_bytes(&self, scales: &[f32]) -> Vec<u8> {
         match (self.weight_type, self.scales) {

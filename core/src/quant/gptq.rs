@@ -149,9 +149,10 @@ impl Task<'_> {
         let mut w = Array2::from_shape_fn((columns, rows), |(j, r)| weight[[r, self.places[j]]]);
         let mut group_params = vec![QuantParams { scale: 1.0, zero: 0 }; rows * groups];
         if let Some(fixed) = &self.fixed {
+            let scales = fixed.scales();
             for (place, params) in group_params.iter_mut().enumerate() {
                 let at = first * groups + place;
-                *params = QuantParams { scale: fixed.scales()[at], zero: fixed.zeros().get(at).copied().unwrap_or(0) };
+                *params = QuantParams { scale: scales[at], zero: fixed.zeros().get(at).copied().unwrap_or(0) };
             }
         }
         // Whole groups, so that parameters are fitted to columns that every error before them has been propagated to.

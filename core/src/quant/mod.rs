@@ -6,6 +6,7 @@
 mod dual;
 mod fit;
 mod format;
+mod fused;
 mod gptq;
 mod half_quadratic;
 mod kmeans;
@@ -24,10 +25,15 @@ mod trits;
 
 pub use kmeans::{kmeans, nearest};
 pub use nearest::nearest_rows;
+pub use packed_products::instruction_set;
 
 pub use crate::kernels::ActivationFormat;
+pub use crate::kernels::Plan;
+pub(crate) use crate::kernels::{MOST_FUSED, SharedInputs};
 pub use dual::column_scales;
 pub use format::{Group, WeightFormat, WeightType};
+pub(crate) use fused::forward_packed;
+pub use fused::{Correction, PackedForward};
 pub use gptq::Calibrated;
 pub use packed::PackedMatrix;
 pub use packing::{pack, unpack};

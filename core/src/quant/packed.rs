@@ -1,14 +1,17 @@
 //! A weight matrix as packed codes with their scales.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use ndarray::Array2;
 
 use super::format::{WeightFormat, WeightType};
 use super::packing::{pack, unpack};
 use super::quantizer::{F8_E4M3, F8_E5M2, QuantParams, Quantizer};
+use super::scales::GroupValues;
 use super::trits::{from_trits, to_trits};
 use crate::error::{Error, Result};
-use crate::kernels::widen_bytes;
+use crate::kernels::{GroupNumbers, widen_bytes};
 use crate::linalg::require_finite;
 use half::{bf16, f16};
 
@@ -20,9 +23,9 @@ pub struct PackedMatrix {
     rows: usize,
     columns: usize,
     packed: Bytes,
-    scales: Vec<f32>,
+    scales: GroupValues,
     zeros: Vec<u8>,
-    minimums: Vec<f32>,
+    minimums: GroupValues,
     column_scales: Vec<f32>,
     /// Scales of scales as they are stored; else none.
     nested_scales: Bytes,
@@ -52,8 +55,8 @@ impl PackedMatrix {
     }
 
     /// Returns the groups' scales `[rows, groups]`, empty for floats.
-    pub fn scales(&self) -> &[f32] {
-        &self.scales
+    pub fn scales(&self) -> Cow<'_, [f32]> {
+        self.scales.floats()
     }
 
     /// Returns the groups' zero points `[rows, groups]`, empty but for asymmetric integers.
@@ -62,8 +65,13 @@ impl PackedMatrix {
     }
 
     /// Returns the groups' minimums `[rows, groups]`, empty where the format has none.
-    pub fn minimums(&self) -> &[f32] {
-        &self.minimums
+    pub fn minimums(&self) -> Cow<'_, [f32]> {
+        self.minimums.floats()
+    }
+
+    /// Returns scales and minimums as kernels take them.
+    pub(super) fn group_numbers(&self) -> [GroupNumbers<'_>; 2] {
+        [self.scales.view(), self.minimums.view()]
     }
 
     /// Returns which column of the weight each stored column is `[columns]`; none where they are in order.
@@ -111,8 +119,8 @@ impl PackedMatrix {
 
     /// Returns the same codes with scales that are multiplied with a power of two.
     pub(super) fn scaled_by(&self, unit: f32) -> Self {
-        let scales = self.scales.iter().map(|scale| self.format.stored_scale(scale * unit)).collect();
-        PackedMatrix { scales, ..self.clone() }
+        let scales = self.scales().iter().map(|scale| self.format.stored_scale(scale * unit)).collect();
+        PackedMatrix { scales: GroupValues::new(scales, self.format.has_half_scales()), ..self.clone() }
     }
 
     /// Packs codes, a byte each, with the parameters of each row's groups.
@@ -144,9 +152,9 @@ impl PackedMatrix {
             rows,
             columns,
             packed: Bytes::from(packed).slice(start..),
-            scales,
+            scales: GroupValues::new(scales, format.has_half_scales()),
             zeros,
-            minimums: vec![],
+            minimums: GroupValues::none(),
             column_scales: vec![],
             nested_scales: Bytes::new(),
             order: vec![],
@@ -165,9 +173,9 @@ impl PackedMatrix {
             rows,
             columns,
             packed: packed.into(),
-            scales: vec![],
+            scales: GroupValues::none(),
             zeros: vec![],
-            minimums: vec![],
+            minimums: GroupValues::none(),
             column_scales: vec![],
             nested_scales: Bytes::new(),
             order: vec![],
@@ -209,27 +217,32 @@ impl PackedMatrix {
             rows,
             columns,
             packed,
-            scales: vec![],
+            scales: GroupValues::none(),
             zeros: vec![],
-            minimums: vec![],
+            minimums: GroupValues::none(),
             column_scales: vec![],
             nested_scales: Bytes::new(),
             order: vec![],
         };
+        let (mut all_scales, mut minimums) = (vec![], vec![]);
         match format.scales.nested() {
             Some(nested) => {
                 let blocks = scales.chunks_exact(nested.bytes);
-                blocks.for_each(|block| format.scales.unnest(block, &mut matrix.scales, &mut matrix.minimums));
+                blocks.for_each(|block| format.scales.unnest(block, &mut all_scales, &mut minimums));
                 matrix.nested_scales = Bytes::copy_from_slice(scales);
             }
             None => {
-                matrix.scales = format.scales_from_bytes(scales);
+                all_scales = format.scales_from_bytes(scales);
                 match format.minimum {
-                    true => matrix.minimums = format.scales_from_bytes(&zeros),
+                    true => minimums = format.scales_from_bytes(&zeros),
                     false => matrix.zeros = zeros,
                 }
             }
         }
+        require_finite("the scales", all_scales.iter())?;
+        require_finite("the minimums", minimums.iter())?;
+        matrix.scales = GroupValues::new(all_scales, format.has_half_scales());
+        matrix.minimums = GroupValues::new(minimums, format.has_half_scales());
         let table = match format.weight_type {
             WeightType::F8E4M3 => Some(&F8_E4M3),
             WeightType::F8E5M2 => Some(&F8_E5M2),
@@ -238,8 +251,6 @@ impl PackedMatrix {
         if let Some(table) = table {
             require_finite("the weights", matrix.packed.iter().map(|&code| &table[usize::from(code)]))?;
         }
-        require_finite("the scales", matrix.scales.iter())?;
-        require_finite("the minimums", matrix.minimums.iter())?;
         Ok(matrix)
     }
 
@@ -280,7 +291,7 @@ impl PackedMatrix {
     pub fn scale_bytes(&self) -> Bytes {
         match self.format.scales.nested() {
             Some(_) => self.nested_scales.clone(),
-            None => self.format.scales_to_bytes(&self.scales).into(),
+            None => self.format.scales_to_bytes(&self.scales()).into(),
         }
     }
 
@@ -288,7 +299,7 @@ impl PackedMatrix {
     pub fn zero_bytes(&self) -> Bytes {
         match self.format.scales.nested() {
             Some(_) => Bytes::new(),
-            None if self.format.minimum => self.format.scales_to_bytes(&self.minimums).into(),
+            None if self.format.minimum => self.format.scales_to_bytes(&self.minimums()).into(),
             None => Bytes::copy_from_slice(&self.zeros),
         }
     }
@@ -372,7 +383,8 @@ impl PackedMatrix {
         for (g, (codes, out)) in codes.chunks(group).zip(out.chunks_mut(group)).enumerate() {
             let place = row * groups + g;
             let zero = self.zeros.get(place).copied().unwrap_or(0);
-            quantizer.decode(QuantParams { scale: self.scales[place], zero }, codes, out);
+            let scale = self.scales.get(place).unwrap_or_default();
+            quantizer.decode(QuantParams { scale, zero }, codes, out);
             if let Some(minimum) = self.minimums.get(place) {
                 out.iter_mut().for_each(|weight| *weight += minimum);
             }
@@ -397,8 +409,9 @@ impl PackedMatrix {
 
     /// Returns the bytes that it takes in memory.
     pub fn memory_bytes(&self) -> usize {
-        let floats = self.scales.len() + self.minimums.len() + self.column_scales.len() + self.order.len();
-        self.packed.len() + 4 * floats + self.zeros.len() + self.nested_scales.len()
+        let scales = self.scales.bytes() + self.minimums.bytes();
+        let columns = 4 * (self.column_scales.len() + self.order.len());
+        self.packed.len() + scales + columns + self.zeros.len() + self.nested_scales.len()
     }
 }
 

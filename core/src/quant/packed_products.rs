@@ -9,6 +9,11 @@ use super::quantizer::{FP4, IQ4_NL, MXFP4, NORMAL_FLOAT};
 use crate::kernels::Isa;
 use crate::kernels::{ActivationFormat, CodeFormat, Matrix, Offsets, PackedRows, Weights};
 
+/// Returns the name of the instruction set that products with packed matrices use on this computer.
+pub fn instruction_set() -> &'static str {
+    crate::kernels::instruction_set()
+}
+
 /// What [`MXFP4`] is divided by: its largest is 12, and ten times each are whole 127ths.
 const MXFP4_UNIT: f32 = 12.7;
 
@@ -82,6 +87,15 @@ impl PackedMatrix {
         }
     }
 
+    /// Returns the rows as kernels read them; `None` where they do not, or where inputs have to be brought into another order or be
+    /// multiplied first.
+    pub(super) fn packed_rows(&self) -> Option<PackedRows<'_>> {
+        match self.weights() {
+            Weights::Packed(rows) if self.column_scales().is_empty() && self.order().is_empty() => Some(rows),
+            _ => None,
+        }
+    }
+
     fn weights(&self) -> Weights<'_> {
         let codes = match self.format().weight_type {
             WeightType::F16 => return bytemuck::try_cast_slice(self.packed()).map_or(Weights::Other, Weights::F16),
@@ -98,12 +112,13 @@ impl PackedMatrix {
             }
         };
         let shape = (self.nrows(), self.ncols());
-        let offsets = match (self.zeros(), self.minimums()) {
-            ([], []) => Offsets::Same,
-            (zeros, []) => Offsets::Zeros(zeros),
-            (_, minimums) => Offsets::Minimums(minimums),
+        let [scales, minimums] = self.group_numbers();
+        let offsets = match (self.zeros(), minimums.is_empty()) {
+            ([], true) => Offsets::Same,
+            (zeros, true) => Offsets::Zeros(zeros),
+            (_, false) => Offsets::Minimums(minimums),
         };
-        let rows = PackedRows::new(codes, shape, self.packed(), self.scales(), offsets);
+        let rows = PackedRows::new(codes, shape, self.packed(), scales, offsets);
         Weights::Packed(rows.expect("lengths that were checked when the matrix was made"))
     }
 }

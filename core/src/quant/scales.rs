@@ -1,9 +1,12 @@
 //! What scales are stored as. Scales of scales: a group's scale is a small integer times the f16 scale of its super-block of 256 weights, and so is its
 //! minimum where there is one. Laid out as in llama.cpp's K-quants and IQ4_XS.
 
-use half::f16;
+use std::borrow::Cow;
 
+use half::f16;
 use serde::{Deserialize, Serialize};
+
+use crate::kernels::GroupNumbers;
 
 /// What a scale is stored as. Scales of MXINT and MXFP4 are one byte, their exponent, whatever is said here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -26,6 +29,61 @@ pub enum ScaleType {
     Q6K,
     /// 6-bit scales of 8 groups of 32 weights, of IQ4_XS in llama.cpp.
     Iq4Xs,
+}
+
+/// Scales or minimums of groups in memory: as f16 where they are stored so, since kernels read them faster.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum GroupValues {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+}
+
+impl GroupValues {
+    /// Returns numbers, which are f16 ones already where they `are_halves`.
+    pub fn new(values: Vec<f32>, are_halves: bool) -> Self {
+        match are_halves && !values.is_empty() {
+            true => GroupValues::F16(values.into_iter().map(f16::from_f32).collect()),
+            false => GroupValues::F32(values),
+        }
+    }
+
+    pub fn none() -> Self {
+        GroupValues::F32(vec![])
+    }
+
+    pub fn len(&self) -> usize {
+        self.view().len()
+    }
+
+    /// Returns one of them; `None` where there are fewer.
+    pub fn get(&self, place: usize) -> Option<f32> {
+        match self {
+            GroupValues::F32(all) => all.get(place).copied(),
+            GroupValues::F16(all) => all.get(place).map(|value| value.to_f32()),
+        }
+    }
+
+    pub fn floats(&self) -> Cow<'_, [f32]> {
+        match self {
+            GroupValues::F32(all) => all.into(),
+            GroupValues::F16(all) => all.iter().map(|value| value.to_f32()).collect(),
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        match self {
+            GroupValues::F32(all) => 4 * all.len(),
+            GroupValues::F16(all) => 2 * all.len(),
+        }
+    }
+
+    /// Returns them as kernels take them.
+    pub fn view(&self) -> GroupNumbers<'_> {
+        match self {
+            GroupValues::F32(all) => GroupNumbers::F32(all),
+            GroupValues::F16(all) => GroupNumbers::F16(all),
+        }
+    }
 }
 
 /// Weights of a super-block.

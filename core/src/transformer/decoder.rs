@@ -1,75 +1,32 @@
 //! Decoders of Llama's kind: blocks of attention over the tokens before, and gated units.
 
-use ndarray::{Array2, ArrayView2, s};
+use std::sync::{Mutex, PoisonError};
 
-use super::kv_cache::{BlockCache, KvCache};
+use ndarray::Array2;
+
+use super::config::DecoderConfig;
+use super::decoder_block::{DecoderBlock, RunningBlock, Workspace, check_norm, check_shape};
+use super::kv_cache::{CacheType, KvCache};
+use super::linears::Linears;
 use super::norm::Norm;
-use super::rotary::{Angles, Rotary};
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Activation, SharedLayer};
-use crate::linalg::{in_pool, matmul, matmul_nt, on_all_threads};
-
-/// Queries that are scored at a time.
-const TILE: usize = 128;
+use crate::layer::{Accuracy, SharedLayer};
+use crate::linalg::require_finite;
 
 /// Tokens that go through all blocks at a time.
 const CHUNK: usize = 512;
 
-/// Multiply-adds of an attention below which one thread does it all.
-const PARALLEL_FROM: usize = 1 << 20;
-
-/// The layers of a block, of any method.
-#[derive(Debug, Clone)]
-pub struct DecoderBlock {
-    /// Before the attention.
-    pub attention_norm: Norm,
-    /// `[heads · head_dim, features]`.
-    pub query: SharedLayer,
-    /// `[kv heads · head_dim, features]`.
-    pub key: SharedLayer,
-    /// `[kv heads · head_dim, features]`.
-    pub value: SharedLayer,
-    /// `[features, heads · head_dim]`.
-    pub output: SharedLayer,
-    /// Of each head's queries, before they are turned.
-    pub query_norm: Option<Norm>,
-    /// Of each head's keys.
-    pub key_norm: Option<Norm>,
-    /// Before the feed-forward network.
-    pub feed_forward_norm: Norm,
-    /// `[hidden, features]`, whose outputs go through the activation.
-    pub gate: SharedLayer,
-    /// `[hidden, features]`.
-    pub up: SharedLayer,
-    /// `[features, hidden]`.
-    pub down: SharedLayer,
-}
-
-/// How the blocks of a decoder attend.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DecoderConfig {
-    /// Heads of queries.
-    pub heads: usize,
-    /// Heads of keys and values, of which each serves as many heads of queries.
-    pub kv_heads: usize,
-    /// Numbers of a head.
-    pub head_dim: usize,
-    /// Positions.
-    pub rotary: Rotary,
-    /// How many tokens a token sees, itself counted; `None` for all before it.
-    pub window: Option<usize>,
-    /// What gates go through.
-    pub activation: Activation,
-}
-
 /// A decoder with its embedding and head: from tokens to the logits of the next ones.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
     embedding: SharedLayer,
-    blocks: Vec<DecoderBlock>,
+    blocks: Vec<RunningBlock>,
     norm: Norm,
     head: SharedLayer,
+    running_head: Linears,
+    /// Of passes that have ended, for those to come.
+    workspaces: Mutex<Vec<Workspace>>,
 }
 
 /// Of which tokens logits are wanted.
@@ -79,6 +36,15 @@ pub enum Logits {
     Last,
     /// Of all.
     All,
+}
+
+/// Tokens that follow those in the cache of a text.
+#[derive(Debug)]
+pub struct Continuation<'a> {
+    /// The tokens, one at least.
+    pub tokens: &'a [u32],
+    /// What came before them; afterwards, they are in it.
+    pub cache: &'a mut KvCache,
 }
 
 impl Decoder {
@@ -93,53 +59,38 @@ impl Decoder {
         norm: Norm,
         head: SharedLayer,
     ) -> Result<Self> {
-        let DecoderConfig { heads, kv_heads, head_dim, ref rotary, window, .. } = config;
-        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || window == Some(0) {
-            let found = format!("{heads} heads of queries, {kv_heads} of keys, window {window:?}");
-            return Err(Error::expected(
-                "heads of a decoder",
-                found,
-                "a multiple of those of keys, and a window above 0",
-            ));
-        }
-        if rotary.dimensions() > head_dim {
-            let found = format!("{} of {head_dim}", rotary.dimensions());
-            return Err(Error::expected("numbers of a head that are turned", found, "no more than it has"));
-        }
+        config.check()?;
         let features = embedding.in_features();
-        let check = |what: String, layer: &SharedLayer, out: usize, input: usize| {
-            layer.require_linear()?;
-            let found = [layer.out_features(), layer.in_features()];
-            match found == [out, input] {
-                true => Ok(()),
-                false => {
-                    Err(Error::expected(format!("shape of {what}"), format!("{found:?}"), format!("[{out}, {input}]")))
-                }
-            }
-        };
-        let norms = |what: String, norm: &Norm, features: usize| match norm.features() == features {
-            true => Ok(()),
-            false => Err(Error::expected(format!("features of {what}"), norm.features(), features)),
-        };
-        for (number, block) in blocks.iter().enumerate() {
-            let of = |part: &str| format!("the {part} of block {number}");
-            let hidden = block.up.out_features();
-            check(of("query"), &block.query, heads * head_dim, features)?;
-            check(of("key"), &block.key, kv_heads * head_dim, features)?;
-            check(of("value"), &block.value, kv_heads * head_dim, features)?;
-            check(of("output"), &block.output, features, heads * head_dim)?;
-            check(of("gate"), &block.gate, hidden, features)?;
-            check(of("up"), &block.up, hidden, features)?;
-            check(of("down"), &block.down, features, hidden)?;
-            norms(of("attention norm"), &block.attention_norm, features)?;
-            norms(of("feed-forward norm"), &block.feed_forward_norm, features)?;
-            for norm in block.query_norm.iter().chain(&block.key_norm) {
-                norms(of("norm of queries and keys"), norm, head_dim)?;
-            }
+        let running = |(number, block)| RunningBlock::new(&config, number, features, block);
+        let blocks = blocks.into_iter().enumerate().map(running).collect::<Result<Vec<_>>>()?;
+        check_norm("the last norm".into(), &norm, features)?;
+        check_shape("the head".into(), &head, embedding.out_features(), features)?;
+        let running_head = Linears::new(&[&head]);
+        Ok(Decoder { config, embedding, blocks, norm, head, running_head, workspaces: Mutex::default() })
+    }
+
+    /// Returns the same decoder with other layers in place of its own, those that `change` gives for each.
+    ///
+    /// # Errors
+    /// When `change` fails, or a layer does not fit.
+    pub fn with_layers(&self, mut change: impl FnMut(&SharedLayer) -> Result<SharedLayer>) -> Result<Self> {
+        let is_tied = std::ptr::addr_eq(&*self.head, &*self.embedding);
+        let embedding = change(&self.embedding)?;
+        let head = if is_tied { embedding.clone() } else { change(&self.head)? };
+        let mut blocks = vec![];
+        for block in self.blocks() {
+            blocks.push(DecoderBlock {
+                query: change(&block.query)?,
+                key: change(&block.key)?,
+                value: change(&block.value)?,
+                output: change(&block.output)?,
+                gate: change(&block.gate)?,
+                up: change(&block.up)?,
+                down: change(&block.down)?,
+                ..block.clone()
+            });
         }
-        norms("the last norm".into(), &norm, features)?;
-        check("the head".into(), &head, embedding.out_features(), features)?;
-        Ok(Decoder { config, embedding, blocks, norm, head })
+        Decoder::new(self.config.clone(), embedding, blocks, self.norm.clone(), head)
     }
 
     /// Returns the number of tokens that it knows.
@@ -173,19 +124,27 @@ impl Decoder {
     }
 
     /// Returns the blocks.
-    pub fn blocks(&self) -> &[DecoderBlock] {
-        &self.blocks
+    pub fn blocks(&self) -> impl ExactSizeIterator<Item = &DecoderBlock> {
+        self.blocks.iter().map(RunningBlock::layers)
+    }
+
+    /// Returns the memory that the layers take, in bytes; a head that is the embedding counts once.
+    pub fn memory_bytes(&self) -> usize {
+        let of_block = |block: &DecoderBlock| block.linears().map(|layer| layer.memory_bytes()).sum::<usize>();
+        let is_tied = std::ptr::addr_eq(&*self.head, &*self.embedding);
+        let head = if is_tied { 0 } else { self.head.memory_bytes() };
+        self.embedding.memory_bytes() + head + self.blocks().map(of_block).sum::<usize>()
     }
 
     /// Returns a cache for a text that has not begun.
-    pub fn cache(&self) -> KvCache {
-        KvCache::new(self.blocks.len(), self.config.kv_heads, self.config.head_dim)
+    pub fn cache(&self, kind: CacheType) -> KvCache {
+        KvCache::new(kind, self.blocks.len(), self.config.kv_heads, self.config.head_dim)
     }
 
     /// Reads tokens that follow those in the cache, and returns the logits `[tokens or 1, vocabulary]` of what comes next.
     ///
     /// # Errors
-    /// When there are none, one is not known, or a number is not finite.
+    /// When there are none, one is not known, the cache is another decoder's, or a number is not finite. The cache is then as it was.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -193,136 +152,121 @@ impl Decoder {
         logits: Logits,
         accuracy: Accuracy,
     ) -> Result<Array2<f32>> {
-        if tokens.is_empty() {
-            return Err(Error::expected("tokens to read", "none", "one at least"));
+        let mut found = vec![];
+        self.forward_into(&mut [Continuation { tokens, cache }], logits, accuracy, &mut found)?;
+        let rows = found.len() / self.vocabulary().max(1);
+        Ok(Array2::from_shape_vec((rows, self.vocabulary()), found).expect("rows of logits"))
+    }
+
+    /// Does what [`Decoder::forward`] does for several texts at once: each weight is read once for all of them. The logits, row after
+    /// row and text after text, replace what is in `logits`.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`]. All caches are then as they were.
+    pub fn forward_into(
+        &self,
+        texts: &mut [Continuation],
+        wanted: Logits,
+        accuracy: Accuracy,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
+        logits.clear();
+        for text in texts.iter() {
+            if text.tokens.is_empty() {
+                return Err(Error::expected("tokens to read", "none", "one at least"));
+            }
+            let fits = |block: &super::kv_cache::BlockCache| {
+                let is_width = |head: &super::kv_cache::HeadCache| head.keys.width == self.config.head_dim;
+                block.heads.len() == self.config.kv_heads && block.heads.iter().all(is_width)
+            };
+            if text.cache.blocks.len() != self.blocks.len() || !text.cache.blocks.iter().all(fits) {
+                return Err(Error::expected("cache of keys and values", "another decoder's", "one of this decoder"));
+            }
         }
-        let before = cache.len();
-        let read = self.read(tokens, cache, logits, accuracy);
+        let lock = || self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut workspace = lock().pop().unwrap_or_default();
+        let read = self.read(texts, wanted, accuracy, &mut workspace, logits);
+        lock().push(workspace);
+        read
+    }
+
+    fn read(
+        &self,
+        texts: &mut [Continuation],
+        wanted: Logits,
+        accuracy: Accuracy,
+        workspace: &mut Workspace,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
+        let all: usize = texts.iter().map(|text| text.tokens.len()).sum();
+        if all <= CHUNK {
+            let read = self.read_at_once(texts, 0, wanted, accuracy, workspace, logits);
+            if read.is_err() {
+                // Tokens that have not gone through all of it are not counted.
+                texts.iter_mut().for_each(|text| text.cache.truncate(text.cache.len()));
+            }
+            return read;
+        }
+        let befores: Vec<usize> = texts.iter().map(|text| text.cache.len()).collect();
+        let mut some = vec![];
+        let mut read = || {
+            for text in texts.iter_mut() {
+                let length = text.cache.len() + text.tokens.len();
+                let mut left = text.tokens.len();
+                for tokens in text.tokens.chunks(CHUNK) {
+                    left -= tokens.len();
+                    let part = &mut [Continuation { tokens, cache: &mut *text.cache }];
+                    self.read_at_once(part, length, wanted, accuracy, workspace, &mut some)?;
+                    if wanted == Logits::All || left == 0 {
+                        logits.extend_from_slice(&some);
+                    }
+                }
+            }
+            Ok(())
+        };
+        let read = read();
         if read.is_err() {
-            cache.truncate(before);
+            texts.iter_mut().zip(befores).for_each(|(text, before)| text.cache.truncate(before));
         }
         read
     }
 
-    fn read(&self, tokens: &[u32], cache: &mut KvCache, logits: Logits, accuracy: Accuracy) -> Result<Array2<f32>> {
-        let length = cache.len() + tokens.len();
-        let mut all = match logits {
-            Logits::All => Array2::zeros((tokens.len(), self.vocabulary())),
-            Logits::Last => Array2::zeros((1, self.vocabulary())),
-        };
-        let mut first = 0;
-        for chunk in tokens.chunks(CHUNK) {
-            let mut x = self.embedding.rows(chunk)?;
-            let start = cache.len();
-            let angles: Vec<Angles> =
-                (start..start + chunk.len()).map(|position| self.config.rotary.at(position, length)).collect();
-            for (number, block) in self.blocks.iter().enumerate() {
-                self.block(block, &mut x, cache.block(number), &angles, accuracy)?;
-            }
-            cache.seen(chunk.len());
-            match logits {
-                Logits::All => {
-                    let y = self.head.forward(self.norm.of(x.view()).view(), accuracy)?.y;
-                    all.slice_mut(s![first..first + chunk.len(), ..]).assign(&y);
-                }
-                Logits::Last if first + chunk.len() == tokens.len() => {
-                    let last = x.slice(s![chunk.len() - 1.., ..]);
-                    all = self.head.forward(self.norm.of(last).view(), accuracy)?.y;
-                }
-                Logits::Last => {}
-            }
-            first += chunk.len();
-        }
-        Ok(all)
-    }
-
-    /// One block: attention and feed-forward network, each added to what came in.
-    fn block(
+    /// Reads all tokens in one pass; positions are those of texts that will be `length` tokens long at least.
+    fn read_at_once(
         &self,
-        block: &DecoderBlock,
-        x: &mut Array2<f32>,
-        cache: &mut BlockCache,
-        angles: &[Angles],
+        texts: &mut [Continuation],
+        length: usize,
+        wanted: Logits,
         accuracy: Accuracy,
+        workspace: &mut Workspace,
+        logits: &mut Vec<f32>,
     ) -> Result<()> {
-        let run = |layer: &SharedLayer, x: ArrayView2<f32>| Ok::<_, Error>(layer.forward(x, accuracy)?.y);
-        let normed = block.attention_norm.of(x.view());
-        let mut q = run(&block.query, normed.view())?;
-        let mut k = run(&block.key, normed.view())?;
-        let v = run(&block.value, normed.view())?;
-        self.turn(&mut q, block.query_norm.as_ref(), angles);
-        self.turn(&mut k, block.key_norm.as_ref(), angles);
-        cache.extend(k.view(), v.view());
-        let attended = self.attend(q.view(), cache);
-        *x += &run(&block.output, attended.view())?;
-        let normed = block.feed_forward_norm.of(x.view());
-        let mut hidden = run(&block.gate, normed.view())?;
-        let up = run(&block.up, normed.view())?;
-        hidden.zip_mut_with(&up, |gate, up| *gate = self.config.activation.eval(*gate) * up);
-        *x += &run(&block.down, hidden.view())?;
+        let features = self.features();
+        workspace.x.clear();
+        workspace.begin_angles();
+        for text in texts.iter() {
+            workspace.x.extend(self.embedding.rows(text.tokens)?.iter());
+            let (start, tokens) = (text.cache.len(), text.tokens.len());
+            workspace.turn_from(&self.config, start, tokens, length.max(start + tokens));
+        }
+        for (number, block) in self.blocks.iter().enumerate() {
+            let caches = texts.iter_mut().map(|text| (text.tokens.len(), &mut text.cache.blocks[number]));
+            block.forward(&self.config, workspace, caches, accuracy, None)?;
+        }
+        if wanted == Logits::Last {
+            // The last token of each text, one after another.
+            let (mut end, mut place) = (0, 0);
+            for text in texts.iter() {
+                end += text.tokens.len();
+                workspace.x.copy_within((end - 1) * features..end * features, place * features);
+                place += 1;
+            }
+            workspace.x.truncate(place * features);
+        }
+        require_finite("the features behind the last block", workspace.x.iter())?;
+        self.norm.write(&workspace.x, &mut workspace.normed);
+        self.running_head.forward(&workspace.normed, accuracy, &mut [logits], &mut workspace.inputs)?;
+        texts.iter_mut().for_each(|text| text.cache.seen(text.tokens.len()));
         Ok(())
     }
-
-    /// Norms and turns each head of each token.
-    fn turn(&self, heads: &mut Array2<f32>, norm: Option<&Norm>, angles: &[Angles]) {
-        for (mut row, angles) in heads.rows_mut().into_iter().zip(angles) {
-            let row = row.as_slice_mut().expect("rows of an owned array");
-            for head in row.chunks_exact_mut(self.config.head_dim) {
-                if let Some(norm) = norm {
-                    norm.apply(head);
-                }
-                angles.turn(head);
-            }
-        }
-    }
-
-    /// Attention of the last tokens, whose queries are `[tokens, heads · head_dim]`, to those of the cache that they see.
-    fn attend(&self, q: ArrayView2<f32>, cache: &BlockCache) -> Array2<f32> {
-        let DecoderConfig { heads, kv_heads, head_dim, window, .. } = self.config;
-        let (tokens, group) = (q.nrows(), heads / kv_heads);
-        let length = cache.head(0).0.nrows();
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let mut output = Array2::<f32>::zeros((tokens, heads * head_dim));
-        let mut parts = vec![];
-        for (head, columns) in output.axis_chunks_iter_mut(ndarray::Axis(1), head_dim).enumerate() {
-            parts.push((head, columns));
-        }
-        let work = |(head, mut out): (usize, ndarray::ArrayViewMut2<f32>)| {
-            let (keys, values) = cache.head(head / group);
-            for first in (0..tokens).step_by(TILE) {
-                let end = tokens.min(first + TILE);
-                // Positions of the tile's first and last queries among the keys.
-                let (low, high) = (length - tokens + first, length - tokens + end);
-                let begin = window.map_or(0, |window| (low + 1).saturating_sub(window));
-                let q = q.slice(s![first..end, head * head_dim..(head + 1) * head_dim]);
-                let mut scores = matmul_nt(q, keys.slice(s![begin..high, ..]));
-                for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
-                    let position = low + i;
-                    let seen = begin.max(window.map_or(0, |window| (position + 1).saturating_sub(window)));
-                    let row = row.as_slice_mut().expect("rows of an owned array");
-                    softmax(row, scale, seen - begin..position + 1 - begin);
-                }
-                out.slice_mut(s![first..end, ..]).assign(&matmul(scores.view(), values.slice(s![begin..high, ..])));
-            }
-        };
-        if tokens * length * heads * head_dim < PARALLEL_FROM {
-            parts.into_iter().for_each(work);
-        } else {
-            in_pool(|| on_all_threads(parts, work));
-        }
-        output
-    }
-}
-
-/// Replaces scores by their shares, of those that are seen; others are 0.
-fn softmax(row: &mut [f32], scale: f32, seen: std::ops::Range<usize>) {
-    let most = row[seen.clone()].iter().fold(f32::NEG_INFINITY, |most, v| most.max(*v));
-    let mut sum = 0.0;
-    for score in &mut row[seen.clone()] {
-        *score = ((*score - most) * scale).exp();
-        sum += *score;
-    }
-    row[..seen.start].fill(0.0);
-    row[seen.end..].fill(0.0);
-    row[seen].iter_mut().for_each(|share| *share /= sum);
 }

@@ -1,28 +1,82 @@
 //! Keys and values of the tokens that a decoder has seen.
 
-use ndarray::{ArrayView2, s};
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::kernels::{SparseRow, accumulate, dots, widen};
+
+/// What keys and values are kept as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheType {
+    /// As they are.
+    #[default]
+    F32,
+    /// Half the memory, to a relative 5e-4.
+    F16,
+    /// A quarter of the memory: each token's key and value of a head with a scale, to 1/254 of its largest number.
+    Int8,
+}
+
+impl fmt::Display for CacheType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CacheType::F32 => "f32",
+            CacheType::F16 => "f16",
+            CacheType::Int8 => "int8",
+        })
+    }
+}
+
+impl FromStr for CacheType {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        [CacheType::F32, CacheType::F16, CacheType::Int8]
+            .into_iter()
+            .find(|kind| kind.to_string() == name)
+            .ok_or_else(|| Error::expected("type of a cache", format!("'{name}'"), "f32, f16 or int8"))
+    }
+}
 
 /// The keys and values of all blocks of a decoder, for one text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCache {
-    blocks: Vec<BlockCache>,
+    kind: CacheType,
+    pub(super) blocks: Vec<BlockCache>,
     /// Tokens that all blocks have seen.
     length: usize,
 }
 
-/// The keys and values of one block: `[tokens, head_dim]` for each head of keys.
+/// The keys and values of one block, of each head of keys.
 #[derive(Debug, Clone, PartialEq)]
-pub struct BlockCache {
-    width: usize,
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+pub(super) struct BlockCache {
+    pub(super) heads: Vec<HeadCache>,
+}
+
+/// The keys and values of a head, `[tokens, head_dim]` each.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct HeadCache {
+    pub(super) keys: Rows,
+    pub(super) values: Rows,
 }
 
 impl KvCache {
     /// Returns an empty cache for so many blocks, heads of keys, and numbers of a head.
-    pub fn new(blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
-        let block = BlockCache { width: head_dim, keys: vec![vec![]; kv_heads], values: vec![vec![]; kv_heads] };
-        KvCache { blocks: vec![block; blocks], length: 0 }
+    pub fn new(kind: CacheType, blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let rows = Rows { width: head_dim, numbers: Numbers::new(kind) };
+        let block = BlockCache { heads: vec![HeadCache { keys: rows.clone(), values: rows }; kv_heads] };
+        KvCache { kind, blocks: vec![block; blocks], length: 0 }
+    }
+
+    /// Returns what keys and values are kept as.
+    pub fn kind(&self) -> CacheType {
+        self.kind
     }
 
     /// Returns the number of tokens that it holds.
@@ -37,69 +91,210 @@ impl KvCache {
 
     /// Returns the bytes that keys and values take.
     pub fn memory_bytes(&self) -> usize {
-        let floats = |block: &BlockCache| block.keys.iter().chain(&block.values).map(Vec::len).sum::<usize>();
-        4 * self.blocks.iter().map(floats).sum::<usize>()
+        self.all().map(Rows::bytes).sum()
+    }
+
+    /// Makes room for so many more tokens, so that reading them takes no further memory.
+    pub fn reserve(&mut self, tokens: usize) {
+        self.all_mut().for_each(|rows| rows.reserve(tokens));
     }
 
     /// Forgets all tokens but the first `length`.
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
-        for block in &mut self.blocks {
-            let most = self.length * block.width;
-            block.keys.iter_mut().chain(&mut block.values).for_each(|rows| rows.truncate(most));
-        }
-    }
-
-    /// Returns one block's part.
-    pub(super) fn block(&mut self, block: usize) -> &mut BlockCache {
-        &mut self.blocks[block]
+        let length = self.length;
+        self.all_mut().for_each(|rows| rows.truncate(length));
     }
 
     /// Counts tokens that every block has seen.
     pub(super) fn seen(&mut self, tokens: usize) {
         self.length += tokens;
     }
+
+    fn all(&self) -> impl Iterator<Item = &Rows> {
+        self.blocks.iter().flat_map(|block| &block.heads).flat_map(|head| [&head.keys, &head.values])
+    }
+
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut Rows> {
+        self.blocks.iter_mut().flat_map(|block| &mut block.heads).flat_map(|head| [&mut head.keys, &mut head.values])
+    }
 }
 
 impl BlockCache {
     /// Adds the keys and values `[tokens, kv heads · head_dim]` of tokens.
-    pub(super) fn extend(&mut self, keys: ArrayView2<f32>, values: ArrayView2<f32>) {
-        for (new, all) in [(keys, &mut self.keys), (values, &mut self.values)] {
-            for (head, rows) in all.iter_mut().enumerate() {
-                let own = new.slice(s![.., head * self.width..(head + 1) * self.width]);
-                rows.extend(own.iter());
+    pub(super) fn extend(&mut self, keys: &[f32], values: &[f32]) {
+        let heads = self.heads.len();
+        for (number, head) in self.heads.iter_mut().enumerate() {
+            for (new, rows) in [(keys, &mut head.keys), (values, &mut head.values)] {
+                new.chunks_exact(rows.width).skip(number).step_by(heads).for_each(|row| rows.push(row));
+            }
+        }
+    }
+}
+
+/// Rows of equally many numbers.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Rows {
+    pub(super) width: usize,
+    pub(super) numbers: Numbers,
+}
+
+/// The numbers of rows.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Numbers {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    /// With each row's scale.
+    Int8(Vec<i8>, Vec<f32>),
+}
+
+impl Numbers {
+    fn new(kind: CacheType) -> Self {
+        match kind {
+            CacheType::F32 => Numbers::F32(vec![]),
+            CacheType::F16 => Numbers::F16(vec![]),
+            CacheType::Int8 => Numbers::Int8(vec![], vec![]),
+        }
+    }
+}
+
+impl Rows {
+    pub(super) fn len(&self) -> usize {
+        let numbers = match &self.numbers {
+            Numbers::F32(all) => all.len(),
+            Numbers::F16(all) => all.len(),
+            Numbers::Int8(all, _) => all.len(),
+        };
+        numbers / self.width
+    }
+
+    fn bytes(&self) -> usize {
+        match &self.numbers {
+            Numbers::F32(all) => 4 * all.len(),
+            Numbers::F16(all) => 2 * all.len(),
+            Numbers::Int8(all, scales) => all.len() + 4 * scales.len(),
+        }
+    }
+
+    fn reserve(&mut self, rows: usize) {
+        match &mut self.numbers {
+            Numbers::F32(all) => all.reserve(rows * self.width),
+            Numbers::F16(all) => all.reserve(rows * self.width),
+            Numbers::Int8(all, scales) => {
+                all.reserve(rows * self.width);
+                scales.reserve(rows);
             }
         }
     }
 
-    /// Returns the keys and the values of a head, `[tokens, head_dim]` each.
-    pub(super) fn head(&self, head: usize) -> (ArrayView2<'_, f32>, ArrayView2<'_, f32>) {
-        (rows(&self.keys[head], self.width), rows(&self.values[head], self.width))
+    fn truncate(&mut self, rows: usize) {
+        match &mut self.numbers {
+            Numbers::F32(all) => all.truncate(rows * self.width),
+            Numbers::F16(all) => all.truncate(rows * self.width),
+            Numbers::Int8(all, scales) => {
+                all.truncate(rows * self.width);
+                scales.truncate(rows);
+            }
+        }
     }
-}
 
-fn rows(all: &[f32], width: usize) -> ArrayView2<'_, f32> {
-    ArrayView2::from_shape((all.len() / width, width), all).expect("whole rows")
+    fn push(&mut self, row: &[f32]) {
+        match &mut self.numbers {
+            Numbers::F32(all) => all.extend_from_slice(row),
+            Numbers::F16(all) => all.extend(row.iter().map(|v| f16::from_f32(*v))),
+            Numbers::Int8(all, scales) => {
+                let most = row.iter().fold(0f32, |most, v| most.max(v.abs()));
+                // A row that is not finite stays so by its scale.
+                let sum = row.iter().sum::<f32>() * 0.0;
+                let scale = most / 127.0 + sum;
+                let steps = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                all.extend(row.iter().map(|v| (v * steps).round() as i8));
+                scales.push(scale);
+            }
+        }
+    }
+
+    /// Writes each row's inner product with `x`.
+    pub(super) fn dots(&self, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+        let range = rows.start * self.width..rows.end * self.width;
+        match &self.numbers {
+            Numbers::F32(all) => dots(&all[range], x, out),
+            Numbers::F16(all) => dots(&all[range], x, out),
+            Numbers::Int8(all, scales) => {
+                dots(&all[range], x, out);
+                out.iter_mut().zip(&scales[rows]).for_each(|(out, scale)| *out *= scale);
+            }
+        }
+    }
+
+    /// Adds rows, numbered from `first` on, times their weights to `y`.
+    pub(super) fn add_weighted(&self, first: usize, weights: &mut SparseRow, y: &mut [f32]) {
+        let start = first * self.width;
+        match &self.numbers {
+            Numbers::F32(all) => accumulate(&all[start..], self.width, 0, weights, y),
+            Numbers::F16(all) => accumulate(&all[start..], self.width, 0, weights, y),
+            Numbers::Int8(all, scales) => {
+                weights.iter_mut().for_each(|(row, weight)| *weight *= scales[first + *row as usize]);
+                accumulate(&all[start..], self.width, 0, weights, y);
+            }
+        }
+    }
+
+    /// Returns rows as floats, by way of `scratch` where they are none.
+    pub(super) fn floats<'a>(&'a self, rows: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        let range = rows.start * self.width..rows.end * self.width;
+        if let Numbers::F32(all) = &self.numbers {
+            return &all[range];
+        }
+        scratch.resize(range.len(), 0.0);
+        match &self.numbers {
+            Numbers::F32(_) => {}
+            Numbers::F16(all) => widen(&all[range], scratch),
+            Numbers::Int8(all, scales) => {
+                widen(&all[range], scratch);
+                for (row, scale) in scratch.chunks_exact_mut(self.width).zip(&scales[rows]) {
+                    row.iter_mut().for_each(|v| *v *= scale);
+                }
+            }
+        }
+        scratch
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use ndarray::arr2;
-
     use super::*;
 
     #[test]
     fn heads_have_their_own_rows() {
-        let mut cache = KvCache::new(2, 2, 1);
-        for block in 0..2 {
-            cache.block(block).extend(arr2(&[[1.0, 2.0], [3.0, 4.0]]).view(), arr2(&[[5.0, 6.0], [7.0, 8.0]]).view());
+        for (kind, bytes) in [(CacheType::F32, 4 * 16), (CacheType::F16, 2 * 16), (CacheType::Int8, 16 + 4 * 16)] {
+            let mut cache = KvCache::new(kind, 2, 2, 1);
+            for block in &mut cache.blocks {
+                block.extend(&[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0, 7.0, 8.0]);
+            }
+            cache.seen(2);
+            let head = &cache.blocks[1].heads[1];
+            let floats = |rows: &Rows| rows.floats(0..2, &mut vec![]).to_vec();
+            assert_eq!((floats(&head.keys), floats(&head.values)), (vec![2.0, 4.0], vec![6.0, 8.0]));
+            assert_eq!((cache.len(), cache.memory_bytes(), head.keys.len()), (2, bytes, 2));
+            assert_eq!(kind.to_string().parse::<CacheType>().unwrap(), kind);
+            cache.truncate(1);
+            assert_eq!(cache.blocks[0].heads[0].keys.floats(0..1, &mut vec![]), [1.0]);
+            assert!(!cache.is_empty() && cache.memory_bytes() == bytes / 2);
         }
-        cache.seen(2);
-        let (keys, values) = cache.block(1).head(1);
-        assert_eq!((keys, values), (arr2(&[[2.0], [4.0]]).view(), arr2(&[[6.0], [8.0]]).view()));
-        assert_eq!((cache.len(), cache.memory_bytes()), (2, 4 * 16));
-        cache.truncate(1);
-        assert_eq!(cache.block(0).head(0).0, arr2(&[[1.0]]));
-        assert!(!cache.is_empty() && cache.memory_bytes() == 32);
+        assert!("q4".parse::<CacheType>().is_err());
+    }
+
+    #[test]
+    fn rows_that_are_not_finite_stay_so() {
+        for wrong in [f32::NAN, f32::INFINITY] {
+            for kind in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+                let mut rows = Rows { width: 2, numbers: Numbers::new(kind) };
+                rows.push(&[1.0, wrong]);
+                let mut out = [0.0];
+                rows.dots(0..1, &[1.0, 1.0], &mut out);
+                assert!(!out[0].is_finite(), "{kind}: {out:?}");
+            }
+        }
     }
 }

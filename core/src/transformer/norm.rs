@@ -53,6 +53,13 @@ impl Norm {
         }
     }
 
+    /// Writes rows `[rows, features]`, one after another, normalised.
+    pub(super) fn write(&self, x: &[f32], y: &mut Vec<f32>) {
+        y.clear();
+        y.extend_from_slice(x);
+        y.chunks_exact_mut(self.features().max(1)).for_each(|row| self.apply(row));
+    }
+
     /// Returns rows `[rows, features]`, normalised.
     ///
     /// # Panics

@@ -106,6 +106,13 @@ impl Rotary {
 
     /// Returns the cosines and sines of the angles at a position of a text of this length.
     pub fn at(&self, position: usize, length: usize) -> Angles {
+        let mut angles = Angles::default();
+        self.write(position, length, &mut angles);
+        angles
+    }
+
+    /// Does what [`Rotary::at`] does, in memory that is there.
+    pub(super) fn write(&self, position: usize, length: usize, angles: &mut Angles) {
         let longer = match self.scaling {
             RotaryScaling::Dynamic { factor, original } if length > original => {
                 let (d, ratio) = (self.dimensions as f64, length as f64 / original as f64);
@@ -114,14 +121,18 @@ impl Rotary {
             }
             _ => None,
         };
-        let angles = longer.as_ref().unwrap_or(&self.frequencies).iter().map(|f| position as f32 * f);
-        let (cosines, sines) = angles.map(|angle| (angle.cos() * self.factor, angle.sin() * self.factor)).unzip();
-        Angles { cosines, sines }
+        angles.cosines.clear();
+        angles.sines.clear();
+        for frequency in longer.as_ref().unwrap_or(&self.frequencies) {
+            let angle = position as f32 * frequency;
+            angles.cosines.push(angle.cos() * self.factor);
+            angles.sines.push(angle.sin() * self.factor);
+        }
     }
 }
 
 /// The cosines and sines of one position.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Angles {
     cosines: Vec<f32>,
     sines: Vec<f32>,

@@ -1,7 +1,8 @@
 use ndarray::{Array1, Array2, s};
 
 use super::*;
-use crate::layer::{Accuracy, Activation, DenseLayer, Layer, SharedLayer};
+use crate::layer::{Accuracy, Activation, ActivationFormat, DenseLayer, Layer, LowRankLayer, SharedLayer};
+use crate::quant::{Clipping, PackedMatrix, WeightFormat};
 
 fn numbers(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
     Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 31 + j * 17 + seed * 7) % 23) as f32 / 23.0 - 0.5)
@@ -105,11 +106,11 @@ fn a_text_is_read_as_a_reference_reads_it() {
     for window in [None, Some(1), Some(9), Some(133)] {
         let decoder = decoder(window);
         let expected = reference(&decoder, &tokens);
-        let mut cache = decoder.cache();
+        let mut cache = decoder.cache(CacheType::F32);
         close(&decoder.forward(&tokens, &mut cache, Logits::All, Accuracy::Full).unwrap(), &expected);
         assert_eq!(cache.len(), 140);
         // In parts, and token by token.
-        let mut cache = decoder.cache();
+        let mut cache = decoder.cache(CacheType::F32);
         let mut last = Array2::zeros((0, 0));
         for part in [&tokens[..100], &tokens[100..137], &tokens[137..138], &tokens[138..]] {
             last = decoder.forward(part, &mut cache, Logits::Last, Accuracy::Full).unwrap();
@@ -125,7 +126,7 @@ fn a_text_is_read_as_a_reference_reads_it() {
 #[test]
 fn what_cannot_be_read_leaves_the_cache_as_it_was() {
     let decoder = decoder(None);
-    let mut cache = decoder.cache();
+    let mut cache = decoder.cache(CacheType::F32);
     decoder.forward(&[1, 2], &mut cache, Logits::Last, Accuracy::Full).unwrap();
     let before = cache.clone();
     for wrong in [&[][..], &[3, 30], &[u32::MAX]] {
@@ -138,7 +139,7 @@ fn what_cannot_be_read_leaves_the_cache_as_it_was() {
 fn layers_have_to_fit() {
     let good = decoder(None);
     let with = |change: &dyn Fn(&mut DecoderBlock, &mut DecoderConfig)| {
-        let (mut blocks, mut config) = (good.blocks().to_vec(), good.config().clone());
+        let (mut blocks, mut config) = (good.blocks().cloned().collect::<Vec<_>>(), good.config().clone());
         change(&mut blocks[1], &mut config);
         Decoder::new(config, good.embedding().clone(), blocks, good.norm().clone(), good.head().clone())
             .unwrap_err()
@@ -148,4 +149,131 @@ fn layers_have_to_fit() {
     assert!(with(&|block, _| block.down = layer(16, 21, 0)).contains("the down of block 1"));
     assert!(with(&|_, config| config.kv_heads = 3).contains("4 heads of queries, 3 of keys"));
     assert!(with(&|_, config| config.window = Some(0)).contains("window"));
+}
+
+/// The layer, its weight in this many bits.
+fn packed(layer: &SharedLayer, format: &str, activations: ActivationFormat) -> SharedLayer {
+    let format: WeightFormat = serde_json::from_str(format).unwrap();
+    let weight = layer.weight().unwrap();
+    let weight = PackedMatrix::quantize(weight.view(), format, Clipping::Absmax, None).unwrap();
+    let bias = Array1::from_shape_fn(weight.nrows(), |i| (i % 3) as f32 / 9.0);
+    LowRankLayer::of_weight(weight, Some(bias)).unwrap().with_activations(activations).unwrap().shared()
+}
+
+/// Layers that are run at once give what each gives by itself, whatever their formats.
+#[test]
+fn packed_layers_are_run_at_once() {
+    const FORMATS: [&str; 5] = [
+        r#"{"type": "int4", "group": 8, "scales": "f16"}"#,
+        r#"{"type": "int8", "group": 16, "symmetric": true}"#,
+        r#"{"type": "int4", "group": "channel", "symmetric": true}"#,
+        r#"{"type": "int3", "group": 16}"#,
+        r#"{"type": "nf4", "group": 16, "scales": "f16"}"#,
+    ];
+    let tokens: Vec<u32> = (0..40).map(|i| (i * 7 % 30) as u32).collect();
+    let dense = decoder(Some(9));
+    for (number, activations) in [ActivationFormat::F32, ActivationFormat::Int8].into_iter().cycle().take(6).enumerate()
+    {
+        let mut place = number;
+        let changed = dense.with_layers(|layer| {
+            place += 1;
+            let features = layer.in_features();
+            let format = FORMATS[place % FORMATS.len()];
+            Ok(packed(layer, if features.is_multiple_of(16) { format } else { FORMATS[2] }, activations))
+        });
+        let at_once = changed.unwrap();
+        // The same layers, each wrapped so that it can only be run by itself.
+        let by_themselves = at_once.with_layers(|layer| Ok(Alone(layer.clone()).shared())).unwrap();
+        let read = |decoder: &Decoder, parts: &[usize]| {
+            let (mut cache, mut first, mut found) = (decoder.cache(CacheType::F32), 0, Array2::zeros((0, 30)));
+            for part in parts {
+                let own = &tokens[first..first + part];
+                let y = decoder.forward(own, &mut cache, Logits::All, Accuracy::Approximate).unwrap();
+                found.append(ndarray::Axis(0), y.view()).unwrap();
+                first += part;
+            }
+            found
+        };
+        for parts in [&[40][..], &[1; 40], &[3, 2, 13, 22]] {
+            let off = (read(&at_once, parts) - read(&by_themselves, parts)).iter().fold(0f32, |m, v| m.max(v.abs()));
+            assert!(off < 1e-4, "{number} {parts:?}: {off}");
+        }
+        // Several texts at once are each as by itself.
+        let (mut a, mut b) = (at_once.cache(CacheType::F32), at_once.cache(CacheType::F32));
+        at_once.forward(&tokens[..5], &mut a, Logits::Last, Accuracy::Approximate).unwrap();
+        let mut logits = vec![];
+        let mut texts = [
+            Continuation { tokens: &tokens[5..7], cache: &mut a },
+            Continuation { tokens: &tokens[..30], cache: &mut b },
+        ];
+        at_once.forward_into(&mut texts, Logits::Last, Accuracy::Approximate, &mut logits).unwrap();
+        let one = read(&at_once, &[5, 2]);
+        let other = read(&at_once, &[30]);
+        let expected = one.row(6).into_iter().chain(other.row(29)).copied().collect::<Vec<f32>>();
+        let off = logits.iter().zip(&expected).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(logits.len() == 60 && off < 1e-4, "{off}");
+        assert_eq!((a.len(), b.len()), (7, 30));
+    }
+}
+
+/// A layer that hides what it is made of.
+#[derive(Debug)]
+struct Alone(SharedLayer);
+
+impl Layer for Alone {
+    fn method(&self) -> crate::layer::MethodName {
+        self.0.method()
+    }
+    fn out_features(&self) -> usize {
+        self.0.out_features()
+    }
+    fn in_features(&self) -> usize {
+        self.0.in_features()
+    }
+    fn config(&self) -> serde_json::Value {
+        self.0.config()
+    }
+    fn to_parts(&self) -> crate::layer::Parts {
+        self.0.to_parts()
+    }
+    fn memory_bytes(&self) -> usize {
+        self.0.memory_bytes()
+    }
+    fn product(&self, x: ndarray::ArrayView2<f32>, accuracy: Accuracy) -> crate::Result<crate::layer::Output> {
+        self.0.product(x, accuracy)
+    }
+    fn bias(&self) -> crate::Result<Option<Array1<f32>>> {
+        self.0.bias()
+    }
+    fn weight(&self) -> crate::Result<Array2<f32>> {
+        self.0.weight()
+    }
+    fn rows(&self, indices: &[u32]) -> crate::Result<Array2<f32>> {
+        self.0.rows(indices)
+    }
+}
+
+#[test]
+fn keys_and_values_may_be_rounded() {
+    let tokens: Vec<u32> = (0..50).map(|i| (i * 11 % 30) as u32).collect();
+    let decoder = decoder(None);
+    let read = |kind: CacheType| {
+        let mut cache = decoder.cache(kind);
+        decoder.forward(&tokens[..33], &mut cache, Logits::Last, Accuracy::Full).unwrap();
+        let mut last = Array2::zeros((0, 0));
+        for token in &tokens[33..] {
+            last = decoder.forward(&[*token], &mut cache, Logits::Last, Accuracy::Full).unwrap();
+        }
+        (last, cache.memory_bytes())
+    };
+    let (exact, bytes) = read(CacheType::F32);
+    for (kind, most, share) in [(CacheType::F16, 5e-3, 0.5), (CacheType::Int8, 5e-2, 0.42)] {
+        let (found, own) = read(kind);
+        let off = (&found - &exact).iter().fold(0f32, |most, v| most.max(v.abs()));
+        assert!(off > 0.0 && off < most, "{kind}: {off}");
+        assert!((own as f64) <= share * bytes as f64, "{kind}: {own} of {bytes}");
+    }
+    // A cache of another decoder is refused.
+    let mut other = KvCache::new(CacheType::F32, 2, 2, 5);
+    assert!(decoder.forward(&[1], &mut other, Logits::Last, Accuracy::Full).is_err());
 }

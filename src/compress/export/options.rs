@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::work::{Cancel, Progress, Silent};
 use crate::error::{Error, Result};
 use crate::layer::DType;
+use crate::work::{Cancel, Progress, Silent};
 
 /// Endings of files that nobody means a folder by.
 const OTHER_FILES: [&str; 10] = ["bin", "pt", "pth", "ckpt", "keras", "h5", "onnx", "npy", "npz", "json"];

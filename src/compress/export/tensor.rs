@@ -9,12 +9,12 @@ use layerstore_core::layer::{from_f32, to_f32};
 use ndarray::Array2;
 use safetensors::View;
 
-use super::super::work::{Cancel, Progress};
 use super::content::{Content, OutlinedTensor, Piece, packed_of};
 use crate::error::{Error, Result};
 use crate::layer::parts::Side;
 use crate::layer::{DType, Layer, LowRankLayer, SharedLayer};
 use crate::store::LayerHandle;
+use crate::work::{Cancel, Progress};
 
 /// What the tensors of an export share.
 pub(super) struct Work {

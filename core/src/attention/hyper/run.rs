@@ -14,7 +14,7 @@ use crate::attention::mask::{AttentionMask, TileMask};
 use crate::attention::output::AttentionOutput;
 use crate::attention::shape::{AttentionShape, check_scale};
 use crate::error::Result;
-use crate::linalg::{in_pool, large_zeros, on_all_threads};
+use crate::linalg::{large_zeros, on_all_threads};
 
 /// Queries that a task has, if they are of several blocks.
 const SHARE: usize = 256;
@@ -65,15 +65,13 @@ impl HyperAttention {
         let inputs = Inputs { q, k, v, scale, shape };
         let mut output = large_zeros((shape.batch * shape.heads, shape.queries, shape.value_dim));
         let mut log_sum_exp = Array2::from_elem((shape.batch * shape.heads, shape.queries), f32::NEG_INFINITY);
-        in_pool(|| {
-            inputs.diagonal(&runs, &mut output, &mut log_sum_exp);
-            let hashes = (sample.hashes(q), sample.hashes(k));
-            // Each level is merged before the next one's results are in memory.
-            for (parts, sampled) in parts.iter().zip(&sample.keys).rev() {
-                let parts = parts_of_heads(&shape, parts, sampled);
-                self.off_diagonal(&inputs, &parts, &hashes, &mut output, &mut log_sum_exp);
-            }
-        });
+        inputs.diagonal(&runs, &mut output, &mut log_sum_exp);
+        let hashes = (sample.hashes(q), sample.hashes(k));
+        // Each level is merged before the next one's results are in memory.
+        for (parts, sampled) in parts.iter().zip(&sample.keys).rev() {
+            let parts = parts_of_heads(&shape, parts, sampled);
+            self.off_diagonal(&inputs, &parts, &hashes, &mut output, &mut log_sum_exp);
+        }
         AttentionOutput::from_heads(output, log_sum_exp, (shape.batch, shape.heads))
     }
 

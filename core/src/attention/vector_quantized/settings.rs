@@ -6,7 +6,7 @@ use crate::attention::codebook::AttentionCodebook;
 use crate::attention::output::{AttentionOutput, QueryTile, query_tiles};
 use crate::attention::shape::check_scale;
 use crate::error::{Error, Result};
-use crate::linalg::{in_pool, large_zeros, on_all_threads, require_finite};
+use crate::linalg::{large_zeros, on_all_threads, require_finite};
 
 /// Scores of positions, added to those of contents (Transformer-XL; Transformer-VQ): query i and key j have
 /// scale · (⟨qᵢ + u, kⱼ⟩ + ⟨qᵢ + w, r₍ᵢ₋ⱼ₎⟩), without the last product where i − j is more than `mem_len`.
@@ -86,12 +86,10 @@ impl VqAttention<'_> {
         let mut output = large_zeros((batch * heads, queries, value_dim));
         let mut log_sum_exp = Array2::from_elem((batch * heads, queries), f32::NEG_INFINITY);
         let tiles = query_tiles(&mut output, &mut log_sum_exp, tile);
-        in_pool(|| {
-            on_all_threads(tiles, |tile| {
-                let (b, h) = (tile.head / heads, tile.head % heads);
-                let rows = tile.first..tile.first + tile.log_sum_exp.len();
-                work((b, h), q.slice(ndarray::s![b, h, rows, ..]), tile);
-            });
+        on_all_threads(tiles, |tile| {
+            let (b, h) = (tile.head / heads, tile.head % heads);
+            let rows = tile.first..tile.first + tile.log_sum_exp.len();
+            work((b, h), q.slice(ndarray::s![b, h, rows, ..]), tile);
         });
         AttentionOutput::from_heads(output, log_sum_exp, (batch, heads))
     }

@@ -16,7 +16,7 @@ use crate::layer::traits::{
     Accuracy, CorrectionReport, ExactSource, Gradients, Layer, Output, SharedLayer, check_rows,
 };
 use crate::linalg::{matmul, matmul_nt, relative_error, require_finite};
-use crate::quant::{ActivationFormat, PackedMatrix, RowMatrix, RowType};
+use crate::quant::{ActivationFormat, Correction, PackedForward, PackedMatrix, RowMatrix, RowType};
 
 /// Rows dequantised at a time in a forward pass: a few hundred KiB, so that the weight is never whole in memory.
 const BLOCK_ROWS: usize = 64;
@@ -151,6 +151,12 @@ impl LowRankLayer {
     }
 }
 
+impl Correction for LowRankLayer {
+    fn of(&self, x: ArrayView2<f32>) -> Array2<f32> {
+        self.correction(x)
+    }
+}
+
 impl Layer for LowRankLayer {
     fn method(&self) -> MethodName {
         MethodName::new(LowRankConfig::NAME)
@@ -179,6 +185,17 @@ impl Layer for LowRankLayer {
 
     fn bias(&self) -> Result<Option<Array1<f32>>> {
         Ok(self.inner.bias.clone())
+    }
+
+    fn packed_forward(&self) -> Option<PackedForward<'_>> {
+        let Inner { weight, bias, bias_correction, config, .. } = &*self.inner;
+        let is_corrected = config.rank > 0 || bias_correction.is_some();
+        Some(PackedForward {
+            weight,
+            activations: self.activations,
+            correction: is_corrected.then_some(self as &dyn Correction),
+            bias: bias.as_ref(),
+        })
     }
 
     /// Returns the output bias correction.

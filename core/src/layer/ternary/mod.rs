@@ -20,7 +20,7 @@ use super::traits::{Accuracy, CorrectionReport, ExactSource, Gradients, Layer, O
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::linalg::matmul;
-use crate::quant::{ActivationFormat, PackedMatrix};
+use crate::quant::{ActivationFormat, PackedForward, PackedMatrix};
 
 /// A layer of ternary weights, with a norm before the product and an activation after it. Cloning shares the arrays.
 #[derive(Debug, Clone)]
@@ -229,6 +229,11 @@ impl Layer for TernaryLayer {
 
     fn bias(&self) -> Result<Option<Array1<f32>>> {
         self.low_rank.bias()
+    }
+
+    fn packed_forward(&self) -> Option<PackedForward<'_>> {
+        let is_product = self.norm.is_none() && self.activation == Activation::Linear;
+        is_product.then(|| self.low_rank.packed_forward()).flatten()
     }
 
     fn offset(&self) -> Result<Option<Array1<f32>>> {

@@ -1,0 +1,166 @@
+//! Attention of new tokens to those of a cache.
+
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, ShapeBuilder, s};
+
+use super::config::DecoderConfig;
+use super::kv_cache::{BlockCache, HeadCache};
+use crate::linalg::{product_into, share_chunks};
+
+/// Queries that are scored at a time.
+const TILE: usize = 32;
+
+/// Multiply-adds below which one thread does it all.
+const PARALLEL_FROM: usize = 1 << 16;
+
+/// Memory for one token's scores, used again and again.
+#[derive(Debug, Default)]
+pub(super) struct Scores {
+    heads: Vec<HeadScores>,
+}
+
+#[derive(Debug, Default)]
+struct HeadScores {
+    scores: Vec<f32>,
+    weights: Vec<(u32, f32)>,
+    /// Of all queries of a head of keys `[group, head_dim]`.
+    output: Vec<f32>,
+}
+
+/// Writes to `output` what the last tokens, whose queries `q` are `[tokens, heads · head_dim]`, take from those of the cache, which
+/// holds their keys and values already.
+pub(super) fn attend(config: &DecoderConfig, q: &[f32], cache: &BlockCache, scores: &mut Scores, output: &mut [f32]) {
+    let width = config.heads * config.head_dim;
+    let (tokens, length) = (q.len() / width, cache.heads[0].keys.len());
+    let is_parallel = q.len() * length >= PARALLEL_FROM;
+    if tokens == 1 {
+        return attend_one(config, q, cache, scores, output, is_parallel);
+    }
+    let work = |number: usize, output: &mut [f32]| {
+        let first = number * TILE;
+        let rows = output.len() / width;
+        let q = ArrayView2::from_shape((rows, width), &q[first * width..(first + rows) * width]).expect("whole rows");
+        let mut output = ArrayViewMut2::from_shape((rows, width), output).expect("whole rows");
+        attend_tile(config, q, cache, length - tokens + first, &mut output);
+    };
+    match is_parallel {
+        true => share_chunks(output, TILE * width, work),
+        false => output.chunks_mut(TILE * width).enumerate().for_each(|(number, output)| work(number, output)),
+    }
+}
+
+/// Writes to `output` what all tokens of a text take from each other: queries, keys and values are `[tokens, features]`, whose columns
+/// are divided among the heads.
+pub(super) fn attend_all(heads: usize, [q, k, v]: [&[f32]; 3], width: usize, output: &mut [f32]) {
+    let (tokens, head_dim) = (q.len() / width, width / heads);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let of = |all| ArrayView2::from_shape((tokens, width), all).expect("whole rows");
+    let (q, k, v) = (of(q), of(k), of(v));
+    let work = |number: usize, output: &mut [f32]| {
+        let (first, rows) = (number * TILE, output.len() / width);
+        let mut output = ArrayViewMut2::from_shape((rows, width), output).expect("whole rows");
+        let mut scores = Array2::zeros((rows, tokens));
+        for head in 0..heads {
+            let columns = head * head_dim..(head + 1) * head_dim;
+            let queries = q.slice(s![first..first + rows, columns.clone()]);
+            product_into(scores.view_mut(), queries, k.slice(s![.., columns.clone()]).reversed_axes(), scale, false);
+            scores.rows_mut().into_iter().for_each(|mut row| softmax(row.as_slice_mut().expect("rows of a tile")));
+            product_into(
+                output.slice_mut(s![.., columns.clone()]),
+                scores.view(),
+                v.slice(s![.., columns]),
+                1.0,
+                false,
+            );
+        }
+    };
+    match q.len() * tokens >= PARALLEL_FROM {
+        true => share_chunks(output, TILE * width, work),
+        false => output.chunks_mut(TILE * width).enumerate().for_each(|(number, output)| work(number, output)),
+    }
+}
+
+/// The keys that a query at this position sees.
+fn seen(config: &DecoderConfig, position: usize) -> std::ops::Range<usize> {
+    let first = config.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    first..position + 1
+}
+
+fn attend_one(
+    config: &DecoderConfig,
+    q: &[f32],
+    cache: &BlockCache,
+    scores: &mut Scores,
+    output: &mut [f32],
+    is_parallel: bool,
+) {
+    let DecoderConfig { heads, kv_heads, head_dim, .. } = *config;
+    let group = heads / kv_heads;
+    let keys = seen(config, cache.heads[0].keys.len() - 1);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    scores.heads.resize_with(kv_heads, HeadScores::default);
+    let work = |head: usize, own: &mut [HeadScores]| {
+        let HeadScores { scores, weights, output } = &mut own[0];
+        let HeadCache { keys: all_keys, values } = &cache.heads[head];
+        output.clear();
+        output.resize(group * head_dim, 0.0);
+        scores.resize(keys.len(), 0.0);
+        let q = &q[head * group * head_dim..(head + 1) * group * head_dim];
+        for (q, output) in q.chunks_exact(head_dim).zip(output.chunks_exact_mut(head_dim)) {
+            all_keys.dots(keys.clone(), q, scores);
+            scores.iter_mut().for_each(|score| *score *= scale);
+            softmax(scores);
+            weights.clear();
+            weights.extend((0u32..).zip(scores.iter().copied()));
+            values.add_weighted(keys.start, weights, output);
+        }
+    };
+    match is_parallel {
+        true => share_chunks(&mut scores.heads, 1, work),
+        false => scores.heads.chunks_mut(1).enumerate().for_each(|(head, own)| work(head, own)),
+    }
+    for (head, output) in scores.heads.iter().zip(output.chunks_exact_mut(group * head_dim)) {
+        output.copy_from_slice(&head.output);
+    }
+}
+
+/// Some queries, the first of which is at this position among the keys.
+fn attend_tile(
+    config: &DecoderConfig,
+    q: ArrayView2<f32>,
+    cache: &BlockCache,
+    position: usize,
+    output: &mut ArrayViewMut2<f32>,
+) {
+    let DecoderConfig { heads, kv_heads, head_dim, .. } = *config;
+    let (queries, group) = (q.nrows(), heads / kv_heads);
+    let (begin, end) = (seen(config, position).start, position + queries);
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let (mut scores, mut as_keys, mut as_values) = (vec![0f32; queries * (end - begin)], vec![], vec![]);
+    for (number, head) in cache.heads.iter().enumerate() {
+        let shape = (end - begin, head_dim);
+        let keys = ArrayView2::from_shape(shape, head.keys.floats(begin..end, &mut as_keys)).expect("whole rows");
+        let values = ArrayView2::from_shape(shape, head.values.floats(begin..end, &mut as_values)).expect("whole rows");
+        for head in number * group..(number + 1) * group {
+            let columns = s![.., head * head_dim..(head + 1) * head_dim];
+            let shape = (queries, end - begin).strides((end - begin, 1));
+            let mut tile = ArrayViewMut2::from_shape(shape, &mut scores).expect("as many as the shape has");
+            product_into(tile.view_mut(), q.slice(columns), keys.reversed_axes(), scale, false);
+            for (i, mut row) in tile.rows_mut().into_iter().enumerate() {
+                let seen = seen(config, position + i);
+                let row = row.as_slice_mut().expect("rows of a tile");
+                row[..seen.start - begin].fill(0.0);
+                row[seen.end - begin..].fill(0.0);
+                softmax(&mut row[seen.start - begin..seen.end - begin]);
+            }
+            product_into(output.slice_mut(columns), tile.view(), values, 1.0, false);
+        }
+    }
+}
+
+/// Replaces scores by their shares.
+fn softmax(scores: &mut [f32]) {
+    let mut softmax = crate::attention::OnlineSoftmax::default();
+    softmax.update(scores);
+    let share = 1.0 / softmax.sum;
+    scores.iter_mut().for_each(|score| *score *= share);
+}
