@@ -79,11 +79,11 @@ pub use architectures::{
     Pooling, Sampling, SpeedOptions, SpeedReport, TextEncoder,
 };
 pub use compress::{
-    ActivationsFile, CalibrationFile, CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions, ExportReport,
-    FailedSource, ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan, PlannedLayer,
-    RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections, SharedOptions, Training, TrainingReport,
-    UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview, read_attention_settings, repair,
-    shared_directions, train_codebooks, write_statistics,
+    ActivationsFile, CalibrationFile, CalibrationInputs, CalibrationText, CopyReport, Evaluation, ExportDtype,
+    ExportFormat, ExportOptions, ExportReport, FailedSource, ImportOptions, ImportReport, LayerEvaluation, LayerReport,
+    MendedArtifact, Plan, PlannedLayer, RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections,
+    SharedOptions, Training, TrainingReport, UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview,
+    read_attention_settings, repair, shared_directions, train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;

@@ -74,6 +74,11 @@ pub fn bert(config: &Value) -> Result<BertConfig> {
     })
 }
 
+/// Returns whether `model_type` names a family of BERT's kind.
+pub fn is_family(family: &str) -> bool {
+    FAMILIES.iter().any(|(name, _)| *name == family)
+}
+
 /// What layers' names begin with where the encoder is a part of a larger model.
 const PREFIXES: [&str; 7] = ["", "bert.", "roberta.", "electra.", "model.", "0.auto_model.", "auto_model."];
 

@@ -3,6 +3,7 @@
 
 mod bench;
 mod bert;
+mod blockwise;
 mod config;
 mod language_model;
 mod llama_blocks;
@@ -11,6 +12,9 @@ mod perplexity;
 mod sampling;
 mod text_encoder;
 mod tokenizer;
+
+pub(crate) use blockwise::{Block, Blockwise};
+pub(crate) use tokenizer::TextTokenizer;
 
 pub use bench::{SpeedOptions, SpeedReport};
 pub use language_model::{Generation, GenerationOptions, LanguageModel};

@@ -6,7 +6,9 @@ use super::output::{bits, bytes, error, measured_over, ratio, table};
 use super::signals::cancel_on_interrupt;
 use super::summary::{FEW_LAYERS, summary};
 use super::{Context, ImportArgs};
-use crate::compress::{self, CalibrationFile, ImportOptions, ImportReport, Plan, Rules};
+use crate::compress::{
+    self, CalibrationFile, CalibrationInputs, CalibrationText, ImportOptions, ImportReport, Plan, Rules,
+};
 use crate::error::{Result, closest, counted};
 use crate::formats;
 use crate::store::{check_model_name, check_place};
@@ -20,7 +22,20 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     let calibration = args.calibration.as_deref().map(CalibrationFile::open).transpose()?;
     let source =
         formats::open_with(&args.checkpoint, formats::OpenOptions { keep_names: args.keep_names, keep: args.keep })?;
+    let calibration_text = match &args.calibration_text {
+        Some(file) => {
+            let inputs = if args.calibration_inputs == "dense" {
+                CalibrationInputs::Dense
+            } else {
+                CalibrationInputs::Compressed
+            };
+            Some(CalibrationText { text: formats::read_text(file)?, tokens: args.calibration_tokens, inputs })
+        }
+        None => None,
+    };
     if args.dry_run {
+        let promise = calibration_text.as_ref().map(|text| compress::promised(source.clone(), text)).transpose()?;
+        let calibration = promise.or(calibration);
         let plan = tokio::task::block_in_place(|| compress::preview(source.clone(), &rules, calibration.as_ref()))?;
         context.output.result(&plan, planned)?;
         note_unused(context, &plan.unused_rules);
@@ -30,6 +45,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     let options = ImportOptions {
         rules,
         calibration,
+        calibration_text,
         message: args.message,
         progress: Arc::new(context.output.progress()),
         cancel: cancel_on_interrupt(),

@@ -198,6 +198,16 @@ struct ImportArgs {
     /// the inputs' statistics.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
+    /// A text, UTF-8, that the model reads to be calibrated: each block's statistics are taken, its layers are compressed, and the next
+    /// block reads what they give. The model needs a config.json and a tokenizer.json beside it, as generate and embed do.
+    #[arg(long, value_name = "FILE", conflicts_with = "calibration")]
+    calibration_text: Option<PathBuf>,
+    /// Tokens of the text that are read at most.
+    #[arg(long, value_name = "N", default_value_t = 32_768, requires = "calibration_text")]
+    calibration_tokens: usize,
+    /// Whose outputs the next block reads: those of the compressed blocks before it, as the model will run, or of the dense ones.
+    #[arg(long, value_name = "WHICH", default_value = "compressed", value_parser = ["compressed", "dense"], requires = "calibration_text")]
+    calibration_inputs: String,
     /// Of a GGUF model: keep the names and the order of rows that the file has, in place of those of Hugging Face's transformers.
     #[arg(long)]
     keep_names: bool,

@@ -21,6 +21,7 @@ use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
 use safetensors::tensor::TensorView;
 
+use super::in_memory::{InMemory, Promise};
 use crate::error::{Error, Result};
 use crate::formats::{SafetensorsSource, TensorInfo, TensorSource};
 use crate::layer::DType;
@@ -151,6 +152,8 @@ pub struct CalibrationFile {
 enum Kind {
     Activations(ActivationsFile),
     Statistics(StatisticsFile),
+    Promised(Promise),
+    InMemory(InMemory),
 }
 
 impl CalibrationFile {
@@ -167,11 +170,26 @@ impl CalibrationFile {
         Ok(CalibrationFile { kind })
     }
 
+    /// Returns what stands for statistics that there will be.
+    pub(super) fn promised(promise: Promise) -> Self {
+        CalibrationFile { kind: Kind::Promised(promise) }
+    }
+
+    /// Returns statistics that are in no file.
+    ///
+    /// # Errors
+    /// When there are none of some layers.
+    pub(super) fn in_memory(found: Vec<(Vec<String>, Calibration)>) -> Result<Self> {
+        Ok(CalibrationFile { kind: Kind::InMemory(InMemory::new(found)?) })
+    }
+
     /// Returns the names of the layers that it has statistics for.
     pub fn layers(&self) -> Vec<&str> {
         match &self.kind {
             Kind::Activations(file) => file.layers().collect(),
             Kind::Statistics(file) => file.layers.keys().map(String::as_str).collect(),
+            Kind::Promised(promise) => promise.layers.iter().map(String::as_str).collect(),
+            Kind::InMemory(statistics) => statistics.names().collect(),
         }
     }
 
@@ -183,6 +201,8 @@ impl CalibrationFile {
         match &self.kind {
             Kind::Activations(file) => file.check(layer, in_features),
             Kind::Statistics(file) => file.check(layer, in_features),
+            Kind::Promised(promise) => Ok(promise.layers.contains(layer)),
+            Kind::InMemory(statistics) => statistics.check(layer, in_features),
         }
     }
 
@@ -193,6 +213,9 @@ impl CalibrationFile {
             Kind::Statistics(file) => {
                 file.tensor(layer, "sample").and_then(|sample| sample.shape.first().copied()).unwrap_or(0)
             }
+            Kind::Promised(promise) if promise.layers.contains(layer) => promise.tokens,
+            Kind::Promised(_) => 0,
+            Kind::InMemory(statistics) => statistics.get(layer).map_or(0, |found| found.sample().nrows()),
         };
         rows.min(layerstore_core::calibration::SAMPLE_ROWS)
     }
@@ -205,13 +228,18 @@ impl CalibrationFile {
         match &self.kind {
             Kind::Activations(file) => file.get(layer, in_features)?.map(Calibration::of).transpose(),
             Kind::Statistics(file) => file.get(layer, in_features),
+            Kind::Promised(_) => Ok(None),
+            Kind::InMemory(statistics) => {
+                statistics.check(layer, in_features)?;
+                Ok(statistics.get(layer).cloned())
+            }
         }
     }
 
     /// Returns the name of the layer whose statistics `layer` uses: its own, unless it shares another's.
     pub(super) fn owner<'a>(&'a self, layer: &'a str) -> &'a str {
         match &self.kind {
-            Kind::Activations(_) => layer,
+            Kind::Activations(_) | Kind::Promised(_) | Kind::InMemory(_) => layer,
             Kind::Statistics(file) => file.layers.get(layer).map_or(layer, String::as_str),
         }
     }
@@ -224,6 +252,7 @@ impl CalibrationFile {
         match &self.kind {
             Kind::Activations(file) => file.check_values(layer, in_features),
             Kind::Statistics(file) => file.get(layer, in_features).map(drop),
+            Kind::Promised(_) | Kind::InMemory(_) => Ok(()),
         }
     }
 
@@ -234,6 +263,13 @@ impl CalibrationFile {
     pub(super) fn hash(&self, layer: &str, hasher: &mut blake3::Hasher) -> Result<()> {
         let (file, tensors): (_, Vec<&TensorInfo>) = match &self.kind {
             Kind::Activations(file) => (&file.file, file.file.tensors().get(layer).into_iter().collect()),
+            Kind::Promised(_) => return Ok(()),
+            Kind::InMemory(statistics) => {
+                if let Some(hash) = statistics.hash(layer) {
+                    hasher.update(hash);
+                }
+                return Ok(());
+            }
             Kind::Statistics(file) => (&file.file, PARTS.iter().filter_map(|part| file.tensor(layer, part)).collect()),
         };
         for tensor in tensors {

@@ -1,6 +1,6 @@
 //! A source's model into the store: every layer, each by the first rule that takes it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,15 +9,19 @@ use chrono::Utc;
 use serde::Serialize;
 use serde_json::Value;
 
+use layerstore_core::layer::{configured, layer_from_parts};
+
 use super::arranged::arranged;
+use super::attention::PlannedBlock;
 use super::calibration::CalibrationFile;
 use super::items::{Compressed, Inputs, Item};
 use super::plan::{Planned, Work};
 use super::preflight::checked;
 use super::rules::Rules;
+use super::text_calibration::{CalibrationText, TextCalibration};
 use crate::error::{Error, Result};
 use crate::formats::{SideFile, TensorSource};
-use crate::layer::{CorrectionReport, MethodName, SearchReport};
+use crate::layer::{CorrectionReport, MethodName, Parts, SearchReport, SharedLayer};
 use crate::store::{
     ArtifactInfo, ErrorBasis, LayerRecord, ModelFile, Provenance, RowLocations, Source, Store, Writer, adapted,
     check_model_name, weight_bits,
@@ -31,6 +35,8 @@ pub struct ImportOptions {
     pub rules: Rules,
     /// Statistics of layers' inputs.
     pub calibration: Option<CalibrationFile>,
+    /// A text that the model reads to be calibrated, block by block, in place of a file of statistics.
+    pub calibration_text: Option<CalibrationText>,
     /// What the log says of the new version.
     pub message: Option<String>,
     /// What is told how far the import is.
@@ -44,6 +50,7 @@ impl Default for ImportOptions {
         ImportOptions {
             rules: Rules::default(),
             calibration: None,
+            calibration_text: None,
             message: None,
             progress: Arc::new(Silent),
             cancel: Cancel::new(),
@@ -154,6 +161,7 @@ pub(crate) struct Prepared {
     model: String,
     work: Work,
     inputs: Arc<Inputs>,
+    text: Option<TextCalibration>,
     message: Option<String>,
     progress: Arc<dyn Progress>,
     cancel: Cancel,
@@ -166,15 +174,27 @@ impl Prepared {
     /// As [`import`], the storage aside.
     pub(crate) async fn new(source: Arc<dyn TensorSource>, model: &str, options: ImportOptions) -> Result<Self> {
         check_model_name(model)?;
-        let ImportOptions { rules, calibration, message, progress, cancel } = options;
+        let ImportOptions { rules, calibration, calibration_text, message, progress, cancel } = options;
+        if calibration.is_some() && calibration_text.is_some() {
+            return Err(Error::expected("calibration", "a file and a text", "one of the two"));
+        }
         let source = arranged(source, &rules)?;
+        let text = match calibration_text {
+            Some(text) => {
+                let (source, cancelled) = (source.clone(), cancel.clone());
+                let begin = move || TextCalibration::new(source, &text, &cancelled);
+                Some(unless_cancelled(&cancel, begin).await?)
+            }
+            None => None,
+        };
+        let promise = text.as_ref().map(TextCalibration::promise);
         let inputs = Arc::new(Inputs { source, calibration: calibration.map(Arc::new) });
         let work = {
             let (inputs, cancel) = (inputs.clone(), cancel.clone());
-            move || checked(&*inputs.source, &rules, inputs.calibration.as_deref(), &cancel)
+            move || checked(&*inputs.source, &rules, promise.as_ref().or(inputs.calibration.as_deref()), &cancel)
         };
         let work = unless_cancelled(&cancel, work).await?;
-        Ok(Prepared { model: model.to_owned(), work, inputs, message, progress, cancel })
+        Ok(Prepared { model: model.to_owned(), work, inputs, text, message, progress, cancel })
     }
 
     /// Does what was prepared.
@@ -182,20 +202,26 @@ impl Prepared {
     /// # Errors
     /// As [`import`].
     pub(crate) async fn import_into(self, store: &Store) -> Result<ImportReport> {
-        let Prepared { model, work, inputs, message, progress, cancel } = self;
-        let Work { layers, blocks, files, unused_rules, notes, misfits: _ } = work;
+        let Prepared { model, work, inputs, text, message, progress, cancel } = self;
+        let Work { mut layers, mut blocks, files, unused_rules, notes, misfits: _ } = work;
         let named: HashSet<&str> = layers.iter().map(|p| p.source.name.as_str()).collect();
         let given = inputs.calibration.iter().flat_map(|calibration| calibration.layers());
         let unmatched_calibration = given.filter(|name| !named.contains(name)).map(str::to_owned).collect();
         let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
         progress.started(layers.len() + blocks.len() + files.len(), bytes);
         let mut session = ImportSession::begin(store, &model, &progress, &cancel).await?;
+        let order: HashMap<String, usize> = names_in_order(&layers, &blocks);
+        if let Some(text) = text {
+            session.add_while_reading(text, &inputs, &mut layers, &mut blocks).await?;
+        }
         for layer in layers {
             session.add(&inputs, layer).await?;
         }
         for block in blocks {
             session.add(&inputs, block).await?;
         }
+        session.layers.sort_by_key(|report| order.get(&report.layer).copied());
+        session.records.sort_by_key(|record| order.get(&record.layer).copied());
         for file in files {
             session.add_file(&inputs, file).await?;
         }
@@ -242,8 +268,53 @@ impl<'a> ImportSession<'a> {
         Ok(session)
     }
 
+    /// Adds the layers of a model's blocks, and attention blocks with them, while the model reads a text: each block is made of what its
+    /// layers' inputs are by then.
+    async fn add_while_reading(
+        &mut self,
+        mut text: TextCalibration,
+        inputs: &Arc<Inputs>,
+        layers: &mut Vec<Planned>,
+        blocks: &mut Vec<PlannedBlock>,
+    ) -> Result<()> {
+        for number in 0..text.blocks() {
+            self.progress.layer(&format!("inputs of block {number}"));
+            let names: HashSet<String> = text.names(number).into_iter().collect();
+            let observe = move || text.observe(number).map(|found| (text, found));
+            let (read, found) = unless_cancelled(self.cancel, observe).await?;
+            text = read;
+            let inputs = Arc::new(Inputs { source: inputs.source.clone(), calibration: Some(Arc::new(found)) });
+            let mut made = BTreeMap::new();
+            for layer in layers.extract_if(.., |layer| names.contains(&layer.source.name)) {
+                let name = layer.source.name.clone();
+                made.insert(name, self.add_kept(&inputs, layer).await?);
+            }
+            let is_own = |block: &mut PlannedBlock| block.projections.iter().any(|p| names.contains(&p.layer));
+            for block in blocks.extract_if(.., is_own) {
+                self.add(&inputs, block).await?;
+            }
+            let go_on = move || text.go_on(number, &made).map(|()| text);
+            text = unless_cancelled(self.cancel, go_on).await?;
+        }
+        Ok(())
+    }
+
     /// Makes a layer, or finds that the store has what it would be.
     async fn add<I: Item>(&mut self, inputs: &Arc<Inputs>, item: I) -> Result<()> {
+        self.add_item(inputs, item, false).await.map(drop)
+    }
+
+    /// Does what [`ImportSession::add`] does, and returns the layer as it will run.
+    async fn add_kept<I: Item>(&mut self, inputs: &Arc<Inputs>, item: I) -> Result<SharedLayer> {
+        let name = item.name().to_owned();
+        let kept = self.add_item(inputs, item, true).await?;
+        let (parts, config) = kept.ok_or(Error::Cancelled)?;
+        let layer = layer_from_parts(parts).and_then(|layer| configured(&layer, &config));
+        layer.map_err(|e| e.in_layer(&name))
+    }
+
+    /// Returns the parts of the layer and its configuration where they are to be kept.
+    async fn add_item<I: Item>(&mut self, inputs: &Arc<Inputs>, item: I, keep: bool) -> Result<Option<(Parts, Value)>> {
         let started = Instant::now();
         self.progress.layer(item.name());
         let (recipe, source) = {
@@ -253,8 +324,14 @@ impl<'a> ImportSession<'a> {
         let writer = self.writer.as_mut().ok_or(Error::Cancelled)?;
         let (mut notes, mut search): (Vec<String>, _) = (vec![], SearchReport::default());
         let there = writer.made_by(&recipe).is_some();
+        let mut kept = None;
         let (stored, correction, reused) = match self.cancel.unless(writer.reusable(&recipe)).await? {
-            Some(stored) => (stored, CorrectionReport::default(), true),
+            Some(stored) => {
+                if keep {
+                    kept = Some(self.cancel.unless(writer.parts(stored.artifact)).await?);
+                }
+                (stored, CorrectionReport::default(), true)
+            }
             None => {
                 if there {
                     notes.push(DAMAGED.to_owned());
@@ -269,6 +346,7 @@ impl<'a> ImportSession<'a> {
                 search = found;
                 let made = writer.add(&parts, Provenance { recipe, relative_error, error_basis });
                 let (_, new) = self.cancel.unless(made).await.map_err(|e| e.in_layer(item.name()))?;
+                kept = keep.then_some(parts);
                 let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
                 (stored, correction, !new)
             }
@@ -291,8 +369,9 @@ impl<'a> ImportSession<'a> {
         };
         self.progress.layer_done(done.dense_bytes, done.reused);
         self.layers.push(done.report(started));
+        let kept = kept.map(|parts| (parts, done.config.clone()));
         self.records.push(done.record(self.model));
-        Ok(())
+        Ok(kept)
     }
 
     /// Adds a file that belongs to the model, behind its layers.
@@ -330,6 +409,12 @@ impl<'a> ImportSession<'a> {
             notes,
         })
     }
+}
+
+/// The names of what an import makes, by their places in its report.
+fn names_in_order(layers: &[Planned], blocks: &[PlannedBlock]) -> HashMap<String, usize> {
+    let names = layers.iter().map(|layer| &layer.source.name).chain(blocks.iter().map(|block| &block.name));
+    names.enumerate().map(|(place, name)| (name.clone(), place)).collect()
 }
 
 impl Drop for ImportSession<'_> {

@@ -201,21 +201,7 @@ impl Writer {
         if known.content != Content::Unknown {
             return Ok(known.content == Content::Sound);
         }
-        let record = match self.recipes.get(&known.recipe).filter(|stored| stored.artifact == id) {
-            Some(stored) => ArtifactRecord {
-                artifact: id,
-                method: stored.method.clone(),
-                config: stored.config.clone(),
-                locations: known.locations.clone(),
-                stored_bytes: stored.stored_bytes,
-                recipe: known.recipe,
-                relative_error: stored.relative_error,
-                error_basis: stored.error_basis,
-                created_at: Utc::now(),
-            },
-            // Two artifacts of one recipe.
-            None => self.shared.data.record(id).await?,
-        };
+        let record = self.record(id).await?;
         let content = match self.shared.data.parts(&record).await {
             Ok(parts) => match unwrap_join(tokio::task::spawn_blocking(move || parts.id()).await)? == id {
                 true => Content::Sound,
@@ -228,6 +214,37 @@ impl Writer {
             known.content = content;
         }
         Ok(content == Content::Sound)
+    }
+
+    /// Returns the row of an artifact that the store has.
+    async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
+        let known = self.known.get(&id).map(|known| (known.recipe, known.locations.clone()));
+        let stored = known.as_ref().and_then(|(recipe, _)| self.recipes.get(recipe));
+        match (known.as_ref(), stored.filter(|stored| stored.artifact == id)) {
+            (Some((recipe, locations)), Some(stored)) => Ok(ArtifactRecord {
+                artifact: id,
+                method: stored.method.clone(),
+                config: stored.config.clone(),
+                locations: locations.clone(),
+                stored_bytes: stored.stored_bytes,
+                recipe: *recipe,
+                relative_error: stored.relative_error,
+                error_basis: stored.error_basis,
+                created_at: Utc::now(),
+            }),
+            // Two artifacts of one recipe.
+            _ => self.shared.data.record(id).await,
+        }
+    }
+
+    /// Returns the parts of an artifact that the store has, what is not written yet being written first.
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub(crate) async fn parts(&mut self, id: ArtifactId) -> Result<Parts> {
+        self.flush().await?;
+        let record = self.record(id).await?;
+        self.shared.data.parts(&record).await
     }
 
     /// Returns the artifact that was made by this recipe, if the store has it.

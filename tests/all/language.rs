@@ -98,7 +98,7 @@ async fn compressed_models_run_and_are_measured() {
     for name in ["llama-keys", "llama-int8"] {
         let model = snapshot.language_model(name).await.unwrap();
         let found = measure(&model, &dense).against.unwrap();
-        assert!(found.mean_kl >= before && found.mean_kl < 0.01, "{name}: {found:?}");
+        assert!(found.mean_kl >= before - 1e-9 && found.mean_kl < 0.01, "{name}: {found:?}");
         assert!(found.kl_99 >= found.mean_kl, "{found:?}");
         before = found.mean_kl.min(1e-6);
     }

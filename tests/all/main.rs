@@ -21,3 +21,4 @@ mod packed;
 mod processes;
 mod store;
 mod support;
+mod text_calibration;

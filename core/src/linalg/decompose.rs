@@ -319,9 +319,9 @@ mod tests {
             let found = svd(a.view()).unwrap();
             prop_assert!(found.s.iter().zip(&reference.singular_values).all(|(a, b)| (a - b).abs() < 1e-12));
             let rebuilt = from_dmatrix(&reference.clone().recompose().unwrap());
-            // nalgebra's own is up to some 1e-12 from what it takes apart.
+            // nalgebra's own is some 1e-12 from what it takes apart, and seldom a thousand times as far.
             prop_assert!(largest(&(found.product() - &a)) < 1e-13);
-            prop_assert!(largest(&(rebuilt - &a)) < 1e-10);
+            prop_assert!(largest(&(rebuilt - &a)) < 1e-7);
             let k = rows.min(columns);
             let leading = leading_svd(a.view(), k).unwrap();
             prop_assert!(leading.s.iter().zip(&reference.singular_values).all(|(a, b)| (a - b).abs() < 1e-7));

@@ -1,0 +1,223 @@
+//! Statistics of layers' inputs from a text that the model reads, block by block.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use layerstore_core::transformer::BlockInput;
+use ndarray::{Array2, ArrayView2};
+use serde_json::Value;
+
+use super::calibration::CalibrationFile;
+use super::in_memory::Promise;
+use crate::architectures::{Block, Blockwise, TextTokenizer};
+use crate::error::{Error, Result};
+use crate::formats::{SourceContent, SourceLayer, TensorSource};
+use crate::layer::{Accuracy, DenseLayer, SharedLayer};
+use crate::work::Cancel;
+use crate::{Calibration, CalibrationBuilder};
+
+/// Tokens of a window, unless the model's context is shorter.
+const WINDOW: usize = 512;
+
+/// A text that a model reads to be calibrated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CalibrationText {
+    /// The text.
+    pub text: String,
+    /// Tokens of it that are read at most.
+    pub tokens: usize,
+    /// Whose outputs the next block's inputs are.
+    pub inputs: CalibrationInputs,
+}
+
+/// Whose outputs the next block's inputs are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CalibrationInputs {
+    /// Those of the compressed blocks before, as the model will run: errors are made up for where they can be.
+    #[default]
+    Compressed,
+    /// Those of the model as it is.
+    Dense,
+}
+
+/// A model that reads a text.
+pub(super) struct TextCalibration {
+    model: Blockwise,
+    layers: BTreeMap<String, SourceLayer>,
+    source: Arc<dyn TensorSource>,
+    inputs: CalibrationInputs,
+    /// What each window's tokens are before the next block.
+    windows: Vec<Array2<f32>>,
+    tokens: usize,
+    cancel: Cancel,
+}
+
+impl TextCalibration {
+    /// Reads the model's configuration and tokenizer, and divides the text into windows.
+    ///
+    /// # Errors
+    /// When the model has no configuration or tokenizer beside it, or its family is not run here; when the text has fewer than two
+    /// tokens.
+    pub fn new(source: Arc<dyn TensorSource>, text: &CalibrationText, cancel: &Cancel) -> Result<Self> {
+        let files = source.side_files();
+        let file = |name: &str| {
+            let file = files.iter().find(|file| file.name == name);
+            file.map(|file| file.read()).transpose()
+        };
+        let needs = |name: &str| {
+            let expected = "one beside the model, as --calibration-text runs it";
+            Error::expected(format!("{name} of the checkpoint"), "none", expected)
+        };
+        let config = file("config.json")?.ok_or_else(|| needs("config.json"))?;
+        let config: Value = serde_json::from_slice(&config).map_err(|e| Error::expected("config.json", e, "JSON"))?;
+        let tokenizer = file("tokenizer.json")?.ok_or_else(|| needs("tokenizer.json"))?;
+        let tokenizer = TextTokenizer::new(&tokenizer, None, None)?;
+        let layers: BTreeMap<String, SourceLayer> =
+            source.layers().into_iter().map(|layer| (layer.name.clone(), layer)).collect();
+        let model = Blockwise::new(&config, |name| layers.contains_key(name))?;
+        let windows = windows(&model, tokenizer, text)?;
+        let tokens = windows.iter().map(Vec::len).sum();
+        if tokens < 2 {
+            return Err(Error::expected("tokens to calibrate with", tokens, "2 at least"));
+        }
+        let mut calibration = TextCalibration {
+            model,
+            layers,
+            source,
+            inputs: text.inputs,
+            windows: vec![],
+            tokens,
+            cancel: cancel.clone(),
+        };
+        let embedding = calibration.model.embedding(&|name| calibration.dense(name))?;
+        for window in &windows {
+            let x = embedding.of(window)?;
+            calibration.windows.push(x);
+        }
+        Ok(calibration)
+    }
+
+    /// Returns what will be known of which layers.
+    pub fn promise(&self) -> CalibrationFile {
+        let names = (0..self.model.blocks()).flat_map(|block| self.model.names(block).into_values().flatten());
+        CalibrationFile::promised(Promise { layers: names.collect(), tokens: self.tokens })
+    }
+
+    /// Returns the number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.model.blocks()
+    }
+
+    /// Returns the names of the linear layers of a block.
+    pub fn names(&self, block: usize) -> Vec<String> {
+        self.model.names(block).into_values().flatten().collect()
+    }
+
+    /// The layer as the source has it.
+    fn dense(&self, name: &str) -> Result<SharedLayer> {
+        let layer = self.layers.get(name).ok_or_else(|| {
+            Error::expected(format!("layer '{name}' of the checkpoint"), "none", "what its config.json calls for")
+        })?;
+        match &layer.content {
+            SourceContent::Ready { layer, .. } => layer.load(),
+            SourceContent::Tensors { weight, bias } => {
+                let bias = bias.as_ref().map(|bias| self.source.vector(bias)).transpose()?;
+                match weight.shape.len() {
+                    2 => {
+                        let weight = self.source.matrix(weight)?;
+                        Ok(crate::layer::Layer::shared(DenseLayer::from_f32(
+                            weight.view(),
+                            bias.as_ref().map(|bias| bias.view()),
+                        )))
+                    }
+                    _ => {
+                        let data = self.source.bytes(weight)?.into_owned().into();
+                        let bias = bias.map(|bias| crate::layer::parts::Tensor::vector("bias", &bias.to_vec()));
+                        let layer = DenseLayer::new(weight.dtype, weight.shape.clone(), data, bias)?;
+                        Ok(crate::layer::Layer::shared(layer))
+                    }
+                }
+            }
+        }
+    }
+
+    fn features(&self) -> usize {
+        self.windows.first().map_or(0, Array2::ncols)
+    }
+
+    /// Runs a block as the source has it, and returns the statistics of its layers' inputs.
+    ///
+    /// # Errors
+    /// When a layer is missing, a number is not finite, or the work is cancelled.
+    pub fn observe(&mut self, number: usize) -> Result<CalibrationFile> {
+        let block = self.model.block(number, self.features(), &|name| self.dense(name))?;
+        let mut builders: BTreeMap<BlockInput, CalibrationBuilder> = BTreeMap::new();
+        let mut see = |input: BlockInput, x: ArrayView2<f32>| {
+            builders.entry(input).or_insert_with(|| CalibrationBuilder::new(x.ncols(), number as u64)).update(x)
+        };
+        for place in 0..self.windows.len() {
+            if self.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let mut x = self.windows[place].clone();
+            block.run(&mut x, Accuracy::Full, Some(&mut see))?;
+            if self.inputs == CalibrationInputs::Dense {
+                self.windows[place] = x;
+            }
+        }
+        let mut names = self.model.names(number);
+        let mut found: Vec<(Vec<String>, Calibration)> = vec![];
+        for (input, builder) in builders {
+            found.push((names.remove(&input).unwrap_or_default(), builder.finish()?));
+        }
+        CalibrationFile::in_memory(found)
+    }
+
+    /// Goes on to the next block: `layers` are those that were made of this one's.
+    ///
+    /// # Errors
+    /// As [`TextCalibration::observe`].
+    pub fn go_on(&mut self, number: usize, layers: &BTreeMap<String, SharedLayer>) -> Result<()> {
+        if self.inputs == CalibrationInputs::Dense {
+            return Ok(());
+        }
+        let get = |name: &str| layers.get(name).map_or_else(|| self.dense(name), |layer| Ok(layer.clone()));
+        let block: Block = self.model.block(number, self.features(), &get)?;
+        for x in &mut self.windows {
+            if self.cancel.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            block.run(x, Accuracy::Approximate, None)?;
+        }
+        Ok(())
+    }
+}
+
+/// Divides a text into what the model reads at once: a decoder some hundred tokens at a time, an encoder each line.
+fn windows(model: &Blockwise, tokenizer: TextTokenizer, text: &CalibrationText) -> Result<Vec<Vec<u32>>> {
+    let window = WINDOW.min(model.context().unwrap_or(WINDOW)).max(1);
+    if !model.is_encoder() {
+        let tokens = tokenizer.encode(&text.text, false)?;
+        let tokens = &tokens[..tokens.len().min(text.tokens)];
+        return Ok(tokens.chunks(window).map(<[u32]>::to_vec).collect());
+    }
+    let tokenizer = tokenizer.cut_at(window)?;
+    let (mut found, mut all) = (vec![], 0);
+    for line in text.text.lines().filter(|line| !line.trim().is_empty()) {
+        let tokens = tokenizer.encode(line, true)?;
+        if all + tokens.len() > text.tokens {
+            break;
+        }
+        all += tokens.len();
+        found.push(tokens);
+    }
+    Ok(found)
+}
+
+/// Returns what will be known of a source's layers once it has read a text: what a plan is held against.
+///
+/// # Errors
+/// As [`TextCalibration::new`].
+pub(crate) fn promised(source: Arc<dyn TensorSource>, text: &CalibrationText) -> Result<CalibrationFile> {
+    Ok(TextCalibration::new(source, text, &Cancel::new())?.promise())
+}
