@@ -10,6 +10,9 @@ use crate::error::{Error, Result};
 use crate::layer::Accuracy;
 use crate::work::Cancel;
 
+/// Tokens, and rounds, that are measured at most.
+const MOST: usize = 1 << 20;
+
 /// What is measured.
 #[derive(Debug, Clone)]
 pub struct SpeedOptions {
@@ -61,9 +64,14 @@ impl LanguageModel {
     /// When a number is 0, a text would be longer than the model's context, or the work is cancelled.
     pub fn speed(&self, options: &SpeedOptions) -> Result<SpeedReport> {
         let SpeedOptions { prompt, generated, rounds, accuracy, cache, ref cancel } = *options;
-        if prompt == 0 || generated == 0 || rounds == 0 {
-            let found = format!("{prompt}, {generated} and {rounds}");
-            return Err(Error::expected("tokens of a prompt, tokens to write, and rounds", found, "numbers above 0"));
+        let numbers = [prompt, generated, rounds];
+        if numbers.iter().any(|number| !(1..=MOST).contains(number)) {
+            let expected = format!("numbers from 1 to {MOST}");
+            return Err(Error::expected(
+                "tokens of a prompt, tokens to write, and rounds",
+                format!("{numbers:?}"),
+                expected,
+            ));
         }
         if let Some(context) = self.context().filter(|context| prompt.max(generated) > *context) {
             let expected = format!("at most {context}, the model's context");

@@ -209,6 +209,7 @@ impl LanguageModel {
         let room = self.config.context.map_or(usize::MAX, |context| context - prompt.len());
         let (mut cache, mut sampler) = (self.decoder.cache(options.cache), Sampler::new(options.sampling.clone()));
         let (limit, accuracy, mut logits) = (options.max_tokens.min(room), options.accuracy, vec![]);
+        cache.expect(prompt.len());
         cache.reserve(prompt.len() + limit.min(MOST_RESERVED));
         let started = Instant::now();
         self.read(prompt, &mut cache, accuracy, &mut logits, &options.cancel)?;
@@ -251,15 +252,15 @@ impl LanguageModel {
         logits: &mut Vec<f32>,
         cancel: &Cancel,
     ) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::expected("tokens of the prompt", "none", "one at least"));
+        }
         // In pieces, so that a long prompt can be given up.
         for tokens in tokens.chunks(PIECE) {
             if cancel.is_cancelled() {
                 return Err(Error::Cancelled);
             }
             self.decoder.forward_into(&mut [Continuation { tokens, cache }], Logits::Last, accuracy, logits)?;
-        }
-        if tokens.is_empty() {
-            return Err(Error::expected("tokens of the prompt", "none", "one at least"));
         }
         Ok(())
     }

@@ -73,6 +73,7 @@ impl LanguageModel {
             }
             // In pieces: logits of a whole window would take much memory.
             let mut caches = [Some(self), against].map(|model| model.map(|m| m.decoder().cache(CacheType::F32)));
+            caches.iter_mut().flatten().for_each(|cache| cache.expect(tokens.len() - 1));
             for (piece, read) in tokens[..tokens.len() - 1].chunks(PIECE).enumerate() {
                 let mut of = |model: Option<&LanguageModel>, place: usize| {
                     let Some((model, cache)) = model.zip(caches[place].as_mut()) else { return Ok(None) };

@@ -12,7 +12,8 @@ use super::in_memory::Promise;
 use crate::architectures::{Block, Blockwise, TextTokenizer};
 use crate::error::{Error, Result};
 use crate::formats::{SourceContent, SourceLayer, TensorSource};
-use crate::layer::{Accuracy, DenseLayer, SharedLayer};
+use crate::layer::parts::Tensor;
+use crate::layer::{Accuracy, DenseLayer, Layer, SharedLayer};
 use crate::work::Cancel;
 use crate::{Calibration, CalibrationBuilder};
 
@@ -75,6 +76,12 @@ impl TextCalibration {
         let layers: BTreeMap<String, SourceLayer> =
             source.layers().into_iter().map(|layer| (layer.name.clone(), layer)).collect();
         let model = Blockwise::new(&config, |name| layers.contains_key(name))?;
+        // The number of blocks is the configuration's: it is not believed before there are layers for all of them.
+        for name in (0..model.blocks()).flat_map(|block| model.names(block).into_values().flatten()) {
+            if !layers.contains_key(&name) {
+                return Err(not_there(&name));
+            }
+        }
         let windows = windows(&model, tokenizer, text)?;
         let tokens = windows.iter().map(Vec::len).sum();
         if tokens < 2 {
@@ -115,28 +122,18 @@ impl TextCalibration {
 
     /// The layer as the source has it.
     fn dense(&self, name: &str) -> Result<SharedLayer> {
-        let layer = self.layers.get(name).ok_or_else(|| {
-            Error::expected(format!("layer '{name}' of the checkpoint"), "none", "what its config.json calls for")
-        })?;
+        let layer = self.layers.get(name).ok_or_else(|| not_there(name))?;
         match &layer.content {
             SourceContent::Ready { layer, .. } => layer.load(),
             SourceContent::Tensors { weight, bias } => {
                 let bias = bias.as_ref().map(|bias| self.source.vector(bias)).transpose()?;
-                match weight.shape.len() {
-                    2 => {
-                        let weight = self.source.matrix(weight)?;
-                        Ok(crate::layer::Layer::shared(DenseLayer::from_f32(
-                            weight.view(),
-                            bias.as_ref().map(|bias| bias.view()),
-                        )))
-                    }
-                    _ => {
-                        let data = self.source.bytes(weight)?.into_owned().into();
-                        let bias = bias.map(|bias| crate::layer::parts::Tensor::vector("bias", &bias.to_vec()));
-                        let layer = DenseLayer::new(weight.dtype, weight.shape.clone(), data, bias)?;
-                        Ok(crate::layer::Layer::shared(layer))
-                    }
+                if weight.shape.len() == 2 {
+                    let weight = self.source.matrix(weight)?;
+                    return Ok(DenseLayer::from_f32(weight.view(), bias.as_ref().map(|bias| bias.view())).shared());
                 }
+                let data = self.source.bytes(weight)?.into_owned().into();
+                let bias = bias.map(|bias| Tensor::vector("bias", &bias.to_vec()));
+                Ok(DenseLayer::new(weight.dtype, weight.shape.clone(), data, bias)?.shared())
             }
         }
     }
@@ -191,6 +188,10 @@ impl TextCalibration {
         }
         Ok(())
     }
+}
+
+fn not_there(name: &str) -> Error {
+    Error::expected(format!("layer '{name}' of the checkpoint"), "none", "what its config.json calls for")
 }
 
 /// Divides a text into what the model reads at once: a decoder some hundred tokens at a time, an encoder each line.

@@ -109,5 +109,6 @@ fn texts_are_embedded_by_the_command() {
     assert_eq!(speed["generated_tokens_per_second"].as_array().unwrap().len(), 2, "{speed}");
     assert!(speed["weight_bytes"].as_u64().unwrap() > 0 && speed["kernels"].is_string());
     place.fails(1, &["at most 64"], &["bench", "l", "-p", "65"]);
+    place.fails(1, &["from 1 to"], &["bench", "l", "-r", "0"]);
     place.fails(2, &["f32, f16 or int8"], &["generate", "l", "--prompt", "a", "--cache", "q4"]);
 }

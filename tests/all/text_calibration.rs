@@ -88,6 +88,18 @@ fn texts_calibrate_by_the_command() {
     assert_eq!(report["layers"].as_array().unwrap().len(), place.json(&["layers", "m"]).as_array().unwrap().len());
     let generated = place.json(&["generate", "m", "--prompt", "abcd", "--max-tokens", "3"]);
     assert_eq!(generated["tokens"].as_array().unwrap().len(), 3);
+    // No number of blocks is believed before there are layers for them.
+    let folder = place.path("broken");
+    std::fs::create_dir(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(Path::new(&llama).join(file), folder.join(file)).unwrap();
+    }
+    let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
+    let many = config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1000000000000000000");
+    assert_ne!(many, config);
+    std::fs::write(folder.join("config.json"), many).unwrap();
+    let broken = folder.display().to_string();
+    place.fails(1, &["model.layers.2"], &["import", &broken, "--model", "b", "--calibration-text", &file]);
     place.fails(1, &["2 at least"], &of(&with(&["--calibration-tokens", "1"])));
     place.fails(2, &["compressed", "dense"], &of(&with(&["--calibration-inputs", "both"])));
     place.fails(2, &["--calibration"], &of(&with(&["--calibration", "x.safetensors"])));

@@ -175,11 +175,7 @@ impl Decoder {
             if text.tokens.is_empty() {
                 return Err(Error::expected("tokens to read", "none", "one at least"));
             }
-            let fits = |block: &super::kv_cache::BlockCache| {
-                let is_width = |head: &super::kv_cache::HeadCache| head.keys.width == self.config.head_dim;
-                block.heads.len() == self.config.kv_heads && block.heads.iter().all(is_width)
-            };
-            if text.cache.blocks.len() != self.blocks.len() || !text.cache.blocks.iter().all(fits) {
+            if !text.cache.is_of(self.blocks.len(), self.config.kv_heads, self.config.head_dim) {
                 return Err(Error::expected("cache of keys and values", "another decoder's", "one of this decoder"));
             }
         }
@@ -200,7 +196,7 @@ impl Decoder {
     ) -> Result<()> {
         let all: usize = texts.iter().map(|text| text.tokens.len()).sum();
         if all <= CHUNK {
-            let read = self.read_at_once(texts, 0, wanted, accuracy, workspace, logits);
+            let read = self.read_at_once(texts, wanted, accuracy, workspace, logits);
             if read.is_err() {
                 // Tokens that have not gone through all of it are not counted.
                 texts.iter_mut().for_each(|text| text.cache.truncate(text.cache.len()));
@@ -211,12 +207,12 @@ impl Decoder {
         let mut some = vec![];
         let mut read = || {
             for text in texts.iter_mut() {
-                let length = text.cache.len() + text.tokens.len();
+                text.cache.expect(text.cache.length_of(text.cache.len() + text.tokens.len()));
                 let mut left = text.tokens.len();
                 for tokens in text.tokens.chunks(CHUNK) {
                     left -= tokens.len();
                     let part = &mut [Continuation { tokens, cache: &mut *text.cache }];
-                    self.read_at_once(part, length, wanted, accuracy, workspace, &mut some)?;
+                    self.read_at_once(part, wanted, accuracy, workspace, &mut some)?;
                     if wanted == Logits::All || left == 0 {
                         logits.extend_from_slice(&some);
                     }
@@ -231,11 +227,10 @@ impl Decoder {
         read
     }
 
-    /// Reads all tokens in one pass; positions are those of texts that will be `length` tokens long at least.
+    /// Reads all tokens in one pass.
     fn read_at_once(
         &self,
         texts: &mut [Continuation],
-        length: usize,
         wanted: Logits,
         accuracy: Accuracy,
         workspace: &mut Workspace,
@@ -247,7 +242,7 @@ impl Decoder {
         for text in texts.iter() {
             workspace.x.extend(self.embedding.rows(text.tokens)?.iter());
             let (start, tokens) = (text.cache.len(), text.tokens.len());
-            workspace.turn_from(&self.config, start, tokens, length.max(start + tokens));
+            workspace.turn_from(&self.config, start, tokens, text.cache.length_of(start + tokens));
         }
         for (number, block) in self.blocks.iter().enumerate() {
             let caches = texts.iter_mut().map(|text| (text.tokens.len(), &mut text.cache.blocks[number]));

@@ -230,6 +230,9 @@ fn turn(config: &DecoderConfig, all: &mut [f32], heads: usize, norm: Option<&Nor
 pub(super) fn check_shape(what: String, layer: &SharedLayer, out: usize, input: usize) -> Result<()> {
     layer.require_linear()?;
     let found = [layer.out_features(), layer.in_features()];
+    if found.contains(&0) {
+        return Err(Error::expected(format!("shape of {what}"), format!("{found:?}"), "rows and columns"));
+    }
     match found == [out, input] {
         true => Ok(()),
         false => Err(Error::expected(format!("shape of {what}"), format!("{found:?}"), format!("[{out}, {input}]"))),

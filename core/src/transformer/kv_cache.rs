@@ -51,6 +51,8 @@ pub struct KvCache {
     pub(super) blocks: Vec<BlockCache>,
     /// Tokens that all blocks have seen.
     length: usize,
+    /// Tokens that the text will have at least.
+    expected: usize,
 }
 
 /// The keys and values of one block, of each head of keys.
@@ -71,7 +73,7 @@ impl KvCache {
     pub fn new(kind: CacheType, blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
         let rows = Rows { width: head_dim, numbers: Numbers::new(kind) };
         let block = BlockCache { heads: vec![HeadCache { keys: rows.clone(), values: rows }; kv_heads] };
-        KvCache { kind, blocks: vec![block; blocks], length: 0 }
+        KvCache { kind, blocks: vec![block; blocks], length: 0, expected: 0 }
     }
 
     /// Returns what keys and values are kept as.
@@ -92,6 +94,25 @@ impl KvCache {
     /// Returns the bytes that keys and values take.
     pub fn memory_bytes(&self) -> usize {
         self.all().map(Rows::bytes).sum()
+    }
+
+    /// Says that the text will have so many tokens at least: positions that depend on a text's length are those of this one while it is
+    /// read in pieces.
+    pub fn expect(&mut self, length: usize) {
+        self.expected = length;
+    }
+
+    /// Returns the length that a text of so many tokens is read as.
+    pub(super) fn length_of(&self, tokens: usize) -> usize {
+        self.expected.max(tokens)
+    }
+
+    /// Returns whether it is of so many blocks, heads of keys, and numbers of a head.
+    pub(super) fn is_of(&self, blocks: usize, kv_heads: usize, head_dim: usize) -> bool {
+        let fits = |block: &BlockCache| {
+            block.heads.len() == kv_heads && block.heads.iter().all(|head| head.keys.width == head_dim)
+        };
+        self.blocks.len() == blocks && self.blocks.iter().all(fits)
     }
 
     /// Makes room for so many more tokens, so that reading them takes no further memory.

@@ -147,6 +147,9 @@ fn layers_have_to_fit() {
     };
     assert!(with(&|block, _| block.key = layer(13, 16, 0)).contains("the key of block 1"));
     assert!(with(&|block, _| block.down = layer(16, 21, 0)).contains("the down of block 1"));
+    assert!(
+        with(&|block, _| (block.gate, block.up) = (layer(0, 16, 0), layer(0, 16, 0))).contains("the gate of block 1")
+    );
     assert!(with(&|_, config| config.kv_heads = 3).contains("4 heads of queries, 3 of keys"));
     assert!(with(&|_, config| config.window = Some(0)).contains("window"));
 }
@@ -273,6 +276,20 @@ fn keys_and_values_may_be_rounded() {
         assert!(off > 0.0 && off < most, "{kind}: {off}");
         assert!((own as f64) <= share * bytes as f64, "{kind}: {own} of {bytes}");
     }
+    // A text that is read in pieces is as long as it will be, where positions depend on that.
+    let rotary = Rotary::new(6, 100.0, RotaryScaling::Dynamic { factor: 2.0, original: 8 }).unwrap();
+    let config = DecoderConfig { rotary, ..decoder.config().clone() };
+    let (embedding, blocks) = (decoder.embedding().clone(), decoder.blocks().cloned().collect());
+    let dynamic = Decoder::new(config, embedding.clone(), blocks, decoder.norm().clone(), embedding).unwrap();
+    let in_pieces = |expected: usize| {
+        let mut cache = dynamic.cache(CacheType::F32);
+        cache.expect(expected);
+        dynamic.forward(&tokens[..20], &mut cache, Logits::Last, Accuracy::Full).unwrap();
+        dynamic.forward(&tokens[20..], &mut cache, Logits::Last, Accuracy::Full).unwrap()
+    };
+    let whole = dynamic.forward(&tokens, &mut dynamic.cache(CacheType::F32), Logits::Last, Accuracy::Full).unwrap();
+    let off = |found: Array2<f32>| (found - &whole).iter().fold(0f32, |most, v| most.max(v.abs()));
+    assert!(off(in_pieces(50)) < 1e-4 && off(in_pieces(0)) > 1e-3);
     // A cache of another decoder is refused.
     let mut other = KvCache::new(CacheType::F32, 2, 2, 5);
     assert!(decoder.forward(&[1], &mut other, Logits::Last, Accuracy::Full).is_err());
