@@ -1,4 +1,4 @@
-# make demo       compress a real model, run it from the store, and compare
+# make demo       a language model into the store, compressed, run from there, and compared
 # make test       build, and run every test
 # make test-frameworks   the same for transformers, peft and llama.cpp
 # make campaign   kills, damage, full disks and crowds against the built binary
@@ -13,13 +13,18 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo compare test test-frameworks campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
+.PHONY: demo demo-minilm compare test test-frameworks campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --bins --examples
 	scripts/demo.sh $(TARGET)/debug $(BIN)/python
 
-# The demo's model under other rules, as docs/settings.md has it: make compare RULES="a.toml b.toml"
+# A text encoder, all-MiniLM-L6-v2, in three ways; it leaves what `make compare` and some benchmarks use.
+demo-minilm: $(VENV)/.ready
+	$(CARGO) build --bins --examples
+	scripts/demo_minilm.sh $(TARGET)/debug $(BIN)/python
+
+# MiniLM under other rules, as docs/settings.md has it: make compare RULES="a.toml b.toml"
 RULES ?= $(wildcard examples/rules/minilm-*.toml)
 compare: $(VENV)/.ready
 	$(CARGO) build --bins --examples
@@ -36,6 +41,7 @@ FRAMEWORKS ?= $(VENV)-frameworks
 test-frameworks: $(VENV)/.ready $(FRAMEWORKS)/.ready
 	$(CARGO) build --bins --examples
 	$(FRAMEWORKS)/bin/python tests/frameworks/formats.py $(TARGET)/debug
+	$(FRAMEWORKS)/bin/python tests/frameworks/models.py $(TARGET)/debug
 
 # Faults against the built binary, with other options or for longer: make campaign CAMPAIGN="--only kill --minutes 30"
 CAMPAIGN ?=

@@ -104,6 +104,7 @@ fn decoder(shape: &Shape, activations: ActivationFormat) -> Result<Decoder> {
             output: layer(four, features, heads * head_dim, n + 3)?,
             query_norm: None,
             key_norm: None,
+            attention: None,
             feed_forward_norm: norm(),
             gate: layer(four, hidden, features, n + 4)?,
             up: layer(four, hidden, features, n + 5)?,

@@ -36,11 +36,18 @@ def llama_cpp(cached):
 
 
 def ours(binary, store, activations, threads):
+    """The same, and the bytes of weights and cache, and the largest resident memory of the process."""
     command = [binary, "--store", store, "--format", "json", "--quiet", "bench", "m", "-r", "1"]
     command += ["-p", str(PROMPT), "-n", str(GENERATED), "--activations", activations]
     environment = dict(os.environ, RAYON_NUM_THREADS=str(threads))
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, env=environment).stdout)
-    return found["prompt_tokens_per_second"][0], found["generated_tokens_per_second"][0], found["weight_bytes"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    found = json.loads(process.stdout.read())
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    own = found["weight_bytes"] + found["cache_bytes"]
+    return found["prompt_tokens_per_second"][0], found["generated_tokens_per_second"][0], own, used.ru_maxrss * 1024
 
 
 def main():
@@ -74,6 +81,8 @@ def main():
         values = [[r[1][activations][i] for r in rounds] for i in (0, 1)]
         ratios = [[r[1][activations][i] / r[0][i] for r in rounds] for i in (0, 1)]
         text = ", ".join(f"{median(ratio):.2f}× ({min(ratio):.2f} to {max(ratio):.2f})" for ratio in ratios)
+        own, most = (max(r[1][activations][i] for r in rounds) / 1e6 for i in (2, 3))
+        text += f"; {own:.0f} MB of weights and cache, {most:.0f} MB at most"
         print(f"{'layerstore, ' + activations + ' inputs':<22} {median(values[0]):>8.1f} {median(values[1]):>8.1f}   {text}")
     return 0
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""compare_rules.py BINARIES RULES.toml ...: the demo's model under each of these rules, as a table in Markdown.
+"""compare_rules.py BINARIES RULES.toml ...: all-MiniLM-L6-v2 under each of these rules, as a table in Markdown.
 
-Layers are calibrated on the demo's inputs, and measured on other text: examples/minilm_embeddings/evaluation.txt.
+Layers are calibrated on the inputs of `make demo-minilm`, and measured on other text: examples/minilm_embeddings/evaluation.txt.
 """
 
 import argparse
@@ -17,13 +17,13 @@ TEXT = ROOT / "examples/minilm_embeddings/evaluation.txt"
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare rules files on the demo's model.")
+    parser = argparse.ArgumentParser(description="Compare rules files on all-MiniLM-L6-v2.")
     parser.add_argument("binaries", type=Path)
     parser.add_argument("rules", type=Path, nargs="+")
     arguments = parser.parse_args()
     checkpoint, calibration = DEMO / "minilm/model.safetensors", DEMO / "calibration.safetensors"
     if not calibration.is_file():
-        print(f"{calibration} is not there: `make demo` fetches the model and captures it", file=sys.stderr)
+        print(f"{calibration} is not there: `make demo-minilm` fetches the model and captures it", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
         compare(arguments.binaries.resolve(), checkpoint, calibration, arguments.rules, Path(folder))

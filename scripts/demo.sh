@@ -1,39 +1,40 @@
 #!/usr/bin/env bash
-# demo.sh BINARIES PYTHON: a real model into a store, compressed in several ways, and run from there.
+# demo.sh BINARIES PYTHON: a language model into a store, as it is and compressed, and what each of the two says.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1 python=$2
 out=demo
-store=$out/layers
+store=$out/models
 mkdir -p "$out"
 rm -rf "$store"
 layerstore() { "$bin/layerstore" --store "$store" "$@"; }
 step() { printf '\n== %s\n' "$*"; }
 
-if ! "$python" scripts/fetch_model.py minilm "$out/minilm"; then
-    step "all-MiniLM-L6-v2 is out of reach: the small synthetic checkpoint of an example serves instead"
-    exec "$bin/examples/import_with_rules"
+if ! "$python" scripts/fetch_model.py smollm2 "$out/smollm2"; then
+    step "SmolLM2 is out of reach: all-MiniLM-L6-v2 serves instead"
+    exec scripts/demo_minilm.sh "$bin" "$python"
 fi
-checkpoint=$out/minilm/model.safetensors
-embed() { "$bin/examples/minilm_embeddings" --store "$store" --tokenizer "$out/minilm/tokenizer.json" "$@"; }
+model=$out/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+prompt="Explain in a few sentences why the sky is blue."
 
-step "import all-MiniLM-L6-v2 as it is"
-layerstore --quiet import "$checkpoint" --model minilm-f32 --message "the checkpoint as it is" | tail -n 1
+step "import SmolLM2-135M-Instruct ($(du -h --apparent-size "$model" | cut -f1) of GGUF) as it is, its 4-bit codes kept"
+layerstore --quiet import "$model" --model smollm2 --message "the file as it is" | tail -n 1
 
-step "capture calibration inputs: this project's documents, through the model from the store"
-cp examples/minilm_embeddings/calibration.txt "$out/calibration.txt"
-embed --model minilm-f32 --sentences "$out/calibration.txt" --capture "$out/calibration.safetensors" > /dev/null
-
-for name in correction 4bit keys; do
-    step "import it under examples/rules/minilm-$name.toml"
-    layerstore --quiet import "$checkpoint" --model "minilm-$name" --rules "examples/rules/minilm-$name.toml" \
-        --calibration "$out/calibration.safetensors" --message "rules: minilm-$name" | tail -n 1
-done
+step "import it in 3 bits (examples/rules/smollm2-3bit.toml), calibrated by reading this project's documents"
+cat docs/design.md docs/rules.md > "$out/text.txt"
+layerstore --quiet import "$model" --model smollm2-3bit --rules examples/rules/smollm2-3bit.toml \
+    --calibration-text "$out/text.txt" --calibration-tokens 2048 --message "3 bits" | tail -n 1
 layerstore snapshot create demo
+
+for name in smollm2 smollm2-3bit; do
+    step "generate with $name, every layer run from the store at snapshot 'demo'"
+    layerstore --at demo generate "$name" --chat --prompt "$prompt" --max-tokens 96 --activations int8
+done
+
+step "how far the 3 bits are from the 4, on a text that neither was calibrated with"
+head -c 9000 README.md > "$out/other.txt"
+layerstore --at demo --quiet perplexity smollm2-3bit --against smollm2 --text "$out/other.txt"
 
 step "what the store holds"
 layerstore models
 layerstore log
-
-step "sentences through each model, every layer run from the store at snapshot 'demo'"
-embed --at demo --model minilm-f32 --model minilm-correction --model minilm-4bit --model minilm-keys

@@ -24,8 +24,9 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::architectures::{LanguageModel, TextEncoder};
 use crate::compress::{
-    self, ActivationsFile, CopyReport, Evaluation, ExportOptions, ExportReport, ImportOptions, ImportReport,
-    RepairOptions, RepairReport, SharedDirections, SharedOptions, Training, TrainingReport,
+    self, ActivationsFile, CalibrateOptions, CalibrateReport, CopyReport, Evaluation, ExportOptions, ExportReport,
+    ImportOptions, ImportReport, RepairOptions, RepairReport, SharedDirections, SharedOptions, Training,
+    TrainingReport,
 };
 use crate::error::{Error, Result};
 use crate::formats::TensorSource;
@@ -501,6 +502,20 @@ pub fn copy(
     cancel: &Cancel,
 ) -> Result<CopyReport> {
     snapshot.runtime.block_on(compress::copy(&snapshot.snapshot, model, layer, &to.store, progress, cancel))
+}
+
+/// Has a stored model read a text, and writes the statistics of its layers' inputs: [`calibrate`](crate::calibrate()).
+///
+/// # Errors
+/// As [`calibrate`](crate::calibrate()).
+pub fn calibrate(
+    snapshot: &Snapshot,
+    model: &str,
+    text: &str,
+    output: &Path,
+    options: CalibrateOptions,
+) -> Result<CalibrateReport> {
+    snapshot.runtime.block_on(compress::calibrate(&snapshot.snapshot, model, text, output, options))
 }
 
 /// Measures a model's layers on inputs, against their dense weights: [`evaluate`](crate::evaluate).

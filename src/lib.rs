@@ -76,14 +76,15 @@ pub use layerstore_core::{Calibration, CalibrationBuilder, Error, ErrorKind, Res
 
 pub use architectures::{
     CacheType, ChatMessage, Divergence, EncodingOptions, Generation, GenerationOptions, LanguageModel, Perplexity,
-    Pooling, Sampling, SpeedOptions, SpeedReport, TextEncoder,
+    Pooling, Sampling, Session, SpeedOptions, SpeedReport, TextEncoder,
 };
 pub use compress::{
-    ActivationsFile, CalibrationFile, CalibrationInputs, CalibrationText, CopyReport, Evaluation, ExportDtype,
-    ExportFormat, ExportOptions, ExportReport, FailedSource, ImportOptions, ImportReport, LayerEvaluation, LayerReport,
-    MendedArtifact, Plan, PlannedLayer, RepairOptions, RepairReport, RepairSource, Rule, Rules, SharedDirections,
-    SharedOptions, Training, TrainingReport, UnmeasuredLayer, copy, evaluate, exact_layer, export, import, preview,
-    read_attention_settings, repair, shared_directions, train_codebooks, write_statistics,
+    ActivationsFile, CalibrateOptions, CalibrateReport, CalibrationFile, CalibrationInputs, CalibrationText,
+    CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions, ExportReport, FailedSource, ImportOptions,
+    ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan, PlannedLayer, RepairOptions, RepairReport,
+    RepairSource, Rule, Rules, SharedDirections, SharedOptions, Training, TrainingReport, UnmeasuredLayer, calibrate,
+    copy, evaluate, exact_layer, export, import, preview, read_attention_settings, repair, shared_directions,
+    train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;

@@ -10,7 +10,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
-use crate::linalg::{covariance_of, matmul_f64, second_moment_of};
+use crate::linalg::{add_gram, covariance_of, mirror, second_moment_of};
 
 /// Inputs that a sample holds at most: whole calibration sets of usual size.
 pub const SAMPLE_ROWS: usize = 16_384;
@@ -385,9 +385,11 @@ pub struct CalibrationBuilder {
     mean: Array1<f64>,
     abs: Array1<f64>,
     squares: Array1<f64>,
-    /// Σ (x − mean)(x − mean)ᵀ.
+    /// Σ (x − mean)(x − mean)ᵀ, on the diagonal and below it.
     comoment: Option<Array2<f64>>,
     rng: ChaCha8Rng,
+    /// Windows that are kept at most.
+    most_windows: usize,
     windows_seen: u64,
     /// By the place of their first token.
     windows: Vec<(u64, Array2<f32>)>,
@@ -406,10 +408,17 @@ impl CalibrationBuilder {
             squares: zeros(),
             comoment: (features <= FULL_MOMENT_WIDTH).then(|| Array2::zeros((features, features))),
             rng: ChaCha8Rng::seed_from_u64(seed),
+            most_windows: SAMPLE_ROWS / SAMPLE_WINDOW,
             windows_seen: 0,
             windows: vec![],
             open: vec![],
         }
+    }
+
+    /// Keeps a sample of at most so many inputs, in whole windows of [`SAMPLE_WINDOW`]; [`SAMPLE_ROWS`] without this.
+    #[must_use]
+    pub fn with_sample(self, rows: usize) -> Self {
+        CalibrationBuilder { most_windows: rows.min(SAMPLE_ROWS) / SAMPLE_WINDOW, ..self }
     }
 
     /// Adds `inputs` `[tokens, features]`.
@@ -432,10 +441,9 @@ impl CalibrationBuilder {
         let apart = &mean - &self.mean;
         if let Some(comoment) = &mut self.comoment {
             let centred = &wide - &mean;
-            *comoment += &matmul_f64(centred.t(), centred.view());
-            let weight = before * added / total;
-            let column = apart.view().insert_axis(Axis(1));
-            *comoment += &(matmul_f64(column, column.t()) * weight);
+            add_gram(comoment, centred.view());
+            let root = (before * added / total).sqrt();
+            add_gram(comoment, (&apart * root).insert_axis(Axis(0)).view());
         }
         self.abs += &wide.mapv(f64::abs).sum_axis(Axis(0));
         self.squares += &wide.mapv(|v| v * v).sum_axis(Axis(0));
@@ -461,7 +469,7 @@ impl CalibrationBuilder {
             .map_err(|e| Error::Numeric(e.to_string()))?;
         let entry = (end - rows as u64, window);
         self.windows_seen += 1;
-        if self.windows.len() < SAMPLE_ROWS / SAMPLE_WINDOW {
+        if self.windows.len() < self.most_windows {
             self.windows.push(entry);
         } else {
             let place = self.rng.next_u64() % self.windows_seen;
@@ -491,7 +499,10 @@ impl CalibrationBuilder {
             at += window.nrows();
         }
         let moments = match self.comoment {
-            Some(comoment) => SecondMoments::Covariance(comoment / (self.tokens.max(2) - 1) as f64),
+            Some(mut comoment) => {
+                mirror(&mut comoment);
+                SecondMoments::Covariance(comoment / (self.tokens.max(2) - 1) as f64)
+            }
             None => SecondMoments::Diagonal(self.squares / count),
         };
         Ok(Calibration { tokens: self.tokens, mean: self.mean, mean_abs: self.abs / count, moments, sample })
@@ -554,7 +565,12 @@ mod tests {
         let breaks = first.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
         assert!((1..=4).contains(&breaks), "{breaks}");
         assert_eq!(calibration.tokens(), rows as u64);
-        assert_eq!(Calibration::of(x).unwrap().sample(), calibration.sample(), "the seed decides");
+        assert_eq!(Calibration::of(x.clone()).unwrap().sample(), calibration.sample(), "the seed decides");
+        for (rows, kept) in [(0, 0), (SAMPLE_WINDOW - 1, 0), (3 * SAMPLE_WINDOW, 3 * SAMPLE_WINDOW)] {
+            let mut builder = CalibrationBuilder::new(2, 0).with_sample(rows);
+            builder.update(x.slice(s![..64 * SAMPLE_WINDOW, ..])).unwrap();
+            assert_eq!(builder.finish().unwrap().sample().nrows(), kept);
+        }
     }
 
     #[test]

@@ -6,9 +6,9 @@ use layerstore_core::transformer::{BlockInput, Encoder, EncoderBlock, EncoderCon
 use serde_json::Value;
 
 use super::config::{float, number, required, setting};
-use super::open::{GetLayer, OpenModel, layer_norm_of, missing};
+use super::open::{GetLayer, OpenModel, attention_of, layer_norm_of, missing};
 use crate::error::{Error, Result};
-use crate::layer::Activation;
+use crate::layer::{Activation, VqAttentionLayer};
 
 /// Families of BERT's kind, as `model_type` has them, and whether their positions begin behind that of the padding.
 const FAMILIES: [(&str, bool); 5] =
@@ -119,11 +119,22 @@ pub fn embedding(prefix: &str, config: &BertConfig, layer: GetLayer) -> Result<E
     })
 }
 
-/// Puts a block together.
+/// Returns the names that the attention of a block may have, where it is stored.
+pub fn attentions(prefix: &str, block: usize) -> [String; 2] {
+    ["attention", "attention.self"].map(|part| of(prefix, block, part))
+}
+
+/// Puts a block together, its attention exact or stored.
 ///
 /// # Errors
 /// When a layer is missing, or a norm is no vector with a bias.
-pub fn block(prefix: &str, config: &BertConfig, number: usize, layer: GetLayer) -> Result<EncoderBlock> {
+pub fn block(
+    prefix: &str,
+    config: &BertConfig,
+    number: usize,
+    attention: Option<VqAttentionLayer>,
+    layer: GetLayer,
+) -> Result<EncoderBlock> {
     let get = |part: &str| layer(&of(prefix, number, part));
     let norm = |part: &str| {
         let name = of(prefix, number, part);
@@ -133,6 +144,7 @@ pub fn block(prefix: &str, config: &BertConfig, number: usize, layer: GetLayer) 
         query: get("attention.self.query")?,
         key: get("attention.self.key")?,
         value: get("attention.self.value")?,
+        attention,
         attention_output: get("attention.output.dense")?,
         attention_norm: norm("attention.output.LayerNorm")?,
         intermediate: get("intermediate.dense")?,
@@ -154,11 +166,16 @@ pub async fn encoder(model: &OpenModel<'_>, config: &BertConfig) -> Result<Encod
     let layers = model.layers(names).await?;
     let get = |name: &str| layers.get(name).cloned().ok_or_else(|| missing(name));
     let embedding = embedding(prefix, config, &get)?;
-    let mut blocks = vec![];
+    let (mut blocks, attentions) = (vec![], model.attentions().await?);
     for number in 0..config.blocks {
         let norms = ["attention.output.LayerNorm", "output.LayerNorm"].map(|part| of(prefix, number, part));
-        let layers = model.layers(self::names(prefix, number).into_values().flatten().chain(norms).collect()).await?;
-        blocks.push(block(prefix, config, number, &|name| layers.get(name).cloned().ok_or_else(|| missing(name)))?);
+        let own = self::attentions(prefix, number);
+        let stored = own.iter().filter(|name| attentions.contains(*name)).cloned();
+        let names = self::names(prefix, number).into_values().flatten().chain(norms).chain(stored);
+        let layers = model.layers(names.collect()).await?;
+        let get = |name: &str| layers.get(name).cloned().ok_or_else(|| missing(name));
+        let attention = attention_of(&own, &|name| attentions.contains(name), &get)?;
+        blocks.push(block(prefix, config, number, attention, &get)?);
     }
     Encoder::new(config.encoder, embedding, blocks)
 }

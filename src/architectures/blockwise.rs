@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::bert::{BertConfig, bert};
 use super::config::{LlamaConfig, llama};
-use super::open::GetLayer;
+use super::open::{GetLayer, attention_of};
 use super::{bert, llama_blocks};
 use crate::error::Result;
 use crate::layer::{Accuracy, SharedLayer};
@@ -87,19 +87,28 @@ impl Blockwise {
         }
     }
 
-    /// Puts a block together.
+    /// Returns the names that the attention of a block may have, where it is stored.
+    pub fn attentions(&self, block: usize) -> Vec<String> {
+        match self {
+            Blockwise::Decoder(_) => vec![llama_blocks::attention(block)],
+            Blockwise::Encoder(_, prefix) => bert::attentions(prefix, block).into(),
+        }
+    }
+
+    /// Puts a block together, its attention stored where `has` says so, else exact.
     ///
     /// # Errors
     /// When a layer is missing, or does not fit.
-    pub fn block(&self, number: usize, features: usize, layer: GetLayer) -> Result<Block> {
+    pub fn block(&self, number: usize, features: usize, has: &dyn Fn(&str) -> bool, layer: GetLayer) -> Result<Block> {
+        let attention = attention_of(&self.attentions(number), has, layer)?;
         match self {
             Blockwise::Decoder(config) => {
-                let block = llama_blocks::block(config, number, layer)?;
+                let block = llama_blocks::block(config, number, attention, layer)?;
                 let running = RunningBlock::new(&config.decoder, number, features, block)?;
                 Ok(Block::Decoder(config.decoder.clone(), Box::new(running)))
             }
             Blockwise::Encoder(config, prefix) => {
-                let block = bert::block(prefix, config, number, layer)?;
+                let block = bert::block(prefix, config, number, attention, layer)?;
                 let running = RunningEncoderBlock::new(&config.encoder, number, features, block)?;
                 Ok(Block::Encoder(config.encoder, Box::new(running)))
             }

@@ -7,6 +7,7 @@ use layerstore_core::transformer::{BlockInput, DecoderBlock, Norm};
 use super::config::LlamaConfig;
 use super::open::{GetLayer, norm_of};
 use crate::error::Result;
+use crate::layer::VqAttentionLayer;
 
 /// The table of tokens.
 pub const EMBEDDING: &str = "model.embed_tokens";
@@ -41,11 +42,21 @@ pub fn all_names(config: &LlamaConfig, block: usize) -> Vec<String> {
     names(block).into_values().flatten().chain(norms.iter().map(|part| of(block, part))).collect()
 }
 
-/// Puts a block together.
+/// Returns the name that the attention of a block has, where it is stored.
+pub fn attention(block: usize) -> String {
+    of(block, "self_attn")
+}
+
+/// Puts a block together, its attention exact or stored.
 ///
 /// # Errors
 /// When a layer is missing, or a norm is no vector.
-pub fn block(config: &LlamaConfig, number: usize, layer: GetLayer) -> Result<DecoderBlock> {
+pub fn block(
+    config: &LlamaConfig,
+    number: usize,
+    attention: Option<VqAttentionLayer>,
+    layer: GetLayer,
+) -> Result<DecoderBlock> {
     let get = |part: &str| layer(&of(number, part));
     let norm = |part: &str| {
         let name = of(number, part);
@@ -61,6 +72,7 @@ pub fn block(config: &LlamaConfig, number: usize, layer: GetLayer) -> Result<Dec
         output: get("self_attn.o_proj")?,
         query_norm: head_norm("self_attn.q_norm")?,
         key_norm: head_norm("self_attn.k_norm")?,
+        attention,
         feed_forward_norm: norm("post_attention_layernorm")?,
         gate: get("mlp.gate_proj")?,
         up: get("mlp.up_proj")?,

@@ -5,11 +5,13 @@ mod bench;
 mod bert;
 mod blockwise;
 mod config;
+mod generation;
 mod language_model;
 mod llama_blocks;
 mod open;
 mod perplexity;
 mod sampling;
+mod session;
 mod text_encoder;
 mod tokenizer;
 
@@ -17,9 +19,11 @@ pub(crate) use blockwise::{Block, Blockwise};
 pub(crate) use tokenizer::TextTokenizer;
 
 pub use bench::{SpeedOptions, SpeedReport};
-pub use language_model::{Generation, GenerationOptions, LanguageModel};
+pub use generation::{Generation, GenerationOptions};
+pub use language_model::LanguageModel;
 pub use layerstore_core::transformer::CacheType;
 pub use perplexity::{Divergence, Perplexity};
 pub use sampling::Sampling;
+pub use session::Session;
 pub use text_encoder::{EncodingOptions, Pooling, TextEncoder};
 pub use tokenizer::ChatMessage;

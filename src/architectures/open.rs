@@ -5,13 +5,16 @@ use std::collections::{HashMap, HashSet};
 use ndarray::Array1;
 use serde_json::Value;
 
+use layerstore_core::layer::parts::canonical_json;
 use layerstore_core::layer::{configured, to_f32};
 use layerstore_core::transformer::Norm;
 
 use super::tokenizer::TextTokenizer;
 use crate::error::{Error, Result};
-use crate::layer::{ActivationFormat, ArtifactId, DenseLayer, Layer, SharedLayer};
-use crate::store::Snapshot;
+use crate::layer::{
+    ActivationFormat, ArtifactId, DenseLayer, Layer, Method, SharedLayer, VqAttentionConfig, VqAttentionLayer,
+};
+use crate::store::{LayerRecord, Snapshot};
 
 /// A model whose files have been listed.
 pub struct OpenModel<'a> {
@@ -95,6 +98,37 @@ impl<'a> OpenModel<'a> {
         Ok(self.snapshot.layers(self.model).await?.into_iter().map(|record| record.layer).collect())
     }
 
+    /// Returns the names of stored attention blocks.
+    ///
+    /// # Errors
+    /// When the catalogue cannot be read.
+    pub async fn attentions(&self) -> Result<HashSet<String>> {
+        let records = self.snapshot.layers(self.model).await?;
+        let is_attention = |record: &LayerRecord| record.method == VqAttentionConfig::NAME;
+        Ok(records.into_iter().filter(is_attention).map(|record| record.layer).collect())
+    }
+
+    /// Returns what names the model's layers, their settings, and its configuration.
+    ///
+    /// # Errors
+    /// When the catalogue cannot be read.
+    pub async fn fingerprint(&self, settings: &Value) -> Result<String> {
+        let mut records = self.snapshot.layers(self.model).await?;
+        records.sort_by(|a, b| a.layer.cmp(&b.layer));
+        let mut hasher = blake3::Hasher::new();
+        let mut add = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        add(canonical_json(settings).as_bytes());
+        for LayerRecord { layer, artifact, config, .. } in &records {
+            add(layer.as_bytes());
+            add(&artifact.0);
+            add(canonical_json(config).as_bytes());
+        }
+        Ok(hasher.finalize().to_string())
+    }
+
     /// Loads layers, by name.
     ///
     /// # Errors
@@ -111,6 +145,15 @@ impl<'a> OpenModel<'a> {
 
 /// Where layers come from, by name.
 pub type GetLayer<'a> = &'a dyn Fn(&str) -> Result<SharedLayer>;
+
+/// Returns the stored attention of one of these names; `None` where there is none.
+///
+/// # Errors
+/// When it cannot be loaded.
+pub fn attention_of(names: &[String], has: &dyn Fn(&str) -> bool, layer: GetLayer) -> Result<Option<VqAttentionLayer>> {
+    let Some(name) = names.iter().find(|name| has(name)) else { return Ok(None) };
+    Ok(layer(name)?.downcast_ref::<VqAttentionLayer>().cloned())
+}
 
 /// Returns the error for a layer that is not there.
 pub fn missing(name: &str) -> Error {

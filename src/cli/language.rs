@@ -1,4 +1,4 @@
-//! `generate`, `perplexity` and `bench`: whole language models, straight from the store.
+//! `perplexity` and `bench`: whole language models, straight from the store.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,11 +9,8 @@ use serde::Serialize;
 use super::Context;
 use super::output::{bytes, table};
 use super::signals::cancel_on_interrupt;
-use crate::architectures::{
-    CacheType, ChatMessage, Generation, GenerationOptions, LanguageModel, Perplexity, Sampling, SpeedOptions,
-    SpeedReport,
-};
-use crate::error::{Error, Result};
+use crate::architectures::{CacheType, LanguageModel, Perplexity, SpeedOptions, SpeedReport};
+use crate::error::Result;
 use crate::formats;
 use crate::layer::{Accuracy, ActivationFormat};
 use crate::store::Snapshot;
@@ -36,7 +33,7 @@ fn activations(given: &str) -> Result<ActivationFormat, String> {
     serde_json::from_value(given.into()).map_err(|_| "expected f32, int8 or int8_absmax".into())
 }
 
-fn cache_type(given: &str) -> Result<CacheType, String> {
+pub(super) fn cache_type(given: &str) -> Result<CacheType, String> {
     given.parse().map_err(|_| "expected f32, f16 or int8".into())
 }
 
@@ -51,51 +48,10 @@ impl RunArgs {
         self.activations
     }
 
-    async fn language_model(&self, snapshot: &Snapshot, model: &str) -> Result<LanguageModel> {
+    pub(super) async fn language_model(&self, snapshot: &Snapshot, model: &str) -> Result<LanguageModel> {
         let model = snapshot.language_model(model).await?;
         self.activations.map_or(Ok(model.clone()), |activations| model.with_activations(activations))
     }
-}
-
-#[derive(Debug, Args)]
-pub struct GenerateArgs {
-    model: String,
-    /// The text to go on with.
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
-    /// Write it as the message of a conversation, by the model's chat template.
-    #[arg(long)]
-    chat: bool,
-    /// How many tokens are added at most.
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    max_tokens: usize,
-    /// Draw tokens, from shares that this makes flatter or steeper; 0 takes the likeliest.
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
-    temperature: f32,
-    /// Draw from so many of the likeliest tokens; 0 for all.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: usize,
-    /// Draw from the likeliest tokens that have this share together.
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
-    top_p: f32,
-    /// Of the draws.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// What keys and values of the tokens so far are kept as: f16 takes half the memory of f32, int8 a quarter.
-    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = cache_type)]
-    cache: CacheType,
-    #[command(flatten)]
-    run: RunArgs,
-}
-
-/// A number from 0 on.
-fn temperature(given: &str) -> Result<f32, String> {
-    given.parse().ok().filter(|t: &f32| t.is_finite() && *t >= 0.0).ok_or_else(|| "expected a number from 0 on".into())
-}
-
-/// A number above 0, and 1 at most.
-fn share(given: &str) -> Result<f32, String> {
-    given.parse().ok().filter(|p| *p > 0.0 && *p <= 1.0).ok_or_else(|| "expected a number above 0, at most 1".into())
 }
 
 #[derive(Debug, Args)]
@@ -112,39 +68,6 @@ pub struct PerplexityArgs {
     window: usize,
     #[command(flatten)]
     run: RunArgs,
-}
-
-pub async fn generate(context: &Context, args: GenerateArgs) -> Result<u8> {
-    let snapshot = context.snapshot().await?;
-    let cancel = cancel_on_interrupt();
-    let model = cancel.unless(args.run.language_model(&snapshot, &args.model)).await?;
-    let prompt = match args.chat {
-        true => model.chat_tokens(&[ChatMessage { role: "user".into(), content: args.prompt.clone() }])?,
-        false => model.tokens(&args.prompt)?,
-    };
-    if prompt.is_empty() {
-        return Err(Error::expected("--prompt", "no tokens", "a text of one token at least"));
-    }
-    let options = GenerationOptions {
-        max_tokens: args.max_tokens,
-        sampling: Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed },
-        accuracy: args.run.accuracy(),
-        cache: args.cache,
-        cancel,
-    };
-    let output = context.output;
-    let work = move || model.generate(&prompt, &options, |text| output.piece(text));
-    let generation = unwrap_join(tokio::task::spawn_blocking(work).await)??;
-    context.output.ended(&generation)?;
-    let Generation { tokens, prompt_tokens, prompt_seconds, seconds, .. } = &generation;
-    let speed = |tokens: usize, seconds: f64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
-    context.output.note(format!(
-        "note: {prompt_tokens} tokens read at {:.1} a second, {} written at {:.1}",
-        speed(*prompt_tokens, *prompt_seconds),
-        tokens.len(),
-        speed(tokens.len(), *seconds),
-    ));
-    Ok(0)
 }
 
 #[derive(Serialize)]

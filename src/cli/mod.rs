@@ -1,12 +1,14 @@
 //! The command line: arguments parsed purely, then resolved, one file per group of commands.
 
 mod attention;
+mod calibrate;
 mod catalogue;
 mod compare;
 mod copy;
 mod embed;
 mod escape;
 mod export;
+mod generate;
 mod import;
 mod keys;
 mod language;
@@ -81,11 +83,13 @@ enum Command {
     /// Run a layer, or a module with the layers that it is made of, on inputs.
     Forward(ForwardArgs),
     /// Go on with a text by a language model whose layers are in the store, and print what comes as it comes.
-    Generate(language::GenerateArgs),
+    Generate(generate::GenerateArgs),
     /// Measure how well a language model foretells a text, and how far it is from another one.
     Perplexity(language::PerplexityArgs),
     /// Turn texts into vectors by a text encoder whose layers are in the store.
     Embed(embed::EmbedArgs),
+    /// Have a model of the store read a text, and write the statistics of its layers' inputs, which import --calibration takes.
+    Calibrate(calibrate::CalibrateArgs),
     /// Measure how many tokens a second a language model reads and writes, and the memory that it takes.
     Bench(language::BenchArgs),
     /// Run an attention block, its projections included, on a sequence.
@@ -434,9 +438,10 @@ async fn run(cli: Cli) -> Result<u8> {
         Command::Log => catalogue::log(&context).await,
         Command::Diff { old, new } => catalogue::diff(&context, &old, &new).await,
         Command::Forward(args) => run::forward(&context, args).await,
-        Command::Generate(args) => language::generate(&context, args).await,
+        Command::Generate(args) => generate::generate(&context, args).await,
         Command::Perplexity(args) => language::perplexity(&context, args).await,
         Command::Embed(args) => embed::embed(&context, args).await,
+        Command::Calibrate(args) => calibrate::calibrate(&context, args).await,
         Command::Bench(args) => language::bench(&context, args).await,
         Command::Attend(args) => attention::attend(&context, args).await,
         Command::Codebooks(command) => attention::codebooks(&context, command).await,

@@ -1,22 +1,85 @@
 //! Attention blocks of a checkpoint: found by the names of their projections, their codebooks made from calibration inputs.
 
-use ndarray::Array2;
+use layerstore_core::calibration::SAMPLE_ROWS;
+use layerstore_core::transformer::BlockInput;
+use ndarray::{Array2, ArrayView2};
 
 use super::calibration::CalibrationFile;
+use super::items::Inputs;
 use super::measure::{measure_attention, projected};
 use super::misfits::Misfits;
 use super::recipe::Recipe;
 use super::rules::{Rule, Rules};
 use crate::error::{Error, Result, closest, known_list};
-use crate::formats::{SourceContent, SourceLayer, TensorInfo, TensorSource};
+use crate::formats::{SourceContent, SourceLayer, TensorSource};
 use crate::layer::{Method, MethodName, VqAttentionConfig, VqAttentionLayer};
 
-/// A projection of a block: a matrix of the source and its bias.
+/// A projection of a block: a layer of the source.
 #[derive(Debug, Clone)]
 pub(super) struct Projection {
-    pub layer: String,
-    pub weight: TensorInfo,
-    pub bias: Option<TensorInfo>,
+    pub source: SourceLayer,
+}
+
+impl Projection {
+    /// `(out_features, in_features)`.
+    pub fn shape(&self) -> (usize, usize) {
+        match &self.source.content {
+            SourceContent::Tensors { weight, .. } => {
+                let length = |place: usize| weight.shape.get(place).copied().unwrap_or(0);
+                (length(0), length(1))
+            }
+            SourceContent::Ready { layer, .. } => layer.dimensions(),
+        }
+    }
+
+    /// What the projection makes of inputs `[tokens, in_features]`.
+    fn of(&self, source: &dyn TensorSource, x: ArrayView2<f32>) -> Result<Array2<f32>> {
+        let (weight, bias) = match &self.source.content {
+            SourceContent::Tensors { weight, bias } => {
+                (source.matrix(weight)?, bias.as_ref().map(|bias| source.vector(bias)).transpose()?)
+            }
+            SourceContent::Ready { layer, .. } => {
+                let layer = layer.load()?;
+                (layer.weight()?, layer.stored_bias()?)
+            }
+        };
+        Ok(projected(x, weight.view(), bias.as_ref()))
+    }
+}
+
+/// Queries, keys and values as a model's attention has them, the first of a text's.
+#[derive(Debug, Default)]
+pub(super) struct AttentionInputs {
+    /// `[tokens, heads · head_dim]` each.
+    all: [Vec<f32>; 3],
+    widths: [usize; 3],
+    /// Whether queries and keys are rotated.
+    pub is_rotary: bool,
+}
+
+impl AttentionInputs {
+    pub fn new(is_rotary: bool) -> Self {
+        AttentionInputs { is_rotary, ..AttentionInputs::default() }
+    }
+
+    /// Adds what it is about; `false` where that is something else.
+    pub fn add(&mut self, input: BlockInput, x: ArrayView2<f32>) -> bool {
+        let place = match input {
+            BlockInput::Queries => 0,
+            BlockInput::Keys => 1,
+            BlockInput::Values => 2,
+            _ => return false,
+        };
+        self.widths[place] = x.ncols();
+        let room = SAMPLE_ROWS.saturating_sub(self.all[place].len() / x.ncols().max(1));
+        self.all[place].extend(x.rows().into_iter().take(room).flatten());
+        true
+    }
+
+    fn get(&self, place: usize) -> Option<Array2<f32>> {
+        let rows = self.all[place].len().checked_div(self.widths[place])?;
+        Array2::from_shape_vec((rows, self.widths[place]), self.all[place].clone()).ok()
+    }
 }
 
 /// A block and how it is to be made.
@@ -94,16 +157,11 @@ fn planned(
     }
     let named = |name: &Option<String>| {
         let name = format!("{block}.{}", name.as_deref().unwrap_or_default());
-        let found = layers.iter().find(|layer| layer.name == name).map(|layer| &layer.content);
+        let found = layers.iter().find(|layer| layer.name == name);
         match found {
-            Some(SourceContent::Tensors { weight, bias }) if weight.is_float_matrix() => {
-                Ok(Projection { layer: name, weight: weight.clone(), bias: bias.clone() })
-            }
+            Some(source) if is_matrix(&source.content) => Ok(Projection { source: source.clone() }),
             _ => {
-                let matrices = layers.iter().filter(|layer| match &layer.content {
-                    SourceContent::Tensors { weight, .. } => weight.is_float_matrix(),
-                    SourceContent::Ready { .. } => false,
-                });
+                let matrices = layers.iter().filter(|layer| is_matrix(&layer.content));
                 let near = closest(&name, matrices.map(|layer| layer.name.as_str()), 3);
                 let expected = format!("one that is there; {}", known_list("closest names", &near));
                 Err(Error::expected("projection of an attention block", format!("no matrix '{name}'"), expected))
@@ -114,7 +172,7 @@ fn planned(
     if config.output.is_some() {
         named(&config.output)?;
     }
-    let shapes = projections.each_ref().map(|p| (p.weight.shape[0], p.weight.shape[1]));
+    let shapes = projections.each_ref().map(Projection::shape);
     let planned = PlannedBlock {
         name: block.to_owned(),
         config: config.of_projections(shapes)?,
@@ -125,21 +183,22 @@ fn planned(
         for (projection, codes) in
             planned.projections.iter().zip([planned.config.query_codes(), planned.config.key_codes()])
         {
-            let there = calibration.filter(|c| c.layers().contains(&projection.layer.as_str()));
+            let layer = &projection.source.name;
+            let there = calibration.filter(|c| c.layers().contains(&layer.as_str()));
             let calibration = there.ok_or_else(|| {
                 Error::expected(
                     "calibration inputs for codebooks",
-                    format!("none for '{}'", projection.layer),
-                    "--calibration with a tensor of that name",
+                    format!("none for '{layer}'"),
+                    "--calibration with a tensor of that name, or --calibration-text",
                 )
             })?;
-            calibration.check(&projection.layer, projection.weight.shape[1])?;
-            let tokens = calibration.sample_rows(&projection.layer);
+            calibration.check(layer, projection.shape().1)?;
+            let tokens = calibration.sample_rows(layer);
             if let Some(codes) = codes
                 && codes > tokens
             {
                 return Err(Error::expected(
-                    format!("codewords of '{}'", projection.layer),
+                    format!("codewords of '{layer}'"),
                     format!("{codes} for {tokens} vectors"),
                     "no more than vectors",
                 ));
@@ -149,40 +208,49 @@ fn planned(
     Ok(planned)
 }
 
+fn is_matrix(content: &SourceContent) -> bool {
+    match content {
+        SourceContent::Tensors { weight, .. } => weight.is_float_matrix(),
+        SourceContent::Ready { takes_rules, .. } => *takes_rules,
+    }
+}
+
 /// Names what a block is made from and how.
-pub(super) fn block_recipe(
-    source: &dyn TensorSource,
-    block: &PlannedBlock,
-    calibration: Option<&CalibrationFile>,
-) -> Result<[u8; 32]> {
+pub(super) fn block_recipe(inputs: &Inputs, block: &PlannedBlock) -> Result<[u8; 32]> {
     let mut recipe = Recipe::new();
+    if let Some(heads) = inputs.heads.as_deref().filter(|_| block.calibrates()) {
+        heads.all.iter().for_each(|all| recipe.numbers(all));
+        recipe.settings(&block.config);
+        return Ok(recipe.finish());
+    }
     for projection in &block.projections {
-        for tensor in std::iter::once(&projection.weight).chain(&projection.bias) {
-            recipe.tensor(source, tensor)?;
+        match &projection.source.content {
+            SourceContent::Tensors { weight, bias } => {
+                for tensor in std::iter::once(weight).chain(bias) {
+                    recipe.tensor(&*inputs.source, tensor)?;
+                }
+            }
+            SourceContent::Ready { layer, .. } => recipe.artifact(layer.load()?.to_parts().id()),
         }
-        recipe.calibration(calibration, &projection.layer)?;
+        recipe.calibration(inputs.calibration.as_deref(), &projection.source.name)?;
     }
     recipe.settings(&block.config);
     Ok(recipe.finish())
 }
 
 /// Makes a block, and measures it against exact attention over the calibration inputs, where there are any.
-pub(super) fn make_block(
-    source: &dyn TensorSource,
-    planned: &PlannedBlock,
-    calibration: Option<&CalibrationFile>,
-) -> Result<(VqAttentionLayer, Option<f64>)> {
-    let [q, k, v] = &planned.projections;
-    let inputs = |projection: &Projection| -> Result<Option<Array2<f32>>> {
-        let Some(calibration) = calibration else { return Ok(None) };
-        let Some(x) = calibration.get(&projection.layer, projection.weight.shape[1])? else { return Ok(None) };
-        if x.sample().nrows() == 0 {
-            return Ok(None);
+pub(super) fn make_block(inputs: &Inputs, planned: &PlannedBlock) -> Result<(VqAttentionLayer, Option<f64>)> {
+    let mut of_places = planned.projections.iter().enumerate().map(|(place, projection)| {
+        if let Some(heads) = &inputs.heads {
+            return Ok(heads.get(place));
         }
-        let bias = projection.bias.as_ref().map(|bias| source.vector(bias)).transpose()?;
-        Ok(Some(projected(x.sample(), source.matrix(&projection.weight)?.view(), bias.as_ref())))
-    };
-    let (queries, keys, values) = (inputs(q)?, inputs(k)?, inputs(v)?);
+        let Some(calibration) = &inputs.calibration else { return Ok(None) };
+        let found = calibration.get(&projection.source.name, projection.shape().1)?;
+        let found = found.filter(|found| found.sample().nrows() > 0);
+        found.map(|found| projection.of(&*inputs.source, found.sample())).transpose()
+    });
+    let mut next = || of_places.next().unwrap_or(Ok(None));
+    let (queries, keys, values): (Option<Array2<f32>>, _, _) = (next()?, next()?, next()?);
     let layer = match (&queries, &keys) {
         (Some(queries), Some(keys)) => {
             VqAttentionLayer::by_kmeans(planned.config.clone(), queries.view(), keys.view())?

@@ -19,20 +19,17 @@ use std::path::Path;
 
 use layerstore_core::layer::to_f32;
 use ndarray::{Array1, Array2};
-use safetensors::tensor::TensorView;
 
 use super::in_memory::{InMemory, Promise};
 use crate::error::{Error, Result};
 use crate::formats::{SafetensorsSource, TensorInfo, TensorSource};
 use crate::layer::DType;
-use crate::layer::parts::f32_bytes;
-use crate::staged;
 use crate::{Calibration, SecondMoment};
 
-const MARK: &str = "layerstore:statistics";
-const SHARED: &str = "layerstore:shared";
-const VERSION: &str = "1";
-const MEAN: &str = "mean";
+pub(super) const MARK: &str = "layerstore:statistics";
+pub(super) const SHARED: &str = "layerstore:shared";
+pub(super) const VERSION: &str = "1";
+pub(super) const MEAN: &str = "mean";
 
 /// Inputs of layers, a tensor `[tokens, in_features]` named after each layer.
 #[derive(Debug)]
@@ -284,7 +281,7 @@ impl CalibrationFile {
 }
 
 /// The tensors of a layer in a statistics file.
-const PARTS: [&str; 5] = ["count", MEAN, "mean_abs", "second_moment", "sample"];
+pub(super) const PARTS: [&str; 5] = ["count", MEAN, "mean_abs", "second_moment", "sample"];
 
 #[derive(Debug)]
 struct StatisticsFile {
@@ -414,51 +411,11 @@ impl StatisticsFile {
     }
 }
 
-/// Writes statistics by layer as a statistics file; the file appears whole or not at all.
-///
-/// # Errors
-/// When two have one name, or the file cannot be written.
-pub fn write_statistics(path: &Path, layers: &[(String, Calibration)]) -> Result<()> {
-    let wide = |values: &mut dyn Iterator<Item = f64>| values.flat_map(f64::to_le_bytes).collect::<Vec<u8>>();
-    let mut tensors: BTreeMap<String, (DType, Vec<usize>, Vec<u8>)> = BTreeMap::new();
-    for (layer, calibration) in layers {
-        let n = calibration.features();
-        let count = i64::try_from(calibration.tokens()).unwrap_or(i64::MAX);
-        let second = match calibration.has_full_moment() {
-            true => (DType::F64, vec![n, n], wide(&mut calibration.second_moment()?.iter().copied())),
-            false => (DType::F64, vec![n], wide(&mut calibration.second_diagonal().into_iter())),
-        };
-        let sample = calibration.sample();
-        let rows = sample.nrows();
-        let sample = f32_bytes(sample.as_standard_layout().as_slice().unwrap_or_default()).to_vec();
-        for (part, tensor) in [
-            ("count", (DType::I64, vec![], count.to_le_bytes().to_vec())),
-            (MEAN, (DType::F64, vec![n], wide(&mut calibration.mean().iter().copied()))),
-            ("mean_abs", (DType::F64, vec![n], wide(&mut calibration.mean_abs().iter().copied()))),
-            ("second_moment", second),
-            ("sample", (DType::F32, vec![rows, n], sample)),
-        ] {
-            if tensors.insert(format!("{layer}.{part}"), tensor).is_some() {
-                return Err(Error::expected("layers of a statistics file", format!("two named '{layer}'"), "one"));
-            }
-        }
-    }
-    let views: Vec<(&String, TensorView)> = tensors
-        .iter()
-        .map(|(name, (dtype, shape, bytes))| {
-            let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|e| Error::file(path, e.to_string()))?;
-            Ok((name, view))
-        })
-        .collect::<Result<_>>()?;
-    let metadata = HashMap::from([(MARK.to_owned(), VERSION.to_owned())]);
-    staged::write(path, |staged| {
-        safetensors::serialize_to_file(views, Some(metadata), staged).map_err(|e| Error::file(path, e.to_string()))
-    })?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use safetensors::tensor::TensorView;
+
+    use super::super::statistics_file::write_statistics;
     use super::*;
 
     fn write(path: &Path, tensors: &[(&str, DType, Vec<usize>, Vec<u8>)], metadata: &[(&str, &str)]) {

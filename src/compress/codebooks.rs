@@ -171,6 +171,10 @@ fn settings(given: Option<&VqAttentionConfig>, there: Option<&VqAttentionLayer>)
         let found = format!("{:?}", config.mechanism);
         return Err(Error::expected("mechanism of an attention block to train", found, "one with codebooks"));
     }
+    if config.rotary {
+        let expected = "a block whose queries and keys are not: import with --calibration-text makes the others";
+        return Err(Error::expected("attention block to train", "one whose queries and keys are rotated", expected));
+    }
     Ok(config)
 }
 

@@ -17,8 +17,9 @@ use super::calibration::CalibrationFile;
 use super::items::{Compressed, Inputs, Item};
 use super::plan::{Planned, Work};
 use super::preflight::checked;
+use super::readable::CheckpointModel;
 use super::rules::Rules;
-use super::text_calibration::{CalibrationText, TextCalibration};
+use super::text_calibration::{CalibrationText, Observed, TextCalibration};
 use crate::error::{Error, Result};
 use crate::formats::{SideFile, TensorSource};
 use crate::layer::{CorrectionReport, MethodName, Parts, SearchReport, SharedLayer};
@@ -182,13 +183,13 @@ impl Prepared {
         let text = match calibration_text {
             Some(text) => {
                 let (source, cancelled) = (source.clone(), cancel.clone());
-                let begin = move || TextCalibration::new(source, &text, &cancelled);
+                let begin = move || TextCalibration::new(Arc::new(CheckpointModel::new(source)), &text, &cancelled);
                 Some(unless_cancelled(&cancel, begin).await?)
             }
             None => None,
         };
         let promise = text.as_ref().map(TextCalibration::promise);
-        let inputs = Arc::new(Inputs { source, calibration: calibration.map(Arc::new) });
+        let inputs = Arc::new(Inputs { source, calibration: calibration.map(Arc::new), heads: None });
         let work = {
             let (inputs, cancel) = (inputs.clone(), cancel.clone());
             move || checked(&*inputs.source, &rules, promise.as_ref().or(inputs.calibration.as_deref()), &cancel)
@@ -280,18 +281,27 @@ impl<'a> ImportSession<'a> {
         for number in 0..text.blocks() {
             self.progress.layer(&format!("inputs of block {number}"));
             let names: HashSet<String> = text.names(number).into_iter().collect();
-            let observe = move || text.observe(number).map(|found| (text, found));
-            let (read, found) = unless_cancelled(self.cancel, observe).await?;
+            let observe = move || {
+                let Observed { layers, heads } = text.observe(number)?;
+                Ok((text, CalibrationFile::in_memory(layers)?, heads))
+            };
+            let (read, found, heads) = unless_cancelled(self.cancel, observe).await?;
             text = read;
-            let inputs = Arc::new(Inputs { source: inputs.source.clone(), calibration: Some(Arc::new(found)) });
+            let is_rotary = heads.is_rotary;
+            let inputs = Arc::new(Inputs {
+                source: inputs.source.clone(),
+                calibration: Some(Arc::new(found)),
+                heads: Some(Arc::new(heads)),
+            });
             let mut made = BTreeMap::new();
             for layer in layers.extract_if(.., |layer| names.contains(&layer.source.name)) {
                 let name = layer.source.name.clone();
                 made.insert(name, self.add_kept(&inputs, layer).await?);
             }
-            let is_own = |block: &mut PlannedBlock| block.projections.iter().any(|p| names.contains(&p.layer));
-            for block in blocks.extract_if(.., is_own) {
-                self.add(&inputs, block).await?;
+            let is_own = |block: &mut PlannedBlock| block.projections.iter().any(|p| names.contains(&p.source.name));
+            for mut block in blocks.extract_if(.., is_own) {
+                block.config.rotary = is_rotary;
+                made.insert(block.name.clone(), self.add_kept(&inputs, block).await?);
             }
             let go_on = move || text.go_on(number, &made).map(|()| text);
             text = unless_cancelled(self.cancel, go_on).await?;

@@ -7,7 +7,7 @@ use layerstore_core::layer::dtype_name;
 use ndarray::ArrayView2;
 use serde_json::Value;
 
-use super::attention::{PlannedBlock, block_recipe, make_block};
+use super::attention::{AttentionInputs, PlannedBlock, block_recipe, make_block};
 use super::calibration::CalibrationFile;
 use super::measure::measure;
 use super::plan::Planned;
@@ -22,6 +22,8 @@ use crate::store::{ErrorBasis, Source, adapted, source_tensors};
 pub(super) struct Inputs {
     pub source: Arc<dyn TensorSource>,
     pub calibration: Option<Arc<CalibrationFile>>,
+    /// What the attention of the model's block has for inputs, where the model has read a text.
+    pub heads: Option<Arc<AttentionInputs>>,
 }
 
 /// A layer that an import makes, or finds made. Its methods do blocking work.
@@ -193,11 +195,11 @@ impl Item for PlannedBlock {
     }
 
     fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)> {
-        Ok((block_recipe(&*inputs.source, self, inputs.calibration.as_deref())?, Source::default()))
+        Ok((block_recipe(inputs, self)?, Source::default()))
     }
 
     fn make(&self, inputs: &Inputs) -> Result<Compressed> {
-        let (layer, error) = make_block(&*inputs.source, self, inputs.calibration.as_deref())?;
+        let (layer, error) = make_block(inputs, self)?;
         Ok(Compressed {
             parts: layer.to_parts(),
             notes: vec![],

@@ -116,6 +116,11 @@ fn projections(
     reasons: &HashMap<&str, Option<String>>,
     activations: &ActivationsFile,
 ) -> Result<[LayerRecord; 3], String> {
+    if config.rotary {
+        return Err(
+            "its queries and keys are rotated by their positions, which activations files do not hold".to_owned()
+        );
+    }
     let (Some(query), Some(key), Some(value)) = (&config.query, &config.key, &config.value) else {
         return Err("its inputs are queries and keys themselves, of which activations files hold none".to_owned());
     };

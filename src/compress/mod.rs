@@ -2,6 +2,7 @@
 
 mod arranged;
 mod attention;
+mod calibrate;
 mod calibration;
 mod codebooks;
 mod copy;
@@ -16,15 +17,18 @@ mod misfits;
 mod plan;
 mod preflight;
 mod preview;
+mod readable;
 mod recipe;
 mod reference;
 mod repair;
 mod rules;
 mod shared;
+mod statistics_file;
 mod text_calibration;
 mod unapplied;
 
-pub use calibration::{ActivationsFile, CalibrationFile, write_statistics};
+pub use calibrate::{CalibrateOptions, CalibrateReport, calibrate};
+pub use calibration::{ActivationsFile, CalibrationFile};
 pub use codebooks::{Training, TrainingReport, train_codebooks};
 pub(crate) use copy::Selected;
 pub use copy::{CopyReport, copy};
@@ -38,5 +42,6 @@ pub use reference::exact_layer;
 pub use repair::{FailedSource, MendedArtifact, RepairOptions, RepairReport, RepairSource, repair};
 pub use rules::{Rule, Rules, read_attention_settings};
 pub use shared::{SharedDirections, SharedOptions, shared_directions};
+pub use statistics_file::write_statistics;
 pub(crate) use text_calibration::promised;
 pub use text_calibration::{CalibrationInputs, CalibrationText};

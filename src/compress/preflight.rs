@@ -48,7 +48,7 @@ pub(super) fn checked(
 fn inputs_used(work: &Work) -> impl Iterator<Item = (&str, usize)> {
     let layers = work.layers.iter().filter(|l| l.calibrated).map(|l| (l.source.name.as_str(), l.shape().1 as usize));
     let blocks = work.blocks.iter().flat_map(|block| &block.projections);
-    layers.chain(blocks.map(|p| (p.layer.as_str(), p.weight.shape.get(1).copied().unwrap_or(0))))
+    layers.chain(blocks.map(|p| (p.source.name.as_str(), p.shape().1)))
 }
 
 /// Refuses NaN, and in what is to be compressed every number that is not finite.

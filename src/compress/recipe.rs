@@ -45,6 +45,11 @@ impl Recipe {
         self.add(&id.0);
     }
 
+    /// Adds numbers.
+    pub fn numbers(&mut self, numbers: &[f32]) {
+        self.add(bytemuck::cast_slice(numbers));
+    }
+
     /// A method's settings, and its name.
     pub fn settings(&mut self, settings: &impl serde::Serialize) {
         self.add(canonical_json(&serde_json::to_value(settings).unwrap_or(Value::Null)).as_bytes());

@@ -193,7 +193,10 @@ impl Sources {
             let opened = match source {
                 RepairSource::Checkpoint(source) => {
                     let layers = source.layers();
-                    Opened::Checkpoint(Arc::new(Inputs { source, calibration: calibration.clone() }), layers)
+                    Opened::Checkpoint(
+                        Arc::new(Inputs { source, calibration: calibration.clone(), heads: None }),
+                        layers,
+                    )
                 }
                 RepairSource::Store(store) => Opened::Store(store),
             };
@@ -292,7 +295,7 @@ fn made_again(
         true => {
             let source = seen_again(inputs.source.clone(), std::iter::once(row));
             again = source.layers();
-            seen = Inputs { source, calibration: inputs.calibration.clone() };
+            seen = Inputs { source, calibration: inputs.calibration.clone(), heads: None };
             (&seen, &again[..])
         }
     };

@@ -7,18 +7,22 @@ use layerstore_core::transformer::BlockInput;
 use ndarray::{Array2, ArrayView2};
 use serde_json::Value;
 
+use super::attention::AttentionInputs;
 use super::calibration::CalibrationFile;
 use super::in_memory::Promise;
+use super::readable::{CheckpointModel, ReadableModel, not_there};
 use crate::architectures::{Block, Blockwise, TextTokenizer};
 use crate::error::{Error, Result};
-use crate::formats::{SourceContent, SourceLayer, TensorSource};
-use crate::layer::parts::Tensor;
-use crate::layer::{Accuracy, DenseLayer, Layer, SharedLayer};
+use crate::formats::TensorSource;
+use crate::layer::{Accuracy, SharedLayer};
 use crate::work::Cancel;
 use crate::{Calibration, CalibrationBuilder};
 
 /// Tokens of a window, unless the model's context is shorter.
 const WINDOW: usize = 512;
+
+/// Inputs of a layer that are kept as they are: enough to measure errors on and to choose thresholds by.
+const SAMPLE: usize = 4096;
 
 /// A text that a model reads to be calibrated.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,45 +45,47 @@ pub enum CalibrationInputs {
     Dense,
 }
 
+/// What a block's layers have for inputs.
+pub(super) struct Observed {
+    /// Statistics, with the names of the layers that share them.
+    pub layers: Vec<(Vec<String>, Calibration)>,
+    /// What its attention has.
+    pub heads: AttentionInputs,
+}
+
 /// A model that reads a text.
 pub(super) struct TextCalibration {
     model: Blockwise,
-    layers: BTreeMap<String, SourceLayer>,
-    source: Arc<dyn TensorSource>,
+    layers: Arc<dyn ReadableModel>,
     inputs: CalibrationInputs,
     /// What each window's tokens are before the next block.
     windows: Vec<Array2<f32>>,
     tokens: usize,
+    /// Rows of a sample, at most.
+    sample: usize,
     cancel: Cancel,
 }
 
 impl TextCalibration {
-    /// Reads the model's configuration and tokenizer, and divides the text into windows.
+    /// Reads a model's configuration and tokenizer, and divides the text into windows.
     ///
     /// # Errors
     /// When the model has no configuration or tokenizer beside it, or its family is not run here; when the text has fewer than two
     /// tokens.
-    pub fn new(source: Arc<dyn TensorSource>, text: &CalibrationText, cancel: &Cancel) -> Result<Self> {
-        let files = source.side_files();
-        let file = |name: &str| {
-            let file = files.iter().find(|file| file.name == name);
-            file.map(|file| file.read()).transpose()
+    pub fn new(layers: Arc<dyn ReadableModel>, text: &CalibrationText, cancel: &Cancel) -> Result<Self> {
+        let required = |name: &str| {
+            let expected = "one beside the model, which is run on the text";
+            let missing = || Error::expected(format!("{name} of the {}", layers.kind()), "none", expected);
+            layers.file(name)?.ok_or_else(missing)
         };
-        let needs = |name: &str| {
-            let expected = "one beside the model, as --calibration-text runs it";
-            Error::expected(format!("{name} of the checkpoint"), "none", expected)
-        };
-        let config = file("config.json")?.ok_or_else(|| needs("config.json"))?;
+        let config = required("config.json")?;
         let config: Value = serde_json::from_slice(&config).map_err(|e| Error::expected("config.json", e, "JSON"))?;
-        let tokenizer = file("tokenizer.json")?.ok_or_else(|| needs("tokenizer.json"))?;
-        let tokenizer = TextTokenizer::new(&tokenizer, None, None)?;
-        let layers: BTreeMap<String, SourceLayer> =
-            source.layers().into_iter().map(|layer| (layer.name.clone(), layer)).collect();
-        let model = Blockwise::new(&config, |name| layers.contains_key(name))?;
+        let tokenizer = TextTokenizer::new(&required("tokenizer.json")?, None, None)?;
+        let model = Blockwise::new(&config, |name| layers.has(name))?;
         // The number of blocks is the configuration's: it is not believed before there are layers for all of them.
         for name in (0..model.blocks()).flat_map(|block| model.names(block).into_values().flatten()) {
-            if !layers.contains_key(&name) {
-                return Err(not_there(&name));
+            if !layers.has(&name) {
+                return Err(not_there(&*layers, &name));
             }
         }
         let windows = windows(&model, tokenizer, text)?;
@@ -90,13 +96,13 @@ impl TextCalibration {
         let mut calibration = TextCalibration {
             model,
             layers,
-            source,
             inputs: text.inputs,
             windows: vec![],
             tokens,
+            sample: SAMPLE,
             cancel: cancel.clone(),
         };
-        let embedding = calibration.model.embedding(&|name| calibration.dense(name))?;
+        let embedding = calibration.model.embedding(&|name| calibration.layers.layer(name))?;
         for window in &windows {
             let x = embedding.of(window)?;
             calibration.windows.push(x);
@@ -120,37 +126,36 @@ impl TextCalibration {
         self.model.names(block).into_values().flatten().collect()
     }
 
-    /// The layer as the source has it.
-    fn dense(&self, name: &str) -> Result<SharedLayer> {
-        let layer = self.layers.get(name).ok_or_else(|| not_there(name))?;
-        match &layer.content {
-            SourceContent::Ready { layer, .. } => layer.load(),
-            SourceContent::Tensors { weight, bias } => {
-                let bias = bias.as_ref().map(|bias| self.source.vector(bias)).transpose()?;
-                if weight.shape.len() == 2 {
-                    let weight = self.source.matrix(weight)?;
-                    return Ok(DenseLayer::from_f32(weight.view(), bias.as_ref().map(|bias| bias.view())).shared());
-                }
-                let data = self.source.bytes(weight)?.into_owned().into();
-                let bias = bias.map(|bias| Tensor::vector("bias", &bias.to_vec()));
-                Ok(DenseLayer::new(weight.dtype, weight.shape.clone(), data, bias)?.shared())
-            }
-        }
+    /// Keeps samples of at most so many inputs.
+    pub fn with_sample(self, rows: usize) -> Self {
+        TextCalibration { sample: rows, ..self }
+    }
+
+    /// Returns the number of tokens that are read.
+    pub fn tokens(&self) -> usize {
+        self.tokens
     }
 
     fn features(&self) -> usize {
         self.windows.first().map_or(0, Array2::ncols)
     }
 
-    /// Runs a block as the source has it, and returns the statistics of its layers' inputs.
+    /// Runs a block as it is, and returns what its layers' inputs are.
     ///
     /// # Errors
     /// When a layer is missing, a number is not finite, or the work is cancelled.
-    pub fn observe(&mut self, number: usize) -> Result<CalibrationFile> {
-        let block = self.model.block(number, self.features(), &|name| self.dense(name))?;
+    pub fn observe(&mut self, number: usize) -> Result<Observed> {
+        let has = |_: &str| false;
+        let block = self.model.block(number, self.features(), &has, &|name| self.layers.layer(name))?;
         let mut builders: BTreeMap<BlockInput, CalibrationBuilder> = BTreeMap::new();
+        let mut heads = AttentionInputs::new(!self.model.is_encoder());
+        let rows = self.sample;
         let mut see = |input: BlockInput, x: ArrayView2<f32>| {
-            builders.entry(input).or_insert_with(|| CalibrationBuilder::new(x.ncols(), number as u64)).update(x)
+            if heads.add(input, x) {
+                return Ok(());
+            }
+            let new = || CalibrationBuilder::new(x.ncols(), number as u64).with_sample(rows);
+            builders.entry(input).or_insert_with(new).update(x)
         };
         for place in 0..self.windows.len() {
             if self.cancel.is_cancelled() {
@@ -163,11 +168,10 @@ impl TextCalibration {
             }
         }
         let mut names = self.model.names(number);
-        let mut found: Vec<(Vec<String>, Calibration)> = vec![];
-        for (input, builder) in builders {
-            found.push((names.remove(&input).unwrap_or_default(), builder.finish()?));
-        }
-        CalibrationFile::in_memory(found)
+        let found = |(input, builder): (BlockInput, CalibrationBuilder)| {
+            Ok((names.remove(&input).unwrap_or_default(), builder.finish()?))
+        };
+        Ok(Observed { layers: builders.into_iter().map(found).collect::<Result<_>>()?, heads })
     }
 
     /// Goes on to the next block: `layers` are those that were made of this one's.
@@ -178,8 +182,8 @@ impl TextCalibration {
         if self.inputs == CalibrationInputs::Dense {
             return Ok(());
         }
-        let get = |name: &str| layers.get(name).map_or_else(|| self.dense(name), |layer| Ok(layer.clone()));
-        let block: Block = self.model.block(number, self.features(), &get)?;
+        let get = |name: &str| layers.get(name).map_or_else(|| self.layers.layer(name), |layer| Ok(layer.clone()));
+        let block: Block = self.model.block(number, self.features(), &|name| layers.contains_key(name), &get)?;
         for x in &mut self.windows {
             if self.cancel.is_cancelled() {
                 return Err(Error::Cancelled);
@@ -188,10 +192,6 @@ impl TextCalibration {
         }
         Ok(())
     }
-}
-
-fn not_there(name: &str) -> Error {
-    Error::expected(format!("layer '{name}' of the checkpoint"), "none", "what its config.json calls for")
 }
 
 /// Divides a text into what the model reads at once: a decoder some hundred tokens at a time, an encoder each line.
@@ -220,5 +220,6 @@ fn windows(model: &Blockwise, tokenizer: TextTokenizer, text: &CalibrationText) 
 /// # Errors
 /// As [`TextCalibration::new`].
 pub(crate) fn promised(source: Arc<dyn TensorSource>, text: &CalibrationText) -> Result<CalibrationFile> {
-    Ok(TextCalibration::new(source, text, &Cancel::new())?.promise())
+    let model = Arc::new(CheckpointModel::new(source));
+    Ok(TextCalibration::new(model, text, &Cancel::new())?.promise())
 }

@@ -149,7 +149,7 @@ fn beside_attention(layers: &[SourceLayer], blocks: &[PlannedBlock]) -> Vec<Stri
         let within = layers.iter().filter_map(|l| l.name.strip_prefix(&block.name)?.strip_prefix('.'));
         let beside: Vec<&str> = within
             .filter(|part| {
-                let projections = block.projections.iter().map(|p| &p.layer[block.name.len() + 1..]);
+                let projections = block.projections.iter().map(|p| &p.source.name[block.name.len() + 1..]);
                 projections.chain(block.config.output.as_deref()).all(|known| known != *part)
             })
             .collect();

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use layerstore::layer::Accuracy;
 use layerstore::{
-    Cancel, ChatMessage, ErrorKind, GenerationOptions, ImportOptions, Rules, Sampling, Snapshot, Store, formats, import,
+    CacheType, Cancel, ChatMessage, ErrorKind, GenerationOptions, ImportOptions, Rules, Sampling, Snapshot, Store,
+    formats, import,
 };
 use serde_json::Value;
 
@@ -112,6 +113,71 @@ async fn compressed_models_run_and_are_measured() {
     assert_eq!(chat[0], 1);
 }
 
+/// A session keeps what was read; several texts at once are each as by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_and_batches_go_on_as_texts_by_themselves() {
+    let snapshot = stored("sessions", &[("llama", ""), ("qwen2", "")]).await;
+    let model = snapshot.language_model("llama").await.unwrap();
+    let tokens: Vec<u32> = (0..40).map(|i| (i * i * 5 + i) % 37 + 3).collect();
+    let options = GenerationOptions { max_tokens: 6, accuracy: Accuracy::Full, ..GenerationOptions::default() };
+    let alone = |prompt: &[u32]| model.generate(prompt, &options, |_| ()).unwrap();
+    let place = Place::new();
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+        let options = GenerationOptions { cache: kind, ..options.clone() };
+        let mut session = model.session(kind);
+        let first = model.generate_in(&mut session, &tokens[..20], &options, |_| ()).unwrap();
+        assert_eq!((first.prompt_tokens, first.cached_tokens), (20, 0));
+        assert_eq!(session.tokens()[..20], tokens[..20]);
+        // What was added last was not read.
+        assert_eq!(session.tokens()[20..], first.tokens[..5]);
+        let file = place.path(&format!("{kind}.safetensors"));
+        session.save(&file).unwrap();
+        let mut again = model.open_session(&file).unwrap();
+        assert_eq!(again.tokens(), session.tokens());
+        assert_eq!((again.kind(), again.memory_bytes()), (kind, session.memory_bytes()));
+        let once_more = place.path("again.safetensors");
+        again.save(&once_more).unwrap();
+        assert!(std::fs::read(&once_more).unwrap() == std::fs::read(&file).unwrap());
+        // The same text, one that begins alike, one that is shorter, and another.
+        let other: Vec<u32> = [&tokens[..12], &tokens[25..31]].concat();
+        for (prompt, cached) in [(&tokens[..20], 19), (&other[..], 12), (&tokens[..9], 8), (&tokens[30..], 0)] {
+            let expected = model.generate(prompt, &options, |_| ()).unwrap();
+            let mut told = String::new();
+            let found = model.generate_in(&mut again, prompt, &options, |text| told.push_str(text)).unwrap();
+            assert_eq!((&found.tokens, found.cached_tokens), (&expected.tokens, cached), "{kind}");
+            assert_eq!(told, found.text);
+        }
+        let others = snapshot.language_model("qwen2").await.unwrap();
+        refused(others.open_session(&file), ErrorKind::InvalidInput, &["another model"]);
+        let rounded = model.with_activations(layerstore::layer::ActivationFormat::Int8).unwrap();
+        refused(rounded.open_session(&file), ErrorKind::InvalidInput, &["other activations"]);
+        let bytes = std::fs::read(&file).unwrap();
+        let cut = place.path("cut.safetensors");
+        for length in [0, 7, 100, bytes.len() / 2, bytes.len() - 1] {
+            std::fs::write(&cut, &bytes[..length]).unwrap();
+            assert!(model.open_session(&cut).is_err(), "{length}");
+        }
+    }
+    refused(model.open_session(&place.path("small.safetensors")), ErrorKind::Storage, &["small"]);
+    refused(
+        model.open_session(Path::new("tests/fixtures/small.safetensors")),
+        ErrorKind::InvalidInput,
+        &["no session in it"],
+    );
+    let prompts = [tokens[..20].to_vec(), tokens[3..5].to_vec(), tokens[..1].to_vec()];
+    let mut told = vec![String::new(); 3];
+    let all = model.generate_all(&prompts, &options, |number, text| told[number].push_str(text)).unwrap();
+    for ((found, prompt), told) in all.iter().zip(&prompts).zip(told) {
+        let expected = alone(prompt);
+        assert_eq!((&found.tokens, &found.text, found.ended), (&expected.tokens, &expected.text, expected.ended));
+        assert_eq!((told, found.prompt_tokens), (expected.text, prompt.len()));
+    }
+    assert!(model.generate_all(&[], &options, |_, _| ()).unwrap().is_empty());
+    refused(model.generate_all(&[vec![3], vec![]], &options, |_, _| ()), ErrorKind::InvalidInput, &["one at least"]);
+    options.cancel.cancel();
+    refused(model.generate_all(&prompts, &options, |_, _| ()), ErrorKind::Cancelled, &[]);
+}
+
 /// What cannot be run is named; the command streams what can.
 #[test]
 fn models_are_run_by_the_command() {
@@ -127,6 +193,20 @@ fn models_are_run_by_the_command() {
     let text = text.display().to_string();
     let measured = place.json(&["perplexity", "m", "--text", &text, "--window", "16", "--against", "m"]);
     assert!(measured["perplexity"].as_f64().unwrap() > 1.0 && measured["against"]["same_top"] == 1.0, "{measured}");
+    let prompts = place.path("prompts.txt");
+    std::fs::write(&prompts, "abcd ef\nb\n").unwrap();
+    let prompts = prompts.display().to_string();
+    let all = place.json(&["generate", "m", "--prompts", &prompts, "--max-tokens", "5"]);
+    assert_eq!(all["generations"][0]["tokens"], generated["tokens"]);
+    assert_eq!(all["generations"][1]["prompt"], "b");
+    let cache = place.path("cache.safetensors").display().to_string();
+    let cached = ["generate", "m", "--prompt", "abcd ef", "--max-tokens", "5", "--prompt-cache", &cache];
+    assert_eq!(place.json(&cached)["cached_tokens"], 0);
+    let again = place.json(&cached);
+    assert_eq!(again["tokens"], generated["tokens"]);
+    assert_eq!(again["cached_tokens"].as_u64().unwrap() + 1, again["prompt_tokens"].as_u64().unwrap());
+    place.fails(1, &["f32", "f16, as --cache says"], &[&cached[..], &["--cache", "f16"]].concat());
+    place.fails(2, &["--prompt"], &["generate", "m"]);
     place.fails(2, &["--temperature"], &["generate", "m", "--prompt", "a", "--temperature=-1"]);
     place.fails(1, &["no model named 'n'"], &["generate", "n", "--prompt", "a"]);
     place.fails(1, &["--prompt", "no tokens"], &["generate", "m", "--prompt", ""]);

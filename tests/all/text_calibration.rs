@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use layerstore::layer::Accuracy;
 use layerstore::{
-    CalibrationInputs, CalibrationText, ErrorBasis, ErrorKind, ImportOptions, ImportReport, Result, Rules, Store,
-    formats, import,
+    CacheType, CalibrateOptions, CalibrationFile, CalibrationInputs, CalibrationText, Cancel, EncodingOptions,
+    ErrorBasis, ErrorKind, GenerationOptions, ImportOptions, ImportReport, LanguageModel, Result, Rules, Store,
+    calibrate, formats, import,
 };
 
 use crate::support::{Place, refused};
@@ -103,4 +105,111 @@ fn texts_calibrate_by_the_command() {
     place.fails(1, &["2 at least"], &of(&with(&["--calibration-tokens", "1"])));
     place.fails(2, &["compressed", "dense"], &of(&with(&["--calibration-inputs", "both"])));
     place.fails(2, &["--calibration"], &of(&with(&["--calibration", "x.safetensors"])));
+}
+
+/// Statistics of a stored model serve an import of the same one, as the text itself does with the inputs of dense blocks.
+#[test]
+fn statistics_are_written_by_the_command() {
+    let place = Place::new();
+    let (rules, file, output) = (place.path("r.toml"), place.path("text.txt"), place.path("statistics.safetensors"));
+    std::fs::write(&rules, GPTQ).unwrap();
+    std::fs::write(&file, text()).unwrap();
+    let [rules, file, output] = [rules, file, output].map(|path| path.display().to_string());
+    for (model, layers, statistics) in [("llama", 14, 8), ("bert", 12, 8)] {
+        let folder = format!("{MODELS}/{model}");
+        place.json(&["import", &folder, "--model", model]);
+        let written = place.json(&["calibrate", model, "--text", &file, "--output", &output, "--tokens", "600"]);
+        assert_eq!((&written["layers"], &written["statistics"]), (&layers.into(), &statistics.into()), "{written}");
+        assert_eq!(written["bytes"], std::fs::metadata(&output).unwrap().len());
+        let import = |name: &str, more: &[&str]| {
+            place.json(&[&["import", &folder, "--model", name, "--rules", &rules][..], more].concat())
+        };
+        let by_file = import("by-file", &["--calibration", &output]);
+        let dense = ["--calibration-text", &file, "--calibration-tokens", "600", "--calibration-inputs", "dense"];
+        let by_text = import("by-text", &dense);
+        let errors = |report: &serde_json::Value| -> Vec<f64> {
+            let layers = report["layers"].as_array().unwrap().iter();
+            layers.filter_map(|layer| layer["relative_error"].as_f64()).collect()
+        };
+        let (by_file, by_text) = (errors(&by_file), errors(&by_text));
+        assert!(by_file.len() >= layers && by_file.len() == by_text.len());
+        for (a, b) in by_file.iter().zip(&by_text) {
+            // A token more or less than a window of 128 is in the sample that errors are measured on.
+            assert!((a - b).abs() < 0.05 * (a + b) + 1e-6, "{model}: {a} {b}");
+        }
+        // No inputs are kept but those of whole windows.
+        let few = place.json(&["calibrate", model, "--text", &file, "--output", &output, "--sample", "0"]);
+        assert!(few["bytes"].as_u64().unwrap() < written["bytes"].as_u64().unwrap());
+    }
+    place.fails(1, &["2 at least"], &["calibrate", "llama", "--text", &file, "--output", &output, "--tokens", "1"]);
+    place.fails(1, &["no model named 'n'"], &["calibrate", "n", "--text", &file, "--output", &output]);
+    place.import("plain", None);
+    place.fails(1, &["config.json of the model"], &["calibrate", "plain", "--text", &file, "--output", &output]);
+    place.fails(1, &["/nowhere/"], &["calibrate", "llama", "--text", &file, "--output", "/nowhere/s.safetensors"]);
+}
+
+/// Attention by codes, its codebooks of the queries and keys that the model has for the text, runs in the model.
+#[tokio::test(flavor = "multi_thread")]
+async fn models_attend_by_codes() {
+    const CODES: &str = "[[rule]]\nlayers = 'model\\.layers\\.1\\.self_attn'\nmethod = 'vq_attention'\nn_head = 4\nn_kv_head = 2\n\
+        n_code = 24\nblock_len = 16\nquery = 'q_proj'\nkey = 'k_proj'\nvalue = 'v_proj'\noutput = 'o_proj'\n";
+    const BOTH_WAYS: &str = "[[rule]]\nlayers = 'encoder\\.layer\\.\\d+\\.attention'\nmethod = 'vq_attention'\nn_head = 4\n\
+        n_code = 4\ncausal = false\nquery = 'self.query'\nkey = 'self.key'\nvalue = 'self.value'\noutput = 'output.dense'\n";
+    let store = Store::create("memory://attend-by-codes").await.unwrap();
+    let imported = async |model: &str, folder: &str, rules: &str, inputs: Option<CalibrationInputs>| {
+        let source = formats::open(Path::new(MODELS).join(folder)).unwrap();
+        let calibration_text = inputs.map(|inputs| CalibrationText { text: text(), tokens: 600, inputs });
+        let rules = Rules::parse(rules, "r.toml").unwrap();
+        import(&store, source, model, ImportOptions { rules, calibration_text, ..ImportOptions::default() }).await
+    };
+    imported("exact", "llama", "", None).await.unwrap();
+    let report = imported("codes", "llama", CODES, Some(CalibrationInputs::Compressed)).await.unwrap();
+    let block = report.layers.iter().find(|layer| layer.layer == "model.layers.1.self_attn").unwrap();
+    assert!(block.relative_error.is_some_and(|error| error > 0.0 && error < 1.0), "{block:?}");
+    let again = imported("codes", "llama", CODES, Some(CalibrationInputs::Compressed)).await.unwrap();
+    assert_eq!(again.written_bytes, 0);
+    let snapshot = store.latest().await.unwrap();
+    let (exact, codes) =
+        (snapshot.language_model("exact").await.unwrap(), snapshot.language_model("codes").await.unwrap());
+    let tokens: Vec<u32> = (0..60).map(|i| (i * i * 5 + i) % 37 + 3).collect();
+    let found = codes.perplexity(&tokens, 60, Some(&exact), Accuracy::Approximate, &Cancel::new(), |_, _| ()).unwrap();
+    let against = found.against.unwrap();
+    assert!(against.mean_kl > 1e-9 && against.mean_kl < 0.5, "{against:?}");
+    // The cache of that block does not grow.
+    let bytes = |model: &LanguageModel, length: usize| {
+        let mut session = model.session(CacheType::F32);
+        let options = GenerationOptions { max_tokens: 1, ..GenerationOptions::default() };
+        model.generate_in(&mut session, &tokens[..length], &options, |_| ()).unwrap();
+        session.memory_bytes()
+    };
+    assert_eq!(2 * (bytes(&codes, 40) - bytes(&codes, 20)), bytes(&exact, 40) - bytes(&exact, 20));
+    let handle = snapshot.attention("codes", "model.layers.1.self_attn").await.unwrap();
+    refused(handle.load().await, ErrorKind::InvalidInput, &["rotary"]);
+    // Codebooks of queries and keys that are not rotated are none of this model's.
+    let file = Place::new();
+    let statistics = file.path("s.safetensors");
+    let options = CalibrateOptions { tokens: 600, ..CalibrateOptions::default() };
+    calibrate(&snapshot, "exact", &text(), &statistics, options).await.unwrap();
+    let source = formats::open(Path::new(MODELS).join("llama")).unwrap();
+    let options = ImportOptions {
+        rules: Rules::parse(CODES, "r.toml").unwrap(),
+        calibration: Some(CalibrationFile::open(&statistics).unwrap()),
+        ..ImportOptions::default()
+    };
+    import(&store, source, "plain", options).await.unwrap();
+    let snapshot = store.latest().await.unwrap();
+    refused(snapshot.language_model("plain").await, ErrorKind::InvalidInput, &["before they are rotated"]);
+    // An encoder's attention sees the whole text.
+    imported("bert", "bert", "", None).await.unwrap();
+    imported("bert-codes", "bert", BOTH_WAYS, Some(CalibrationInputs::Compressed)).await.unwrap();
+    let snapshot = store.latest().await.unwrap();
+    let texts: Vec<String> = text().lines().take(4).map(str::to_owned).collect();
+    let encode = async |model: &str, accuracy| {
+        let options = EncodingOptions { accuracy, ..EncodingOptions::default() };
+        snapshot.encoder(model).await.unwrap().encode(&texts, &options, |_| ()).unwrap()
+    };
+    let (expected, found) = (encode("bert", Accuracy::Full).await, encode("bert-codes", Accuracy::Approximate).await);
+    let off = (&found - &expected).iter().fold(0f32, |most, v| most.max(v.abs()));
+    assert!(off > 1e-6 && off < 0.5, "{off}");
+    assert_eq!(encode("bert-codes", Accuracy::Full).await, expected);
 }

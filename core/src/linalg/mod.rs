@@ -35,7 +35,7 @@ pub(crate) use exp::exp;
 pub(crate) use narrow::{HALF_ROUNDING, Loss, unit_of, unit_of_f32};
 pub(crate) use normal::{normal_matrix, normal_survival};
 pub(crate) use pages::large_zeros;
-pub(crate) use product::{dot_f64, product_into};
+pub(crate) use product::{add_gram, dot_f64, mirror, product_into};
 pub(crate) use statistics::with_floor;
 pub use threads::threads;
 pub(crate) use threads::{on_all_threads, share, share_chunks};

@@ -1,6 +1,7 @@
 //! Matrix products, handed to faer's blocked kernels with rayon's threads.
 
 use faer::linalg::matmul::matmul as faer_matmul;
+use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 
@@ -53,7 +54,38 @@ pub fn matmul_nt(a: ArrayView2<f32>, b: ArrayView2<f32>) -> Array2<f32> {
 
 /// Returns the Gram matrix `xᵀ · x` `[n, n]` of the columns of `x` `[m, n]`.
 pub fn gram(x: ArrayView2<f64>) -> Array2<f64> {
-    matmul_f64(x.t(), x)
+    let mut out = Array2::zeros((x.ncols(), x.ncols()));
+    add_gram(&mut out, x);
+    mirror(&mut out);
+    out
+}
+
+/// Adds `xᵀ · x` `[n, n]` of the columns of `x` `[m, n]` to the diagonal and what is below it of `out`: half of the work, as the rest
+/// is the same ([`mirror`]).
+///
+/// # Panics
+/// When the lengths do not fit.
+pub fn add_gram(out: &mut Array2<f64>, x: ArrayView2<f64>) {
+    let n = x.ncols();
+    assert_eq!(out.dim(), (n, n), "lengths of a product");
+    if x.is_empty() {
+        return;
+    }
+    let par = parallelism(n * n * x.nrows() / 2);
+    let ((rows, columns), strides) = (out.dim(), [out.strides()[0], out.strides()[1]]);
+    // SAFETY: the pointer, shape and strides describe the live array `out`, which nobody else holds.
+    let target = unsafe { MatMut::from_raw_parts_mut(out.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
+    let (lower, whole) = (BlockStructure::TriangularLower, BlockStructure::Rectangular);
+    triangular::matmul(target, lower, Accum::Add, view(&x.t()), whole, view(&x), whole, 1.0, par);
+}
+
+/// Writes what is below the diagonal of a square matrix above it as well.
+pub fn mirror(matrix: &mut Array2<f64>) {
+    for i in 0..matrix.nrows() {
+        for j in 0..i {
+            matrix[(j, i)] = matrix[(i, j)];
+        }
+    }
 }
 
 /// Sets `out = alpha · a · b`, or adds that to it where `add`, on this thread.
@@ -144,6 +176,14 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        /// Whatever its strides, the matrix is the product of both, and symmetric.
+        #[test]
+        fn a_gram_matrix_is_a_product(m in 0usize..20, n in 0usize..40, transposed: bool, seed in 0usize..1000) {
+            let x = Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + seed) % 23) as f64 - 11.0);
+            let x = if transposed { x.reversed_axes() } else { x };
+            prop_assert_eq!(gram(x.view()), matmul_f64(x.t(), x.view()));
+        }
+
         #[test]
         fn dot_agrees_with_the_definition(pairs in proptest::collection::vec((-9.0f32..9.0, -9.0f32..9.0), 0..40)) {
             let (a, b): (Vec<f32>, Vec<f32>) = pairs.iter().copied().unzip();

@@ -26,6 +26,14 @@ impl AttentionBlock {
         output: Option<SharedLayer>,
     ) -> Result<Self> {
         let config = attention.settings();
+        if config.rotary && projections.is_some() {
+            let expected = "a language model, which rotates queries and keys by their positions";
+            return Err(Error::expected(
+                "what runs an attention block with rotary = true",
+                "the block by itself",
+                expected,
+            ));
+        }
         let (d_model, d_k, d_v) =
             (attention.in_features(), config.d_k.unwrap_or_default(), config.d_v.unwrap_or_default());
         let (heads, shared) = (config.n_head, config.kv_heads());

@@ -6,11 +6,11 @@ use ndarray::Array2;
 
 use super::config::DecoderConfig;
 use super::decoder_block::{DecoderBlock, RunningBlock, Workspace, check_norm, check_shape};
-use super::kv_cache::{CacheType, KvCache};
+use super::kv_cache::{BlockCache, CacheType, KvCache};
 use super::linears::Linears;
 use super::norm::Norm;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, SharedLayer};
+use crate::layer::{Accuracy, Layer, SharedLayer};
 use crate::linalg::require_finite;
 
 /// Tokens that go through all blocks at a time.
@@ -25,6 +25,8 @@ pub struct Decoder {
     norm: Norm,
     head: SharedLayer,
     running_head: Linears,
+    /// The sizes of an exact block's cache.
+    empty_block: BlockCache,
     /// Of passes that have ended, for those to come.
     workspaces: Mutex<Vec<Workspace>>,
 }
@@ -66,7 +68,8 @@ impl Decoder {
         check_norm("the last norm".into(), &norm, features)?;
         check_shape("the head".into(), &head, embedding.out_features(), features)?;
         let running_head = Linears::new(&[&head]);
-        Ok(Decoder { config, embedding, blocks, norm, head, running_head, workspaces: Mutex::default() })
+        let empty_block = KvCache::new(CacheType::F32, 1, config.kv_heads, config.head_dim).blocks.remove(0);
+        Ok(Decoder { config, embedding, blocks, norm, head, running_head, empty_block, workspaces: Mutex::default() })
     }
 
     /// Returns the same decoder with other layers in place of its own, those that `change` gives for each.
@@ -130,7 +133,10 @@ impl Decoder {
 
     /// Returns the memory that the layers take, in bytes; a head that is the embedding counts once.
     pub fn memory_bytes(&self) -> usize {
-        let of_block = |block: &DecoderBlock| block.linears().map(|layer| layer.memory_bytes()).sum::<usize>();
+        let of_block = |block: &DecoderBlock| {
+            let attention = block.attention.as_ref().map_or(0, |attention| attention.memory_bytes());
+            block.linears().map(|layer| layer.memory_bytes()).sum::<usize>() + attention
+        };
         let is_tied = std::ptr::addr_eq(&*self.head, &*self.embedding);
         let head = if is_tied { 0 } else { self.head.memory_bytes() };
         self.embedding.memory_bytes() + head + self.blocks().map(of_block).sum::<usize>()
@@ -138,13 +144,30 @@ impl Decoder {
 
     /// Returns a cache for a text that has not begun.
     pub fn cache(&self, kind: CacheType) -> KvCache {
-        KvCache::new(kind, self.blocks.len(), self.config.kv_heads, self.config.head_dim)
+        let mut cache = KvCache::new(kind, 0, self.config.kv_heads, self.config.head_dim);
+        cache.blocks.extend(self.blocks.iter().map(|block| block.cache(&self.config, kind)));
+        cache
+    }
+
+    /// Returns whether a cache is of this decoder's sizes.
+    fn owns(&self, cache: &KvCache) -> bool {
+        let fits = |(cache, block): (&BlockCache, &RunningBlock)| match (cache, &block.layers().attention) {
+            (BlockCache::Exact(_), None) => cache.is_like(&self.empty_block),
+            (BlockCache::Codes(own), Some(attention)) => {
+                let settings = attention.settings();
+                let sizes = (1, settings.kv_heads(), settings.key_codes().unwrap_or(0), settings.d_v.unwrap_or(0));
+                own.means.dim() == sizes
+            }
+            _ => false,
+        };
+        cache.blocks.len() == self.blocks.len() && cache.blocks.iter().zip(&self.blocks).all(fits)
     }
 
     /// Reads tokens that follow those in the cache, and returns the logits `[tokens or 1, vocabulary]` of what comes next.
     ///
     /// # Errors
-    /// When there are none, one is not known, the cache is another decoder's, or a number is not finite. The cache is then as it was.
+    /// When there are none, one is not known, the cache is another decoder's, or a number is not finite. The cache is then as it was; or,
+    /// where blocks attend by codes and had seen some of the tokens, empty.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -162,7 +185,7 @@ impl Decoder {
     /// row and text after text, replace what is in `logits`.
     ///
     /// # Errors
-    /// As [`Decoder::forward`]. All caches are then as they were.
+    /// As [`Decoder::forward`].
     pub fn forward_into(
         &self,
         texts: &mut [Continuation],
@@ -175,7 +198,7 @@ impl Decoder {
             if text.tokens.is_empty() {
                 return Err(Error::expected("tokens to read", "none", "one at least"));
             }
-            if !text.cache.is_of(self.blocks.len(), self.config.kv_heads, self.config.head_dim) {
+            if !self.owns(text.cache) {
                 return Err(Error::expected("cache of keys and values", "another decoder's", "one of this decoder"));
             }
         }
@@ -199,7 +222,7 @@ impl Decoder {
             let read = self.read_at_once(texts, wanted, accuracy, workspace, logits);
             if read.is_err() {
                 // Tokens that have not gone through all of it are not counted.
-                texts.iter_mut().for_each(|text| text.cache.truncate(text.cache.len()));
+                texts.iter_mut().for_each(|text| text.cache.undo(text.cache.len()));
             }
             return read;
         }
@@ -222,7 +245,7 @@ impl Decoder {
         };
         let read = read();
         if read.is_err() {
-            texts.iter_mut().zip(befores).for_each(|(text, before)| text.cache.truncate(before));
+            texts.iter_mut().zip(befores).for_each(|(text, before)| text.cache.undo(before));
         }
         read
     }

@@ -2,14 +2,14 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::attention::{Scores, attend};
+use super::attention::{Scores, attend, attend_by_layer, check_attention};
 use super::config::DecoderConfig;
-use super::kv_cache::{BlockCache, CacheType, KvCache};
+use super::kv_cache::{BlockCache, CacheType, HeadCache, KvCache};
 use super::linears::Linears;
 use super::norm::Norm;
 use super::rotary::Angles;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, SharedLayer};
+use crate::layer::{Accuracy, SharedLayer, VqAttentionLayer};
 use crate::quant::SharedInputs;
 
 /// The layers of a block, of any method.
@@ -29,6 +29,8 @@ pub struct DecoderBlock {
     pub query_norm: Option<Norm>,
     /// Of each head's keys.
     pub key_norm: Option<Norm>,
+    /// Attention by codes, whose cache does not grow with the text; `None` for exact attention.
+    pub attention: Option<VqAttentionLayer>,
     /// Before the feed-forward network.
     pub feed_forward_norm: Norm,
     /// `[hidden, features]`, whose outputs go through the activation.
@@ -58,6 +60,12 @@ pub enum BlockInput {
     FeedForward,
     /// Its last layer.
     FeedForwardOutput,
+    /// No layer, but the attention itself: its queries, turned and by heads, as `[tokens, heads · head_dim]`.
+    Queries,
+    /// Its keys, likewise.
+    Keys,
+    /// Its values, likewise.
+    Values,
 }
 
 /// Sees inputs `[rows, features]` before the layers do.
@@ -114,6 +122,13 @@ impl RunningBlock {
         for norm in block.query_norm.iter().chain(&block.key_norm) {
             check_norm(of("norm of queries and keys"), norm, head_dim)?;
         }
+        if let Some(attention) = &block.attention {
+            check_attention(of("attention"), attention, (heads, kv_heads, head_dim), true)?;
+            if let Some(window) = config.window {
+                let expected = "none: attention by codes has no sliding window";
+                return Err(Error::expected(of("attention"), format!("a window of {window} tokens"), expected));
+            }
+        }
         Ok(RunningBlock {
             attention: Linears::new(&[&block.query, &block.key, &block.value]),
             output: Linears::new(&[&block.output]),
@@ -143,10 +158,18 @@ impl RunningBlock {
         let mut workspace = Workspace::default();
         workspace.x.extend(x.iter());
         workspace.turn_from(config, 0, length, length);
-        let mut cache = KvCache::new(CacheType::F32, 1, config.kv_heads, config.head_dim);
-        self.forward(config, &mut workspace, std::iter::once((length, &mut cache.blocks[0])), accuracy, observe)?;
+        let mut cache = self.cache(config, CacheType::F32);
+        self.forward(config, &mut workspace, std::iter::once((length, &mut cache)), accuracy, observe)?;
         x.iter_mut().zip(&workspace.x).for_each(|(x, found)| *x = *found);
         Ok(())
+    }
+
+    /// Returns an empty cache for the block.
+    pub(super) fn cache(&self, config: &DecoderConfig, kind: CacheType) -> BlockCache {
+        match self.block.attention.as_ref().and_then(|attention| attention.empty_cache(1)) {
+            Some(cache) => BlockCache::Codes(cache),
+            None => KvCache::new(kind, 1, config.kv_heads, config.head_dim).blocks.remove(0),
+        }
     }
 
     /// Adds what the block gives to `workspace.x`, whose rows are tokens of several texts, one after another, so many of each.
@@ -172,14 +195,31 @@ impl RunningBlock {
         turn(config, q, config.heads, block.query_norm.as_ref(), angles);
         turn(config, k, config.kv_heads, block.key_norm.as_ref(), angles);
         let (q_width, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        for (input, all, width) in [
+            (BlockInput::Queries, &*q, q_width),
+            (BlockInput::Keys, &*k, kv_width),
+            (BlockInput::Values, &*v, kv_width),
+        ] {
+            see(input, all, width)?;
+        }
         attended.resize(q.len(), 0.0);
         let mut first = 0;
         for (tokens, cache) in texts {
             let rows = first..first + tokens;
             let own = rows.start * kv_width..rows.end * kv_width;
-            cache.extend(&k[own.clone()], &v[own]);
+            let (k, v) = (&k[own.clone()], &v[own]);
             let own = rows.start * q_width..rows.end * q_width;
-            attend(config, &q[own.clone()], cache, scores, &mut attended[own]);
+            let (q, attended) = (&q[own.clone()], &mut attended[own]);
+            match (cache, &block.attention) {
+                (BlockCache::Exact(heads), _) => {
+                    HeadCache::extend(heads, k, v);
+                    attend(config, q, heads, scores, attended);
+                }
+                (BlockCache::Codes(cache), Some(layer)) => attend_by_layer(layer, [q, k, v], Some(cache), attended)?,
+                (BlockCache::Codes(_), None) => {
+                    return Err(Error::expected("cache of a block", "one of codes", "one of keys and values"));
+                }
+            }
             first = rows.end;
         }
         see(BlockInput::AttentionOutput, attended, q_width)?;

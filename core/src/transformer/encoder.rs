@@ -4,12 +4,12 @@ use std::sync::{Mutex, PoisonError};
 
 use ndarray::{Array2, ArrayView2};
 
-use super::attention::attend_all;
+use super::attention::{attend_all, attend_by_layer, check_attention};
 use super::decoder_block::{BlockInput, Observe, check_norm, check_shape};
 use super::linears::Linears;
 use super::norm::Norm;
 use crate::error::{Error, Result};
-use crate::layer::{Accuracy, Activation, SharedLayer};
+use crate::layer::{Accuracy, Activation, Layer, SharedLayer, VqAttentionLayer};
 use crate::linalg::require_finite;
 use crate::quant::SharedInputs;
 
@@ -25,6 +25,8 @@ pub struct EncoderBlock {
     pub key: SharedLayer,
     /// `[features, features]`.
     pub value: SharedLayer,
+    /// Attention of another kind; `None` for exact attention.
+    pub attention: Option<VqAttentionLayer>,
     /// `[features, features]`, behind the attention.
     pub attention_output: SharedLayer,
     /// Of what the attention was added to.
@@ -118,6 +120,10 @@ impl RunningEncoderBlock {
         check_shape(of("output"), &block.output, features, hidden)?;
         check_norm(of("attention norm"), &block.attention_norm, features)?;
         check_norm(of("output norm"), &block.output_norm, features)?;
+        if let Some(attention) = &block.attention {
+            let heads = (config.heads, config.heads, features / config.heads);
+            check_attention(of("attention"), attention, heads, false)?;
+        }
         Ok(RunningEncoderBlock {
             attention: Linears::new(&[&block.query, &block.key, &block.value]),
             attention_output: Linears::new(&[&block.attention_output]),
@@ -170,12 +176,20 @@ impl RunningEncoderBlock {
         };
         see(BlockInput::Attention, x, features)?;
         self.attention.forward(x, accuracy, &mut [q, k, v], inputs)?;
+        for (input, all) in [(BlockInput::Queries, &*q), (BlockInput::Keys, &*k), (BlockInput::Values, &*v)] {
+            see(input, all, features)?;
+        }
         attended.resize(x.len(), 0.0);
         let mut first = 0;
         for tokens in texts {
             let own = first * features..(first + tokens) * features;
             let qkv = [&q[own.clone()], &k[own.clone()], &v[own.clone()]];
-            attend_all(config.heads, qkv, features, &mut attended[own]);
+            match &block.attention {
+                Some(layer) if accuracy == Accuracy::Approximate => {
+                    attend_by_layer(layer, qkv, None, &mut attended[own])?;
+                }
+                _ => attend_all(config.heads, qkv, features, &mut attended[own]),
+            }
             first += tokens;
         }
         see(BlockInput::AttentionOutput, attended, features)?;
@@ -266,6 +280,7 @@ impl Encoder {
                 .map(|layer| layer.memory_bytes())
                 .iter()
                 .sum::<usize>()
+                + block.attention.as_ref().map_or(0, |attention| attention.memory_bytes())
         };
         of_embedding + self.blocks.iter().map(of_block).sum::<usize>()
     }

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use half::f16;
 use serde::{Deserialize, Serialize};
 
+use crate::attention::CompressedCache;
 use crate::error::Error;
 use crate::kernels::{SparseRow, accumulate, dots, widen};
 
@@ -45,7 +46,7 @@ impl FromStr for CacheType {
 }
 
 /// The keys and values of all blocks of a decoder, for one text.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct KvCache {
     kind: CacheType,
     pub(super) blocks: Vec<BlockCache>,
@@ -55,10 +56,22 @@ pub struct KvCache {
     expected: usize,
 }
 
-/// The keys and values of one block, of each head of keys.
+impl fmt::Debug for KvCache {
+    /// Not the numbers, which are many.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut all = f.debug_struct("KvCache");
+        all.field("kind", &self.kind).field("blocks", &self.blocks.len()).field("length", &self.length);
+        all.finish_non_exhaustive()
+    }
+}
+
+/// The keys and values of one block.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct BlockCache {
-    pub(super) heads: Vec<HeadCache>,
+pub(super) enum BlockCache {
+    /// Of each head of keys, all of them.
+    Exact(Vec<HeadCache>),
+    /// What attention by codes keeps of them, however many they are.
+    Codes(CompressedCache),
 }
 
 /// The keys and values of a head, `[tokens, head_dim]` each.
@@ -72,7 +85,7 @@ impl KvCache {
     /// Returns an empty cache for so many blocks, heads of keys, and numbers of a head.
     pub fn new(kind: CacheType, blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
         let rows = Rows { width: head_dim, numbers: Numbers::new(kind) };
-        let block = BlockCache { heads: vec![HeadCache { keys: rows.clone(), values: rows }; kv_heads] };
+        let block = BlockCache::Exact(vec![HeadCache { keys: rows.clone(), values: rows }; kv_heads]);
         KvCache { kind, blocks: vec![block; blocks], length: 0, expected: 0 }
     }
 
@@ -93,7 +106,13 @@ impl KvCache {
 
     /// Returns the bytes that keys and values take.
     pub fn memory_bytes(&self) -> usize {
-        self.all().map(Rows::bytes).sum()
+        let of_codes = |block: &BlockCache| match block {
+            BlockCache::Exact(_) => 0,
+            BlockCache::Codes(cache) => {
+                4 * (cache.counts.len() + cache.means.len() + cache.recent_codes.len() + cache.recent_values.len())
+            }
+        };
+        self.rows().map(Rows::bytes).sum::<usize>() + self.blocks.iter().map(of_codes).sum::<usize>()
     }
 
     /// Says that the text will have so many tokens at least: positions that depend on a text's length are those of this one while it is
@@ -107,24 +126,34 @@ impl KvCache {
         self.expected.max(tokens)
     }
 
-    /// Returns whether it is of so many blocks, heads of keys, and numbers of a head.
-    pub(super) fn is_of(&self, blocks: usize, kv_heads: usize, head_dim: usize) -> bool {
-        let fits = |block: &BlockCache| {
-            block.heads.len() == kv_heads && block.heads.iter().all(|head| head.keys.width == head_dim)
-        };
-        self.blocks.len() == blocks && self.blocks.iter().all(fits)
-    }
-
     /// Makes room for so many more tokens, so that reading them takes no further memory.
     pub fn reserve(&mut self, tokens: usize) {
-        self.all_mut().for_each(|rows| rows.reserve(tokens));
+        self.rows_mut().for_each(|rows| rows.reserve(tokens));
     }
 
-    /// Forgets all tokens but the first `length`.
+    /// Forgets all tokens but the first `length`; all of them where blocks attend by codes, which cannot be taken back one by one.
     pub fn truncate(&mut self, length: usize) {
-        self.length = self.length.min(length);
+        if length < self.length {
+            self.undo(length);
+        }
+    }
+
+    /// Goes back to a length that it had before a read that was not finished.
+    pub(super) fn undo(&mut self, length: usize) {
+        let is_exact = self.blocks.iter().all(|block| matches!(block, BlockCache::Exact(_)));
+        self.length = if is_exact { self.length.min(length) } else { 0 };
         let length = self.length;
-        self.all_mut().for_each(|rows| rows.truncate(length));
+        for block in &mut self.blocks {
+            match block {
+                BlockCache::Exact(heads) => {
+                    heads.iter_mut().flat_map(HeadCache::both_mut).for_each(|rows| rows.truncate(length));
+                }
+                BlockCache::Codes(cache) => {
+                    let (batch, heads, codes, dim) = cache.means.dim();
+                    *cache = CompressedCache::new(batch, heads, codes, dim);
+                }
+            }
+        }
     }
 
     /// Counts tokens that every block has seen.
@@ -132,23 +161,55 @@ impl KvCache {
         self.length += tokens;
     }
 
-    fn all(&self) -> impl Iterator<Item = &Rows> {
-        self.blocks.iter().flat_map(|block| &block.heads).flat_map(|head| [&head.keys, &head.values])
+    fn rows(&self) -> impl Iterator<Item = &Rows> {
+        self.blocks.iter().flat_map(BlockCache::heads).flat_map(|head| [&head.keys, &head.values])
     }
 
-    fn all_mut(&mut self) -> impl Iterator<Item = &mut Rows> {
-        self.blocks.iter_mut().flat_map(|block| &mut block.heads).flat_map(|head| [&mut head.keys, &mut head.values])
+    fn rows_mut(&mut self) -> impl Iterator<Item = &mut Rows> {
+        self.blocks.iter_mut().flat_map(BlockCache::heads_mut).flat_map(HeadCache::both_mut)
+    }
+}
+
+impl HeadCache {
+    pub(super) fn both_mut(&mut self) -> [&mut Rows; 2] {
+        [&mut self.keys, &mut self.values]
+    }
+
+    /// Adds the keys and values `[tokens, kv heads · head_dim]` of tokens to those of all heads.
+    pub(super) fn extend(heads: &mut [HeadCache], keys: &[f32], values: &[f32]) {
+        let count = heads.len();
+        for (number, head) in heads.iter_mut().enumerate() {
+            for (new, rows) in [keys, values].into_iter().zip(head.both_mut()) {
+                new.chunks_exact(rows.width).skip(number).step_by(count).for_each(|row| rows.push(row));
+            }
+        }
     }
 }
 
 impl BlockCache {
-    /// Adds the keys and values `[tokens, kv heads · head_dim]` of tokens.
-    pub(super) fn extend(&mut self, keys: &[f32], values: &[f32]) {
-        let heads = self.heads.len();
-        for (number, head) in self.heads.iter_mut().enumerate() {
-            for (new, rows) in [(keys, &mut head.keys), (values, &mut head.values)] {
-                new.chunks_exact(rows.width).skip(number).step_by(heads).for_each(|row| rows.push(row));
+    /// Returns the heads of keys; none where it holds codes.
+    pub(super) fn heads(&self) -> &[HeadCache] {
+        match self {
+            BlockCache::Exact(heads) => heads,
+            BlockCache::Codes(_) => &[],
+        }
+    }
+
+    pub(super) fn heads_mut(&mut self) -> &mut [HeadCache] {
+        match self {
+            BlockCache::Exact(heads) => heads,
+            BlockCache::Codes(_) => &mut [],
+        }
+    }
+
+    /// Returns whether it is of the same sizes as an empty one, tokens aside.
+    pub(super) fn is_like(&self, empty: &BlockCache) -> bool {
+        match (self, empty) {
+            (BlockCache::Exact(own), BlockCache::Exact(other)) => {
+                own.len() == other.len() && own.iter().zip(other).all(|(a, b)| a.keys.width == b.keys.width)
             }
+            (BlockCache::Codes(own), BlockCache::Codes(other)) => own.means.dim() == other.means.dim(),
+            _ => false,
         }
     }
 }
@@ -291,16 +352,16 @@ mod tests {
         for (kind, bytes) in [(CacheType::F32, 4 * 16), (CacheType::F16, 2 * 16), (CacheType::Int8, 16 + 4 * 16)] {
             let mut cache = KvCache::new(kind, 2, 2, 1);
             for block in &mut cache.blocks {
-                block.extend(&[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0, 7.0, 8.0]);
+                HeadCache::extend(block.heads_mut(), &[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0, 7.0, 8.0]);
             }
             cache.seen(2);
-            let head = &cache.blocks[1].heads[1];
+            let head = &cache.blocks[1].heads()[1];
             let floats = |rows: &Rows| rows.floats(0..2, &mut vec![]).to_vec();
             assert_eq!((floats(&head.keys), floats(&head.values)), (vec![2.0, 4.0], vec![6.0, 8.0]));
             assert_eq!((cache.len(), cache.memory_bytes(), head.keys.len()), (2, bytes, 2));
             assert_eq!(kind.to_string().parse::<CacheType>().unwrap(), kind);
             cache.truncate(1);
-            assert_eq!(cache.blocks[0].heads[0].keys.floats(0..1, &mut vec![]), [1.0]);
+            assert_eq!(cache.blocks[0].heads()[0].keys.floats(0..1, &mut vec![]), [1.0]);
             assert!(!cache.is_empty() && cache.memory_bytes() == bytes / 2);
         }
         assert!("q4".parse::<CacheType>().is_err());

@@ -1,7 +1,7 @@
 //! Whole transformers over layers of any method: decoders of Llama's kind, and encoders of BERT's.
 //!
 //! Dependencies inside the module point one way: `rotary`, `norm`, `kv_cache` and `linears`, then `config` and `attention`, then
-//! `decoder_block`, then `decoder` and `encoder`.
+//! `decoder_block`, then `decoder` and `encoder`, then `saved_cache`.
 
 mod attention;
 mod config;
@@ -12,6 +12,7 @@ mod kv_cache;
 mod linears;
 mod norm;
 mod rotary;
+mod saved_cache;
 
 pub use config::DecoderConfig;
 pub use decoder::{Continuation, Decoder, Logits};

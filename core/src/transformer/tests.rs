@@ -1,7 +1,10 @@
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, ArrayView2, s};
 
 use super::*;
-use crate::layer::{Accuracy, Activation, ActivationFormat, DenseLayer, Layer, LowRankLayer, SharedLayer};
+use crate::layer::{
+    Accuracy, Activation, ActivationFormat, DenseLayer, Layer, LowRankLayer, Mechanism, SharedLayer, VqAttentionConfig,
+    VqAttentionLayer,
+};
 use crate::quant::{Clipping, PackedMatrix, WeightFormat};
 
 fn numbers(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
@@ -24,6 +27,7 @@ fn decoder(window: Option<usize>) -> Decoder {
         output: layer(features, heads * head_dim, n + 4),
         query_norm: Some(norm(n + 1, head_dim)),
         key_norm: None,
+        attention: None,
         feed_forward_norm: norm(n + 2, features),
         gate: layer(hidden, features, n + 5),
         up: layer(hidden, features, n + 6),
@@ -293,4 +297,100 @@ fn keys_and_values_may_be_rounded() {
     // A cache of another decoder is refused.
     let mut other = KvCache::new(CacheType::F32, 2, 2, 5);
     assert!(decoder.forward(&[1], &mut other, Logits::Last, Accuracy::Full).is_err());
+}
+
+/// The decoder with attention by codes in its second block: codebooks of the queries and keys that it has for `tokens`.
+fn by_codes(exact: &Decoder, tokens: &[u32], config: VqAttentionConfig) -> Decoder {
+    let mut seen: std::collections::BTreeMap<BlockInput, Array2<f32>> = Default::default();
+    let mut x = exact.embedding_rows(tokens);
+    let blocks: Vec<DecoderBlock> = exact.blocks().cloned().collect();
+    for (number, block) in blocks.iter().enumerate() {
+        let running = RunningBlock::new(exact.config(), number, exact.features(), block.clone()).unwrap();
+        let mut see = |input: BlockInput, x: ArrayView2<f32>| {
+            seen.insert(input, x.to_owned());
+            Ok(())
+        };
+        running.run(exact.config(), &mut x, Accuracy::Full, Some(&mut see)).unwrap();
+    }
+    let (queries, keys) = (&seen[&BlockInput::Queries], &seen[&BlockInput::Keys]);
+    let config = VqAttentionConfig { n_head: 4, n_kv_head: Some(2), rotary: true, ..config };
+    let config = config.with_lengths(exact.features(), 6, 6).unwrap();
+    let attention = VqAttentionLayer::by_kmeans(config, queries.view(), keys.view()).unwrap();
+    let mut blocks = blocks;
+    blocks[1].attention = Some(attention);
+    let (embedding, norm) = (exact.embedding().clone(), exact.norm().clone());
+    Decoder::new(exact.config().clone(), embedding.clone(), blocks, norm, embedding).unwrap()
+}
+
+#[test]
+fn blocks_may_attend_by_codes() {
+    let tokens: Vec<u32> = (0..60).map(|i| (i * 11 % 30) as u32).collect();
+    let exact = decoder(None);
+    let read = |decoder: &Decoder, parts: &[usize]| {
+        let (mut cache, mut first, mut found) = (decoder.cache(CacheType::F32), 0, Array2::zeros((0, 30)));
+        for part in parts {
+            let y = decoder.forward(&tokens[first..first + part], &mut cache, Logits::All, Accuracy::Full).unwrap();
+            found.append(ndarray::Axis(0), y.view()).unwrap();
+            first += part;
+        }
+        (found, cache)
+    };
+    let off = |a: &Array2<f32>, b: &Array2<f32>| (a - b).iter().fold(0f32, |most, v| most.max(v.abs()));
+    let (expected, exact_cache) = read(&exact, &[60]);
+    // A codeword for each key: nothing is lost.
+    let all =
+        VqAttentionConfig { mechanism: Mechanism::VqK, n_code: 60, block_len: 8, mem_len: 4, ..Default::default() };
+    let all = by_codes(&exact, &tokens, all);
+    for parts in [&[60][..], &[1; 60], &[17, 1, 1, 30, 11]] {
+        let (found, cache) = read(&all, parts);
+        assert!(off(&found, &expected) < 1e-4, "{parts:?}: {}", off(&found, &expected));
+        assert_eq!(cache.len(), 60);
+    }
+    // Fewer of them lose something, and the cache does not grow.
+    let few = VqAttentionConfig { n_code: 5, block_len: 8, ..Default::default() };
+    let few = by_codes(&exact, &tokens, few);
+    let (found, cache) = read(&few, &[60]);
+    assert!(off(&found, &expected) > 1e-4);
+    let (_, shorter) = read(&few, &[20]);
+    let exact_block = exact_cache.memory_bytes() / 2;
+    assert_eq!(cache.memory_bytes() - exact_block, shorter.memory_bytes() - exact_block / 3);
+    // Saved and read back, the text goes on as it would have.
+    for kind in [CacheType::F32, CacheType::F16, CacheType::Int8] {
+        for decoder in [&exact, &few] {
+            let mut cache = decoder.cache(kind);
+            decoder.forward(&tokens[..40], &mut cache, Logits::Last, Accuracy::Full).unwrap();
+            let tensors = cache.to_tensors();
+            let get = |name: &str| Ok(tensors.iter().find(|tensor| tensor.name == name).cloned());
+            let mut again = decoder.cache_from_tensors(kind, 40, get).unwrap();
+            assert_eq!(again, cache);
+            let go_on =
+                |cache: &mut KvCache| decoder.forward(&tokens[40..], cache, Logits::All, Accuracy::Full).unwrap();
+            assert_eq!(go_on(&mut again), go_on(&mut cache));
+            let refused = |tokens, kind| decoder.cache_from_tensors(kind, tokens, get).unwrap_err().to_string();
+            assert!(refused(41, kind).contains("41"), "{}", refused(41, kind));
+            let other = if kind == CacheType::F32 { CacheType::F16 } else { CacheType::F32 };
+            assert!(refused(40, other).contains("block.0.keys"));
+            let none = decoder.cache_from_tensors(kind, 40, |_| Ok(None)).unwrap_err().to_string();
+            assert!(none.contains("found none"), "{none}");
+        }
+    }
+    // Codes cannot be taken back.
+    let (_, mut cache) = read(&few, &[20]);
+    cache.truncate(20);
+    assert_eq!(cache.len(), 20);
+    cache.truncate(19);
+    assert_eq!(cache, few.cache(CacheType::F32));
+    // Caches of others, and attention that does not fit.
+    assert!(few.forward(&[1], &mut exact.cache(CacheType::F32), Logits::Last, Accuracy::Full).is_err());
+    let mut block = few.blocks().nth(1).unwrap().clone();
+    let attention = block.attention.take().unwrap();
+    for (config, says) in [
+        (VqAttentionConfig { rotary: false, ..attention.settings().clone() }, "before they are rotated"),
+        (VqAttentionConfig { causal: false, ..attention.settings().clone() }, "causal attention by codes"),
+    ] {
+        let (queries, keys) = (attention.queries().cloned(), attention.keys().cloned());
+        block.attention = Some(VqAttentionLayer::new(config, queries, keys, None).unwrap());
+        let refused = RunningBlock::new(few.config(), 1, few.features(), block.clone()).unwrap_err().to_string();
+        assert!(refused.contains(says), "{refused}");
+    }
 }

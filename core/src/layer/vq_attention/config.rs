@@ -82,6 +82,10 @@ pub struct VqAttentionConfig {
     pub output: Option<String>,
     /// Seed of the k-means that codebooks begin with.
     pub seed: u64,
+    /// Whether queries and keys are rotated by their positions before they meet the codebooks, as the language model that the block is of
+    /// does it: an import that calibrates by a text sets it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub rotary: bool,
 }
 
 impl Default for VqAttentionConfig {
@@ -108,6 +112,7 @@ impl Default for VqAttentionConfig {
             value: None,
             output: None,
             seed: 0,
+            rotary: false,
         }
     }
 }

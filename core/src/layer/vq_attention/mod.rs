@@ -253,6 +253,11 @@ impl Method for VqAttentionConfig {
     }
 
     fn check_rule(&self, given: &Map<String, Value>) -> Result<()> {
+        if given.contains_key("rotary") {
+            let reason =
+                "found rotary in a rule, expected none: an import that calibrates by a text sets it".to_owned();
+            return Err(Error::Settings { method: Self::NAME.to_owned(), reason });
+        }
         if self.query.is_some() && given.contains_key("n_head") {
             return Ok(());
         }
