@@ -210,6 +210,7 @@ async fn models_attend_by_codes() {
     };
     let (expected, found) = (encode("bert", Accuracy::Full).await, encode("bert-codes", Accuracy::Approximate).await);
     let off = (&found - &expected).iter().fold(0f32, |most, v| most.max(v.abs()));
-    assert!(off > 1e-6 && off < 0.5, "{off}");
+    // Of weights as small as these, attention is about even, whatever queries and keys are.
+    assert!(off > 0.0 && off < 1e-3, "{off}");
     assert_eq!(encode("bert-codes", Accuracy::Full).await, expected);
 }
