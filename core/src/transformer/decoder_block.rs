@@ -167,7 +167,7 @@ impl RunningBlock {
     /// Returns an empty cache for the block.
     pub(super) fn cache(&self, config: &DecoderConfig, kind: CacheType) -> BlockCache {
         match self.block.attention.as_ref().and_then(|attention| attention.empty_cache(1)) {
-            Some(cache) => BlockCache::Codes(cache),
+            Some(cache) => BlockCache::Codes(Box::new(cache)),
             None => KvCache::new(kind, 1, config.kv_heads, config.head_dim).blocks.remove(0),
         }
     }
@@ -215,7 +215,9 @@ impl RunningBlock {
                     HeadCache::extend(heads, k, v);
                     attend(config, q, heads, scores, attended);
                 }
-                (BlockCache::Codes(cache), Some(layer)) => attend_by_layer(layer, [q, k, v], Some(cache), attended)?,
+                (BlockCache::Codes(cache), Some(layer)) => {
+                    attend_by_layer(layer, [q, k, v], Some(&mut **cache), attended)?
+                }
                 (BlockCache::Codes(_), None) => {
                     return Err(Error::expected("cache of a block", "one of codes", "one of keys and values"));
                 }

@@ -71,7 +71,7 @@ pub(super) enum BlockCache {
     /// Of each head of keys, all of them.
     Exact(Vec<HeadCache>),
     /// What attention by codes keeps of them, however many they are.
-    Codes(CompressedCache),
+    Codes(Box<CompressedCache>),
 }
 
 /// The keys and values of a head, `[tokens, head_dim]` each.
@@ -150,7 +150,7 @@ impl KvCache {
                 }
                 BlockCache::Codes(cache) => {
                     let (batch, heads, codes, dim) = cache.means.dim();
-                    *cache = CompressedCache::new(batch, heads, codes, dim);
+                    **cache = CompressedCache::new(batch, heads, codes, dim);
                 }
             }
         }
