@@ -1,11 +1,9 @@
 //! Attention blocks of a checkpoint: found by the names of their projections, their codebooks made from calibration inputs.
 
-use layerstore_core::calibration::SAMPLE_ROWS;
-use layerstore_core::transformer::BlockInput;
 use ndarray::{Array2, ArrayView2};
 
 use super::calibration::CalibrationFile;
-use super::items::Inputs;
+use super::inputs::Inputs;
 use super::measure::{measure_attention, projected};
 use super::misfits::Misfits;
 use super::recipe::Recipe;
@@ -44,41 +42,6 @@ impl Projection {
             }
         };
         Ok(projected(x, weight.view(), bias.as_ref()))
-    }
-}
-
-/// Queries, keys and values as a model's attention has them, the first of a text's.
-#[derive(Debug, Default)]
-pub(super) struct AttentionInputs {
-    /// `[tokens, heads · head_dim]` each.
-    all: [Vec<f32>; 3],
-    widths: [usize; 3],
-    /// Whether queries and keys are rotated.
-    pub is_rotary: bool,
-}
-
-impl AttentionInputs {
-    pub fn new(is_rotary: bool) -> Self {
-        AttentionInputs { is_rotary, ..AttentionInputs::default() }
-    }
-
-    /// Adds what it is about; `false` where that is something else.
-    pub fn add(&mut self, input: BlockInput, x: ArrayView2<f32>) -> bool {
-        let place = match input {
-            BlockInput::Queries => 0,
-            BlockInput::Keys => 1,
-            BlockInput::Values => 2,
-            _ => return false,
-        };
-        self.widths[place] = x.ncols();
-        let room = SAMPLE_ROWS.saturating_sub(self.all[place].len() / x.ncols().max(1));
-        self.all[place].extend(x.rows().into_iter().take(room).flatten());
-        true
-    }
-
-    fn get(&self, place: usize) -> Option<Array2<f32>> {
-        let rows = self.all[place].len().checked_div(self.widths[place])?;
-        Array2::from_shape_vec((rows, self.widths[place]), self.all[place].clone()).ok()
     }
 }
 
@@ -219,7 +182,7 @@ fn is_matrix(content: &SourceContent) -> bool {
 pub(super) fn block_recipe(inputs: &Inputs, block: &PlannedBlock) -> Result<[u8; 32]> {
     let mut recipe = Recipe::new();
     if let Some(heads) = inputs.heads.as_deref().filter(|_| block.calibrates()) {
-        heads.all.iter().for_each(|all| recipe.numbers(all));
+        heads.all().for_each(|all| recipe.numbers(all));
         recipe.settings(&block.config);
         return Ok(recipe.finish());
     }

@@ -29,7 +29,7 @@ use crate::{Calibration, SecondMoment};
 pub(super) const MARK: &str = "layerstore:statistics";
 pub(super) const SHARED: &str = "layerstore:shared";
 pub(super) const VERSION: &str = "1";
-pub(super) const MEAN: &str = "mean";
+const MEAN: &str = "mean";
 
 /// Inputs of layers, a tensor `[tokens, in_features]` named after each layer.
 #[derive(Debug)]

@@ -1,14 +1,13 @@
 //! What an import makes or finds made: layers, attention blocks, and files that belong to the model.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use layerstore_core::layer::dtype_name;
 use ndarray::ArrayView2;
 use serde_json::Value;
 
-use super::attention::{AttentionInputs, PlannedBlock, block_recipe, make_block};
-use super::calibration::CalibrationFile;
+use super::attention::{PlannedBlock, block_recipe, make_block};
+use super::inputs::Inputs;
 use super::measure::measure;
 use super::plan::Planned;
 use super::recipe::Recipe;
@@ -17,14 +16,6 @@ use crate::formats::{SideFile, SourceContent, TensorSource};
 use crate::layer::parts::Tensor;
 use crate::layer::{CorrectionReport, DenseLayer, FileLayer, KeyValueLayer, Layer, Parts, SearchReport, SharedLayer};
 use crate::store::{ErrorBasis, Source, adapted, source_tensors};
-
-/// What layers are made from.
-pub(super) struct Inputs {
-    pub source: Arc<dyn TensorSource>,
-    pub calibration: Option<Arc<CalibrationFile>>,
-    /// What the attention of the model's block has for inputs, where the model has read a text.
-    pub heads: Option<Arc<AttentionInputs>>,
-}
 
 /// A layer that an import makes, or finds made. Its methods do blocking work.
 pub(super) trait Item: Clone + Send + Sync + 'static {

@@ -10,6 +10,7 @@ mod evaluate;
 mod export;
 mod import;
 mod in_memory;
+mod inputs;
 mod items;
 mod measurable;
 mod measure;

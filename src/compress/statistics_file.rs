@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::calibration::{MARK, MEAN, PARTS, SHARED, VERSION};
+use super::calibration::{MARK, PARTS, SHARED, VERSION};
 use crate::Calibration;
 use crate::error::{Error, Result};
 use crate::layer::DType;
@@ -77,7 +77,6 @@ impl StatisticsWriter {
         let wide = |values: &mut dyn Iterator<Item = f64>| values.flat_map(f64::to_le_bytes).collect::<Vec<u8>>();
         let count = i64::try_from(calibration.tokens()).unwrap_or(i64::MAX);
         let [of_count, of_mean, of_abs, of_second, of_sample] = PARTS.map(|part| format!("{layer}.{part}"));
-        debug_assert!(of_mean.ends_with(MEAN));
         self.tensor(of_count, DType::I64, vec![], &count.to_le_bytes())?;
         self.tensor(of_mean, DType::F64, vec![n], &wide(&mut calibration.mean().iter().copied()))?;
         self.tensor(of_abs, DType::F64, vec![n], &wide(&mut calibration.mean_abs().iter().copied()))?;

@@ -7,9 +7,9 @@ use layerstore_core::transformer::BlockInput;
 use ndarray::{Array2, ArrayView2};
 use serde_json::Value;
 
-use super::attention::AttentionInputs;
 use super::calibration::CalibrationFile;
 use super::in_memory::Promise;
+use super::inputs::AttentionInputs;
 use super::readable::{CheckpointModel, ReadableModel, not_there};
 use crate::architectures::{Block, Blockwise, TextTokenizer};
 use crate::error::{Error, Result};
