@@ -1,6 +1,7 @@
 # make demo       a language model into the store, compressed, run from there, and compared
-# make test       build, and run every test
-# make test-frameworks   the same for transformers, peft and llama.cpp
+# make test       build, and run every test, those of the Python package with NumPy alone
+# make test-frameworks   the same for PyTorch, transformers, peft and llama.cpp
+# make wheel      the Python package as a wheel that needs no Rust
 # make campaign   kills, damage, full disks and crowds against the built binary
 # Each does its own set-up in .venv; see CONTRIBUTING.md for the rest.
 
@@ -13,33 +14,46 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo demo-minilm compare test test-frameworks campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
+.PHONY: demo demo-minilm compare test python test-frameworks wheel campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
-	$(CARGO) build --bins --examples
+	$(CARGO) build --lib --bins --examples
 	scripts/demo.sh $(TARGET)/debug $(BIN)/python
 
 # A text encoder, all-MiniLM-L6-v2, in three ways; it leaves what `make compare` and some benchmarks use.
 demo-minilm: $(VENV)/.ready
-	$(CARGO) build --bins --examples
+	$(CARGO) build --lib --bins --examples
 	scripts/demo_minilm.sh $(TARGET)/debug $(BIN)/python
 
 # MiniLM under other rules, as docs/settings.md has it: make compare RULES="a.toml b.toml"
 RULES ?= $(wildcard examples/rules/minilm-*.toml)
 compare: $(VENV)/.ready
-	$(CARGO) build --bins --examples
+	$(CARGO) build --lib --bins --examples
 	$(BIN)/python scripts/compare_rules.py $(TARGET)/debug $(RULES)
 
 # Demo and tests build the same profile with the same features, so dependencies compile once.
-test: $(VENV)/.ready
-	$(CARGO) build --bins --examples
+test: python
 	$(CARGO) test
 	scripts/notebook_check.sh $(TARGET)/debug $(BIN)/python
+	PYTHONPATH=python $(BIN)/python -m pytest -q tests/python
+	MYPYPATH=python $(BIN)/python -m mypy --strict python/layerstore/__init__.py python/layerstore/_native.pyi
+	PYTHONPATH=python MYPYPATH=python $(BIN)/python -m mypy.stubtest layerstore._native
+
+# The Python package in place: PYTHONPATH=python finds it.
+python: $(VENV)/.ready
+	$(CARGO) build --lib --bins --examples
+	ln -sf $(abspath $(TARGET)/debug/lib_native.so) python/layerstore/_native.abi3.so
+
+# Optimised, which compiles all dependencies once more; the wheel is in dist, and was tried in an environment of its own.
+wheel: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "maturin>=1.9.4,<2"
+	$(BIN)/maturin build --release --manifest-path python/Cargo.toml --out dist
+	scripts/wheel_check.sh dist $(PYTHON)
 
 # Exports held to the programs that they are for, in an environment of its own: torch, transformers, peft, llama.cpp.
 FRAMEWORKS ?= $(VENV)-frameworks
-test-frameworks: $(VENV)/.ready $(FRAMEWORKS)/.ready
-	$(CARGO) build --bins --examples
+test-frameworks: python $(FRAMEWORKS)/.ready
+	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
 	$(FRAMEWORKS)/bin/python tests/frameworks/formats.py $(TARGET)/debug
 	$(FRAMEWORKS)/bin/python tests/frameworks/models.py $(TARGET)/debug
 

@@ -23,12 +23,12 @@ layerstore --quiet import "$model" --model smollm2 --message "the file as it is"
 step "import it in 3 bits (examples/rules/smollm2-3bit.toml), calibrated by reading this project's documents"
 cat docs/design.md docs/rules.md > "$out/text.txt"
 layerstore --quiet import "$model" --model smollm2-3bit --rules examples/rules/smollm2-3bit.toml \
-    --calibration-text "$out/text.txt" --calibration-tokens 1024 --message "3 bits" | tail -n 1
+    --calibration-text "$out/text.txt" --calibration-tokens 512 --message "3 bits" | tail -n 1
 layerstore snapshot create demo
 
 for name in smollm2 smollm2-3bit; do
     step "generate with $name, every layer run from the store at snapshot 'demo'"
-    layerstore --at demo generate "$name" --prompt "$prompt" --max-tokens 96 --activations int8
+    layerstore --at demo generate "$name" --prompt "$prompt" --max-tokens 64 --activations int8
 done
 
 step "how far the 3 bits are from the 4, on a text that neither was calibrated with"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# notebook_check.sh BINARIES PYTHON: makes small stores, runs the notebook and the code of docs/notebooks.md on them, and reads all rules.
+# notebook_check.sh BINARIES PYTHON: makes small stores, runs the notebooks and the code of docs/notebooks.md on them, and reads all rules.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1 python=$2
@@ -21,6 +21,8 @@ for backend in 'pq", subvectors = 12, codewords = 32' 'ivf_pq", clusters = 6, pr
 done
 layerstore snapshot create checked
 LAYERSTORE_URI="$work/layers" "$python" scripts/run_notebook.py examples/notebooks/query_layers.ipynb
+# The one on the package finds it in the checkout, as `make python` left it.
+LAYERSTORE_URI="$work/layers" PYTHONPATH=$PWD/python "$python" scripts/run_notebook.py examples/notebooks/package.ipynb
 
 # Rules in the documents and the examples are read, and name settings that there are.
 awk -v out="$work/rules-" '/^```toml$/ { file = out (++n) ".toml"; next } /^```$/ { file = "" } file { print > file }' README.md docs/*.md

@@ -216,6 +216,8 @@ impl Store {
         fn save_module(model: &str, name: &str, module: &Module, message: Option<&str>) -> u64;
         /// Saves layers by name, in the place of the layer `prefix` and of those behind it, as one new version.
         fn save_layers(model: &str, prefix: &str, layers: &[(String, SharedLayer)], message: Option<&str>) -> u64;
+        /// Saves layers by name, each in the place of the model's layer of that name, as one new version.
+        fn replace_layers(model: &str, layers: &[(String, SharedLayer)], message: Option<&str>) -> u64;
     }
 }
 

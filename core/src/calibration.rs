@@ -379,7 +379,7 @@ fn require_finite(inputs: ArrayView2<f32>, before: usize) -> Result<()> {
 ///
 /// Moments are centred and merged batch by batch (Chan, Golub and LeVeque), so that nothing cancels; sampled are whole windows
 /// of [`SAMPLE_WINDOW`] neighbouring inputs, each as likely as any other (Vitter's algorithm R, seeded).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct CalibrationBuilder {
     tokens: u64,
     mean: Array1<f64>,

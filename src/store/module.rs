@@ -85,6 +85,33 @@ impl Store {
         if let Some((name, _)) = layers.iter().find(|(name, _)| !is_part(name, prefix)) {
             return Err(Error::expected("layer to save", format!("'{name}'"), format!("'{prefix}', or one behind it")));
         }
+        self.save_in((model, Scope::Part(prefix)), layers, message).await
+    }
+
+    /// Saves layers by name, each in the place of the model's layer of that name, as one new version. Other layers of the model stay
+    /// as they are.
+    ///
+    /// # Errors
+    /// When a name is none or there twice, or the storage refuses: then nothing has changed.
+    pub async fn replace_layers(
+        &self,
+        model: &str,
+        layers: &[(String, SharedLayer)],
+        message: Option<&str>,
+    ) -> Result<u64> {
+        check_model_name(model)?;
+        for (name, _) in layers {
+            check_layer_name(name)?;
+        }
+        self.save_in((model, Scope::Layers), layers, message).await
+    }
+
+    async fn save_in(
+        &self,
+        (model, scope): (&str, Scope<'_>),
+        layers: &[(String, SharedLayer)],
+        message: Option<&str>,
+    ) -> Result<u64> {
         let mut writer = self.writer().await?;
         let mut records = Vec::with_capacity(layers.len());
         for (name, layer) in layers {
@@ -110,7 +137,7 @@ impl Store {
                 locations: RowLocations::default(),
             });
         }
-        writer.commit_in((model, Scope::Part(prefix)), &records, ("save", message)).await
+        writer.commit_in((model, scope), &records, ("save", message)).await
     }
 }
 

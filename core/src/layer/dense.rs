@@ -263,6 +263,10 @@ impl Layer for DenseLayer {
         })
     }
 
+    fn input_gradients(&self, _: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Array2<f32>> {
+        Ok(matmul(grad_output, self.floats()?.view()))
+    }
+
     fn raw_weight(&self) -> Option<Bytes> {
         Some(self.inner.raw.clone())
     }

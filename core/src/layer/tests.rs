@@ -78,6 +78,7 @@ proptest! {
             let calibration = Calibration::of(sample(20, inputs, seed + 3)).unwrap();
             let layer = method.compress(w.view(), None, Some(&calibration)).unwrap();
             let found = layer.backward(x.view(), g.view()).unwrap();
+            assert_eq!(layer.backward_input(x.view(), g.view()).unwrap(), found.input, "without weight and bias");
             let stored = layer.weight().unwrap();
             prop_assert!(relative_error(found.input.view(), g.dot(&stored).view()) < 1e-4, "{:?}", method);
             prop_assert!(relative_error(found.weight.view(), g.t().dot(&x).view()) < 1e-4, "{:?}", method);

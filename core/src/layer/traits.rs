@@ -215,6 +215,14 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
         Err(no_weight("a layer with gradients of a weight", &self.method()))
     }
 
+    /// Input gradient for checked `x` and `grad_output`. Callers use [`Layer::backward_input`].
+    ///
+    /// # Errors
+    /// As [`Layer::gradients`].
+    fn input_gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Array2<f32>> {
+        Ok(self.gradients(x, grad_output)?.input)
+    }
+
     /// Returns the tensors beside weight and bias, by name: a norm's `norm.gain`, a module's own.
     fn own_tensors(&self) -> Vec<(String, ArrayD<f32>)> {
         vec![]
@@ -322,6 +330,25 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
     /// # Errors
     /// When a shape is another, a value is not finite, or the layer stands for no weight matrix.
     fn backward(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Gradients> {
+        self.check_gradients(x, grad_output)?;
+        self.gradients(x, grad_output)
+    }
+
+    /// Returns the gradient with respect to the input alone, `[batch, in_features]`, as [`Layer::backward`] gives it.
+    ///
+    /// # Errors
+    /// As [`Layer::backward`].
+    fn backward_input(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Array2<f32>> {
+        self.check_gradients(x, grad_output)?;
+        self.input_gradients(x, grad_output)
+    }
+
+    /// Checks what gradients are asked for.
+    ///
+    /// # Errors
+    /// As [`Layer::backward`].
+    #[doc(hidden)]
+    fn check_gradients(&self, x: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<()> {
         self.require_linear()?;
         let expected = [(x.nrows(), self.in_features()), (x.nrows(), self.out_features())];
         let found = [x.dim(), grad_output.dim()];
@@ -333,8 +360,7 @@ pub trait Layer: Any + fmt::Debug + Send + Sync {
             ));
         }
         require_finite("the input", x.iter())?;
-        require_finite("the output gradient", grad_output.iter())?;
-        self.gradients(x, grad_output)
+        require_finite("the output gradient", grad_output.iter())
     }
 
     /// Returns the layer as one that code shares whatever its method.

@@ -241,6 +241,10 @@ impl Layer for LowRankLayer {
         })
     }
 
+    fn input_gradients(&self, _: ArrayView2<f32>, grad_output: ArrayView2<f32>) -> Result<Array2<f32>> {
+        Ok(self.input_gradient(grad_output))
+    }
+
     fn exact_source(&self) -> ExactSource {
         ExactSource::Dense
     }

@@ -1,0 +1,42 @@
+//! The native module of the Python package `layerstore`: the crate's verbs as methods, arrays without copies, errors as exceptions.
+
+use pyo3::prelude::*;
+
+mod attention;
+mod convert;
+mod errors;
+mod layer;
+mod models;
+mod modules;
+mod parts;
+mod progress;
+mod runtime;
+mod snapshot;
+mod source;
+mod statistics;
+mod store;
+
+/// The native module of `layerstore`.
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use crate::attention::{AttentionBlock, exact_attention, learn_codebooks, vq_attention};
+    #[pymodule_export]
+    use crate::layer::{Layer, compress, load_backend, methods, save_backend};
+    #[pymodule_export]
+    use crate::models::{LanguageModel, Session, TextEncoder};
+    #[pymodule_export]
+    use crate::modules::Module;
+    #[pymodule_export]
+    use crate::runtime::after_fork;
+    #[pymodule_export]
+    use crate::snapshot::Snapshot;
+    #[pymodule_export]
+    use crate::statistics::{Calibration, write_statistics};
+    #[pymodule_export]
+    use crate::store::{Store, create, open};
+    /// The version of the package.
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "a name of Python's")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
