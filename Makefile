@@ -53,7 +53,8 @@ wheel: $(VENV)/.ready
 # Exports held to the programs that they are for, in an environment of its own: torch, transformers, peft, llama.cpp.
 FRAMEWORKS ?= $(VENV)-frameworks
 test-frameworks: python $(FRAMEWORKS)/.ready
-	PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
+	KERAS_BACKEND=torch PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
+	KERAS_BACKEND=jax PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks/test_keras.py
 	$(FRAMEWORKS)/bin/python tests/frameworks/formats.py $(TARGET)/debug
 	$(FRAMEWORKS)/bin/python tests/frameworks/models.py $(TARGET)/debug
 

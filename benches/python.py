@@ -78,6 +78,23 @@ def pools():
     )
 
 
+def torchao(folder):
+    """The same model with torchao's 4-bit weights, where it is installed and runs on this processor."""
+    import transformers
+
+    try:
+        from torchao.quantization import Int8DynamicActivationInt4WeightConfig, quantize_
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/dense", dtype=torch.float32).eval()
+        quantize_(model, Int8DynamicActivationInt4WeightConfig(group_size=32))
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]))
+        return {"torchao, int4 and int8": model}
+    except Exception as error:  # noqa: BLE001: whatever it is, the others are measured without it
+        print(f"torchao is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return {}
+
+
 def decoding(path, rounds, tokens=64):
     import transformers
 
@@ -91,7 +108,7 @@ def decoding(path, rounds, tokens=64):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dynamic = torch.ao.quantization.quantize_dynamic(dense, {torch.nn.Linear}, dtype=torch.qint8)
-        models = {"torch f32": dense, "torch int8, dynamic": dynamic, "layerstore": stored}
+        models = {"torch f32": dense, "torch int8, dynamic": dynamic, **torchao(folder), "layerstore": stored}
         rounded = from_store(store, "m")
         for module in rounded.modules():
             if isinstance(module, lt.Linear) and module.layer.method == "low_rank":

@@ -31,6 +31,8 @@ __all__ = [
     "after_fork",
     "compress",
     "create",
+    "decode_ternary",
+    "encode_ternary",
     "exact_attention",
     "learn_codebooks",
     "load_backend",
@@ -71,6 +73,8 @@ def learn_codebooks(layer: Layer, queries: _Array, keys: _Array, step: int) -> t
 def exact_attention(
     q: _Array, k: _Array, v: _Array, *, scale: float | None = None, causal: bool = False
 ) -> _Floats: ...
+def encode_ternary(values: npt.NDArray[np.int8]) -> bytes: ...
+def decode_ternary(encoded: bytes, count: int) -> npt.NDArray[np.int8]: ...
 def after_fork() -> None: ...
 @final
 class Calibration:

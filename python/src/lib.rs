@@ -26,7 +26,7 @@ mod _native {
     #[pymodule_export]
     use crate::models::{LanguageModel, Session, TextEncoder};
     #[pymodule_export]
-    use crate::modules::Module;
+    use crate::modules::{Module, decode_ternary, encode_ternary};
     #[pymodule_export]
     use crate::runtime::after_fork;
     #[pymodule_export]

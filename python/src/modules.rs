@@ -1,17 +1,32 @@
 //! Modules over layers: gated units, recurrent layers, blocks and embeddings.
 
 use layerstore::layer::Accuracy;
-use numpy::{IntoPyArray, PyArrayDyn};
+use layerstore::nn;
+use numpy::{IntoPyArray, PyArray1, PyArrayDyn, PyReadonlyArray1};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::convert::Given;
 use crate::runtime::compute;
+
+/// Encodes values of -1, 0 and 1, `[count]` of int8, by the prefix code of Keras-MatMulLess.
+#[pyfunction]
+pub fn encode_ternary<'py>(py: Python<'py>, values: PyReadonlyArray1<'py, i8>) -> PyResult<Bound<'py, PyBytes>> {
+    let values = values.as_array().to_vec();
+    Ok(PyBytes::new(py, &compute(py, || nn::encode_ternary(&values))?))
+}
+
+/// Decodes `count` values of -1, 0 and 1 from the prefix code of Keras-MatMulLess, as int8.
+#[pyfunction]
+pub fn decode_ternary<'py>(py: Python<'py>, encoded: &[u8], count: usize) -> PyResult<Bound<'py, PyArray1<i8>>> {
+    Ok(compute(py, || nn::decode_ternary(encoded, count))?.into_pyarray(py))
+}
 
 /// A module with the layers that it is made of, ready to run.
 #[pyclass(frozen, module = "layerstore")]
 pub struct Module {
     /// The module.
-    pub module: layerstore::nn::Module,
+    pub module: nn::Module,
 }
 
 #[pymethods]

@@ -25,8 +25,9 @@ def read_safetensors(path):
         if entry["dtype"] == "BF16":
             values = (np.frombuffer(part, "<u2").astype("<u4") << 16).view("<f4")
         else:
-            values = np.frombuffer(part, {"F32": "<f4", "F16": "<f2", "I64": "<i8"}[entry["dtype"]])
-        values = values if entry["dtype"] == "I64" else values.astype("<f4")
+            kinds = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "<i1"}
+            values = np.frombuffer(part, kinds[entry["dtype"]])
+        values = values if entry["dtype"].startswith("I") else values.astype("<f4")
         found[name] = values.reshape(entry["shape"]).copy()
     return found
 
