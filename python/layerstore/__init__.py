@@ -15,6 +15,7 @@ import os as _os
 from . import errors
 from ._native import (
     AttentionBlock,
+    AttentionCache,
     Calibration,
     LanguageModel,
     Layer,
@@ -48,6 +49,7 @@ from .errors import (
 
 __all__ = [
     "AttentionBlock",
+    "AttentionCache",
     "Calibration",
     "ConflictError",
     "CorruptError",

@@ -5,10 +5,11 @@ use std::sync::OnceLock;
 use layerstore::layer::{Accuracy, KeyValueLayer, Limit, MethodConfig, SearchSettings, SharedLayer, layer_from_parts};
 use layerstore::{Calibration as Statistics, LayerHandle, Snapshot};
 use ndarray::Array1;
-use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayDyn, ToPyArray};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayDyn, ToPyArray};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
+use crate::attention::{self, AttentionCache};
 use crate::convert::{Given, array, call, json, plain};
 use crate::errors::{OrRaise, invalid};
 use crate::parts;
@@ -19,6 +20,8 @@ use crate::statistics::Calibration;
 type Matrix<'py> = Bound<'py, PyArray2<f32>>;
 /// A vector of Python's.
 type Vector<'py> = Bound<'py, PyArray1<f32>>;
+/// Vectors by head.
+type Heads<'py> = Bound<'py, PyArray4<f32>>;
 /// What `to_parts` gives.
 type Stored<'py> = (String, Bound<'py, PyList>);
 
@@ -285,15 +288,49 @@ impl Layer {
     }
 
     /// Attends with a vq_attention layer: queries `[batch, heads, tokens, d_k]` to keys and values of `n_kv_head` heads. Returns
-    /// `[batch, heads, tokens, d_v]`.
+    /// `[batch, heads, tokens, d_v]`. With a `cache` the tokens follow those that it has seen, and are added to it.
+    #[pyo3(signature = (q, k, v, *, cache = None))]
     fn attend<'py>(
         &self,
         py: Python<'py>,
         q: &Bound<'py, PyAny>,
         k: &Bound<'py, PyAny>,
         v: &Bound<'py, PyAny>,
+        cache: Option<&AttentionCache>,
     ) -> PyResult<Bound<'py, PyArrayDyn<f32>>> {
-        crate::attention::attend(py, self.shared(py)?, [q, k, v])
+        attention::attend(py, self.shared(py)?, [q, k, v], cache)
+    }
+
+    /// Returns the gradients of a loss with respect to queries, keys and values, for its gradient with respect to the output of `attend`,
+    /// straight through codewords; `commitment` times the gradient of the commitment loss is added.
+    #[pyo3(signature = (q, k, v, grad_output, *, commitment = 0.0))]
+    fn attend_backward<'py>(
+        &self,
+        py: Python<'py>,
+        q: &Bound<'py, PyAny>,
+        k: &Bound<'py, PyAny>,
+        v: &Bound<'py, PyAny>,
+        grad_output: &Bound<'py, PyAny>,
+        commitment: f32,
+    ) -> PyResult<(Heads<'py>, Heads<'py>, Heads<'py>)> {
+        let [q, k, v] = attention::attend_backward(py, self.shared(py)?, [q, k, v, grad_output], commitment)?;
+        Ok((q, k, v))
+    }
+
+    /// Returns an empty cache of causal attention by codes, for a number of sequences.
+    #[pyo3(signature = (batch = 1))]
+    fn empty_cache(&self, py: Python<'_>, batch: usize) -> PyResult<AttentionCache> {
+        attention::empty_cache(py, self.shared(py)?, batch)
+    }
+
+    /// Returns the codebooks of a vq_attention layer, `queries` and `keys`, each `[heads, codes, d_k]`.
+    fn codebooks<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        attention::codebooks(py, self.shared(py)?)
+    }
+
+    /// Returns the codes of vectors `[batch, heads, tokens, d_k]` by the codebook of `queries` or of `keys`: `[batch, heads, tokens]`.
+    fn codes<'py>(&self, py: Python<'py>, x: &Bound<'py, PyAny>, of: &str) -> PyResult<Bound<'py, PyArray3<u32>>> {
+        attention::codes(py, self.shared(py)?, x, of)
     }
 
     /// Returns the layer with other settings of how it runs, such as `{"activations": "int8"}`; its arrays are shared.

@@ -20,7 +20,7 @@ mod store;
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use crate::attention::{AttentionBlock, exact_attention, learn_codebooks, vq_attention};
+    use crate::attention::{AttentionBlock, AttentionCache, exact_attention, learn_codebooks, vq_attention};
     #[pymodule_export]
     use crate::layer::{Layer, compress, load_backend, methods, save_backend};
     #[pymodule_export]

@@ -195,7 +195,23 @@ def test_attention():
     assert lt.HyperAttention(hyper)(q, k, v).shape == (1, 2, 32, 8)
     with pytest.raises(ValueError, match="hyper"):
         lt.VQAttention(hyper)
-    torch.library.opcheck(torch.ops.layerstore.attend.default, (q, k, v, attention._slot.number))
+    torch.library.opcheck(torch.ops.layerstore.attend.default, (q.requires_grad_(), k, v, attention._slot.number, 0.0))
+
+
+def test_gradients_through_attention():
+    """At codewords that are the queries and keys themselves, the gradients are those of exact attention."""
+    q, k, v = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    settings = {"mechanism": "vq_qk", "n_head": 2, "d_model": 8, "d_k": 4, "d_v": 4, "n_code": 8, "block_len": 4}
+    flat = [x.detach().transpose(1, 2).reshape(-1, 8) for x in (q, k)]
+    attention = lt.VQAttention(layerstore.vq_attention(settings, *flat))
+    grad = torch.randn(1, 2, 8, 4)
+    attention(q, k, v).backward(grad)
+    found = [x.grad.clone() for x in (q, k, v)]
+    for x in (q, k, v):
+        x.grad = None
+    nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad)
+    for one, x in zip(found, (q, k, v), strict=True):
+        torch.testing.assert_close(one, x.grad, atol=1e-4, rtol=1e-3)
 
 
 def test_models_of_transformers_run_from_the_store(store):

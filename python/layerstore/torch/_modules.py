@@ -155,7 +155,8 @@ class Embedding(_OverLayer):
 class VQAttention(_OverLayer):
     """Attention by codebooks (Transformer-VQ) over heads: queries ``[batch, heads, tokens, d_k]``, keys and values of ``n_kv_head``.
 
-    It has no gradients: codebooks are trained by moving averages, ``learn``.
+    Gradients pass straight through codewords, with ``commitment`` times those of the commitment loss, which draws queries and keys to their
+    codewords. Codebooks are trained by moving averages, ``learn``.
     """
 
     mechanisms: tuple[str, ...] = ("vq_qk", "vq_k")
@@ -165,10 +166,11 @@ class VQAttention(_OverLayer):
             found = layer.config.get("mechanism", layer.method)
             raise ValueError(f"{type(self).__name__}: found {found}, expected {' or '.join(self.mechanisms)}")
         super().__init__(layer)
+        self.commitment = 0.0
         self._step = 0
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.ops.layerstore.attend(q, k, v, self._slot.number)
+        return torch.ops.layerstore.attend(q, k, v, self._slot.number, self.commitment)
 
     @torch.no_grad()
     def learn(self, q: torch.Tensor, k: torch.Tensor) -> dict:
@@ -188,7 +190,10 @@ class VQAttention(_OverLayer):
 
 
 class HyperAttention(VQAttention):
-    """Attention to the keys of a query's own hash bucket and a sample of the others (HyperAttention), over heads as ``VQAttention``."""
+    """Attention to the keys of a query's own hash bucket and a sample of the others (HyperAttention), over heads as ``VQAttention``.
+
+    It has no gradients: going back through it is an error.
+    """
 
     mechanisms = ("hyper",)
 

@@ -78,7 +78,10 @@ _library.define("linear_backward(Tensor x, Tensor grad, int slot) -> Tensor")
 _library.define("trained(Tensor x, Tensor weight, Tensor? bias, int slot) -> Tensor")
 _library.define("trained_backward(Tensor x, Tensor grad, int slot) -> (Tensor, Tensor, Tensor)")
 _library.define("rows(Tensor indices, int slot, SymInt features) -> Tensor")
-_library.define("attend(Tensor q, Tensor k, Tensor v, int slot) -> Tensor")
+_library.define("attend(Tensor q, Tensor k, Tensor v, int slot, float commitment) -> Tensor")
+_library.define(
+    "attend_backward(Tensor q, Tensor k, Tensor v, Tensor grad, int slot, float commitment) -> (Tensor, Tensor, Tensor)"
+)
 
 
 @torch.library.impl(_library, "linear", "CPU")
@@ -167,10 +170,37 @@ def _(indices, slot, features):
 
 
 @torch.library.impl(_library, "attend", "CPU")
-def _attend(q, k, v, slot):
+def _attend(q, k, v, slot, commitment):
     return _tensor(_layer(slot).attend(_array(q), _array(k), _array(v)), q)
 
 
 @torch.library.register_fake("layerstore::attend", lib=_library)
-def _(q, k, v, slot):
+def _(q, k, v, slot, commitment):
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@torch.library.impl(_library, "attend_backward", "CPU")
+def _attend_backward(q, k, v, grad, slot, commitment):
+    arrays = (_array(x) for x in (q, k, v, grad))
+    gradients = _layer(slot).attend_backward(*arrays, commitment=commitment)
+    return tuple(_tensor(gradient, q) for gradient in gradients)
+
+
+@torch.library.register_fake("layerstore::attend_backward", lib=_library)
+def _(q, k, v, grad, slot, commitment):
+    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
+
+
+def _attend_context(ctx, inputs, output):
+    q, k, v, ctx.slot, ctx.commitment = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _attend_gradient(ctx, grad):
+    gradients = torch.ops.layerstore.attend_backward(*ctx.saved_tensors, grad, ctx.slot, ctx.commitment)
+    return *gradients, None, None
+
+
+torch.library.register_autograd(
+    "layerstore::attend", _attend_gradient, setup_context=_attend_context, lib=_library
+)
