@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import _native
 from .._native import Layer
-from ._ops import Slot
+from ._ops import Slot, run_plainly
 
 
 class _OverLayer(nn.Module):
@@ -85,9 +85,10 @@ class Linear(_OverLayer):
         return cls(layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is not None:
+        if self._parameters["weight"] is not None:
             return torch.ops.layerstore.trained(x, self.weight, self.bias, self._slot.number)
-        return torch.ops.layerstore.linear(x, self._slot.number, self.out_features)
+        y = run_plainly(self._slot.layer, x)
+        return torch.ops.layerstore.linear(x, self._slot.number, self.out_features) if y is None else y
 
     def trainable(self, *, calibration=None, **settings):
         """Gives the module a weight and a bias to be trained, which begin as the layer's; returns the module.

@@ -65,6 +65,22 @@ def _tensor(array: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return made if like.dtype is torch.float32 else made.to(like.dtype)
 
 
+def run_plainly(layer: Layer, x: torch.Tensor) -> torch.Tensor | None:
+    """Runs a layer without the dispatcher, which takes several times as long as a small product; ``None`` where somebody has to see the
+    operator: autograd, the compiler, a tracer, a transform, or a tensor of another kind.
+    """
+    if type(x) is not torch.Tensor or x.dtype is not torch.float32 or torch.compiler.is_compiling():
+        return None
+    if (x.requires_grad and torch.is_grad_enabled()) or torch.jit.is_tracing():
+        return None
+    try:
+        array = x.detach().numpy() if x.requires_grad else x.numpy()
+    except (RuntimeError, TypeError):
+        # Under vmap, or on another device.
+        return None
+    return torch.from_numpy(layer(array))
+
+
 def _layer(number: int) -> Layer:
     slot = _slots.get(number)
     if slot is None:
