@@ -525,25 +525,11 @@ impl Layer {
     }
 }
 
-/// Compresses a weight `[out_features, in_features]`, with its bias where it has one, by a method and its settings (those of rules),
-/// for inputs with the statistics of `calibration`: a `Calibration`, or an array of inputs `[..., in_features]`.
-#[pyfunction]
-#[pyo3(signature = (weight, bias = None, /, *, method = "low_rank", calibration = None, **settings))]
-pub fn compress(
-    py: Python<'_>,
-    weight: &Bound<'_, PyAny>,
-    bias: Option<&Bound<'_, PyAny>>,
-    method: &str,
-    calibration: Option<&Bound<'_, PyAny>>,
-    settings: Option<&Bound<'_, PyDict>>,
-) -> PyResult<Layer> {
-    let settings = settings.map(|settings| json(settings)).transpose()?;
-    let settings = settings.and_then(|settings| settings.as_object().cloned()).unwrap_or_default();
-    made(py, weight, bias, calibration, || layerstore::layer::method(method)?.read_settings(settings))
-}
-
 /// Compresses a weight as a configuration says.
-fn made(
+///
+/// # Errors
+/// When it, or a setting, is not what it has to be.
+pub fn made(
     py: Python<'_>,
     weight: &Bound<'_, PyAny>,
     bias: Option<&Bound<'_, PyAny>>,
@@ -566,23 +552,4 @@ fn vector(value: &Bound<'_, PyAny>) -> PyResult<Array1<f32>> {
         1 => Ok(view.iter().copied().collect()),
         found => Err(invalid(value.py(), "the bias", format!("{found} dimensions"), "1 dimension")),
     }
-}
-
-/// Writes a layer into a store of its own at `uri`, which `load_backend` reads.
-#[pyfunction]
-pub fn save_backend(py: Python<'_>, layer: &Layer, uri: &str) -> PyResult<()> {
-    let layer = layer.shared(py)?;
-    run(py, layerstore::save_backend(&**layer, uri))
-}
-
-/// Loads the layer of a store that `save_backend` made.
-#[pyfunction]
-pub fn load_backend(py: Python<'_>, uri: &str) -> PyResult<Layer> {
-    Ok(Layer::of(run(py, layerstore::load_backend(uri))?))
-}
-
-/// Returns the names of all methods.
-#[pyfunction]
-pub fn methods() -> Vec<String> {
-    layerstore::layer::methods().iter().map(|method| method.name.to_string()).collect()
 }

@@ -6,6 +6,7 @@ mod attention;
 mod convert;
 mod errors;
 mod layer;
+mod make;
 mod models;
 mod modules;
 mod parts;
@@ -20,13 +21,15 @@ mod store;
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use crate::attention::{AttentionBlock, AttentionCache, exact_attention, learn_codebooks, vq_attention};
+    use crate::attention::{AttentionCache, exact_attention};
     #[pymodule_export]
-    use crate::layer::{Layer, compress, load_backend, methods, save_backend};
+    use crate::layer::Layer;
+    #[pymodule_export]
+    use crate::make::{compress, learn_codebooks, load_backend, methods, save_backend, vq_attention};
     #[pymodule_export]
     use crate::models::{LanguageModel, Session, TextEncoder};
     #[pymodule_export]
-    use crate::modules::{Module, decode_ternary, encode_ternary};
+    use crate::modules::{AttentionBlock, Module, decode_ternary, encode_ternary};
     #[pymodule_export]
     use crate::runtime::after_fork;
     #[pymodule_export]

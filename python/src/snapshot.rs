@@ -9,15 +9,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use serde_json::json;
 
-use crate::attention::AttentionBlock;
 use crate::convert::{Given, call, plain};
 use crate::errors::{OrRaise, invalid};
 use crate::layer::Layer;
 use crate::models::{LanguageModel, TextEncoder};
-use crate::modules::Module;
+use crate::modules::{AttentionBlock, Module};
 use crate::progress::Telling;
 use crate::runtime::{compute, run, work_async, work_dropped};
-use crate::store::Store;
 
 /// A version of the store, open for reading. What is committed later does not change it.
 #[pyclass(frozen, module = "layerstore")]
@@ -217,19 +215,22 @@ impl Snapshot {
         plain(py, &telling.ended(done)?)
     }
 
-    /// Copies a model, or one layer with what it runs with, into another store, as one new version there. Returns a dictionary.
+    /// Copies a model, or one layer with what it runs with, into another store, which `to` is or is the path of, as one new version there.
+    /// Returns a dictionary.
     #[pyo3(signature = (model, to, *, layer = None, progress = None))]
     pub fn copy<'py>(
         &self,
         py: Python<'py>,
         model: &str,
-        to: &Store,
+        to: &Bound<'py, PyAny>,
         layer: Option<&str>,
         progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let uri: PathBuf = to.getattr("uri").unwrap_or_else(|_| to.clone()).extract()?;
+        let to = run(py, layerstore::Store::open(&uri.to_string_lossy()))?;
         let telling = Telling::new(progress)?;
         let (told, cancel) = (telling.progress(), telling.cancel.clone());
-        let done = work_async(py, &cancel, || layerstore::copy(&self.inner, model, layer, &to.inner, &*told, &cancel));
+        let done = work_async(py, &cancel, || layerstore::copy(&self.inner, model, layer, &to, &*told, &cancel));
         plain(py, &telling.ended(done)?)
     }
 

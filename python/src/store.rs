@@ -12,12 +12,11 @@ use ndarray::Array2;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::attention::AttentionBlock;
 use crate::convert::{Given, call, json, plain};
 use crate::errors::invalid;
 use crate::layer::Layer;
 use crate::models::{LanguageModel, TextEncoder};
-use crate::modules::Module;
+use crate::modules::{AttentionBlock, Module};
 use crate::progress::Telling;
 use crate::runtime::{run, work_async, work_dropped};
 use crate::snapshot::Snapshot;
