@@ -113,8 +113,9 @@ def validate_tensor(
 
 def safe_matrix_inverse(matrix: np.ndarray, ridge: float = 1e-6) -> np.ndarray:
     """Returns the inverse of a matrix; of a singular one, with a ridge on its diagonal."""
-    matrix = np.asarray(matrix, np.float32)
+    matrix = np.asarray(matrix, np.float64)
     try:
-        return np.linalg.inv(matrix)
+        inverse = np.linalg.inv(matrix)
     except np.linalg.LinAlgError:
-        return np.linalg.inv(matrix + ridge * np.eye(len(matrix), dtype=np.float32))
+        inverse = np.linalg.inv(matrix + ridge * np.eye(len(matrix)))
+    return inverse.astype(np.float32)
