@@ -67,7 +67,7 @@ def as_numpy(value) -> np.ndarray:
 def as_f32(value) -> np.ndarray:
     """Returns numbers as float32."""
     array = as_numpy(value)
-    if array.dtype.kind not in "fiub" and array.dtype.name not in _NAMES:
+    if array.dtype.kind == "c" or array.dtype.kind not in "fiub" and array.dtype.name not in _NAMES:
         raise TypeError(f"found an array of {array.dtype}, expected numbers")
     return np.asarray(array, dtype=np.float32)
 
@@ -95,6 +95,10 @@ def state_dict(model) -> list | None:
         return None
     found = []
     for name, tensor in model.items():
+        if not _is_torch(tensor) and not hasattr(tensor, "__array__") and not hasattr(tensor, "__dlpack__"):
+            raise TypeError(f"tensor '{name}': found {type(tensor).__name__}, expected an array or a tensor")
+        if _is_torch(tensor) and (tensor.is_sparse or tensor.is_conj() or tensor.device.type == "meta"):
+            raise TypeError(f"tensor '{name}': found a {tensor.layout} tensor on {tensor.device}, expected a plain one with numbers")
         if _is_torch(tensor):
             data, dtype = _torch_bytes(tensor)
             shape = list(tensor.shape)

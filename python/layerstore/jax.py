@@ -22,6 +22,8 @@ __all__ = ["linear", "rows"]
 
 
 def _check(layer: Layer, x: jax.Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"input of a layer: found {x.dtype}, expected floats")
     if x.ndim == 0 or x.shape[-1] != layer.in_features:
         raise ValueError(f"width of the input: found shape {x.shape}, expected [..., {layer.in_features}]")
 

@@ -246,5 +246,6 @@ def _intercept(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: d
     if not isinstance(kernel, LqerWeight):
         return call(*arguments, **keywords)
     (x,) = arguments or tuple(keywords.values())
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     y = linear(kernel.layer, x)
     return y + module.get_variable("params", "bias") if module.use_bias else y

@@ -8,6 +8,7 @@ use ndarray::Array1;
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayDyn, ToPyArray};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use serde_json::Value;
 
 use crate::attention::{self, AttentionCache};
 use crate::convert::{Given, array, call, json, plain};
@@ -340,6 +341,7 @@ impl Layer {
         let (Some(all), Some(new)) = (config.as_object_mut(), json(settings)?.as_object().cloned()) else {
             return Err(invalid(py, "settings", "no dictionary", "one"));
         };
+        let asked = new.clone();
         for (name, value) in new {
             match value.is_null() {
                 true => all.remove(&name),
@@ -347,7 +349,20 @@ impl Layer {
             };
         }
         match layer.configured(&config).or_raise(py)? {
-            Some(layer) => Ok(Layer::of(layer)),
+            Some(layer) => {
+                let kept = layer.config();
+                let same = |a: &Value, b: &Value| a == b || (a.as_f64().is_some() && a.as_f64() == b.as_f64());
+                match asked
+                    .iter()
+                    .find(|(name, value)| !value.is_null() && !kept.get(*name).is_some_and(|k| same(k, value)))
+                {
+                    Some((name, value)) => {
+                        let expected = "a setting of how the layer runs, which can change";
+                        Err(invalid(py, &format!("setting '{name}'"), value, expected))
+                    }
+                    None => Ok(Layer::of(layer)),
+                }
+            }
             None => Err(invalid(py, "settings", "some", format!("none: a {} layer runs in one way", layer.method()))),
         }
     }

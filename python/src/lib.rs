@@ -38,6 +38,15 @@ mod _native {
     use crate::statistics::{Calibration, write_statistics};
     #[pymodule_export]
     use crate::store::{Store, create, open};
+    /// Loads NumPy's interface now: later, Ctrl-C could come between.
+    #[pymodule_init]
+    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        use pyo3::types::PyModuleMethods;
+        numpy::PyArray1::<f32>::zeros(module.py(), 0, false);
+        let _ = module.name()?;
+        Ok(())
+    }
+
     /// The version of the package.
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "a name of Python's")]

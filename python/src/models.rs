@@ -5,8 +5,8 @@ use std::sync::Mutex;
 
 use layerstore::layer::{Accuracy, ActivationFormat};
 use layerstore::{
-    CacheType, Cancel, ChatMessage, EncodingOptions, GenerationOptions, LanguageModel as Model, Pooling, Sampling,
-    SpeedOptions, TextEncoder as Encoder,
+    CacheType, Cancel, ChatMessage, EncodingOptions, Error, GenerationOptions, LanguageModel as Model, Pooling,
+    Sampling, SpeedOptions, TextEncoder as Encoder,
 };
 use numpy::{IntoPyArray, PyArray2};
 use pyo3::prelude::*;
@@ -15,6 +15,17 @@ use serde_json::Value;
 use crate::convert::{json, plain};
 use crate::errors::{OrRaise, invalid};
 use crate::runtime::{compute, work};
+
+/// How tokens are chosen, checked.
+fn sampling(py: Python<'_>, temperature: f32, top_k: usize, top_p: f32, seed: u64) -> PyResult<Sampling> {
+    if !(temperature >= 0.0 && temperature.is_finite()) {
+        return Err(invalid(py, "temperature", temperature, "0 or more"));
+    }
+    if !(top_p > 0.0 && top_p <= 1.0) {
+        return Err(invalid(py, "top_p", top_p, "above 0, and 1 at most"));
+    }
+    Ok(Sampling { temperature, top_k, top_p, seed })
+}
 
 /// Reads a value by its name in JSON.
 fn named<T: serde::de::DeserializeOwned>(py: Python<'_>, what: &str, name: &str, expected: &str) -> PyResult<T> {
@@ -88,7 +99,7 @@ impl LanguageModel {
         let cancel = Cancel::new();
         let options = GenerationOptions {
             max_tokens,
-            sampling: Sampling { temperature, top_k, top_p, seed },
+            sampling: sampling(py, temperature, top_k, top_p, seed)?,
             accuracy: accuracy(exact),
             cache: cache_type(py, cache)?,
             cancel: cancel.clone(),
@@ -106,7 +117,9 @@ impl LanguageModel {
             };
             match session {
                 Some(session) => {
-                    let mut session = session.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let Ok(mut session) = session.inner.try_lock() else {
+                        return Err(Error::expected("session", "one that is being gone on in", "one at rest"));
+                    };
                     self.model.generate_in(&mut session, &tokens, &options, each)
                 }
                 None => self.model.generate(&tokens, &options, each),
@@ -135,7 +148,7 @@ impl LanguageModel {
         let cancel = Cancel::new();
         let options = GenerationOptions {
             max_tokens,
-            sampling: Sampling { temperature, top_k, top_p, seed },
+            sampling: sampling(py, temperature, top_k, top_p, seed)?,
             accuracy: accuracy(exact),
             cache: cache_type(py, cache)?,
             cancel: cancel.clone(),
@@ -152,7 +165,8 @@ impl LanguageModel {
         exact: bool,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let tokens = self.prompt(prompt)?;
-        Ok(compute(py, || self.model.logits(&tokens, accuracy(exact)))?.into_pyarray(py))
+        let cancel = Cancel::new();
+        Ok(work(py, &cancel, || self.model.logits(&tokens, accuracy(exact)))?.into_pyarray(py))
     }
 
     /// Measures the perplexity of a text in windows of `window` tokens, and with `against` the Kullback-Leibler divergence from another

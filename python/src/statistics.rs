@@ -13,6 +13,9 @@ use crate::convert::{Given, call};
 use crate::errors::{OrRaise, invalid};
 use crate::runtime::compute;
 
+/// The widest inputs: there are no layers of more.
+const MOST_FEATURES: usize = 1 << 24;
+
 /// Statistics of a layer's inputs, gathered as they come: the mean, the second moment (its diagonal above a width), and a sample.
 ///
 /// `Calibration(features)` starts empty; `update` adds inputs. Memory does not grow with their number.
@@ -59,10 +62,13 @@ impl Calibration {
 impl Calibration {
     #[new]
     #[pyo3(signature = (features, *, seed = 0, sample = None))]
-    fn new(features: usize, seed: u64, sample: Option<usize>) -> Self {
+    fn new(py: Python<'_>, features: usize, seed: u64, sample: Option<usize>) -> PyResult<Self> {
+        if !(1..=MOST_FEATURES).contains(&features) {
+            return Err(invalid(py, "features", features, format!("1 to {MOST_FEATURES}")));
+        }
         let builder = CalibrationBuilder::new(features, seed);
         let builder = sample.map_or(builder.clone(), |rows| builder.with_sample(rows));
-        Calibration { state: Mutex::new(State::Gathering(Box::new(builder))) }
+        Ok(Calibration { state: Mutex::new(State::Gathering(Box::new(builder))) })
     }
 
     /// Makes statistics of a mean `[features]` and a covariance `[features, features]`; there is no sample.

@@ -1,6 +1,7 @@
 //! The store.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use layerstore::layer::SharedLayer;
@@ -296,17 +297,19 @@ impl Store {
             "deep" => VerifyDepth::Deep,
             other => return Err(invalid(py, "depth", format!("'{other}'"), "'quick', 'full' or 'deep'")),
         };
+        let raised = Arc::new(Mutex::new(None));
+        let first = raised.clone();
         let seen = move |done: usize, total: usize| {
-            if let Some(told) = &progress {
-                // What it raises is not lost: the interpreter prints it.
-                Python::attach(|py| {
-                    if let Err(raised) = told.call1(py, (done, total)) {
-                        raised.write_unraisable(py, None);
-                    }
-                });
+            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(told) = progress.as_ref().filter(|_| first.is_none())
+                && let Err(error) = Python::attach(|py| told.call1(py, (done, total)).map(|_| ()))
+            {
+                *first = Some(error);
             }
         };
-        let report = work_dropped(py, || self.inner.verify_with(depth, seen))?;
+        let report = work_dropped(py, || self.inner.verify_with(depth, seen));
+        raised.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)?;
+        let report = report?;
         let found = plain(py, &report)?;
         found.set_item("sound", report.is_sound())?;
         Ok(found)

@@ -128,7 +128,7 @@ impl LanguageModel {
     /// already are not read again, and what it holds beyond them is forgotten. Afterwards it holds the prompt and what was added to it.
     ///
     /// # Errors
-    /// As [`LanguageModel::generate`]; the session then holds the tokens that were read.
+    /// As [`LanguageModel::generate`], the session then holds the tokens that were read; and when the session is of another model.
     pub fn generate_in(
         &self,
         session: &mut Session,
@@ -136,6 +136,7 @@ impl LanguageModel {
         options: &GenerationOptions,
         mut each: impl FnMut(&str),
     ) -> Result<Generation> {
+        session.check(self)?;
         let mut writing = self.begin(prompt, options, 0)?;
         let mut logits = vec![];
         let cached = session.keep(prompt);

@@ -48,6 +48,18 @@ impl Session {
         self.cache.memory_bytes()
     }
 
+    /// Refuses to go on in a session of another model, or of this one with other layers or settings.
+    pub(super) fn check(&self, model: &LanguageModel) -> Result<()> {
+        match self.fingerprint == model.fingerprint() {
+            true => Ok(()),
+            false => Err(Error::expected(
+                "session",
+                "one of another model, or of this one with other layers or other activations",
+                "one of this model",
+            )),
+        }
+    }
+
     /// Forgets all tokens but those that `prompt` begins with; one at least is left to be read. Returns how many are kept.
     pub(super) fn keep(&mut self, prompt: &[u32]) -> usize {
         let same = self.tokens.iter().zip(prompt).take_while(|(own, other)| own == other).count();

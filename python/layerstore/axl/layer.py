@@ -13,6 +13,7 @@ except ImportError as _error:
 from torch import nn
 
 from .. import _native
+from ..errors import InvalidInputError
 from ..torch._ops import Slot
 from .backends.base import FaissBackend, KVBackend, LayerBackend, NanoPQBackend
 from .config import ApproximateLinearConfig, BackendType, QuantizationType, settings_of
@@ -101,9 +102,19 @@ class ApproximateLinear(nn.Module):
     def _compressed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> _native.Layer:
         settings = settings_of(self.config)
         bias = None if bias is None else bias.detach()
-        return _native.compress(
-            weight.detach(), bias, method="key_value", calibration=self._calibration, **settings
-        )
+
+        def made() -> _native.Layer:
+            return _native.compress(
+                weight.detach(), bias, method="key_value", calibration=self._calibration, **settings
+            )
+
+        try:
+            return made()
+        except InvalidInputError:
+            # Fewer keys than are asked for: all of them are used.
+            if settings.pop("expected_keys_per_query") is None:
+                raise
+            return made()
 
     def _hold(self, layer: _native.Layer) -> None:
         slot = Slot(layer)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from .._native import Calibration, Snapshot, Store
+from .._native import Calibration, Layer, Snapshot, Store
 from ..errors import NotFoundError
 from ._modules import Embedding, Linear
 
@@ -29,25 +29,44 @@ def replace_linears(
     """
     snapshot = snapshot.latest() if isinstance(snapshot, Store) else snapshot
     layers = snapshot.handles(name)
-    replaced = []
-    for path, module in list(model.named_modules()):
-        if not isinstance(module, (nn.Linear, nn.Embedding)) or (only is not None and not only(path)):
+    found: dict[str, tuple[nn.Module, Layer]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        # Exactly these: what derives from them does more than they do.
+        if type(module) not in (nn.Linear, nn.Embedding) or not path or (only is not None and not only(path)):
             continue
         layer = layers.get(prefix + path)
         if layer is None or (layer.method == "dense" and not include_dense):
             continue
-        wanted = tuple(module.weight.shape)
-        if layer.shape != wanted:
-            raise ValueError(f"layer '{prefix + path}' of model '{name}': found {layer.shape}, expected {wanted}")
-        made = Linear(layer) if isinstance(module, nn.Linear) else Embedding(layer)
-        made.train(module.training)
+        _check(prefix + path, name, layer, module)
+        found[path] = module, layer
+    # All fit: now they are replaced, a module that is there twice by one.
+    made: dict[int, nn.Module] = {}
+    for path, (module, layer) in found.items():
+        if id(module) not in made:
+            made[id(module)] = (Linear if type(module) is nn.Linear else Embedding)(layer).train(module.training)
         parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, made)
-        replaced.append(path)
+        setattr(model.get_submodule(parent), child, made[id(module)])
+    replaced = list(found)
     if not replaced:
         known = ", ".join(list(layers)[:5])
         raise NotFoundError(f"model '{name}' has no compressed layer for a module of this one; its layers: {known} …")
     return replaced
+
+
+def _check(path: str, name: str, layer: Layer, module: nn.Module) -> None:
+    """Refuses a layer that does not do what the module does."""
+    where, wanted = f"layer '{path}' of model '{name}'", tuple(module.weight.shape)
+    if layer.shape != wanted:
+        raise ValueError(f"{where}: found {layer.shape}, expected {wanted}")
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            raise ValueError(f"{where}: found an embedding with max_norm, expected one without: stored rows stay as they are")
+        return
+    tensors = [tensor["tensor"] for tensor in layer.record["source"]["tensors"]]
+    has_bias = any(tensor.endswith("bias") for tensor in tensors[1:])
+    if has_bias != (module.bias is not None):
+        found, expected = ("a bias" if has else "no bias" for has in (has_bias, module.bias is not None))
+        raise ValueError(f"{where}: found {found}, expected {expected}")
 
 
 def collect_statistics(
@@ -138,6 +157,8 @@ def import_module(
     A model of transformers brings its configuration along, and with ``tokenizer`` its tokenizer, so that it runs from the store as a
     whole. The other options, and what is returned, are ``Store.import_model``'s.
     """
+    if isinstance(model, nn.Linear):
+        raise ValueError("found a linear layer by itself, expected a module that holds it under a name: nn.Sequential(layer)")
     files = {}
     config = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
@@ -161,7 +182,7 @@ def _tokenizer_files(tokenizer) -> dict[str, bytes]:
 
 def commit(store: Store, model: nn.Module, name: str, *, prefix: str = "", message: str | None = None) -> int:
     """Saves the layers of all ``Linear`` and ``Embedding`` modules of a model as a new version of stored model ``name``; returns the
-    version's number. Layers that are being trained are saved as their weights make them now.
+    version's number. Layers that the model does not have yet are added. Those that are being trained are saved as their weights make them now.
     """
     layers = {}
     for path, module in model.named_modules():

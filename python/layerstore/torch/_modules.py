@@ -45,6 +45,8 @@ class _OverLayer(nn.Module):
             if layer.origin["artifact"] != origin["artifact"]:
                 expected = origin["artifact"]
                 raise ValueError(f"layer {layer!r}: found artifact {layer.origin['artifact']}, expected {expected}")
+        elif "header" not in state:
+            raise ValueError(f"state of a layer: found {sorted(state)}, expected 'header' and 'arrays', or 'reference'")
         else:
             layer = Layer.from_parts(state["header"], [array.numpy() for array in state["arrays"]])
         self._check(layer)
@@ -53,6 +55,9 @@ class _OverLayer(nn.Module):
     def _check(self, layer: Layer) -> None:
         if layer.shape != self.layer.shape:
             raise ValueError(f"found a layer of shape {layer.shape}, expected {self.layer.shape}")
+        wanted = getattr(self, "method", None)
+        if wanted is not None and layer.method != wanted:
+            raise ValueError(f"{type(self).__name__}: found a {layer.method} layer, expected a {wanted} one")
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -93,7 +98,8 @@ class Linear(_OverLayer):
     def trainable(self, *, calibration=None, **settings):
         """Gives the module a weight and a bias to be trained, which begin as the layer's; returns the module.
 
-        Every forward pass runs the layer that compressing them by the layer's method makes, which is done anew when they have changed.
+        Every forward pass runs the layer that compressing them by the layer's method makes, which is done anew when they have changed:
+        optimizers and operations in place count, changes behind PyTorch's back (through ``.data`` or NumPy) do not.
         ``settings`` are those of rules; what is not said is as in the layer. Gradients pass straight through the compression.
         """
         self.weight = nn.Parameter(torch.from_numpy(self.layer.weight()))
@@ -182,8 +188,10 @@ class VQAttention(_OverLayer):
         return measured
 
     def _check(self, layer: Layer) -> None:
-        if layer.config["n_head"] != self.layer.config["n_head"]:
-            raise ValueError(f"found {layer.config['n_head']} heads, expected {self.layer.config['n_head']}")
+        for name in ("mechanism", "n_head", "d_k", "d_v", "n_code"):
+            found, expected = layer.config.get(name), self.layer.config.get(name)
+            if found != expected:
+                raise ValueError(f"{name} of the attention: found {found}, expected {expected}")
 
     def extra_repr(self) -> str:
         config = self.layer.config

@@ -56,6 +56,8 @@ class Slot:
 def _array(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's numbers as f32, in place where they are that."""
     if tensor.dtype is not torch.float32:
+        if not tensor.is_floating_point():
+            raise TypeError(f"found a tensor of {tensor.dtype}, expected f32, f16 or bf16")
         tensor = tensor.float()
     return tensor.detach().numpy()
 
@@ -220,3 +222,11 @@ def _attend_gradient(ctx, grad):
 torch.library.register_autograd(
     "layerstore::attend", _attend_gradient, setup_context=_attend_context, lib=_library
 )
+
+
+def _no_second(ctx, *gradients):
+    raise RuntimeError("layers have first derivatives alone: found a second one asked for, expected create_graph=False")
+
+
+for _name in ("linear_backward", "trained_backward", "attend_backward"):
+    torch.library.register_autograd(f"layerstore::{_name}", _no_second, lib=_library)
