@@ -270,7 +270,7 @@ impl Layer {
         array(py, compute(py, || layer.rows(&list))?, &shape)
     }
 
-    /// Returns a tensor that the layer stores beside weight and bias, by name: a norm's gains, a module's own.
+    /// Returns the tensors that the layer stores beside weight and bias, by name: a norm's gains, a module's own.
     fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
         for (name, tensor) in self.shared(py)?.own_tensors() {
