@@ -10,7 +10,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
-use crate::linalg::{add_gram, covariance_of, mirror, second_moment_of};
+use crate::linalg::{add_gram, cholesky, covariance_of, mirror, second_moment_of};
 
 /// Inputs that a sample holds at most: whole calibration sets of usual size.
 pub const SAMPLE_ROWS: usize = 16_384;
@@ -176,7 +176,7 @@ impl Calibration {
     /// Returns statistics of a known mean and covariance alone, without a sample: E|x| is that of normal inputs.
     ///
     /// # Errors
-    /// When a shape does not fit, or a number is not finite.
+    /// When a shape does not fit, a number is not finite, or the matrix is not symmetric positive semidefinite.
     pub fn from_covariance(mean: Array1<f64>, covariance: Array2<f64>) -> Result<Self> {
         let features = mean.len();
         if covariance.dim() != (features, features) {
@@ -193,6 +193,7 @@ impl Calibration {
                 return Err(Error::NotFinite { what: what.into(), value: *value, index });
             }
         }
+        let covariance = checked_covariance(covariance)?;
         let mean_abs = folded_normal_mean(&mean, &covariance);
         let sample = Array2::zeros((0, features));
         Ok(Calibration { tokens: u64::MAX, mean, mean_abs, moments: SecondMoments::Covariance(covariance), sample })
@@ -348,6 +349,30 @@ pub enum SecondMoment {
     Full(Array2<f64>),
     /// E\[x_i²\].
     Diagonal(Array1<f64>),
+}
+
+/// Returns a covariance, exactly symmetric, if it is one but for rounding.
+fn checked_covariance(given: Array2<f64>) -> Result<Array2<f64>> {
+    let wrong =
+        |what: String, found: String| Err(Error::expected(what, found, "a symmetric positive semidefinite matrix"));
+    let features = given.nrows();
+    for (i, j) in (0..features).flat_map(|i| (0..=i).map(move |j| (i, j))) {
+        let size = (given[[i, i]].max(0.0) * given[[j, j]].max(0.0)).sqrt();
+        let (found, mirrored) = (given[[i, j]], given[[j, i]]);
+        if (found - mirrored).abs() > 1e-4 * size || found.abs() > size * (1.0 + 1e-4) {
+            let found = format!("{found} and {mirrored}, with variances {} and {}", given[[i, i]], given[[j, j]]);
+            return wrong(format!("covariance of inputs {i} and {j}"), found);
+        }
+    }
+    let covariance = (&given + &given.t()) / 2.0;
+    let trace = covariance.diag().sum();
+    // Rounding to f32 moves eigenvalues by less than this.
+    let mut shifted = covariance.clone();
+    shifted.diag_mut().mapv_inplace(|v| v + 1e-6 * trace);
+    if trace > 0.0 && cholesky(shifted.view()).is_err() {
+        return wrong("the inputs' covariance".into(), "a negative eigenvalue".into());
+    }
+    Ok(covariance)
 }
 
 /// E|x| of normal inputs.
@@ -635,5 +660,17 @@ mod tests {
             assert!((found - expected).abs() < 1e-6, "{found}");
         }
         assert!(Calibration::from_covariance(Array1::zeros(2), Array2::eye(3)).is_err());
+        let of = |rows: [[f64; 3]; 3]| Calibration::from_covariance(Array1::zeros(3), Array2::from(rows.to_vec()));
+        // One of rank 1, and zeros, are covariances; others are not: negative, asymmetric, indefinite though each pair is possible.
+        assert!(of([[1.0, 1.0, 2.0], [1.0, 1.0, 2.0], [2.0, 2.0, 4.0]]).is_ok());
+        assert!(of([[0.0; 3]; 3]).is_ok());
+        for wrong in [
+            [[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+            [[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+            [[1.0, 0.9, -0.9], [0.9, 1.0, 0.9], [-0.9, 0.9, 1.0]],
+        ] {
+            let error = of(wrong).unwrap_err().to_string();
+            assert!(error.contains("positive semidefinite"), "{error}");
+        }
     }
 }

@@ -66,8 +66,8 @@ class LqerRule(QuantizationRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 0:
-            raise ValueError(f"rank: found {self.rank}, expected 0 or more")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(f"rank: found {self.rank!r}, expected a whole number, 0 or more")
 
 
 # What LQER-Qwix computes: scales by the largest weight, the singular values of the plain error, factors as they are.
@@ -133,9 +133,9 @@ def lqer_quantize_params(
 
     Raises ``TypeError`` without rules, and ``ValueError`` where a rule takes no kernel.
     """
-    if len(given) not in (1, 2) or not isinstance(given[-1], Sequence):
+    if len(given) not in (1, 2):
         raise TypeError("lqer_quantize_params: expected the parameters and a list of rules")
-    rules: Sequence[QuantizationRule] = given[-1]
+    rules: Sequence[QuantizationRule] = _rules(given[-1])
     chosen: dict[str, tuple[QuantizationRule, dict[str, Any]]] = {}
     used: set[int] = set()
     tensors: dict[str, np.ndarray] = {}
@@ -162,6 +162,15 @@ def lqer_quantize_params(
         for path, (rule, settings) in chosen.items():
             print(f"{path}: {rule.module_path!r}, {settings}")
     return _replaced(fp_params, "", layers)
+
+
+def _rules(given: Any) -> list[QuantizationRule]:
+    """Returns rules; what is none is an error."""
+    rules = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for rule in rules:
+        if not isinstance(rule, QuantizationRule):
+            raise TypeError(f"rules: found {rule!r}, expected a list of LqerRule or QuantizationRule")
+    return rules
 
 
 def _gather(tree: Mapping[str, Any], prefix: str, found: dict[str, np.ndarray]) -> None:
@@ -208,7 +217,7 @@ class PtqProvider:
     """What ``quantize_model`` takes: rules. Parameters say by themselves how they run."""
 
     def __init__(self, rules: Sequence[QuantizationRule]) -> None:
-        self.rules = list(rules)
+        self.rules = _rules(rules)
 
 
 class LqerProvider(PtqProvider):
@@ -216,7 +225,9 @@ class LqerProvider(PtqProvider):
 
 
 def quantize_model(model: nn.Module, provider: PtqProvider) -> QuantizedModel:
-    """Returns a model of flax's linen whose ``Dense`` modules run the stored layer where their kernel is an ``LqerWeight``."""
+    """Returns a model of flax's linen whose ``Dense`` and ``DenseGeneral`` modules run the stored layer where their kernel is an
+    ``LqerWeight``.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: found {type(model).__name__}, expected a module of flax.linen")
     return QuantizedModel(model, provider)
@@ -240,12 +251,16 @@ class QuantizedModel:
 
 def _intercept(call: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], context: Any) -> Any:
     module = context.module
-    if not isinstance(module, nn.Dense) or context.method_name != "__call__":
+    if context.method_name != "__call__" or not module.has_variable("params", "kernel"):
         return call(*arguments, **keywords)
     kernel = module.get_variable("params", "kernel")
     if not isinstance(kernel, LqerWeight):
         return call(*arguments, **keywords)
     (x,) = arguments or tuple(keywords.values())
+    last = getattr(module, "axis", -1) in (-1, (-1,), [-1], x.ndim - 1, (x.ndim - 1,), [x.ndim - 1])
+    if not isinstance(module, (nn.Dense, nn.DenseGeneral)) or not last:
+        found = f"{type(module).__name__} over axis {getattr(module, 'axis', -1)}"
+        raise TypeError(f"module {'/'.join(module.path)}: found {found} with an LqerWeight, expected Dense, or DenseGeneral over the last axis")
     x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     y = linear(kernel.layer, x)
     return y + module.get_variable("params", "bias") if module.use_bias else y

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use layerstore::layer::{Accuracy, KeyValueLayer, Limit, MethodConfig, SearchSettings, SharedLayer, layer_from_parts};
+use layerstore::layer::{Accuracy, KeyValueLayer, Limit, MethodConfig, SharedLayer, layer_from_parts};
 use layerstore::{Calibration as Statistics, LayerHandle, Snapshot};
 use ndarray::Array1;
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArray3, PyArray4, PyArrayDyn, ToPyArray};
@@ -77,15 +77,8 @@ impl Layer {
     fn to_run(&self, py: Python<'_>, exact: bool, max_error: Option<f64>) -> PyResult<(SharedLayer, Accuracy)> {
         if let Some(asked) = max_error {
             let found = self.key_value(py, "layer for max_error")?;
-            let settings = SearchSettings {
-                expected_keys_per_query: None,
-                threshold: None,
-                max_relative_error: Some(asked),
-                use_approximate_inference: true,
-                ..found.settings().clone()
-            };
             use layerstore::layer::Layer as _;
-            return Ok((found.with_search(settings).or_raise(py)?.shared(), Accuracy::Approximate));
+            return Ok((found.certifying(asked).or_raise(py)?.shared(), Accuracy::Approximate));
         }
         match (&self.origin, exact) {
             (_, false) => Ok((self.shared(py)?.clone(), Accuracy::Approximate)),
@@ -379,10 +372,18 @@ impl Layer {
         settings: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Layer> {
         let (method, mut config) = (self.method(py)?, self.shared(py)?.config());
-        if let (Some(all), Some(settings)) = (config.as_object_mut(), settings) {
-            all.extend(json(settings)?.as_object().cloned().unwrap_or_default());
-        }
-        made(py, weight, bias, calibration, || layerstore::layer::method(&method)?.settings_of(&config))
+        let settings = settings.map(|settings| json(settings)).transpose()?;
+        let settings = settings.and_then(|settings| settings.as_object().cloned()).unwrap_or_default();
+        made(py, weight, bias, calibration, move || {
+            let method = layerstore::layer::method(&method)?;
+            if let Some(all) = config.as_object_mut() {
+                if settings.keys().any(|name| !all.contains_key(name)) {
+                    method.read_settings(settings.clone())?;
+                }
+                all.extend(settings);
+            }
+            method.settings_of(&config)
+        })
     }
 
     /// Reads the layer's arrays now.

@@ -88,14 +88,27 @@ pub fn to_python<'py>(py: Python<'py>, layer: &dyn Layer) -> PyResult<(String, B
     Ok((header.map_err(|e| invalid(py, "configuration of a layer", e, "JSON"))?, list))
 }
 
-fn floats(array: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<f32>)> {
-    let array = array.cast::<PyArrayDyn<f32>>()?;
+fn elements<T: numpy::Element + Copy>(array: &Bound<'_, PyAny>, dtype: &str) -> PyResult<(Vec<usize>, Vec<T>)> {
+    let py = array.py();
+    let Ok(array) = array.cast::<PyArrayDyn<T>>() else {
+        let found = array.getattr("dtype").map_or_else(|_| array.get_type().to_string(), |dtype| dtype.to_string());
+        return Err(invalid(py, "array of a layer", found, format!("an array of {dtype}, as to_parts gave")));
+    };
     Ok((array.shape().to_vec(), array.try_readonly()?.as_array().iter().copied().collect()))
 }
 
+fn floats(array: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<f32>)> {
+    let (shape, values) = elements::<f32>(array, "float32")?;
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(place) => {
+            Err(invalid(array.py(), "array of a layer", format!("{} at {place}", values[place]), "finite numbers"))
+        }
+        None => Ok((shape, values)),
+    }
+}
+
 fn bytes_of(array: &Bound<'_, PyAny>) -> PyResult<(Vec<usize>, Vec<u8>)> {
-    let array = array.cast::<PyArrayDyn<u8>>()?;
-    Ok((array.shape().to_vec(), array.try_readonly()?.as_array().iter().copied().collect()))
+    elements(array, "uint8")
 }
 
 fn matrix<T>((shape, values): (Vec<usize>, Vec<T>)) -> Result<Array2<T>> {

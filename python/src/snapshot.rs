@@ -34,6 +34,12 @@ impl Snapshot {
 
 #[pymethods]
 impl Snapshot {
+    /// The store's address: an absolute path, or a URI.
+    #[getter]
+    fn uri(&self) -> &str {
+        &self.uri
+    }
+
     /// The version's number.
     #[getter]
     fn version(&self) -> u64 {

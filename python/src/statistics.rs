@@ -97,10 +97,10 @@ impl Calibration {
         })
     }
 
-    /// Inputs that were added.
+    /// Inputs that were added; `None` for statistics of a covariance alone.
     #[getter]
-    fn tokens(&self, py: Python<'_>) -> PyResult<u64> {
-        Ok(self.statistics(py)?.tokens())
+    fn tokens(&self, py: Python<'_>) -> PyResult<Option<u64>> {
+        Ok(Some(self.statistics(py)?.tokens()).filter(|tokens| *tokens != u64::MAX))
     }
 
     /// The width of an input.
@@ -177,12 +177,21 @@ impl Calibration {
             Bound<'py, PyArray2<f32>>,
         ),
     )> {
-        let state = (self.tokens(py)?, self.mean(py)?, self.mean_abs(py)?, self.second_moment(py)?, self.sample(py)?);
+        let state = (
+            self.statistics(py)?.tokens(),
+            self.mean(py)?,
+            self.mean_abs(py)?,
+            self.second_moment(py)?,
+            self.sample(py)?,
+        );
         Ok((py.get_type::<Calibration>().getattr("from_moments")?, state))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
         match self.statistics(py) {
+            Ok(known) if known.tokens() == u64::MAX => {
+                format!("<layerstore.Calibration of a covariance, {} wide>", known.features())
+            }
             Ok(known) => format!("<layerstore.Calibration of {} inputs, {} wide>", known.tokens(), known.features()),
             Err(_) => "<layerstore.Calibration of no inputs>".to_owned(),
         }

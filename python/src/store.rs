@@ -10,6 +10,7 @@ use layerstore::{
     StoreOptions, VerifyDepth,
 };
 use ndarray::Array2;
+use pyo3::exceptions::PyUserWarning;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -86,6 +87,11 @@ pub fn create(
     Ok(Store { inner: run(py, Inner::create_with(&uri.to_string_lossy(), options))? })
 }
 
+fn warn(py: Python<'_>, message: &str) -> PyResult<()> {
+    let message = std::ffi::CString::new(message.replace('\0', " "))?;
+    PyErr::warn(py, py.get_type::<PyUserWarning>().as_any(), &message, 1)
+}
+
 impl Store {
     fn newest(&self, py: Python<'_>) -> PyResult<Snapshot> {
         Ok(Snapshot::new(run(py, self.inner.latest())?, self.inner.uri()))
@@ -154,7 +160,18 @@ impl Store {
         };
         let (source, cancel) = (source::open(model, files)?, telling.cancel.clone());
         let done = work_async(py, &cancel, || layerstore::import(&self.inner, source, name, options));
-        plain(py, &telling.ended(done)?)
+        let report = telling.ended(done)?;
+        for rule in &report.unused_rules {
+            warn(py, &format!("the rule at {rule} takes no layer of the model"))?;
+        }
+        if let Some(name) = report.unmatched_calibration.first() {
+            let more = match report.unmatched_calibration.len() {
+                1 => String::new(),
+                all => format!(" and {} more", all - 1),
+            };
+            warn(py, &format!("calibration of '{name}'{more} is not used: the model has no layer of that name"))?;
+        }
+        plain(py, &report)
     }
 
     /// Says what an import would do, and stores nothing. Returns a dictionary: `layers` with their rules and bytes, `files`, notes.

@@ -20,6 +20,9 @@ const MODEL: &str = "layerstore:session";
 /// What keys and values are kept as.
 const KIND: &str = "layerstore:cache";
 
+/// The hash of tokens, keys and values.
+const HASH: &str = "layerstore:blake3";
+
 /// The tensor of the text's tokens.
 const TOKENS: &str = "tokens";
 
@@ -83,11 +86,23 @@ impl Session {
             let view = TensorView::new(dtype_named(dtype)?, shape.clone(), data).map_err(wrong)?;
             views.insert(name, view);
         }
-        let kind = self.cache.kind().to_string();
-        let about = HashMap::from([(MODEL.to_owned(), self.fingerprint.clone()), (KIND.to_owned(), kind)]);
+        let about = HashMap::from([
+            (MODEL.to_owned(), self.fingerprint.clone()),
+            (KIND.to_owned(), self.cache.kind().to_string()),
+            (HASH.to_owned(), hash(views.iter().map(|(name, view)| (*name, view.data())))),
+        ]);
         staged::write(path, |staged| safetensors::serialize_to_file(views, Some(about), staged).map_err(wrong))?;
         Ok(())
     }
+}
+
+/// Returns the hash of tensors, which come by name.
+fn hash<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for (name, data) in tensors {
+        hasher.update(name.as_bytes()).update(&[0]).update(&(data.len() as u64).to_le_bytes()).update(data);
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 impl LanguageModel {
@@ -99,7 +114,7 @@ impl LanguageModel {
     /// Reads a session that [`Session::save`] wrote.
     ///
     /// # Errors
-    /// When the file cannot be read, is no session, or is one of another model, or of this one with other layers or settings.
+    /// When the file cannot be read, is damaged or no session, or is one of another model, or of this one with other layers or settings.
     pub fn open_session(&self, path: &Path) -> Result<Session> {
         let file = SafetensorsSource::open_file(path)?;
         match file.metadata().get(MODEL) {
@@ -112,6 +127,13 @@ impl LanguageModel {
             None => {
                 return Err(Error::file(path, "there is no session in it; expected one, or no file, to begin one"));
             }
+        }
+        let all = file.tensors().iter().map(|(name, info)| Ok((name.as_str(), file.bytes(info)?)));
+        let all = all.collect::<Result<Vec<_>>>()?;
+        if file.metadata().get(HASH) != Some(&hash(all.iter().map(|(name, data)| (*name, &**data)))) {
+            let reason = "found other bytes in the session than were written; expected a session as it was saved, or no \
+                          file, to begin one";
+            return Err(Error::file(path, reason));
         }
         let kind: CacheType = file.metadata().get(KIND).map_or("", String::as_str).parse()?;
         let get = |name: &str| {

@@ -8,7 +8,7 @@ use super::{Context, EvaluateArgs, ForwardArgs, LimitArgs, SearchArgs};
 use crate::compress::{self, ActivationsFile};
 use crate::error::{Error, Result, closest, counted};
 use crate::formats;
-use crate::layer::{Accuracy, KeyValueLayer, Layer, Limit, ModuleLayer, QueryHits, SearchSettings, SharedLayer};
+use crate::layer::{Accuracy, KeyValueLayer, Layer, Limit, ModuleLayer, QueryHits, SharedLayer};
 use crate::store::Snapshot;
 use crate::tasks::unwrap_join;
 
@@ -99,14 +99,7 @@ fn certifying(layer: &SharedLayer, asked: f64) -> Result<SharedLayer> {
     let Some(found) = layer.downcast_ref::<KeyValueLayer>() else {
         return Err(no_error_asked(layer.method().as_str()));
     };
-    let settings = SearchSettings {
-        expected_keys_per_query: None,
-        threshold: None,
-        max_relative_error: Some(asked),
-        use_approximate_inference: true,
-        ..found.settings().clone()
-    };
-    Ok(found.with_search(settings)?.shared())
+    Ok(found.certifying(asked)?.shared())
 }
 
 fn no_error_asked(method: &str) -> Error {

@@ -139,6 +139,13 @@ pub(super) fn plan(from: &dyn TensorSource, rules: &Rules, calibration: Option<&
     let unused = rules.iter().zip(used).filter(|(_, used)| !used).map(|(rule, _)| rule.described());
     let files = from.side_files();
     for file in &files {
+        if !file.has_portable_name() {
+            let expected = "a path relative to the model's folder, which stays in it";
+            misfits.keep::<()>(
+                &file.name,
+                Err(Error::expected("name of a file to keep with the model", &file.name, expected)),
+            );
+        }
         if planned.iter().any(|layer| layer.source.name == file.name) {
             let taken = Error::expected("name of a file to keep with the model", "that of a layer", "another");
             misfits.keep::<()>(&file.name, Err(taken));

@@ -58,6 +58,11 @@ impl SideFile {
         SideFile { name: name.to_owned(), content: Content::Made(content.into()) }
     }
 
+    /// Returns whether the name can be written beside a model again: with `/` between folders, and none that leads out of the model's.
+    pub(crate) fn has_portable_name(&self) -> bool {
+        portable(Path::new(&self.name)).as_deref() == Some(&*self.name)
+    }
+
     /// Reads it.
     ///
     /// # Errors

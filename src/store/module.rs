@@ -11,7 +11,7 @@ use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor}
 use super::root::Store;
 use super::snapshot::Snapshot;
 use super::writer::{Provenance, check_layer_name, check_model_name};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{ArtifactId, Layer, SharedLayer};
 use crate::nn::Module;
 
@@ -89,10 +89,11 @@ impl Store {
     }
 
     /// Saves layers by name, each in the place of the model's layer of that name, as one new version. Other layers of the model stay
-    /// as they are.
+    /// as they are. A model that is not there is made.
     ///
     /// # Errors
-    /// When a name is none or there twice, or the storage refuses: then nothing has changed.
+    /// When there are no layers, a name is none or there twice, the model's layer of a name has another shape, or the storage refuses:
+    /// then nothing has changed.
     pub async fn replace_layers(
         &self,
         model: &str,
@@ -100,8 +101,23 @@ impl Store {
         message: Option<&str>,
     ) -> Result<u64> {
         check_model_name(model)?;
-        for (name, _) in layers {
+        if layers.is_empty() {
+            return Err(Error::expected("layers to save", "none", "one at least"));
+        }
+        let there = match self.latest().await?.rows(model).await {
+            Ok(rows) => rows,
+            Err(e) if e.kind() == ErrorKind::NotFound => vec![],
+            Err(e) => return Err(e),
+        };
+        for (name, layer) in layers {
             check_layer_name(name)?;
+            let shape = (layer.out_features() as u64, layer.in_features() as u64);
+            if let Some(old) =
+                there.iter().find(|old| old.layer == *name && (old.out_features, old.in_features) != shape)
+            {
+                let expected = format!("{:?}, as the model's layer has", (old.out_features, old.in_features));
+                return Err(Error::expected("shape of the layer", format!("{shape:?}"), expected).in_layer(name));
+            }
         }
         self.save_in((model, Scope::Layers), layers, message).await
     }

@@ -158,6 +158,12 @@ async fn sessions_and_batches_go_on_as_texts_by_themselves() {
             std::fs::write(&cut, &bytes[..length]).unwrap();
             assert!(model.open_session(&cut).is_err(), "{length}");
         }
+        for place in [bytes.len() - 1, bytes.len() - 1000] {
+            let mut other = bytes.clone();
+            other[place] ^= 1;
+            std::fs::write(&cut, &other).unwrap();
+            refused(model.open_session(&cut), ErrorKind::InvalidInput, &["found other bytes"]);
+        }
     }
     refused(model.open_session(&place.path("small.safetensors")), ErrorKind::Storage, &["small"]);
     refused(

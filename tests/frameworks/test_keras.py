@@ -209,3 +209,18 @@ def test_layers_that_train_get_gradients():
     target = x.mean((1, 2))[:, None]
     losses = model.fit(x, target, epochs=15, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+def test_arguments_that_are_none():
+    for wrong in (2.5, "a", 0, True):
+        with pytest.raises(ValueError, match="units"):
+            mml.DenseMML(wrong)
+    with pytest.raises(ValueError, match="expected a built one"):
+        mml.freeze(keras.Sequential([mml.DenseMML(4)]), None, "m")
+
+
+@pytest.mark.parametrize("policy", ["float16", "mixed_float16", "bfloat16"])
+def test_outputs_are_of_the_policys_dtype(policy):
+    layer = mml.DenseMML(4, dtype=policy)
+    y = layer(np.random.default_rng(0).standard_normal((2, 8)).astype("f4"))
+    assert keras.backend.standardize_dtype(y.dtype) == policy.removeprefix("mixed_")

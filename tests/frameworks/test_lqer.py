@@ -110,3 +110,25 @@ def test_what_is_refused(model, params):
         lqer_quantize_params(params, [LqerRule(module_path="Nothing", weight_qtype="int4")])
     with pytest.raises(TypeError):
         qwix.quantize_model(3, LqerProvider([]))
+    with pytest.raises(ValueError, match="rank"):
+        LqerRule(rank="a")
+    for wrong in ("abc", ["abc"], LqerRule):
+        with pytest.raises(TypeError, match="LqerRule"):
+            lqer_quantize_params(params, wrong)
+
+
+def test_dense_general(x):
+    class Heads(nn.Module):
+        axis: int = -1
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.DenseGeneral(6, axis=self.axis)(x)
+
+    params = Heads().init(jax.random.PRNGKey(0), x)["params"]
+    rules = [LqerRule(weight_qtype="int8", rank=0)]
+    quantized = lqer_quantize_params(params, rules)
+    y = qwix.quantize_model(Heads(), LqerProvider(rules)).apply({"params": quantized}, x)
+    np.testing.assert_allclose(y, Heads().apply({"params": params}, x), atol=0.05)
+    with pytest.raises(TypeError, match="over axis 0"):
+        qwix.quantize_model(Heads(axis=0), LqerProvider(rules)).apply({"params": quantized}, x.T)

@@ -181,6 +181,11 @@ def test_training_through_the_compression(store):
     assert not list(model[0].parameters())
 
 
+def test_settings_of_training_that_there_are_not(module):
+    with pytest.raises(ValueError, match="nothing"):
+        module.trainable(nothing=1)
+
+
 def test_attention():
     settings = {"mechanism": "vq_k", "n_head": 2, "d_model": 16, "d_k": 8, "d_v": 8, "n_code": 16, "block_len": 8}
     q, k, v = (torch.randn(1, 2, 32, 8) for _ in range(3))
@@ -248,6 +253,52 @@ def test_models_of_transformers_run_from_the_store(store):
     assert small.generate(tokens[:1], max_new_tokens=4, do_sample=False).shape[1] <= 14
     with pytest.raises(layerstore.NotFoundError):
         from_store(store, "nobody")
+
+
+def test_a_model_of_transformers_is_saved_and_opened_again(store, tmp_path, caplog):
+    """By transformers' own `from_pretrained`, from a folder without the layers, and in the place of dense weights."""
+    import safetensors.torch
+    import transformers
+
+    from layerstore.transformers import LayerstoreConfig
+
+    for tied in (True, False):
+        config = transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+        model = transformers.LlamaForCausalLM(config).eval()
+        with torch.no_grad():
+            for norm in (module for module in model.modules() if isinstance(module, type(model.model.norm))):
+                norm.weight.uniform_(0.5, 2)
+        tokens = torch.randint(0, 64, (2, 10))
+        name = f"tied {tied}"
+        lt.import_module(store, model, name, rules=RULES)
+        stored = from_store(store, name)
+        folder = tmp_path / name
+        stored.save_pretrained(folder)
+        kept = safetensors.torch.load_file(folder / "model.safetensors")
+        assert set(kept) == {key for key in model.state_dict() if "norm" in key}
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert not any(isinstance(module, nn.Linear) for module in again.modules())
+        torch.testing.assert_close(again(tokens).logits, stored(tokens).logits, atol=0, rtol=0)
+        again.save_pretrained(tmp_path / "again")
+        dense = tmp_path / "dense"
+        model.save_pretrained(dense)
+        given = LayerstoreConfig(store.uri, name)
+        over = transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=given)
+        torch.testing.assert_close(over(tokens).logits, stored(tokens).logits, atol=0, rtol=0)
+        half = from_store(store, name, dtype=torch.bfloat16)
+        assert half(tokens).logits.dtype is torch.bfloat16
+        assert half.get_input_embeddings()(tokens).dtype is torch.bfloat16
+    assert not [record for record in caplog.records if record.levelname == "WARNING"], caplog.text
+    with pytest.raises(TypeError, match="expected store, model and at"):
+        LayerstoreConfig(store.uri, "m", bits=4)
 
 
 def test_a_stored_folder_runs_in_transformers(store):

@@ -88,6 +88,8 @@ def whiten_standardize_keys(
 
 def compute_search_threshold(expected_keys: int, total_keys: int, method: str = "quantile") -> float:
     """Returns a threshold on the scores of unit keys, standard normal, that about ``expected_keys`` of ``total_keys`` reach."""
+    if total_keys <= 0 or expected_keys < 0:
+        raise ValueError(f"Keys: found {expected_keys} expected of {total_keys}, expected 0 or more of 1 or more")
     if expected_keys > total_keys:
         raise ValueError(f"Expected keys cannot exceed total keys, found {expected_keys} of {total_keys}")
     share = expected_keys / total_keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
 
 # Keras-MatMulLess's own, so that files of either are opened by the other.
 registered = keras.saving.register_keras_serializable(package="keras_mml")
@@ -10,9 +11,9 @@ registered = keras.saving.register_keras_serializable(package="keras_mml")
 
 def positive(name: str, value: int) -> int:
     """Returns a whole number above 0."""
-    if value <= 0:
-        raise ValueError(f"Received an invalid value for {name}, expected a positive integer, got {value}.")
-    return value
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
+        raise ValueError(f"Received an invalid value for {name}, expected a positive integer, got {value!r}.")
+    return int(value)
 
 
 def divides(units: int, heads: int) -> None:

@@ -165,6 +165,8 @@ class DenseMML(keras.layers.Layer):
             weight, scale = self._kernel, self._kernel_scale
         y = ops.matmul(x, weight) / scale
         y = y if self._bias is None else y + self._bias
+        # Roundings are of f32 whatever the policy.
+        y = ops.cast(y, self.compute_dtype)
         return y if self.activation is None else self.activation(y)
 
     def compute_output_shape(self, input_shape):

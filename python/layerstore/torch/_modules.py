@@ -18,6 +18,8 @@ class _OverLayer(nn.Module):
         super().__init__()
         self._slot = Slot(layer)
         self._by_reference = False
+        # Whether the layer is left out of a `state_dict`, by whoever knows it otherwise.
+        self._left_out = False
 
     @property
     def layer(self) -> Layer:
@@ -36,6 +38,10 @@ class _OverLayer(nn.Module):
             return {"reference": dict(self.layer.origin)}
         header, arrays = self.layer.to_parts()
         return {"header": header, "arrays": [torch.from_numpy(np.array(array)) for array in arrays]}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        if not self._left_out:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def set_extra_state(self, state) -> None:
         if "reference" in state:
@@ -107,7 +113,10 @@ class Linear(_OverLayer):
         self.bias = None if bias is None else nn.Parameter(torch.from_numpy(bias))
         self.settings = {"calibration": calibration, **settings}
         _link(self)
-        if not settings:
+        if settings:
+            # Settings that the method does not have are an error here, and not in the first forward pass.
+            self._slot.follow(self.weight, self.bias, self._slot.recompress)
+        else:
             self._slot.made_of(self.weight, self.bias)
         return self
 
@@ -146,14 +155,15 @@ class TernaryLinear(Linear):
 
 
 class Embedding(_OverLayer):
-    """A stored layer in the place of ``nn.Embedding``: rows by token, ``[...]`` to ``[..., features]``, f32."""
+    """A stored layer in the place of ``nn.Embedding``: rows by token, ``[...]`` to ``[..., features]``, of ``dtype``."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(layer)
         self.num_embeddings, self.embedding_dim = layer.shape
+        self.dtype = dtype
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        return torch.ops.layerstore.rows(indices, self._slot.number, self.embedding_dim)
+        return torch.ops.layerstore.rows(indices, self._slot.number, self.embedding_dim).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.layer.method}, {self.num_embeddings}, {self.embedding_dim}"

@@ -156,6 +156,20 @@ impl KeyValueLayer {
         Self::with_settings(self.core.clone(), settings)
     }
 
+    /// Returns the layer run with as few keys as certify a relative error, in the place of its own limit. The arrays are shared.
+    ///
+    /// # Errors
+    /// When the error is out of range.
+    pub fn certifying(&self, max_relative_error: f64) -> Result<Self> {
+        self.with_search(SearchSettings {
+            expected_keys_per_query: None,
+            threshold: None,
+            max_relative_error: Some(max_relative_error),
+            use_approximate_inference: true,
+            ..self.settings.clone()
+        })
+    }
+
     /// Returns the settings that the layer was built with and runs with, as a rule would give them.
     pub fn key_value_config(&self) -> KeyValueConfig {
         KeyValueConfig::of_parts(&self.core.config.settings, &self.settings)

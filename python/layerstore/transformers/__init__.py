@@ -2,6 +2,9 @@
 
 >>> from layerstore.transformers import from_store
 >>> model = from_store(store, "smollm2")  # doctest: +SKIP
+
+``model.save_pretrained(folder)`` writes where the layers are, and the parameters that are none; with this module imported, transformers' own
+``from_pretrained(folder)`` opens it again.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ except ImportError as _error:
 
 from torch import nn
 
-from ._native import Snapshot, Store
-from .errors import InvalidInputError, NotFoundError
-from .torch import Embedding, Linear
+from .._native import Snapshot, Store
+from ..errors import InvalidInputError, NotFoundError
+from ._quantizer import LayerstoreConfig, attach
+from ._replace import replace_modules, values_of
 
-__all__ = ["from_store", "tokenizer_from_store"]
+__all__ = ["LayerstoreConfig", "from_store", "tokenizer_from_store"]
 
 # Files of a model that a tokenizer is made of.
 _TOKENIZER = (
@@ -87,22 +91,12 @@ def from_store(
     with _without_parameters():
         model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
     model.eval()
-    prefix = _prefix(model, layers)
-    for path, module in list(model.named_modules()):
-        layer = layers.get(prefix + path)
-        if layer is None or not isinstance(module, (nn.Linear, nn.Embedding)):
-            continue
-        if layer.shape != tuple(module.weight.shape):
-            raise InvalidInputError(f"layer '{prefix + path}': found {layer.shape}, expected {tuple(module.weight.shape)}")
-        made = Linear(layer) if isinstance(module, nn.Linear) else Embedding(layer)
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, made.eval())
-    _tie(model)
+    prefix = replace_modules(model, layers, dtype)
     missing = []
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.device.type != "meta":
             continue
-        values = _values(layers, prefix, path)
+        values = values_of(layers, prefix, path)
         if values is None:
             missing.append(path)
             continue
@@ -113,6 +107,7 @@ def from_store(
         raise NotFoundError(f"model '{name}' has no layer for {', '.join(missing[:5])}, which {model_class.__name__} has")
     with contextlib.suppress(OSError):
         model.generation_config = transformers.GenerationConfig.from_model_config(config)
+    attach(model, snapshot, name, at)
     return model
 
 
@@ -132,30 +127,3 @@ def _class_of(config, name: str):
         if found is not None:
             return found
     raise InvalidInputError(f"model '{name}': found the architectures {config.architectures}, expected one of transformers")
-
-
-def _prefix(model, layers) -> str:
-    """What stands before the names of a model's modules in the store: nothing, or the base model's name, or less."""
-    linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
-    base = getattr(model, "base_model_prefix", "")
-    found = {prefix: sum(prefix + path in layers for path in linears) for prefix in ("", f"{base}." if base else "")}
-    return max(found, key=lambda prefix: found[prefix])
-
-
-def _tie(model) -> None:
-    """Has a head that the store has no layer of its own for run the embedding's."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, nn.Linear) and head.weight.device.type == "meta" and isinstance(embedding, Embedding):
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        if tied and tuple(head.weight.shape) == embedding.layer.shape:
-            model.set_output_embeddings(Linear(embedding.layer).eval())
-
-
-def _values(layers, prefix: str, path: str):
-    """The numbers of a parameter: a layer of its name, less ``.weight``, or the bias or own tensor of one."""
-    owner, _, kind = (prefix + path).rpartition(".")
-    if kind == "weight" and owner in layers:
-        return layers[owner].values()
-    if kind == "bias" and owner in layers:
-        return layers[owner].bias()
-    return layers[prefix + path].values() if prefix + path in layers else None
