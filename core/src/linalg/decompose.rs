@@ -5,6 +5,7 @@ use faer::{MatMut, Side};
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 
 use super::finite::require_finite;
+use super::parts::{eigenvectors, orthonormal_basis, thin_svd};
 use super::product::{gram, matmul_f64, parallelism, view};
 use crate::error::{Error, Result};
 
@@ -29,14 +30,13 @@ pub fn svd(matrix: ArrayView2<f64>) -> Result<Svd> {
         let (rows, columns) = matrix.dim();
         return Ok(Svd { u: Array2::zeros((rows, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, columns)) });
     }
-    let parts = view(&matrix)
-        .thin_svd()
+    let parts = thin_svd(view(&matrix))
         .map_err(|e| Error::Numeric(format!("the SVD of a {:?} matrix did not converge: {e:?}", matrix.dim())))?;
-    let (u, s, v) = (parts.U(), parts.S(), parts.V());
+    let (u, s, v) = parts;
     let k = u.ncols();
     Ok(Svd {
         u: Array2::from_shape_fn((u.nrows(), k), |(i, j)| u[(i, j)]),
-        s: Array1::from_shape_fn(k, |i| s[i]),
+        s: Array1::from(s),
         vt: Array2::from_shape_fn((k, v.nrows()), |(i, j)| v[(j, i)]),
     })
 }
@@ -71,11 +71,11 @@ pub fn leading_svd(matrix: ArrayView2<f64>, k: usize) -> Result<Svd> {
     }
     let gram = gram(matrix.reversed_axes());
     let gram_view = gram.view();
-    let eigen = view(&gram_view).self_adjoint_eigen(Side::Lower).map_err(|e| {
+    let vectors = eigenvectors(view(&gram_view)).map_err(|e| {
         Error::Numeric(format!("the eigenvalues of a {rows} × {rows} Gram matrix did not converge: {e:?}"))
     })?;
     // faer sorts ascending; the leading ones are the last.
-    let u = Array2::from_shape_fn((rows, k), |(i, j)| eigen.U()[(i, rows - 1 - j)]);
+    let u = Array2::from_shape_fn((rows, k), |(i, j)| vectors[(i, rows - 1 - j)]);
     let mut vt = matmul_f64(u.t(), matrix);
     let mut s = Array1::zeros(k);
     for (mut row, value) in vt.rows_mut().into_iter().zip(s.iter_mut()) {
@@ -94,7 +94,7 @@ pub fn leading_svd(matrix: ArrayView2<f64>, k: usize) -> Result<Svd> {
 /// When a value is not finite.
 pub(super) fn orthonormal(matrix: ArrayView2<f64>) -> Result<Array2<f64>> {
     require_finite("the matrix to decompose", matrix.iter())?;
-    let basis = view(&matrix).qr().compute_thin_Q();
+    let basis = orthonormal_basis(view(&matrix));
     Ok(Array2::from_shape_fn(matrix.dim(), |(i, j)| basis[(i, j)]))
 }
 
@@ -277,6 +277,37 @@ mod tests {
 
     fn largest(a: &Array2<f64>) -> f64 {
         a.iter().fold(0.0, |m, v| m.max(v.abs()))
+    }
+
+    /// The same numbers by one thread and by many, also where the matrix is large enough for them.
+    #[test]
+    fn threads_change_nothing() {
+        let a = sample(260, 330, 7);
+        let spd = matmul_f64(a.view(), a.t()) + Array2::<f64>::eye(260);
+        let all = || {
+            let whole = svd(a.view()).unwrap();
+            let leading = leading_svd(a.view(), 20).unwrap();
+            (
+                whole.u,
+                whole.s,
+                whole.vt,
+                leading.u,
+                leading.vt,
+                orthonormal(a.t()).unwrap(),
+                cholesky(spd.view()).unwrap(),
+            )
+        };
+        let here = all();
+        let identity = matmul_f64(here.5.t(), here.5.view());
+        assert!(largest(&(identity - Array2::<f64>::eye(260))) < 1e-12);
+        for threads in [1, 2, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let there = pool.install(all);
+            assert!(there.0 == here.0 && there.1 == here.1 && there.2 == here.2, "svd by {threads} threads");
+            assert!(there.3 == here.3 && there.4 == here.4, "leading_svd by {threads} threads");
+            assert!(there.5 == here.5, "orthonormal by {threads} threads");
+            assert!(there.6 == here.6, "cholesky by {threads} threads");
+        }
     }
 
     proptest! {

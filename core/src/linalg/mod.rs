@@ -4,7 +4,7 @@
 //! what a caller needs to judge a layer or to repeat a method by hand: errors, products, AXL's functions, SVDs, the normal
 //! distribution, and conversions for callers whose matrices are [`nalgebra`]'s.
 //!
-//! Dependencies inside the module point one way: `product`, `finite`, `normal`, `pages` and `threads` know of nothing, then `decompose`,
+//! Dependencies inside the module point one way: `product`, `finite`, `normal`, `pages`, `parts` and `threads` know of nothing, then `decompose`,
 //! then `randomized`, `statistics` and `whitening`.
 
 mod convert;
@@ -14,6 +14,7 @@ mod finite;
 mod narrow;
 mod normal;
 mod pages;
+mod parts;
 mod product;
 mod randomized;
 mod statistics;
