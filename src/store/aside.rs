@@ -1,9 +1,10 @@
 //! Files taken out of a table: removed, or kept beside their places under another name for whoever may still read something of
 //! them.
 
+use futures::{StreamExt, stream};
 use lance_io::object_store::{ObjectStore as LanceStore, ObjectStoreParams};
-use object_store::ObjectStoreExt;
 use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
 
 use super::location::Location;
 use crate::error::{Error, Result};
@@ -16,12 +17,26 @@ const ENDING: &str = ".damaged";
 /// # Errors
 /// When the storage refuses.
 pub async fn remove(location: &Location, place: (&str, &str), file: &str) -> Result<()> {
-    let action = || format!("removing file '{file}' of table '{}'", place.0);
+    remove_all(location, place, vec![file.to_owned()]).await
+}
+
+/// Removes files of a folder of a table, those that are there.
+///
+/// # Errors
+/// When the storage refuses.
+pub async fn remove_all(location: &Location, place: (&str, &str), files: Vec<String>) -> Result<()> {
+    let named = files.join("', '");
+    let action = || format!("removing file '{named}' of table '{}'", place.0);
     let (store, folder) = folder(location, place).await.map_err(|e| Error::storage(action(), e))?;
-    match store.inner.delete(&folder.join(file)).await {
-        Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-        Err(e) => Err(Error::storage(action(), e)),
+    let paths = files.iter().map(|file| Ok(folder.clone().join(file.as_str()))).collect::<Vec<_>>();
+    let mut removed = store.inner.delete_stream(stream::iter(paths).boxed());
+    while let Some(done) = removed.next().await {
+        match done {
+            Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(e) => return Err(Error::storage(action(), e)),
+        }
     }
+    Ok(())
 }
 
 /// Gives a file of a folder of a table another name, so that it is no part of the table, and returns its new address; `None` where it

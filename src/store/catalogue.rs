@@ -21,6 +21,7 @@ use super::names::{Names, RowPosition};
 use super::record::{LayerRecord, layers_batches, read_layers};
 use super::scan::batch_rows;
 use super::schema::{self, LAYERS};
+use super::synced;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 
@@ -162,11 +163,7 @@ pub async fn open_or_create(location: &Location) -> Result<Dataset> {
         other => return other,
     }
     if let Some(path) = location.local() {
-        std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
-        if let Some(parent) = path.parent() {
-            // The directory's own entry has to last too; a parent that cannot be opened is not ours to sync.
-            let _ = std::fs::File::open(parent).and_then(|d| d.sync_all());
-        }
+        synced::create_all(path)?;
         // A directory of somebody else's is not to be filled with tables.
         let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, e))?;
         let known = |name: &str| match name.strip_suffix(".lance") {

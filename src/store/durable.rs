@@ -6,9 +6,11 @@
 //! which ends the process. So the end of every data file is looked at before Lance reads the file, and a range that leads out of a
 //! file is an error before anything is read.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use chrono::{DateTime, Utc};
@@ -22,15 +24,21 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
     CopyOptions, GetOptions, GetRange, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
-    ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
+    ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions,
 };
 use url::Url;
 
+use super::listing::is_staged;
+use super::location::VERSIONS;
 use super::reader::end;
 use super::reader::pread::read_exact_at;
+use super::synced;
 
 /// Files whose ends are known to be sound: those of large stores.
 const KNOWN_FILES: NonZeroUsize = NonZeroUsize::new(1 << 14).expect("not 0");
+
+/// Files that are deleted before their folders are synced.
+const DELETED_AT_ONCE: usize = 256;
 
 /// What Lance calls this file system: by another name than its own, which it would read past it.
 const PREFIX: &str = "file$layerstore";
@@ -123,7 +131,7 @@ impl Checked {
     /// Reads a range of a file, whose end is looked at first where it is one of Lance's and not known to be sound.
     async fn read(
         &self,
-        (file, path): (File, std::path::PathBuf),
+        (file, path): (File, PathBuf),
         meta: &ObjectMeta,
         range: Range<u64>,
     ) -> object_store::Result<bytes::Bytes> {
@@ -146,6 +154,51 @@ impl Checked {
             sound.put(meta.location.clone(), (meta.size, meta.last_modified));
         }
         Ok(bytes)
+    }
+}
+
+/// Lists a folder of manifests by their names, the newest first. Size and time of a file are looked up when the stream comes to it: who
+/// wants the latest version takes the first, of however many.
+fn manifests(files: LocalFileSystem, folder: Path) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+    let named = async move {
+        let at = files.path_to_filesystem(&folder)?;
+        let read = move || {
+            let mut names = vec![];
+            let entries = match std::fs::read_dir(&at) {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(names),
+                entries => entries.map_err(|e| failed(&at, e))?,
+            };
+            for entry in entries {
+                let name = entry.map_err(|e| failed(&at, e))?.file_name();
+                names.extend(name.into_string().ok().filter(|name| !is_staged(name)));
+            }
+            names.sort_unstable();
+            Ok::<_, object_store::Error>(names)
+        };
+        let names = tokio::task::spawn_blocking(read).await.map_err(object_store::Error::from).flatten()?;
+        let found = stream::iter(names).then(move |name| {
+            let (files, path) = (files.clone(), folder.clone().join(name));
+            async move { files.head(&path).await }
+        });
+        // What was removed meanwhile, and what is no file.
+        Ok::<_, object_store::Error>(
+            found.filter(|found| std::future::ready(!matches!(found, Err(object_store::Error::NotFound { .. })))),
+        )
+    };
+    stream::once(named).try_flatten().boxed()
+}
+
+/// Syncs the folders of files that were deleted, and returns these.
+async fn lasting(
+    files: LocalFileSystem,
+    deleted: Vec<object_store::Result<Path>>,
+) -> BoxStream<'static, object_store::Result<Path>> {
+    let paths = deleted.iter().flatten().filter_map(|path| files.path_to_filesystem(path).ok());
+    let folders: BTreeSet<PathBuf> = paths.filter_map(|path| path.parent().map(ToOwned::to_owned)).collect();
+    let sync = move || folders.iter().try_for_each(|folder| synced::directory(folder).map_err(|e| failed(folder, e)));
+    match tokio::task::spawn_blocking(sync).await.map_err(object_store::Error::from).flatten() {
+        Ok(()) => stream::iter(deleted).boxed(),
+        Err(e) => stream::iter([Err(e)]).boxed(),
     }
 }
 
@@ -193,6 +246,9 @@ impl ObjectStore for Checked {
 
     /// In the order of their names.
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        if let Some(folder) = prefix.filter(|folder| folder.filename() == Some(VERSIONS)) {
+            return manifests(self.files.clone(), folder.clone());
+        }
         let listing = self.files.list(prefix);
         let sorted = async move {
             let mut all: Vec<ObjectMeta> = listing.try_collect().await?;
@@ -222,7 +278,14 @@ impl ObjectStore for Checked {
         &self,
         locations: BoxStream<'static, object_store::Result<Path>>,
     ) -> BoxStream<'static, object_store::Result<Path>> {
-        self.files.delete_stream(locations)
+        let files = self.files.clone();
+        // What was deleted may not come back: each folder is synced behind a batch of its files.
+        self.files
+            .delete_stream(locations)
+            .ready_chunks(DELETED_AT_ONCE)
+            .then(move |deleted| lasting(files.clone(), deleted))
+            .flatten()
+            .boxed()
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> object_store::Result<()> {
@@ -237,7 +300,6 @@ impl ObjectStore for Checked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use object_store::ObjectStoreExt;
 
     /// No memory is asked for where a range leads out of its file, and the error says which file it is.
     #[tokio::test]
@@ -261,6 +323,30 @@ mod tests {
         let error = files.get_range(&at("t.lance/data/a.lance"), 0..1).await.unwrap_err();
         assert!(error.to_string().contains("t.lance/data/a.lance: the file contradicts itself"), "{error}");
         assert!(files.get(&at("t.lance/data/a.lance")).await.is_err());
+    }
+
+    /// Of manifests, only those that are asked for are looked at.
+    #[tokio::test]
+    async fn manifests_are_listed_as_they_are_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let under = folder.path().join("t.lance/_versions");
+        std::fs::create_dir_all(&under).unwrap();
+        let files = Durable::new().0;
+        let at = Path::from_absolute_path(&under).unwrap();
+        assert_eq!(files.list(Some(&at)).count().await, 0);
+        for name in ["3.manifest", "1.manifest", "2.manifest", "4.manifest#1"] {
+            std::fs::write(under.join(name), name).unwrap();
+        }
+        let names = async || -> Vec<String> {
+            let all: Vec<ObjectMeta> = files.list(Some(&at)).try_collect().await.unwrap();
+            all.iter().map(|meta| meta.location.filename().unwrap().to_owned()).collect()
+        };
+        assert_eq!(names().await, ["1.manifest", "2.manifest", "3.manifest"]);
+        let mut listed = files.list(Some(&at));
+        assert_eq!(listed.next().await.unwrap().unwrap().size, 10);
+        std::fs::remove_file(under.join("2.manifest")).unwrap();
+        assert_eq!(listed.next().await.unwrap().unwrap().location.filename(), Some("3.manifest"));
+        assert_eq!(files.list(Some(&at.join("none"))).count().await, 0);
     }
 
     #[tokio::test]

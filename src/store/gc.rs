@@ -13,9 +13,10 @@ use lance::dataset::optimize::{CompactionOptions, compact_files};
 use serde::Serialize;
 
 use super::agreement::{DataTables, Names, data_files, disagreement, require_whole};
+use super::aside;
 use super::catalogue;
-use super::listing::{data_tables, disk_bytes, staged_files};
-use super::location::{Location, Place};
+use super::listing::{data_tables, disk_bytes, names_in, staged_files};
+use super::location::{Location, Place, VERSIONS, version_of};
 use super::lock;
 use super::record::{ArtifactRecord, RowRange, TableRows, read_artifacts};
 use super::relist::relist;
@@ -163,13 +164,14 @@ async fn require_agreement(
 /// Removes what a survey found, in an order that leaves a store whole wherever it ends.
 async fn remove(location: &Location, survey: Survey) -> Result<()> {
     let Survey { old_versions, list, unlisted, mut kept, garbage, .. } = survey;
-    // First the old versions, which nobody may restore once their artifacts are gone.
-    if !old_versions.is_empty() {
-        let catalogue = location.open_for_write(LAYERS).during("opening the catalogue").await?;
-        let policy = CleanupPolicyBuilder::default().error_if_tagged_old_versions(false).delete_unverified(true);
-        let policy = policy.versions(old_versions).map_err(storage_error("naming old versions"))?;
-        catalogue.cleanup_with_policy(policy.build()).during("collecting old versions").await?;
-    }
+    // First the old versions, which nobody may open or restore once what they lead to is gone; then what they alone led to. Lance
+    // would remove both at once.
+    let old: HashSet<u64> = old_versions.into_iter().collect();
+    let mut manifests = names_in(location, LAYERS, &[VERSIONS]).await?;
+    manifests.retain(|file| version_of(file).is_some_and(|version| old.contains(&version)));
+    aside::remove_all(location, (LAYERS, VERSIONS), manifests).await?;
+    let catalogue = location.open_for_write(LAYERS).during("opening the catalogue").await?;
+    catalogue.cleanup_with_policy(no_version()).during("collecting old versions").await?;
     // Then the list, so that no later import takes what is about to go for complete.
     if let Some(dataset) = list.filter(|_| !unlisted.is_empty()) {
         delete(dataset, &unlisted).during("removing artifacts from the list").await?;
@@ -349,6 +351,15 @@ async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64>
 }
 
 /// The policy for tables of data, whose older versions nobody opens.
+/// What no version leads to.
+fn no_version() -> CleanupPolicy {
+    CleanupPolicyBuilder::default()
+        .before_timestamp(DateTime::<Utc>::MIN_UTC)
+        .error_if_tagged_old_versions(false)
+        .delete_unverified(true)
+        .build()
+}
+
 fn all_but_latest() -> CleanupPolicy {
     // Unverified files are those of writers that died: the exclusive lock says that no other writer is at work.
     CleanupPolicyBuilder::default()

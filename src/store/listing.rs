@@ -32,8 +32,19 @@ pub async fn disk_bytes(location: &Location) -> Option<u64> {
     }
 }
 
+/// Whether a file of this name is one that a writer has begun and not moved to its place.
+pub fn is_staged(name: &str) -> bool {
+    let of_object_store = name
+        .rsplit_once('#')
+        .is_some_and(|(file, n)| !file.is_empty() && !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
+    // A snapshot's file before it has its name.
+    let of_lance = name.rsplit_once(".json.tmp.").is_some_and(|(file, id)| !file.is_empty() && !id.is_empty());
+    of_object_store || of_lance
+}
+
 /// Returns the files that writers of a local store have begun and not moved to their places, with their bytes: the object store
-/// calls them by their names to be, `#` and a number. Whoever removes them holds the locks that say that no writer is at work.
+/// calls them by their names to be, `#` and a number, and Lance calls a snapshot's by `.json.tmp.` and an id. Whoever removes them
+/// holds the locks that say that no writer is at work.
 pub fn staged_files(location: &Location) -> Vec<(PathBuf, u64)> {
     fn under(path: &Path, all: &mut Vec<(PathBuf, u64)>) {
         let Ok(entries) = std::fs::read_dir(path) else { return };
@@ -45,10 +56,6 @@ pub fn staged_files(location: &Location) -> Vec<(PathBuf, u64)> {
                 all.push((entry.path(), entry.metadata().map_or(0, |m| m.len())));
             }
         }
-    }
-    fn is_staged(name: &str) -> bool {
-        name.rsplit_once('#')
-            .is_some_and(|(file, n)| !file.is_empty() && !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
     }
     let mut all = vec![];
     if let Some(store) = location.local() {

@@ -14,6 +14,7 @@ use super::durable::Durable;
 use super::format::{Format, Formats};
 use super::memory::Memory;
 use super::on_wait::OnWait;
+use super::synced;
 use super::testing::Hooks;
 use super::waiting::{Waiting, caught, detail};
 use crate::error::{Error, Result};
@@ -182,8 +183,10 @@ impl Location {
         checked(builder.load()).await.map_err(|e| self.named(table, version, e))
     }
 
-    /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to.
+    /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to, and so is what is
+    /// there already, which somebody may have begun who was killed.
     pub async fn open_for_write(&self, table: &str) -> lance::Result<Dataset> {
+        synced::tables(self, [table.to_owned()]).await.map_err(|e| lance::Error::io(e.to_string()))?;
         let builder = DatasetBuilder::from_uri(self.write_uri(table))
             .with_session(self.session.clone())
             .with_store_params(self.store_params());

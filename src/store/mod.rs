@@ -47,6 +47,7 @@ mod single;
 mod snapshot;
 mod spans;
 mod stats;
+mod synced;
 mod tables;
 #[doc(hidden)]
 pub mod testing;
@@ -67,6 +68,7 @@ pub use format::FORMAT_VERSION;
 pub use gc::GcReport;
 pub use handle::LayerHandle;
 pub(crate) use location::check_place;
+pub use lock::Lease;
 pub use metadata::DamagedMetadata;
 pub use module::ModuleHandle;
 pub(crate) use module::source_tensors;

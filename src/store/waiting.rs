@@ -77,11 +77,22 @@ fn is_corrupt(e: &lance::Error) -> bool {
     any_cause(e, &|cause| matches!(cause.downcast_ref(), Some(lance::Error::CorruptFile { .. })))
 }
 
-/// Returns whether the system refused to read a file that is there, as without permission: then nothing is known of its content.
+/// Returns whether the system, or an object store, refused to read a file that is there, as without permission, or did not answer: then
+/// nothing is known of its content.
 pub fn is_refused(e: &lance::Error) -> bool {
-    let refused = |e: &std::io::Error| e.raw_os_error().is_some() && e.kind() != std::io::ErrorKind::NotFound;
-    any_cause(e, &|cause| cause.downcast_ref().is_some_and(refused))
+    let system = |e: &std::io::Error| e.raw_os_error().is_some() && e.kind() != std::io::ErrorKind::NotFound;
+    let store = |e: &object_store::Error| match e {
+        object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => true,
+        // The others' are the system's, or say what is wrong with a file.
+        object_store::Error::Generic { store, .. } => !matches!(*store, "LocalFileSystem" | "InMemory"),
+        _ => false,
+    };
+    let refused = |cause: &Cause| cause.downcast_ref().is_some_and(system) || cause.downcast_ref().is_some_and(store);
+    any_cause(e, &refused) && !is_corrupt(e)
 }
+
+/// An error that another one passes on.
+type Cause = dyn std::error::Error + 'static;
 
 /// Whether something holds of an error, or of one that it passes on.
 fn any_cause(e: &lance::Error, holds: &dyn Fn(&(dyn std::error::Error + 'static)) -> bool) -> bool {
@@ -161,6 +172,26 @@ mod tests {
         let error = storage_error("reading")(outer);
         assert_eq!(error.to_string(), "reading: the page is short");
         assert!(std::error::Error::source(&error).unwrap().is::<lance::Error>());
+    }
+
+    #[test]
+    fn what_is_refused_is_not_damaged() {
+        use object_store::Error as E;
+        let passed_on = |e: E| lance::Error::wrapped(Box::new(e));
+        let generic = |store, source| passed_on(E::Generic { store, source });
+        let text = || -> Box<dyn std::error::Error + Send + Sync> { "503 Slow Down".into() };
+        let named =
+            |make: fn(String, Box<dyn std::error::Error + Send + Sync>) -> E| passed_on(make("a".into(), text()));
+        assert!(is_refused(&generic("S3", text())));
+        assert!(is_refused(&named(|path, source| E::PermissionDenied { path, source })));
+        assert!(is_refused(&named(|path, source| E::Unauthenticated { path, source })));
+        assert!(!is_refused(&named(|path, source| E::NotFound { path, source })));
+        assert!(!is_refused(&generic("LocalFileSystem", text())));
+        let denied = std::io::Error::from_raw_os_error(13);
+        assert!(is_refused(&generic("LocalFileSystem", Box::new(denied))));
+        let corrupt = lance::Error::corrupt_file_named("of the table", "cut");
+        assert!(!is_refused(&generic("S3", Box::new(corrupt))));
+        assert!(!is_refused(&lance::Error::from(std::io::Error::other("short"))));
     }
 
     #[tokio::test]

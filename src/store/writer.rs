@@ -18,6 +18,7 @@ use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, Table
 use super::relist::relist;
 use super::schema::{ARTIFACTS, Table, WEIGHT_BLOCKS};
 use super::shared::Shared;
+use super::synced;
 use super::waiting::Waiting;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, Parts};
@@ -463,10 +464,14 @@ impl Writer {
         }
         self.ready().await?;
         let mut records = records.to_vec();
+        let mut tables = BTreeSet::from([ARTIFACTS.to_owned()]);
         for record in &mut records {
             record.locations =
                 self.known.get(&record.artifact).map_or_else(RowLocations::default, |k| k.locations.clone());
+            tables.extend(record.locations.0.keys().cloned());
         }
+        // Of artifacts that the store had, nobody may have seen to it.
+        synced::tables(&self.shared.location, tables).await.map_err(|e| Error::io(self.shared.location.uri(), e))?;
         replace(&self.shared.location, (model, scope), &records, operation, message).await
     }
 }

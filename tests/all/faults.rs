@@ -222,6 +222,31 @@ fn gc_spares_what_an_older_table_does_not_hold() {
     }
 }
 
+/// What a gc that ended early left of versions that it had removed is the next one's.
+#[test]
+fn gc_goes_on_where_one_ended() {
+    let place = Place::new();
+    for rules in [Some(INT4), None, Some(INT4)] {
+        place.import("a", rules);
+    }
+    let catalogue = format!("{}/layers.lance", place.store());
+    let count = |folder: &str| files(std::path::Path::new(&format!("{catalogue}/{folder}"))).len();
+    let data = count("data");
+    assert!(data >= 3, "{data}");
+    // Manifests go first: here they are all that went.
+    let manifests = files(std::path::Path::new(&format!("{catalogue}/_versions")));
+    let old = |path: &&std::path::PathBuf| {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        name.strip_suffix(".manifest").is_some_and(|n| u64::MAX - n.parse::<u64>().unwrap() < 4)
+    };
+    let removed = manifests.iter().filter(old).map(|path| std::fs::remove_file(path).unwrap()).count();
+    assert_eq!(removed, 3);
+    assert_eq!(place.json(&["log"]).as_array().unwrap().len(), 1);
+    place.json(&["gc", "--older-than", "0s", "--apply"]);
+    assert!(count("data") < data, "{} of {data}", count("data"));
+    assert_eq!(place.json(&["verify"])["corrupt"], serde_json::json!([]));
+}
+
 /// Versions of the catalogue that are known to have been there, and are not, are not garbage.
 #[test]
 fn gc_spares_what_a_lost_catalogue_named() {
