@@ -2,6 +2,7 @@
 # make test       build, and run every test, those of the Python package with NumPy alone
 # make test-frameworks   the same for PyTorch, transformers, peft and llama.cpp
 # make wheel      the Python package as a wheel that needs no Rust
+# make power      losses of power, simulated from what the built binary does to files
 # make campaign   kills, damage, full disks and crowds against the built binary
 # Each does its own set-up in .venv; see CONTRIBUTING.md for the rest.
 
@@ -14,7 +15,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo demo-minilm compare test python test-frameworks wheel campaign fuzz fuzz-core mutations lint bench check-kernels doc clean
+.PHONY: demo demo-minilm compare test python test-frameworks wheel campaign power fuzz fuzz-core mutations lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --lib --bins --examples
@@ -60,10 +61,19 @@ test-frameworks: python $(FRAMEWORKS)/.ready
 
 # Faults against the built binary, with other options or for longer: make campaign CAMPAIGN="--only kill --minutes 30"
 CAMPAIGN ?=
-campaign: $(VENV)/.ready
+CAMPAIGN_RUN = $(TARGET)/campaign/debug/layerstore-campaign --binary $(TARGET)/debug/layerstore --keep $(TARGET)/campaign/failures
+campaign: campaign-built
+	$(CAMPAIGN_RUN) $(CAMPAIGN)
+
+# Losses of power alone, many of them; another seed, or fewer: make power POWER="--losses 300 --seed 2"
+POWER ?= --losses 10000
+power: campaign-built
+	$(CAMPAIGN_RUN) --only power $(POWER)
+
+.PHONY: campaign-built
+campaign-built: $(VENV)/.ready
 	$(CARGO) build --bin layerstore
 	$(CARGO) build --manifest-path fuzz/campaign/Cargo.toml --target-dir $(TARGET)/campaign
-	$(TARGET)/campaign/debug/layerstore-campaign --binary $(TARGET)/debug/layerstore --keep $(TARGET)/campaign/failures $(CAMPAIGN)
 
 # Each fuzz target for a number of runs, with cargo-fuzz on the stable toolchain; fuzz-core is the one that needs no Lance.
 FUZZ ?= rules checkpoint formats keras store

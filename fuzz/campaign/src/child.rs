@@ -67,6 +67,22 @@ pub struct Limits {
     pub modes_hold: bool,
 }
 
+/// How a command is recorded.
+#[derive(Debug, Clone, Copy)]
+pub struct Recorded<'a> {
+    /// The recorder.
+    pub library: &'a Path,
+    /// What it writes.
+    pub log: &'a Path,
+    /// The directory that it looks at.
+    pub root: &'a Path,
+    /// The operation after which the command kills itself.
+    pub stop: Option<usize>,
+}
+
+/// What the recorder's messages begin with.
+const RECORDER: &str = "layerstore-recorder: ";
+
 /// What a command that ended by itself, or was killed, printed.
 #[derive(Debug)]
 pub struct Ran {
@@ -132,9 +148,31 @@ impl Program {
         store: &Path,
         args: &[String],
         limits: Limits,
+        kill: impl FnMut(Duration) -> bool,
+    ) -> Result<Ran, Trouble> {
+        self.run_with(folder, store, args, limits, None, kill)
+    }
+
+    /// Runs a command on `store`, from `folder`, which is recorded meanwhile.
+    pub fn recorded(&self, folder: &Path, store: &Path, args: &[String], recorded: &Recorded) -> Result<Ran, Trouble> {
+        self.run_with(folder, store, args, Limits::default(), Some(recorded), |_| false)
+    }
+
+    fn run_with(
+        &self,
+        folder: &Path,
+        store: &Path,
+        args: &[String],
+        limits: Limits,
+        recorded: Option<&Recorded>,
         mut kill: impl FnMut(Duration) -> bool,
     ) -> Result<Ran, Trouble> {
         let mut command = Command::new(&self.binary);
+        if let Some(Recorded { library, log, root, stop }) = recorded {
+            command.env("LD_PRELOAD", library);
+            command.env("LAYERSTORE_RECORD_LOG", log).env("LAYERSTORE_RECORD_ROOT", root);
+            command.envs(stop.map(|stop| ("LAYERSTORE_RECORD_STOP", stop.to_string())));
+        }
         command.current_dir(folder).arg("--store").arg(store).args(["--quiet", "--format", "json"]).args(args);
         command.env_remove("LAYERSTORE_URI").env_remove("LAYERSTORE_READER");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -166,7 +204,11 @@ impl Program {
         if hung {
             return Err(Trouble { kind: TroubleKind::Hung, what: format!("for {took:?}: {}", ran.told()) });
         }
-        self.judged(ran, status, killed)
+        if ran.err.contains(RECORDER) {
+            return Err(Trouble { kind: TroubleKind::Campaign, what: ran.told() });
+        }
+        let kills_itself = recorded.is_some_and(|recorded| recorded.stop.is_some());
+        self.judged(ran, status, killed || kills_itself)
     }
 
     fn judged(&self, ran: Ran, status: ExitStatus, killed: bool) -> Result<Ran, Trouble> {

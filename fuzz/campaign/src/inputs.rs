@@ -92,6 +92,8 @@ impl Inputs {
             ("small-a", vec![[96, 48], [48, 96], [48, 48]]),
             ("small-b", vec![[96, 48], [48, 96], [96, 48], [64, 64]]),
             ("large", vec![[384, 384]; 6]),
+            // Small, with enough keys of one width for an index.
+            ("narrow", vec![[48, 48]; 8]),
         ] {
             let path = folder.join(format!("{name}.safetensors"));
             matrices(&path, &layers, &mut rng)?;

@@ -1,5 +1,5 @@
-//! A campaign of faults against a built `layerstore`: kills, damaged bytes, full disks, read-only directories, and many
-//! processes at once. After each, nothing that a command acknowledged is lost, and nothing panics, hangs or takes giant memory.
+//! A campaign of faults against a built `layerstore`: kills, damaged bytes, full disks, read-only directories, many processes
+//! at once, and losses of power. After each, nothing that a command acknowledged is lost, and nothing panics, hangs or takes giant memory.
 //! `make campaign`; see CONTRIBUTING.md.
 
 mod check;
@@ -11,12 +11,13 @@ mod history;
 mod inputs;
 mod kill;
 mod place;
+mod power;
 mod read_only;
 mod report;
 mod step;
 mod store;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,7 @@ use child::{Program, Trouble};
 use damage::Prepared;
 use inputs::Inputs;
 use place::Place;
+use power::{Counts, Settings};
 use report::Report;
 
 /// Runs a campaign of faults against a layerstore binary.
@@ -58,6 +60,12 @@ struct Options {
     /// Imports of each of the 8 processes of a round of `crowd`
     #[arg(long, default_value_t = 50)]
     imports: usize,
+    /// Losses of power, which are all made before the rounds of other kinds
+    #[arg(long, default_value_t = 200)]
+    losses: usize,
+    /// The recorder that losses of power need; else the one beside this program
+    #[arg(long)]
+    recorder: Option<PathBuf>,
     /// Show each kind of refusal, with its count
     #[arg(long)]
     refusals: bool,
@@ -75,6 +83,8 @@ enum Kind {
     ReadOnly,
     /// 8 processes at once on one store
     Crowd,
+    /// Losses of power, simulated from what commands do to files
+    Power,
 }
 
 impl Kind {
@@ -95,6 +105,8 @@ impl Kind {
             Kind::Full => full::round(place),
             Kind::ReadOnly => read_only::round(place),
             Kind::Crowd => crowd::round(place, options.imports),
+            // All losses are made before the rounds.
+            Kind::Power => Ok(()),
         }
     }
 }
@@ -121,6 +133,11 @@ fn campaign(options: &Options) -> Result<bool, Trouble> {
     let program = Program::new(&options.binary, options.memory << 20, Duration::from_secs(options.patience))?;
     let inputs = Inputs::make(&program, folder.path())?;
     let kinds = if options.only.is_empty() { Kind::value_variants() } else { &options.only[..] };
+    let losses = match kinds.contains(&Kind::Power) {
+        true => Some(lose_power(options, &program, &inputs, folder.path())?),
+        false => None,
+    };
+    let kinds: Vec<Kind> = kinds.iter().copied().filter(|kind| *kind != Kind::Power).collect();
     let mut report = Report::new(kinds.iter().map(|kind| kind.name()));
     let (mut prepared, began) = (None, Instant::now());
     loop {
@@ -156,9 +173,24 @@ fn campaign(options: &Options) -> Result<bool, Trouble> {
             eprintln!("  the store: {}", place.store.keep(&kept)?.display());
         }
     }
-    print!("{}", report.table(began.elapsed()));
+    if !kinds.is_empty() {
+        print!("{}", report.table(began.elapsed()));
+    }
+    print!("{}", losses.as_ref().map_or(String::new(), Counts::table));
     if options.refusals {
         print!("{}", report.refusals());
     }
-    Ok(report.is_clean())
+    Ok(report.is_clean() && losses.is_none_or(|losses| losses.is_clean()))
+}
+
+/// Makes all losses of power.
+fn lose_power(options: &Options, program: &Program, inputs: &Inputs, parent: &Path) -> Result<Counts, Trouble> {
+    let library = match &options.recorder {
+        Some(recorder) => recorder.clone(),
+        None => power::library()?,
+    };
+    let (losses, seed, keep) = (options.losses, options.seed, &options.keep);
+    let counts = power::campaign(program, inputs, &Settings { losses, seed, library: &library, parent, keep })?;
+    program.take_tally();
+    Ok(counts)
 }
