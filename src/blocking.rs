@@ -24,8 +24,8 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::architectures::{LanguageModel, TextEncoder};
 use crate::compress::{
-    self, ActivationsFile, CalibrateOptions, CalibrateReport, CopyReport, Evaluation, ExportOptions, ExportReport,
-    ImportOptions, ImportReport, RepairOptions, RepairReport, SharedDirections, SharedOptions, Training,
+    self, ActivationsFile, CalibrateOptions, CalibrateReport, CompressReport, CopyReport, Evaluation, ExportOptions,
+    ExportReport, ImportOptions, ImportReport, RepairOptions, RepairReport, SharedDirections, SharedOptions, Training,
     TrainingReport,
 };
 use crate::error::{Error, Result};
@@ -33,7 +33,7 @@ use crate::formats::TensorSource;
 use crate::layer::{Accuracy, ArtifactId, Layer, Limit, Output, Parts, QueryHits, SharedLayer, VqAttentionLayer};
 use crate::nn::{AttentionBlock, Module};
 use crate::store::{
-    self, ArtifactInfo, Comparison, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, ModelFile,
+    self, ArtifactInfo, Comparison, DeletedSnapshot, Diff, GcReport, KeyIndexReport, LayerRecord, Lease, ModelFile,
     ModelSummary, NearKey, Provenance, SnapshotInfo, Stats, StoreOptions, VerifyDepth, VerifyReport, VersionInfo,
 };
 use crate::work::{Cancel, Progress};
@@ -206,6 +206,8 @@ impl Store {
         fn remove_model(model: &str) -> u64;
         /// Gives a model another name, as one new version.
         fn rename_model(model: &str, name: &str) -> u64;
+        /// Keeps gc from what is in the store, until the lease is dropped.
+        fn lease() -> Lease;
         /// Removes rows and files that nothing reaches that is kept; only counts them unless `apply`.
         fn gc(older_than: Duration, apply: bool) -> GcReport;
         /// Returns the store's format version.
@@ -473,6 +475,19 @@ pub fn import(
     options: ImportOptions,
 ) -> Result<ImportReport> {
     store.run(compress::import(&store.store, source, model, options))
+}
+
+/// Compresses layers of a source, and commits nothing: [`compress_layers`](crate::compress_layers).
+///
+/// # Errors
+/// As there.
+pub fn compress_layers(
+    store: &Store,
+    source: Arc<dyn TensorSource>,
+    layers: &[String],
+    options: ImportOptions,
+) -> Result<CompressReport> {
+    store.run(compress::compress_layers(&store.store, source, layers, options))
 }
 
 /// Makes a damaged store whole, as far as that can be done: [`repair`](crate::repair).

@@ -80,18 +80,18 @@ pub use architectures::{
 };
 pub use compress::{
     ActivationsFile, CalibrateOptions, CalibrateReport, CalibrationFile, CalibrationInputs, CalibrationText,
-    CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions, ExportReport, FailedSource, ImportOptions,
-    ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan, PlannedLayer, RepairOptions, RepairReport,
-    RepairSource, Rule, Rules, SharedDirections, SharedOptions, Training, TrainingReport, UnmeasuredLayer, calibrate,
-    copy, evaluate, exact_layer, export, import, preview, read_attention_settings, repair, shared_directions,
-    train_codebooks, write_statistics,
+    CompressReport, CopyReport, Evaluation, ExportDtype, ExportFormat, ExportOptions, ExportReport, FailedSource,
+    ImportOptions, ImportReport, LayerEvaluation, LayerReport, MendedArtifact, Plan, PlannedLayer, RepairOptions,
+    RepairReport, RepairSource, Rule, Rules, SharedDirections, SharedOptions, Training, TrainingReport,
+    UnmeasuredLayer, calibrate, compress_layers, copy, evaluate, exact_layer, export, import, preview,
+    read_attention_settings, repair, shared_directions, train_codebooks, write_statistics,
 };
 #[doc(hidden)]
 pub use store::testing;
 pub use store::{
     ArtifactInfo, AttentionHandle, ComparedLayer, ComparedModel, Comparison, CorruptArtifact, DEFAULT_CACHE_BYTES,
     DamagedMetadata, DeletedSnapshot, Diff, ErrorBasis, FORMAT_VERSION, GcReport, KeyIndexReport, LayerChange,
-    LayerHandle, LayerName, LayerRecord, LayerState, ModelFile, ModelSummary, ModuleHandle, NearKey, OnWait,
+    LayerHandle, LayerName, LayerRecord, LayerState, Lease, ModelFile, ModelSummary, ModuleHandle, NearKey, OnWait,
     Provenance, Reader, Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State,
     Stats, Store, StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend, save_backend,
 };

@@ -23,6 +23,7 @@ __all__ = [
     "Calibration",
     "LanguageModel",
     "Layer",
+    "Lease",
     "Module",
     "Session",
     "Snapshot",
@@ -277,6 +278,12 @@ class TextEncoder:
     def memory_bytes(self) -> int: ...
 
 @final
+class Lease:
+    def close(self) -> None: ...
+    def __enter__(self) -> Lease: ...
+    def __exit__(self, *_exception: object) -> None: ...
+
+@final
 class Snapshot:
     @property
     def uri(self) -> str: ...
@@ -359,7 +366,19 @@ class Store:
         rules: _Path | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
         calibration: _Path | Mapping[str, Any] | None = None,
         files: dict[str, Any] | None = None,
+        check_values: bool = True,
     ) -> _Report: ...
+    def compress_layers(
+        self,
+        model: _Path | Mapping[str, Any] | Any,
+        layers: Sequence[str],
+        *,
+        rules: _Path | Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+        calibration: _Path | Mapping[str, Any] | None = None,
+        files: dict[str, Any] | None = None,
+        progress: _Progress = None,
+    ) -> _Report: ...
+    def lease(self) -> Lease: ...
     def save_layers(self, model: str, layers: dict[str, Layer], *, message: str | None = None) -> int: ...
     def train_codebooks(
         self,

@@ -6,6 +6,7 @@ mod attention;
 mod convert;
 mod errors;
 mod layer;
+mod lease;
 mod make;
 mod models;
 mod modules;
@@ -24,6 +25,8 @@ mod _native {
     use crate::attention::{AttentionCache, exact_attention};
     #[pymodule_export]
     use crate::layer::Layer;
+    #[pymodule_export]
+    use crate::lease::Lease;
     #[pymodule_export]
     use crate::make::{compress, learn_codebooks, load_backend, methods, save_backend, vq_attention};
     #[pymodule_export]

@@ -17,6 +17,7 @@ use pyo3::types::{PyBytes, PyDict};
 use crate::convert::{Given, call, json, plain};
 use crate::errors::invalid;
 use crate::layer::Layer;
+use crate::lease::Lease;
 use crate::models::{LanguageModel, TextEncoder};
 use crate::modules::{AttentionBlock, Module};
 use crate::progress::Telling;
@@ -174,8 +175,43 @@ impl Store {
         plain(py, &report)
     }
 
+    /// Compresses layers of a model by name, as `import_model` would, and commits nothing: an import of the same model by the same rules and
+    /// calibration finds them, whichever process made them. `lease` keeps gc from them. Returns a dictionary: `layers` with their errors, and
+    /// bytes.
+    #[pyo3(signature = (model, layers, *, rules = None, calibration = None, files = None, progress = None))]
+    #[expect(clippy::too_many_arguments, reason = "keywords of Python")]
+    fn compress_layers<'py>(
+        &self,
+        py: Python<'py>,
+        model: &Bound<'py, PyAny>,
+        layers: Vec<String>,
+        rules: Option<&Bound<'py, PyAny>>,
+        calibration: Option<&Bound<'py, PyAny>>,
+        files: Option<&Bound<'py, PyDict>>,
+        progress: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let folder = statistics::temporary(py)?;
+        let telling = Telling::new(progress)?;
+        let options = ImportOptions {
+            rules: source::rules(rules)?,
+            calibration: calibration.map(|given| statistics::open(given, &folder.path)).transpose()?,
+            progress: telling.progress(),
+            cancel: telling.cancel.clone(),
+            ..ImportOptions::default()
+        };
+        let (source, cancel) = (source::open(model, files)?, telling.cancel.clone());
+        let done = work_async(py, &cancel, || layerstore::compress_layers(&self.inner, source, &layers, options));
+        plain(py, &telling.ended(done)?)
+    }
+
+    /// Keeps gc from what is in the store, as long as the returned lease is not closed: `with store.lease():`.
+    fn lease(&self, py: Python<'_>) -> PyResult<Lease> {
+        Ok(Lease::of(run(py, self.inner.lease())?))
+    }
+
     /// Says what an import would do, and stores nothing. Returns a dictionary: `layers` with their rules and bytes, `files`, notes.
-    #[pyo3(signature = (model, *, rules = None, calibration = None, files = None))]
+    /// `check_values=False` reads no numbers, and so finds none that cannot be used.
+    #[pyo3(signature = (model, *, rules = None, calibration = None, files = None, check_values = true))]
     fn plan<'py>(
         &self,
         py: Python<'py>,
@@ -183,13 +219,19 @@ impl Store {
         rules: Option<&Bound<'py, PyAny>>,
         calibration: Option<&Bound<'py, PyAny>>,
         files: Option<&Bound<'py, PyDict>>,
+        check_values: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
         let folder = statistics::temporary(py)?;
         let rules = source::rules(rules)?;
         let calibration = calibration.map(|given| statistics::open(given, &folder.path)).transpose()?;
         let source = source::open(model, files)?;
         let cancel = layerstore::Cancel::new();
-        plain(py, &crate::runtime::work(py, &cancel, || layerstore::preview(source, &rules, calibration.as_ref()))?)
+        plain(
+            py,
+            &crate::runtime::work(py, &cancel, || {
+                layerstore::preview(source, &rules, calibration.as_ref(), check_values)
+            })?,
+        )
     }
 
     /// Saves layers by name (`{name: Layer}`) in a model, beside its other layers, as one new version, and returns its number. Layers of

@@ -36,7 +36,8 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     if args.dry_run {
         let promise = calibration_text.as_ref().map(|text| compress::promised(source.clone(), text)).transpose()?;
         let calibration = promise.or(calibration);
-        let plan = tokio::task::block_in_place(|| compress::preview(source.clone(), &rules, calibration.as_ref()))?;
+        let plan =
+            tokio::task::block_in_place(|| compress::preview(source.clone(), &rules, calibration.as_ref(), true))?;
         context.output.result(&plan, planned)?;
         note_unused(context, &plan.unused_rules);
         note_all(context, &plan.notes);

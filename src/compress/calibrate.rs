@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::import::unless_cancelled;
 use super::readable::StoredModel;
 use super::statistics_file::StatisticsWriter;
 use super::text_calibration::{CalibrationInputs, CalibrationText, TextCalibration};
 use crate::error::{Error, Result};
 use crate::staged;
 use crate::store::Snapshot;
+use crate::tasks::unless_cancelled;
 use crate::work::{Cancel, Progress, Silent};
 
 /// How statistics are taken.

@@ -5,23 +5,28 @@ use std::collections::HashSet;
 use super::calibration::CalibrationFile;
 use super::plan::{Planned, Work, plan};
 use super::rules::Rules;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, closest};
 use crate::formats::{SourceContent, TensorInfo, TensorSource};
 use crate::work::Cancel;
 
-/// Plans an import, and reads every value that it will use.
+/// Plans an import, of all layers or of those that are named `only`, and reads every value that it will use. Rules and calibration are
+/// held against all layers.
 ///
 /// # Errors
-/// When rules, calibration or values do not fit: one error names all that do not. When a file cannot be read, or the work is
-/// cancelled.
+/// When rules, calibration or values do not fit: one error names all that do not. When there is no layer of a name, a file cannot be
+/// read, or the work is cancelled.
 pub(super) fn checked(
     source: &dyn TensorSource,
     rules: &Rules,
     calibration: Option<&CalibrationFile>,
+    only: Option<&HashSet<String>>,
     cancel: &Cancel,
 ) -> Result<Work> {
     let mut work = plan(source, rules, calibration);
     let mut misfits = std::mem::take(&mut work.misfits);
+    if let Some(only) = only {
+        retain(&mut work, only)?;
+    }
     for layer in &work.layers {
         if cancel.is_cancelled() {
             return Err(Error::Cancelled);
@@ -42,6 +47,26 @@ pub(super) fn checked(
     }
     misfits.result(source.path())?;
     Ok(work)
+}
+
+/// Leaves the layers and blocks of these names.
+fn retain(work: &mut Work, only: &HashSet<String>) -> Result<()> {
+    let names = || {
+        let layers = work.layers.iter().map(|layer| layer.source.name.as_str());
+        layers.chain(work.blocks.iter().map(|block| block.name.as_str()))
+    };
+    let all: HashSet<&str> = names().collect();
+    if let Some(unknown) = only.iter().filter(|name| !all.contains(name.as_str())).min() {
+        let near = closest(unknown, names(), 1).concat();
+        return Err(Error::expected(
+            "layer to compress",
+            format!("'{unknown}'"),
+            format!("one of the source's; the closest is '{near}'"),
+        ));
+    }
+    work.layers.retain(|layer| only.contains(&layer.source.name));
+    work.blocks.retain(|block| only.contains(&block.name));
+    Ok(())
 }
 
 /// The layers whose calibration will be used, and their widths.

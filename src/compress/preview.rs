@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::arranged::arranged;
 use super::attention::PlannedBlock;
 use super::calibration::CalibrationFile;
-use super::plan::{Planned, Work};
+use super::plan::{Planned, Work, plan};
 use super::preflight::checked;
 use super::rules::Rules;
 use crate::error::Result;
@@ -52,13 +52,26 @@ pub struct Plan {
     pub notes: Vec<String>,
 }
 
-/// Holds rules and calibration against a source, reads all values, as [`import`](super::import()) does before it begins, and
-/// says what it would do.
+/// Holds rules and calibration against a source, reads all values where it is to `check_values`, as [`import`](super::import()) does
+/// before it begins, and says what it would do.
 ///
 /// # Errors
 /// When a rule or calibration does not fit a layer, or a value cannot be used: the error names all that do not fit.
-pub fn preview(source: Arc<dyn TensorSource>, rules: &Rules, calibration: Option<&CalibrationFile>) -> Result<Plan> {
-    let work = checked(&*arranged(source, rules)?, rules, calibration, &Cancel::new())?;
+pub fn preview(
+    source: Arc<dyn TensorSource>,
+    rules: &Rules,
+    calibration: Option<&CalibrationFile>,
+    check_values: bool,
+) -> Result<Plan> {
+    let source = arranged(source, rules)?;
+    let work = match check_values {
+        true => checked(&*source, rules, calibration, None, &Cancel::new())?,
+        false => {
+            let mut work = plan(&*source, rules, calibration);
+            std::mem::take(&mut work.misfits).result(source.path())?;
+            work
+        }
+    };
     let Work { layers: planned, blocks, files, unused_rules, notes, misfits: _ } = work;
     let layer = |planned: Planned| -> Result<PlannedLayer> {
         let (out_features, in_features) = planned.shape();

@@ -9,7 +9,6 @@ use serde::Serialize;
 
 use super::arranged::seen_again;
 use super::calibration::CalibrationFile;
-use super::import::unless_cancelled;
 use super::inputs::Inputs;
 use super::items::Item;
 use super::plan::Planned;
@@ -19,6 +18,7 @@ use crate::layer::{ArtifactId, Dense, FileLayer, Layer, Method, Parts};
 use crate::store::{
     CorruptArtifact, DamagedMetadata, ErrorBasis, LayerName, LayerRecord, Provenance, Repairing, SourceTensor, Store,
 };
+use crate::tasks::unless_cancelled;
 use crate::work::{Cancel, Progress, Silent};
 
 /// Where a repair looks for what a store has lost.

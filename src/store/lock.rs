@@ -38,6 +38,12 @@ pub enum Guard {
     Nothing,
 }
 
+/// Keeps gc from artifacts that no version names yet, until it is dropped: [`Store::lease`](super::Store::lease).
+#[derive(Debug)]
+pub struct Lease {
+    pub(super) _guard: Guard,
+}
+
 /// Waits for the lock that an import holds from its first look at the store to its commit. Whoever stops waiting has not taken it;
 /// so it is with all of these.
 ///

@@ -10,6 +10,7 @@ use super::gc::{self, GcReport};
 use super::handle::LayerHandle;
 use super::heal;
 use super::location::Location;
+use super::lock::{self, Lease};
 use super::models;
 use super::on_wait::OnWait;
 use super::reader::Reader;
@@ -230,6 +231,15 @@ impl Store {
     /// When the store cannot be written.
     pub async fn writer(&self) -> Result<Writer> {
         Ok(heal::begin(&self.shared, false).await?.0)
+    }
+
+    /// Keeps gc from what is in the store, until the lease is dropped: artifacts that are to be committed later, by an import of this
+    /// process or another one. On an object store it does nothing; gc goes by age there.
+    ///
+    /// # Errors
+    /// When the store cannot be written.
+    pub async fn lease(&self) -> Result<Lease> {
+        Ok(Lease { _guard: lock::importing(&self.shared.location).await? })
     }
 
     /// Removes rows and files that no snapshot, and no version younger than `older_than`, reaches; only counts them

@@ -247,7 +247,7 @@ async fn a_method_of_the_programs_own() {
     let checkpoint = || formats::open(CHECKPOINT).unwrap();
 
     // Imported as planned, by rules that ask for it; the same stored arrays run with another gain.
-    let plan = preview(checkpoint(), &options(RULES).rules, options(RULES).calibration.as_ref()).unwrap();
+    let plan = preview(checkpoint(), &options(RULES).rules, options(RULES).calibration.as_ref(), true).unwrap();
     let report = import(&store, checkpoint(), "signs", options(RULES)).await.unwrap();
     assert_eq!(plan.layers.len(), report.layers.len());
     let made: Vec<_> = report.layers.iter().filter(|l| l.method == "row_sign").collect();

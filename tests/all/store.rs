@@ -8,7 +8,7 @@ use std::time::Duration;
 use layerstore::layer::{Accuracy, KeyValueLayer, Limit, SearchSettings, SharedLayer};
 use layerstore::{
     ActivationsFile, Cancel, Error, ErrorKind, ExportOptions, ImportOptions, ImportReport, LayerName, Progress, Reader,
-    Snapshot, Store, StoreOptions, blocking, evaluate, export, formats, import, load_backend,
+    Snapshot, Store, StoreOptions, blocking, compress_layers, evaluate, export, formats, import, load_backend,
 };
 use ndarray::{Array2, Axis};
 
@@ -159,6 +159,42 @@ on_both! {
             assert_eq!(store.latest().await.unwrap().version(), 1);
         }
         assert_eq!(bring(&store, "m", Some(INT4), Cancel::new()).await.unwrap().version, 2);
+    }
+}
+
+on_both! {
+    /// Layers that others compressed, and did not commit, are an import's: nothing is made again, and one version comes of it.
+    async fn layers_are_compressed_before_their_import(spot: Spot) {
+        let options = |rules: &str| ImportOptions::from_files(Some(rules.as_ref()), Some(INPUTS.as_ref())).unwrap();
+        for rules in [INT4, KEYS] {
+            let apart = Store::create(&format!("{}-{}", spot.uri, rules == INT4)).await.unwrap();
+            let alone = bring(&apart, "m", Some(rules), Cancel::new()).await.unwrap();
+            let store = Store::create(&spot.uri).await.unwrap();
+            let before = store.latest().await.unwrap().version();
+            let names: Vec<String> = alone.layers.iter().map(|layer| layer.layer.clone()).collect();
+            let lease = store.lease().await.unwrap();
+            for half in [&names[..3], &names[2..]] {
+                let made = compress_layers(&store, formats::open(CHECKPOINT).unwrap(), half, options(rules)).await.unwrap();
+                let own: Vec<String> = made.layers.iter().map(|layer| layer.layer.clone()).collect();
+                assert_eq!(own, half);
+                // The third is of both halves.
+                assert!(half.len() == 3 || made.layers[0].reused);
+                assert_eq!(store.latest().await.unwrap().version(), before);
+            }
+            drop(lease);
+            let report = bring(&store, "m", Some(rules), Cancel::new()).await.unwrap();
+            let artifacts = |report: &ImportReport| -> Vec<(String, String, Option<f64>)> {
+                report.layers.iter().map(|l| (l.layer.clone(), l.artifact.clone(), l.relative_error)).collect()
+            };
+            assert_eq!(artifacts(&report), artifacts(&alone));
+            assert_eq!((report.version, report.written_bytes), (before + 1, 0));
+            assert!(report.layers.iter().all(|layer| layer.reused));
+            assert!(store.verify(|_, _| ()).await.unwrap().is_sound());
+            store.remove_model("m").await.unwrap();
+        }
+        let store = Store::create(&spot.uri).await.unwrap();
+        let unknown = compress_layers(&store, formats::open(CHECKPOINT).unwrap(), &["nobody".into()], options(INT4)).await;
+        assert!(unknown.unwrap_err().to_string().contains("'nobody', expected one of the source's; the closest is"));
     }
 }
 
