@@ -83,8 +83,8 @@ pub fn is_refused(e: &lance::Error) -> bool {
     let system = |e: &std::io::Error| e.raw_os_error().is_some() && e.kind() != std::io::ErrorKind::NotFound;
     let store = |e: &object_store::Error| match e {
         object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => true,
-        // The others' are the system's, or say what is wrong with a file.
-        object_store::Error::Generic { store, .. } => !matches!(*store, "LocalFileSystem" | "InMemory"),
+        // Those of others are the system's, or say what is wrong with a file.
+        object_store::Error::Generic { store, .. } => matches!(*store, "S3" | "GCS" | "MicrosoftAzure"),
         _ => false,
     };
     let refused = |cause: &Cause| cause.downcast_ref().is_some_and(system) || cause.downcast_ref().is_some_and(store);
@@ -187,6 +187,7 @@ mod tests {
         assert!(is_refused(&named(|path, source| E::Unauthenticated { path, source })));
         assert!(!is_refused(&named(|path, source| E::NotFound { path, source })));
         assert!(!is_refused(&generic("LocalFileSystem", text())));
+        assert!(!is_refused(&generic("N/A", text())));
         let denied = std::io::Error::from_raw_os_error(13);
         assert!(is_refused(&generic("LocalFileSystem", Box::new(denied))));
         let corrupt = lance::Error::corrupt_file_named("of the table", "cut");
