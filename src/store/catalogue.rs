@@ -14,8 +14,9 @@ use lance::dataset::{
 use tokio::sync::OnceCell;
 
 use super::format::{with_foreign, without_missing};
+use super::layout::{VERSIONS, version_of};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, Place, VERSIONS, version_of};
+use super::location::{Location, Place};
 use super::lock;
 use super::names::{Names, RowPosition};
 use super::record::{LayerRecord, layers_batches, read_layers};

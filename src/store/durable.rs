@@ -28,8 +28,7 @@ use object_store::{
 };
 use url::Url;
 
-use super::listing::is_staged;
-use super::location::VERSIONS;
+use super::layout::{VERSIONS, is_staged};
 use super::reader::end;
 use super::reader::pread::read_exact_at;
 use super::synced;

@@ -6,6 +6,7 @@ use futures::TryStreamExt;
 use lance_io::object_store::{ObjectStore as LanceStore, ObjectStoreParams};
 use object_store::ObjectStore;
 
+use super::layout::is_staged;
 use super::location::{Location, Place};
 use super::schema::Table;
 use super::waiting::Waiting;
@@ -30,16 +31,6 @@ pub async fn disk_bytes(location: &Location) -> Option<u64> {
         }
         Place::Remote => None,
     }
-}
-
-/// Whether a file of this name is one that a writer has begun and not moved to its place.
-pub fn is_staged(name: &str) -> bool {
-    let of_object_store = name
-        .rsplit_once('#')
-        .is_some_and(|(file, n)| !file.is_empty() && !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
-    // A snapshot's file before it has its name.
-    let of_lance = name.rsplit_once(".json.tmp.").is_some_and(|(file, id)| !file.is_empty() && !id.is_empty());
-    of_object_store || of_lance
 }
 
 /// Returns the files that writers of a local store have begun and not moved to their places, with their bytes: the object store

@@ -12,6 +12,7 @@ use lance_io::object_store::{ObjectStoreParams, ObjectStoreRegistry, WrappingObj
 use super::address;
 use super::durable::Durable;
 use super::format::{Format, Formats};
+use super::layout::{VERSION_HINT, VERSIONS, version_of};
 use super::memory::Memory;
 use super::on_wait::OnWait;
 use super::synced;
@@ -186,7 +187,7 @@ impl Location {
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to, and so is what is
     /// there already, which somebody may have begun who was killed.
     pub async fn open_for_write(&self, table: &str) -> lance::Result<Dataset> {
-        synced::tables(self, [table.to_owned()]).await.map_err(|e| lance::Error::io(e.to_string()))?;
+        synced::tables(self.local(), [table.to_owned()]).await.map_err(|e| lance::Error::io(e.to_string()))?;
         let builder = DatasetBuilder::from_uri(self.write_uri(table))
             .with_session(self.session.clone())
             .with_store_params(self.store_params());
@@ -231,20 +232,6 @@ impl Location {
         };
         (self.write_uri(table), params)
     }
-}
-
-/// The folder of a table that holds its manifests, one for each version.
-pub const VERSIONS: &str = "_versions";
-
-/// The file beside a table's manifests in which Lance writes the number of the last version.
-pub const VERSION_HINT: &str = "latest_version_hint.json";
-
-/// Returns the version that a manifest's name stands for: counted down from the greatest number, so that the newest comes first, or
-/// as it is in older tables. `None` for other files.
-pub fn version_of(file: &str) -> Option<u64> {
-    let number = file.strip_suffix(".manifest")?;
-    let parsed: u64 = number.parse().ok()?;
-    Some(if number.len() == 20 { u64::MAX - parsed } else { parsed })
 }
 
 /// Tries whether a store could be made, or written to, at an address, before the work that goes there. Nothing is made.

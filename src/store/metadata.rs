@@ -6,8 +6,9 @@ use lance::index::DatasetIndexExt;
 use serde::Serialize;
 
 use super::catalogue;
+use super::layout::{VERSIONS, version_of};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, VERSIONS, version_of};
+use super::location::Location;
 use super::remedy::Remedy;
 use super::schema::{ARTIFACTS, LAYERS, Table};
 use super::versions::{tag, tag_file, tag_names};

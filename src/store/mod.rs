@@ -21,6 +21,7 @@ mod format;
 mod gc;
 mod handle;
 mod heal;
+mod layout;
 mod listing;
 mod location;
 mod lock;

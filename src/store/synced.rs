@@ -7,7 +7,7 @@
 use std::io::{Error as IoError, ErrorKind};
 use std::path::Path;
 
-use super::location::{Location, VERSIONS};
+use super::layout::VERSIONS;
 use crate::error::{Error, Result};
 
 /// Folders of a table that hold what a version is made of.
@@ -43,12 +43,12 @@ pub fn create_all(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Syncs the directories of tables on the local file system, and the store's own.
+/// Syncs the directories of tables of a store on the local file system, and the store's own; nothing of a store elsewhere.
 ///
 /// # Errors
 /// When one cannot be synced.
-pub async fn tables(location: &Location, names: impl IntoIterator<Item = String>) -> std::io::Result<()> {
-    let Some(store) = location.local().map(Path::to_owned) else {
+pub async fn tables(store: Option<&Path>, names: impl IntoIterator<Item = String>) -> std::io::Result<()> {
+    let Some(store) = store.map(Path::to_owned) else {
         return Ok(());
     };
     let names: Vec<String> = names.into_iter().collect();

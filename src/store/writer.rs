@@ -471,7 +471,9 @@ impl Writer {
             tables.extend(record.locations.0.keys().cloned());
         }
         // Of artifacts that the store had, nobody may have seen to it.
-        synced::tables(&self.shared.location, tables).await.map_err(|e| Error::io(self.shared.location.uri(), e))?;
+        synced::tables(self.shared.location.local(), tables)
+            .await
+            .map_err(|e| Error::io(self.shared.location.uri(), e))?;
         replace(&self.shared.location, (model, scope), &records, operation, message).await
     }
 }

@@ -219,7 +219,7 @@ def test_gradients_through_attention():
         torch.testing.assert_close(one, x.grad, atol=1e-4, rtol=1e-3)
 
 
-def test_models_of_transformers_run_from_the_store(store):
+def llama(tied=True):
     import transformers
 
     config = transformers.LlamaConfig(
@@ -229,9 +229,15 @@ def test_models_of_transformers_run_from_the_store(store):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_models_of_transformers_run_from_the_store(store):
+    import transformers
+
+    model = llama()
     tokens = torch.randint(0, 64, (2, 10))
     lt.import_module(store, model, "dense")
     whole = from_store(store, "dense")
@@ -263,16 +269,7 @@ def test_a_model_of_transformers_is_saved_and_opened_again(store, tmp_path, capl
     from layerstore.transformers import LayerstoreConfig
 
     for tied in (True, False):
-        config = transformers.LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-        model = transformers.LlamaForCausalLM(config).eval()
+        model = llama(tied)
         with torch.no_grad():
             for norm in (module for module in model.modules() if isinstance(module, type(model.model.norm))):
                 norm.weight.uniform_(0.5, 2)

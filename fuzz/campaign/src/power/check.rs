@@ -1,28 +1,13 @@
 //! Whether a store that a loss of power left is what its commands acknowledged.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::Value;
-
+use super::finding::{Finding, Stop, Wrong};
 use super::record::{Part, Recording, STORE};
-use crate::child::{Limits, Program, Trouble, TroubleKind};
-use crate::inputs::{Inputs, Rows, args, rows};
+use super::shown::{On, Shown};
+use crate::child::{Program, Trouble};
+use crate::inputs::{Inputs, args};
 use crate::step::Step;
-use crate::store::number;
-
-/// What a store shows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shown {
-    /// Versions, with their operations.
-    log: BTreeMap<u64, String>,
-    snapshots: BTreeMap<String, u64>,
-    /// Models of the latest version.
-    models: Models,
-}
-
-/// The layers of models.
-type Models = BTreeMap<String, Rows>;
 
 /// What a loss left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,131 +16,6 @@ pub enum Left {
     Old,
     /// That, and what the command that was running does, or a part of it where it is a gc.
     New,
-}
-
-/// A kind of finding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Wrong {
-    /// What was acknowledged is not there, is another, or cannot be read.
-    Lost,
-    /// `verify` finds something.
-    Verify,
-    /// An import or a gc fails, or `verify` finds something after them.
-    CannotGoOn,
-    Panicked,
-    Hung,
-}
-
-impl Wrong {
-    pub const ALL: [Wrong; 5] = [Wrong::Lost, Wrong::Verify, Wrong::CannotGoOn, Wrong::Panicked, Wrong::Hung];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Wrong::Lost => "lost",
-            Wrong::Verify => "verify",
-            Wrong::CannotGoOn => "cannot go on",
-            Wrong::Panicked => "panicked",
-            Wrong::Hung => "hung",
-        }
-    }
-}
-
-/// Something that a loss must not leave.
-#[derive(Debug)]
-pub struct Finding {
-    pub wrong: Wrong,
-    pub what: String,
-}
-
-impl Finding {
-    /// What a round of another kind would count as this.
-    pub fn from_trouble(kind: TroubleKind, what: String) -> Finding {
-        let wrong = match kind {
-            TroubleKind::Panicked => Wrong::Panicked,
-            TroubleKind::Hung => Wrong::Hung,
-            TroubleKind::Lost | TroubleKind::Campaign => Wrong::Lost,
-        };
-        Finding { wrong, what }
-    }
-}
-
-/// A finding, or what ends the campaign.
-enum Stop {
-    Found(Finding),
-    Trouble(Trouble),
-}
-
-impl Stop {
-    fn found(wrong: Wrong, what: impl Into<String>) -> Stop {
-        Stop::Found(Finding { wrong, what: what.into() })
-    }
-}
-
-impl From<Trouble> for Stop {
-    fn from(trouble: Trouble) -> Stop {
-        match trouble.kind {
-            TroubleKind::Campaign => Stop::Trouble(trouble),
-            kind => Stop::Found(Finding::from_trouble(kind, trouble.what)),
-        }
-    }
-}
-
-/// A program on one store.
-#[derive(Clone, Copy)]
-struct On<'a> {
-    program: &'a Program,
-    folder: &'a Path,
-    store: &'a Path,
-}
-
-impl On<'_> {
-    /// What a command prints; a refusal is a finding of this kind.
-    fn json(self, wrong: Wrong, args: &[String]) -> Result<Value, Stop> {
-        let ran = self.program.run(self.folder, self.store, args, Limits::default(), |_| false)?;
-        match ran.is_done() {
-            true => serde_json::from_str(&ran.out).map_err(|e| Stop::found(wrong, format!("{e}: {}", ran.told()))),
-            false => Err(Stop::found(wrong, ran.told())),
-        }
-    }
-
-    fn shown(self) -> Result<Shown, Stop> {
-        let text = |entry: &Value, name: &str| entry[name].as_str().unwrap_or_default().to_owned();
-        let log = self.json(Wrong::Lost, &args!["log"])?;
-        let version = |entry: &Value| Ok((number(entry, "version")?, text(entry, "operation")));
-        let log = log.as_array().into_iter().flatten().map(version).collect::<Result<_, Trouble>>()?;
-        let list = self.json(Wrong::Lost, &args!["snapshot", "list"])?;
-        let snapshot = |entry: &Value| Ok((text(entry, "name"), number(entry, "version")?));
-        let snapshots = list.as_array().into_iter().flatten().map(snapshot).collect::<Result<_, Trouble>>()?;
-        Ok(Shown { log, snapshots, models: self.models(&[])? })
-    }
-
-    /// The models of the latest version, or of the one that arguments name.
-    fn models(self, at: &[String]) -> Result<Models, Stop> {
-        let list = self.json(Wrong::Lost, &[at, &args!["models"]].concat())?;
-        let names = list.as_array().into_iter().flatten().filter_map(|model| model["model"].as_str());
-        let layers = |name: &str| {
-            let layers = self.json(Wrong::Lost, &[at, &args!["layers", name]].concat())?;
-            Ok((name.to_owned(), rows(&layers)?))
-        };
-        names.map(layers).collect()
-    }
-
-    fn verify(self, wrong: Wrong) -> Result<(), Stop> {
-        let verified = self.json(wrong, &args!["verify"])?;
-        let count = |name: &str| verified.get(name).and_then(Value::as_array).map(Vec::len);
-        match (count("corrupt"), count("damaged").unwrap_or(0)) {
-            (Some(0), 0) => Ok(()),
-            _ => Err(Stop::found(wrong, format!("verify: {verified}"))),
-        }
-    }
-}
-
-/// What a store shows that nothing has disturbed.
-pub fn shown(program: &Program, folder: &Path, store: &Path) -> Result<Shown, Trouble> {
-    On { program, folder, store }.shown().map_err(|stop| match stop {
-        Stop::Found(finding) => Trouble::lost(finding.what),
-        Stop::Trouble(trouble) => trouble,
-    })
 }
 
 /// What trees of a recording are checked with.
@@ -253,29 +113,5 @@ impl Check<'_> {
         on.json(wrong, &import.args(self.inputs))?;
         on.json(wrong, &Step::Collect.args(self.inputs))?;
         on.verify(wrong)
-    }
-}
-
-impl Shown {
-    /// Whether a gc that leads from one state to another has removed some of the versions that it removes.
-    fn is_between(&self, before: &Shown, after: &Shown) -> bool {
-        let is_in =
-            |part: &Shown, whole: &Shown| part.log.iter().all(|(v, operation)| whole.log.get(v) == Some(operation));
-        (&self.snapshots, &self.models) == (&before.snapshots, &before.models)
-            && is_in(after, self)
-            && is_in(self, before)
-    }
-
-    /// What a message says of it.
-    fn told(&self) -> String {
-        let versions = self.log.keys().map(u64::to_string).collect();
-        let snapshots = self.snapshots.iter().map(|(name, version)| format!("{name} = {version}")).collect();
-        let models = self.models.iter().map(|(model, rows)| format!("{model} of {} layers", rows.len())).collect();
-        let [versions, snapshots, models] =
-            [versions, snapshots, models].map(|names: Vec<String>| match names.is_empty() {
-                true => "none".to_owned(),
-                false => names.join(", "),
-            });
-        format!("[versions {versions} | snapshots {snapshots} | models {models}]")
     }
 }

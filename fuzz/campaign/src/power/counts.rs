@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::check::{Finding, Left, Wrong};
+use super::check::Left;
+use super::finding::{Finding, Wrong};
 
 /// All counts.
 #[derive(Debug, Default)]

@@ -5,8 +5,10 @@ mod check;
 mod counts;
 mod crash;
 mod disk;
+mod finding;
 mod log;
 mod record;
+mod shown;
 mod tree;
 
 use std::collections::{BTreeMap, HashSet};
@@ -19,9 +21,10 @@ use fastrand::Rng;
 use crate::child::{Program, Trouble, TroubleKind};
 use crate::inputs::Inputs;
 use crate::store::copy;
-use check::{Check, Finding};
+use check::Check;
 use counts::shortened;
 use crash::{Loss, Model, left};
+use finding::Finding;
 use log::wrong;
 use record::{Recorder, Recording, commands, name, told_kills};
 

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use fastrand::Rng;
 
-use super::check::{Shown, shown};
 use super::crash::{Loss, Model, left};
 use super::disk::Disk;
 use super::log::{read, wrong};
+use super::shown::{Shown, shown};
 use crate::child::{Program, Ran, Recorded, Trouble, TroubleKind};
 use crate::inputs::Inputs;
 use crate::step::Step;
