@@ -54,6 +54,9 @@ def import_model(
     Ctrl-C, and an error of any worker, ends all; nothing is committed then, and what was made is found by the next import. Raises what
     ``Store.import_model`` raises, and ``LayerstoreError`` for layers whose workers died again and again.
     """
+    for what, value, least in (("workers", workers, 1), ("retries", retries, 0), ("batch_bytes", batch_bytes, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InvalidInputError(f"{what}: found {value!r}, expected a whole number, {least} or more")
     path, uri = os.fspath(path), os.fspath(store)
     if "://" not in uri:
         uri = str(Path(uri).expanduser().absolute())

@@ -75,6 +75,10 @@ def test_what_is_there_is_not_made_again(tmp_path, rules):
 def test_errors_are_the_imports(tmp_path):
     with pytest.raises(InvalidInputError, match="memory"):
         lr.import_model(MODEL, "m", store="memory://x")
+    for wrong in ({"workers": 0}, {"workers": True}, {"retries": -1}, {"batch_bytes": 0}, {"workers": 1.5}):
+        with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+            lr.import_model(MODEL, "m", store=tmp_path / "s", **wrong)
+    assert not (tmp_path / "s").exists()
     # Found by the driver, before any worker.
     wrong = [{"layers": ".*", "method": "low_rank", "rank": -1}]
     with pytest.raises(InvalidInputError):
