@@ -3,6 +3,7 @@
 # make test-frameworks   the same for PyTorch, transformers, peft and llama.cpp
 # make wheel      the Python package as a wheel that needs no Rust
 # make power      losses of power, simulated from what the built binary does to files
+# make scale      a large checkpoint imported, killed meanwhile, and what it took
 # make campaign   kills, damage, full disks and crowds against the built binary
 # Each does its own set-up in .venv; see CONTRIBUTING.md for the rest.
 
@@ -15,7 +16,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo demo-minilm compare test python test-frameworks wheel campaign power fuzz fuzz-core mutations lint bench check-kernels doc clean
+.PHONY: demo demo-minilm compare test python test-frameworks wheel campaign power scale fuzz fuzz-core mutations lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --lib --bins --examples
@@ -69,6 +70,12 @@ campaign: campaign-built
 POWER ?= --losses 10000
 power: campaign-built
 	$(CAMPAIGN_RUN) --only power $(POWER)
+
+# A sparse checkpoint, imported whole, again, and with kills: make scale SCALE="--gib 30 --shards 8 --kills 5"
+SCALE ?= --gib 2 --shards 4 --kills 3
+scale: $(VENV)/.ready
+	$(CARGO) build --bin layerstore
+	$(BIN)/python scripts/import_scale.py $(TARGET)/debug/layerstore $(SCALE)
 
 .PHONY: campaign-built
 campaign-built: $(VENV)/.ready

@@ -1,7 +1,9 @@
 //! Opening, loading, naming and importing, each beside what it is measured against in the same run. `make bench`.
 //!
-//! `cargo bench -- load` runs a part: `resolve`, `load`, `snapshot` or `import`. The times are medians. MiniLM is imported where `demo/minilm` holds it (`make demo` fetches it), calibrated with
+//! `cargo bench -- load` runs a part: `resolve`, `load`, `snapshot`, `import` or `scale`. The times are medians. MiniLM is imported where `demo/minilm` holds it (`make demo` fetches it), calibrated with
 //! `demo/calibration.safetensors`.
+
+mod scale;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -27,6 +29,10 @@ fn main() -> Result<()> {
     if let [order, uri, raws @ ..] = &arguments[..] {
         return tokio::runtime::Runtime::new()?.block_on(load_in_turn(uri, raws, order == "--read"));
     }
+    let arguments: Vec<String> = std::env::args().skip_while(|a| a != "--scale").skip(1).collect();
+    if let [what, uri, model] = &arguments[..] {
+        return tokio::runtime::Runtime::new()?.block_on(scale::measure(what, uri, model));
+    }
     let named: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let wanted = |name: &str| named.is_empty() || named.iter().any(|n| n == name);
     let runtime = tokio::runtime::Runtime::new()?;
@@ -43,6 +49,9 @@ fn main() -> Result<()> {
         }
         if wanted("import") {
             import_minilm(folder.path()).await?;
+        }
+        if wanted("scale") {
+            scale::scale(folder.path()).await?;
         }
         Ok(())
     })

@@ -414,8 +414,11 @@ pub struct Writer {
 
 impl Writer {
     /// Returns the artifact that was made by this recipe, if the store has it.
-    pub fn made_by(&self, recipe: &[u8; 32]) -> Option<&ArtifactInfo> {
-        self.writer.made_by(recipe)
+    ///
+    /// # Errors
+    /// As [`Writer::made_by`](crate::Writer::made_by).
+    pub fn made_by(&mut self, recipe: &[u8; 32]) -> Result<Option<&ArtifactInfo>> {
+        self.runtime.block_on(self.writer.made_by(recipe))
     }
 
     /// Returns the artifact that was made by this recipe, if the store has it and it is what was written.

@@ -93,7 +93,8 @@ pub use store::{
     DamagedMetadata, DeletedSnapshot, Diff, ErrorBasis, FORMAT_VERSION, GcReport, KeyIndexReport, LayerChange,
     LayerHandle, LayerName, LayerRecord, LayerState, Lease, ModelFile, ModelSummary, ModuleHandle, NearKey, OnWait,
     Provenance, Reader, Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State,
-    Stats, Store, StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend, save_backend,
+    Stats, StorageOptions, Store, StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend,
+    save_backend,
 };
 
 pub use work::{Cancel, Progress, Silent};

@@ -53,9 +53,15 @@ def open(
     verify_loads: bool = False,
     reader: str | None = None,
     for_repair: bool = False,
+    storage_options: dict[str, str] | None = None,
 ) -> Store: ...
 def create(
-    uri: _Path, *, cache_bytes: int | None = None, verify_loads: bool = False, reader: str | None = None
+    uri: _Path,
+    *,
+    cache_bytes: int | None = None,
+    verify_loads: bool = False,
+    reader: str | None = None,
+    storage_options: dict[str, str] | None = None,
 ) -> Store: ...
 def compress(
     weight: _Array,

@@ -64,7 +64,7 @@ impl Snapshot {
             return plain(py, run(py, self.inner.layer(model, layer))?.record());
         }
         let (layers, files) = (run(py, self.inner.layers(model))?, run(py, self.inner.files(model))?);
-        let summary = run(py, self.inner.models())?.into_iter().find(|found| found.model == model);
+        let summary = run(py, self.inner.summary(model))?;
         let mut all = serde_json::to_value(&summary).unwrap_or_default();
         if let Some(all) = all.as_object_mut() {
             all.insert("layers".into(), json!(layers));

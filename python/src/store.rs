@@ -1,5 +1,6 @@
 //! The store.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -37,8 +38,10 @@ fn options(
     cache_bytes: Option<u64>,
     verify_loads: bool,
     reader: Option<&str>,
+    storage_options: Option<HashMap<String, String>>,
 ) -> PyResult<StoreOptions> {
-    let mut options = StoreOptions { verify_loads, ..StoreOptions::default() };
+    let storage_options = storage_options.unwrap_or_default().into_iter().collect();
+    let mut options = StoreOptions { verify_loads, storage_options, ..StoreOptions::default() };
     if let Some(bytes) = cache_bytes {
         options.cache_bytes = bytes;
     }
@@ -54,9 +57,10 @@ fn options(
 /// Opens a store at a path or URI.
 ///
 /// `cache_bytes` bounds the loaded layers that are kept, 1 GiB where it is not said. `verify_loads=True` hashes every layer that is read.
-/// `for_repair=True` opens a damaged store to verify and repair it. Raises `InvalidInputError` where there is no store.
+/// `for_repair=True` opens a damaged store to verify and repair it. `storage_options` say how a store at `s3://` is reached, beside the
+/// `AWS_` variables of the environment: `endpoint`, `region`, `access_key_id`, `secret_access_key` and others. Raises `InvalidInputError` where there is no store.
 #[pyfunction]
-#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, for_repair = false))]
+#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, for_repair = false, storage_options = None))]
 pub fn open(
     py: Python<'_>,
     uri: PathBuf,
@@ -64,8 +68,9 @@ pub fn open(
     verify_loads: bool,
     reader: Option<&str>,
     for_repair: bool,
+    storage_options: Option<HashMap<String, String>>,
 ) -> PyResult<Store> {
-    let options = options(py, cache_bytes, verify_loads, reader)?;
+    let options = options(py, cache_bytes, verify_loads, reader, storage_options)?;
     let uri = uri.to_string_lossy();
     let inner = match for_repair {
         true => run(py, Inner::open_for_repair(&uri, options))?,
@@ -76,15 +81,16 @@ pub fn open(
 
 /// Opens a store at a path or URI, or makes an empty one there.
 #[pyfunction]
-#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None))]
+#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, storage_options = None))]
 pub fn create(
     py: Python<'_>,
     uri: PathBuf,
     cache_bytes: Option<u64>,
     verify_loads: bool,
     reader: Option<&str>,
+    storage_options: Option<HashMap<String, String>>,
 ) -> PyResult<Store> {
-    let options = options(py, cache_bytes, verify_loads, reader)?;
+    let options = options(py, cache_bytes, verify_loads, reader, storage_options)?;
     Ok(Store { inner: run(py, Inner::create_with(&uri.to_string_lossy(), options))? })
 }
 

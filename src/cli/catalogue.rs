@@ -122,8 +122,7 @@ pub async fn show_model(context: &Context, model: &str, verify: bool) -> Result<
             snapshot.handle(record.clone()).load().await?;
         }
     }
-    let summary = snapshot.models().await?.into_iter().find(|summary| summary.model == model);
-    let Some(summary) = summary else { return Ok(1) };
+    let summary = snapshot.summary(model).await?;
     // An artifact of several layers is stored once.
     let mut seen = BTreeSet::new();
     let once: Vec<&LayerRecord> =

@@ -37,12 +37,12 @@ pub async fn copy(context: &Context, args: CopyArgs) -> Result<u8> {
             return Err(Error::Usage { option: "copy".into(), found, expected: "MODEL [LAYER] STORE".into() });
         }
     };
-    check_place(store)?;
+    check_place(store, &context.options_of(store).storage_options)?;
     let snapshot = context.snapshot().await?;
     // What is not there to be copied is found before a store is made.
     let selected = Selected::new(&snapshot, model, layer.map(String::as_str)).await?;
     let cancel = cancel_on_interrupt();
-    let to = cancel.unless(Store::create_with(store, context.options())).await?;
+    let to = cancel.unless(Store::create_with(store, context.options_of(store))).await?;
     let report = selected.copy_into(&to, &context.output.progress(), &cancel).await?;
     let copied = Copied { report, layer: layer.cloned(), store: store.clone() };
     context.output.result(&copied, |c| {

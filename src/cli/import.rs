@@ -17,7 +17,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     context.refuse_at("import")?;
     // Everything that can be wrong with the arguments is found before a store is made.
     check_model_name(&args.model)?;
-    check_place(&context.store)?;
+    check_place(&context.store, &context.storage_options)?;
     let rules = args.rules.as_deref().map(Rules::open).transpose()?.unwrap_or_default();
     let calibration = args.calibration.as_deref().map(CalibrationFile::open).transpose()?;
     let source =

@@ -27,7 +27,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::{Output, say};
 use crate::error::{Error, Result};
-use crate::store::{OnWait, Snapshot, Store, StoreOptions};
+use crate::store::{OnWait, Snapshot, StorageOptions, Store, StoreOptions};
 
 /// An embedded store for compressed neural-network layers.
 #[derive(Debug, Parser)]
@@ -39,6 +39,11 @@ pub struct Cli {
     /// Read at this snapshot, or version number, in place of the latest version; snapshot create names it.
     #[arg(long, global = true, value_name = "SNAPSHOT")]
     at: Option<String>,
+    /// How the storage of stores at s3:// is reached, beside the AWS_ variables of the environment: endpoint, region, access_key_id and
+    /// others, several times over. Other users of the machine may see the arguments of a command; secrets are better in the
+    /// environment.
+    #[arg(long = "storage-option", global = true, value_name = "KEY=VALUE", value_parser = storage_option)]
+    storage_options: Vec<(String, String)>,
     /// How results are printed; json is one document on standard output.
     #[arg(long, global = true, value_enum, default_value = "table")]
     format: Format,
@@ -54,6 +59,14 @@ fn address(given: &str) -> Result<String, &'static str> {
     match given {
         "" => Err("the address is empty; expected a directory or a URI, or LAYERSTORE_URI not set, for ./layers"),
         given => Ok(given.to_owned()),
+    }
+}
+
+/// A storage option. The error does not repeat what may be a secret.
+fn storage_option(given: &str) -> Result<(String, String), &'static str> {
+    match given.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE"),
     }
 }
 
@@ -425,7 +438,13 @@ fn run_to_the_end(cli: Cli) -> u8 {
 
 async fn run(cli: Cli) -> Result<u8> {
     let output = Output::new(cli.format == Format::Json, cli.quiet);
-    let context = Context { store: cli.store, at: cli.at, verify_loads: cli.command.verifies_loads(), output };
+    let context = Context {
+        store: cli.store,
+        at: cli.at,
+        verify_loads: cli.command.verifies_loads(),
+        storage_options: cli.storage_options.into_iter().collect(),
+        output,
+    };
     match cli.command {
         Command::Import(args) => import::import(&context, args).await,
         Command::Export(args) => export::export(&context, args).await,
@@ -499,6 +518,7 @@ struct Context {
     store: String,
     at: Option<String>,
     verify_loads: bool,
+    storage_options: StorageOptions,
     output: Output,
 }
 
@@ -520,7 +540,20 @@ impl Context {
     fn options(&self) -> StoreOptions {
         let output = self.output;
         let on_wait = OnWait::new(move |what| output.note(format!("{what} (Ctrl-C gives up)")));
-        StoreOptions { on_wait: Some(on_wait), verify_loads: self.verify_loads, ..StoreOptions::default() }
+        StoreOptions {
+            on_wait: Some(on_wait),
+            verify_loads: self.verify_loads,
+            storage_options: self.storage_options.clone(),
+            ..StoreOptions::default()
+        }
+    }
+
+    /// How a store beside the one at `--store` is opened: storage options are for both, where both are on S3.
+    fn options_of(&self, store: &str) -> StoreOptions {
+        match store.starts_with("s3://") {
+            true => self.options(),
+            false => StoreOptions { storage_options: StorageOptions::new(), ..self.options() },
+        }
     }
 
     /// The version that a reading command reads.

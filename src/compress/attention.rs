@@ -190,7 +190,7 @@ pub(super) fn block_recipe(inputs: &Inputs, block: &PlannedBlock) -> Result<[u8;
         match &projection.source.content {
             SourceContent::Tensors { weight, bias } => {
                 for tensor in std::iter::once(weight).chain(bias) {
-                    recipe.tensor(&*inputs.source, tensor)?;
+                    recipe.tensor(inputs.source(), tensor)?;
                 }
             }
             SourceContent::Ready { layer, .. } => recipe.artifact(layer.load()?.to_parts().id()),
@@ -210,7 +210,7 @@ pub(super) fn make_block(inputs: &Inputs, planned: &PlannedBlock) -> Result<(VqA
         let Some(calibration) = &inputs.calibration else { return Ok(None) };
         let found = calibration.get(&projection.source.name, projection.shape().1)?;
         let found = found.filter(|found| found.sample().nrows() > 0);
-        found.map(|found| projection.of(&*inputs.source, found.sample())).transpose()
+        found.map(|found| projection.of(inputs.source(), found.sample())).transpose()
     });
     let mut next = || of_places.next().unwrap_or(Ok(None));
     let (queries, keys, values): (Option<Array2<f32>>, _, _) = (next()?, next()?, next()?);

@@ -156,8 +156,10 @@ async fn stored_block(snapshot: &Snapshot, model: &str, layer: &str) -> Result<O
 
 /// Reads the model's rows; none where there is no such model yet.
 async fn layers_of(snapshot: &Snapshot, model: &str) -> Result<Vec<LayerRecord>> {
-    let known = snapshot.models().await?.iter().any(|m| m.model == model);
-    if known { snapshot.layers(model).await } else { Ok(vec![]) }
+    match snapshot.layers(model).await {
+        Err(Error::UnknownModel { .. }) => Ok(vec![]),
+        found => found,
+    }
 }
 
 /// Returns the settings to train with: those that were given, else the block's own.

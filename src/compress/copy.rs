@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::layer::{Method, ModuleLayer, VqAttentionConfig};
+use crate::layer::{ArtifactId, Method, ModuleLayer, VqAttentionConfig};
 use crate::store::{LayerHandle, LayerRecord, Provenance, RowLocations, Scope, Snapshot, Store, Writer};
 use crate::work::{Cancel, Progress};
 
@@ -96,7 +96,8 @@ impl<'a> Selected<'a> {
 
     /// Adds the artifacts, and returns the rows of the catalogue that name them.
     async fn add_to(&self, writer: &mut Writer, progress: &dyn Progress, cancel: &Cancel) -> Result<Vec<LayerRecord>> {
-        let recipes = cancel.unless(self.snapshot.recipes()).await?;
+        let artifacts: Vec<ArtifactId> = self.layers.iter().map(|handle| handle.record().artifact).collect();
+        let recipes = cancel.unless(self.snapshot.recipes(&artifacts)).await?;
         let mut records = Vec::with_capacity(self.layers.len());
         for handle in &self.layers {
             let record = handle.record();

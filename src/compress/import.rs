@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
+use futures::FutureExt;
+
 use super::arranged::arranged;
 use super::calibration::CalibrationFile;
 use super::inputs::Inputs;
@@ -78,8 +80,8 @@ pub async fn import(
     options: ImportOptions,
 ) -> Result<ImportReport> {
     // Boxed, so that callers' futures do not nest as deep as the compiler's limit.
-    let prepared = Box::pin(Prepared::new(source, model, options)).await?;
-    Box::pin(prepared.import_into(store)).await
+    let prepared = Prepared::new(source, model, options).boxed().await?;
+    prepared.import_into(store).boxed().await
 }
 
 /// Compresses layers of a source, and attention blocks, and adds their artifacts to the store; nothing is committed.
@@ -104,8 +106,8 @@ pub async fn compress_layers(
         ));
     }
     let only = layers.iter().cloned().collect();
-    let prepared = Box::pin(Prepared::of(source, NO_MODEL, Some(only), options)).await?;
-    Box::pin(prepared.compress_into(store)).await
+    let prepared = Prepared::of(source, NO_MODEL, Some(only), options).boxed().await?;
+    prepared.compress_into(store).boxed().await
 }
 
 /// The model of layers that become no model's.
@@ -153,12 +155,12 @@ impl Prepared {
             None => None,
         };
         let promise = text.as_ref().map(TextCalibration::promise);
-        let inputs = Arc::new(Inputs { source, calibration: calibration.map(Arc::new), heads: None });
+        let inputs = Arc::new(Inputs::new(source, calibration.map(Arc::new)));
         let work = {
             let (inputs, cancel) = (inputs.clone(), cancel.clone());
             move || {
                 let calibration = promise.as_ref().or(inputs.calibration.as_deref());
-                checked(&*inputs.source, &rules, calibration, only.as_ref(), &cancel)
+                checked(inputs.source(), &rules, calibration, only.as_ref(), &cancel)
             }
         };
         let work = unless_cancelled(&cancel, work).await?;
@@ -171,9 +173,7 @@ impl Prepared {
         let bytes = layers.iter().map(Planned::dense_bytes).sum::<Result<u64>>()?;
         progress.started(layers.len() + blocks.len(), bytes);
         let mut session = ImportSession::begin(store, &model, &progress, &cancel).await?;
-        for layer in layers {
-            session.add(&inputs, layer).await?;
-        }
+        session.add_all(&inputs, layers).await?;
         for block in blocks {
             session.add(&inputs, block).await?;
         }
@@ -197,9 +197,7 @@ impl Prepared {
         if let Some(text) = text {
             session.add_while_reading(text, &inputs, &mut layers, &mut blocks).await?;
         }
-        for layer in layers {
-            session.add(&inputs, layer).await?;
-        }
+        session.add_all(&inputs, layers).await?;
         for block in blocks {
             session.add(&inputs, block).await?;
         }
@@ -210,7 +208,7 @@ impl Prepared {
         }
         // What is said of the whole checkpoint is stored once, with its first layer.
         if let Some(first) = session.records.first_mut() {
-            first.source.metadata = inputs.source.metadata();
+            first.source.metadata = inputs.source().metadata();
         }
         session.commit(message.as_deref(), Remarks { unused_rules, unmatched_calibration, notes }).await
     }

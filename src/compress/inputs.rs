@@ -7,14 +7,41 @@ use layerstore_core::transformer::BlockInput;
 use ndarray::{Array2, ArrayView2};
 
 use super::calibration::CalibrationFile;
+use super::hashed::HashedSource;
 use crate::formats::TensorSource;
 
 /// What layers are made from.
 pub(super) struct Inputs {
-    pub source: Arc<dyn TensorSource>,
+    source: Arc<HashedSource>,
     pub calibration: Option<Arc<CalibrationFile>>,
     /// What the attention of the model's block has for inputs, where the model has read a text.
     pub heads: Option<Arc<AttentionInputs>>,
+}
+
+impl Inputs {
+    pub fn new(source: Arc<dyn TensorSource>, calibration: Option<Arc<CalibrationFile>>) -> Self {
+        Inputs { source: Arc::new(HashedSource::new(source)), calibration, heads: None }
+    }
+
+    /// Returns inputs of the same source with other statistics.
+    pub fn with(&self, calibration: Option<Arc<CalibrationFile>>, heads: Option<Arc<AttentionInputs>>) -> Self {
+        Inputs { source: self.source.clone(), calibration, heads }
+    }
+
+    /// Returns the source of tensors.
+    pub fn source(&self) -> &dyn TensorSource {
+        &*self.source
+    }
+
+    /// Returns the source, to be shared.
+    pub fn shared_source(&self) -> Arc<dyn TensorSource> {
+        self.source.clone()
+    }
+
+    /// Returns the source as what reads ahead.
+    pub fn ahead(&self) -> &Arc<HashedSource> {
+        &self.source
+    }
 }
 
 /// Queries, keys and values as a model's attention has them, the first of a text's.

@@ -12,7 +12,7 @@ use super::measure::measure;
 use super::plan::Planned;
 use super::recipe::Recipe;
 use crate::error::{Error, Result};
-use crate::formats::{SideFile, SourceContent, TensorSource};
+use crate::formats::{SideFile, SourceContent, TensorInfo, TensorSource};
 use crate::layer::parts::Tensor;
 use crate::layer::{CorrectionReport, DenseLayer, FileLayer, KeyValueLayer, Layer, Parts, SearchReport, SharedLayer};
 use crate::store::{ErrorBasis, Source, adapted, source_tensors};
@@ -26,6 +26,11 @@ pub(super) trait Item: Clone + Send + Sync + 'static {
 
     /// Bytes in the source.
     fn dense_bytes(&self) -> Result<u64>;
+
+    /// The tensor of the source that making the layer reads, where it reads one.
+    fn tensor(&self) -> Option<&TensorInfo> {
+        None
+    }
 
     /// Names what the layer is made from and how, and where it comes from.
     fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)>;
@@ -61,9 +66,16 @@ impl Item for Planned {
         Planned::dense_bytes(self)
     }
 
+    fn tensor(&self) -> Option<&TensorInfo> {
+        match &self.source.content {
+            SourceContent::Tensors { weight, .. } => Some(weight),
+            SourceContent::Ready { .. } => None,
+        }
+    }
+
     fn recipe(&self, inputs: &Inputs) -> Result<([u8; 32], Source)> {
         let mut recipe = Recipe::new();
-        let from = &*inputs.source;
+        let from = inputs.source();
         let source = match &self.source.content {
             SourceContent::Tensors { weight, bias } => {
                 let tensors = std::iter::once(weight).chain(bias).map(|tensor| recipe.tensor(from, tensor));
@@ -89,11 +101,11 @@ impl Item for Planned {
     }
 
     fn make(&self, inputs: &Inputs) -> Result<Compressed> {
-        let Some(method) = &self.method else { return self.as_it_is(&*inputs.source) };
+        let Some(method) = &self.method else { return self.as_it_is(inputs.source()) };
         let (weight, bias) = match &self.source.content {
             SourceContent::Tensors { weight, bias } => {
-                let bias = bias.as_ref().map(|b| inputs.source.vector(b)).transpose()?;
-                (inputs.source.matrix(weight)?, bias)
+                let bias = bias.as_ref().map(|b| inputs.source().vector(b)).transpose()?;
+                (inputs.source().matrix(weight)?, bias)
             }
             SourceContent::Ready { layer, .. } => {
                 let layer = layer.load()?;
@@ -143,8 +155,7 @@ impl Planned {
             SourceContent::Ready { layer, .. } => (layer.load()?.to_parts(), None),
             SourceContent::Tensors { weight, bias } => {
                 let bias = bias.as_ref().map(|b| {
-                    source.refuse_nan(b)?;
-                    let data = source.bytes(b)?.into_owned().into();
+                    let data = source.bytes_without_nan(b)?.into_owned().into();
                     Ok::<_, Error>(Tensor {
                         name: "bias".into(),
                         dtype: dtype_name(b.dtype),
@@ -152,8 +163,7 @@ impl Planned {
                         data,
                     })
                 });
-                source.refuse_nan(weight)?;
-                let data = source.bytes(weight)?.into_owned().into();
+                let data = source.bytes_without_nan(weight)?.into_owned().into();
                 let layer = DenseLayer::new(weight.dtype, weight.shape.clone(), data, bias.transpose()?)?;
                 (layer.to_parts(), Some(0.0))
             }

@@ -8,6 +8,7 @@ mod codebooks;
 mod copy;
 mod evaluate;
 mod export;
+mod hashed;
 mod import;
 mod in_memory;
 mod inputs;

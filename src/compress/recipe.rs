@@ -28,13 +28,10 @@ impl Recipe {
         self.0.update_rayon(bytes);
     }
 
-    /// Hashes a tensor of the source, and returns how the catalogue refers to it.
+    /// Adds a tensor of the source by its hash, and returns how the catalogue refers to it.
     pub fn tensor(&mut self, source: &dyn TensorSource, tensor: &TensorInfo) -> Result<SourceTensor> {
         let dtype = dtype_name(tensor.dtype);
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{dtype} {:?} ", tensor.shape).as_bytes());
-        hasher.update_rayon(&source.bytes(tensor)?);
-        let hash = hasher.finalize().to_hex().to_string();
+        let hash = blake3::Hash::from_bytes(source.content_hash(tensor)?).to_hex().to_string();
         self.add(hash.as_bytes());
         let stored_as = source.stored_as(&tensor.name);
         Ok(SourceTensor { tensor: tensor.name.clone(), dtype, shape: tensor.shape.clone(), hash, stored_as })

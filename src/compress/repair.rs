@@ -194,10 +194,7 @@ impl Sources {
             let opened = match source {
                 RepairSource::Checkpoint(source) => {
                     let layers = source.layers();
-                    Opened::Checkpoint(
-                        Arc::new(Inputs { source, calibration: calibration.clone(), heads: None }),
-                        layers,
-                    )
+                    Opened::Checkpoint(Arc::new(Inputs::new(source, calibration.clone())), layers)
                 }
                 RepairSource::Store(store) => Opened::Store(store),
             };
@@ -263,7 +260,7 @@ impl Sources {
 
 /// Reads a file that belongs to a model again.
 fn file_again(inputs: &Inputs, id: ArtifactId, name: &str) -> Result<(Parts, Provenance)> {
-    let files = inputs.source.side_files();
+    let files = inputs.source().side_files();
     let file = files.iter().find(|file| file.name == name);
     let file = file.ok_or_else(|| Error::expected("file that belongs to the model", "none of its name", name))?;
     let parts = FileLayer::new(file.read()?).to_parts();
@@ -294,9 +291,9 @@ fn made_again(
     let (inputs, layers) = match row.source.tensors.iter().any(|tensor| tensor.stored_as.is_some()) {
         false => (inputs, layers),
         true => {
-            let source = seen_again(inputs.source.clone(), std::iter::once(row));
+            let source = seen_again(inputs.shared_source(), std::iter::once(row));
             again = source.layers();
-            seen = Inputs { source, calibration: inputs.calibration.clone(), heads: None };
+            seen = Inputs::new(source, inputs.calibration.clone());
             (&seen, &again[..])
         }
     };

@@ -17,16 +17,19 @@ use super::plan::Planned;
 use super::report::{CompressReport, ImportReport, LayerReport};
 use super::text_calibration::{Observed, TextCalibration};
 use crate::error::{Error, Result};
-use crate::formats::SideFile;
+use crate::formats::{SideFile, TensorInfo};
 use crate::layer::{CorrectionReport, Parts, SearchReport, SharedLayer};
 use crate::store::{
     ArtifactInfo, LayerRecord, ModelFile, Provenance, RowLocations, Source, Store, Writer, adapted, weight_bits,
 };
-use crate::tasks::unless_cancelled;
+use crate::tasks::{unless_cancelled, unwrap_join};
 use crate::work::{Cancel, Progress};
 
 /// What is said of a layer that the store had, when what it had was not what was written.
 const DAMAGED: &str = "what the store had of it was damaged: it was made again";
+
+/// Bytes of two layers' tensors that may be in memory at once, also where no layer has as many.
+const AHEAD_BYTES: u64 = 256 << 20;
 
 /// What a report says beside what became of the layers.
 pub(super) struct Remarks {
@@ -45,6 +48,8 @@ pub(super) struct ImportSession<'a> {
     pub layers: Vec<LayerReport>,
     files: Vec<ModelFile>,
     pub records: Vec<LayerRecord>,
+    /// The tensor that the next layer is made of, to be read while this one is made.
+    next: Option<TensorInfo>,
 }
 
 impl<'a> ImportSession<'a> {
@@ -54,8 +59,16 @@ impl<'a> ImportSession<'a> {
         progress: &'a Arc<dyn Progress>,
         cancel: &'a Cancel,
     ) -> Result<ImportSession<'a>> {
-        let mut session =
-            ImportSession { model, progress, cancel, writer: None, layers: vec![], files: vec![], records: vec![] };
+        let mut session = ImportSession {
+            model,
+            progress,
+            cancel,
+            writer: None,
+            layers: vec![],
+            files: vec![],
+            records: vec![],
+            next: None,
+        };
         session.writer = Some(cancel.unless(store.writer()).await?);
         Ok(session)
     }
@@ -79,11 +92,7 @@ impl<'a> ImportSession<'a> {
             let (read, found, heads) = unless_cancelled(self.cancel, observe).await?;
             text = read;
             let is_rotary = heads.is_rotary;
-            let inputs = Arc::new(Inputs {
-                source: inputs.source.clone(),
-                calibration: Some(Arc::new(found)),
-                heads: Some(Arc::new(heads)),
-            });
+            let inputs = Arc::new(inputs.with(Some(Arc::new(found)), Some(Arc::new(heads))));
             let mut made = BTreeMap::new();
             for layer in layers.extract_if(.., |layer| names.contains(&layer.source.name)) {
                 let name = layer.source.name.clone();
@@ -96,6 +105,20 @@ impl<'a> ImportSession<'a> {
             }
             let go_on = move || text.go_on(number, &made).map(|()| text);
             text = unless_cancelled(self.cancel, go_on).await?;
+        }
+        Ok(())
+    }
+
+    /// Adds layers in turn. While one is made, the tensor of the next is read, where both together take no more memory than the largest
+    /// layer, or than [`AHEAD_BYTES`].
+    pub async fn add_all(&mut self, inputs: &Arc<Inputs>, layers: Vec<Planned>) -> Result<()> {
+        let bytes = layers.iter().map(Planned::dense_bytes).collect::<Result<Vec<u64>>>()?;
+        let most = bytes.iter().copied().max().unwrap_or_default().max(AHEAD_BYTES);
+        let tensors: Vec<Option<TensorInfo>> = layers.iter().map(|layer| layer.tensor().cloned()).collect();
+        for (place, layer) in layers.into_iter().enumerate() {
+            let fits = bytes.get(place + 1).is_some_and(|next| bytes[place].saturating_add(*next) <= most);
+            self.next = if fits { tensors[place + 1].clone() } else { None };
+            self.add(inputs, layer).await?;
         }
         Ok(())
     }
@@ -124,10 +147,11 @@ impl<'a> ImportSession<'a> {
         };
         let writer = self.writer.as_mut().ok_or(Error::Cancelled)?;
         let (mut notes, mut search): (Vec<String>, _) = (vec![], SearchReport::default());
-        let there = writer.made_by(&recipe).is_some();
+        let there = self.cancel.unless(async { Ok(writer.made_by(&recipe).await?.is_some()) }).await?;
         let mut kept = None;
         let (stored, correction, reused) = match self.cancel.unless(writer.reusable(&recipe)).await? {
             Some(stored) => {
+                inputs.ahead().forget_ahead();
                 if keep {
                     kept = Some(self.cancel.unless(writer.parts(stored.artifact)).await?);
                 }
@@ -137,10 +161,17 @@ impl<'a> ImportSession<'a> {
                 if there {
                     notes.push(DAMAGED.to_owned());
                 }
+                let ahead = self.next.take().map(|tensor| {
+                    let source = inputs.ahead().clone();
+                    tokio::task::spawn_blocking(move || source.read_ahead(&tensor))
+                });
                 let work = {
                     let (inputs, item) = (inputs.clone(), item.clone());
                     unless_cancelled(self.cancel, move || item.make(&inputs)).await
                 };
+                if let Some(ahead) = ahead {
+                    unwrap_join(ahead.await)?;
+                }
                 let made = work.map_err(|e| e.in_layer(item.name()))?;
                 let Compressed { parts, correction, relative_error, error_basis, notes: more, search: found } = made;
                 notes.extend(more);
@@ -148,7 +179,7 @@ impl<'a> ImportSession<'a> {
                 let made = writer.add(&parts, Provenance { recipe, relative_error, error_basis });
                 let (_, new) = self.cancel.unless(made).await.map_err(|e| e.in_layer(item.name()))?;
                 kept = keep.then_some(parts);
-                let stored = writer.made_by(&recipe).cloned().ok_or(Error::Cancelled)?;
+                let stored = writer.made_by(&recipe).await?.cloned().ok_or(Error::Cancelled)?;
                 (stored, correction, !new)
             }
         };

@@ -37,6 +37,7 @@ pub(crate) use regular::{read_to_string as read_text, read_toml};
 pub use safetensors::SafetensorsSource;
 pub use side_files::SideFile;
 pub(crate) use side_files::place as place_of_side_file;
+pub(crate) use source::content_hash;
 pub use source::{ReadyLayer, SourceContent, SourceLayer, TensorInfo, TensorSource};
 
 use crate::error::{Error, Result};

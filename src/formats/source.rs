@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use layerstore_core::layer::to_f32;
+use layerstore_core::layer::{dtype_name, to_f32};
 use ndarray::{Array1, Array2};
 
 use super::side_files::SideFile;
@@ -198,6 +198,14 @@ pub trait TensorSource: fmt::Debug + Send + Sync {
         }
     }
 
+    /// Returns the BLAKE3 hash of a tensor's type, shape and bytes, which are read for it unless it is known.
+    ///
+    /// # Errors
+    /// As [`TensorSource::bytes`].
+    fn content_hash(&self, tensor: &TensorInfo) -> Result<[u8; 32]> {
+        self.bytes(tensor).map(|bytes| content_hash(tensor, &bytes))
+    }
+
     /// Returns how a tensor lies in the one that the file holds, where that has another name, or is laid out in another way.
     fn stored_as(&self, tensor: &str) -> Option<StoredAs> {
         let _ = tensor;
@@ -229,6 +237,14 @@ pub trait TensorSource: fmt::Debug + Send + Sync {
     fn layers(&self) -> Vec<SourceLayer> {
         paired(self.tensors())
     }
+}
+
+/// Returns the hash that [`TensorSource::content_hash`] is, of a tensor with these bytes.
+pub(crate) fn content_hash(tensor: &TensorInfo, bytes: &[u8]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{} {:?} ", dtype_name(tensor.dtype), tensor.shape).as_bytes());
+    hasher.update_rayon(bytes);
+    hasher.finalize().into()
 }
 
 impl dyn TensorSource + '_ {
@@ -281,8 +297,19 @@ impl dyn TensorSource + '_ {
     /// # Errors
     /// When one is found: the message names the tensor and the index.
     pub fn refuse_nan(&self, tensor: &TensorInfo) -> Result<()> {
-        let found = special(tensor.dtype, &self.bytes(tensor)?, true);
-        found.map_or(Ok(()), |(index, value)| Err(self.not_finite(tensor, value, index)))
+        self.bytes_without_nan(tensor).map(drop)
+    }
+
+    /// Returns the bytes of a tensor that holds no NaN.
+    ///
+    /// # Errors
+    /// As [`TensorSource::bytes`], and when it holds one: the message names the tensor and the index.
+    pub fn bytes_without_nan(&self, tensor: &TensorInfo) -> Result<Cow<'_, [u8]>> {
+        let bytes = self.bytes(tensor)?;
+        match special(tensor.dtype, &bytes, true) {
+            Some((index, value)) => Err(self.not_finite(tensor, value, index)),
+            None => Ok(bytes),
+        }
     }
 
     /// Refuses a tensor that holds NaN or an infinite number, without converting it.

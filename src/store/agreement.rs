@@ -7,7 +7,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use arrow::array::{AsArray, RecordBatch};
-use futures::TryStreamExt;
+use futures::{FutureExt, TryStreamExt};
 use lance::Dataset;
 use lance::table::format::Fragment;
 
@@ -38,7 +38,20 @@ impl std::fmt::Display for Named {
 
 /// The artifacts that versions of the catalogue name.
 #[derive(Debug, Default)]
-pub struct Names(BTreeMap<ArtifactId, Named>);
+pub struct Names {
+    named: BTreeMap<ArtifactId, Named>,
+    /// Fragments that were read, by the file of their rows and that of the rows deleted of them: most versions share most fragments.
+    read: HashSet<(String, Option<u64>)>,
+}
+
+/// What a version of the catalogue says that no version did which was asked before.
+#[derive(Debug, Default)]
+pub struct Added {
+    /// Which layers use which artifacts.
+    pub users: Vec<(ArtifactId, LayerName)>,
+    /// The fragments that these are of.
+    pub fragments: Vec<Fragment>,
+}
 
 impl Names {
     /// Returns the artifacts that these versions name. Versions are asked in this order, and the first that names an artifact is
@@ -54,28 +67,38 @@ impl Names {
         Ok(names)
     }
 
-    /// Adds the artifacts that a version names, and returns which layer of it uses which.
+    /// Adds the artifacts that a version names, and returns what no version that was added before has said.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub async fn add(&mut self, catalogue: &Dataset) -> Result<Vec<(ArtifactId, LayerName)>> {
+    pub async fn add(&mut self, catalogue: &Dataset) -> Result<Added> {
         let version = catalogue.version_id();
+        let key = |fragment: &Fragment| {
+            let file = fragment.files.first().map_or(String::new(), |file| file.path.clone());
+            (file, fragment.deletion_file.as_ref().map(|file| file.id))
+        };
+        let fragments: Vec<Fragment> =
+            catalogue.fragments().iter().filter(|fragment| !self.read.contains(&key(fragment))).cloned().collect();
+        if fragments.is_empty() {
+            return Ok(Added::default());
+        }
         let read = async {
             let mut scan = catalogue.scan();
-            scan.project(&["artifact", "model", "layer", LOCATIONS])?;
+            scan.project(&["artifact", "model", "layer", LOCATIONS])?.with_fragments(fragments.clone());
             scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
         };
-        let batches = read.during(format!("reading version {version} of the catalogue")).await?;
+        let batches = read.boxed().during(format!("reading version {version} of the catalogue")).await?;
         let mut users = vec![];
         for batch in batches {
             for (row, (artifact, layer)) in named_layers(&batch)?.into_iter().enumerate() {
-                if let Entry::Vacant(new) = self.0.entry(artifact) {
+                if let Entry::Vacant(new) = self.named.entry(artifact) {
                     new.insert(Named { version, layer: layer.clone(), locations: locations_of(&batch, row)? });
                 }
                 users.push((artifact, layer));
             }
         }
-        Ok(users)
+        self.read.extend(fragments.iter().map(key));
+        Ok(Added { users, fragments })
     }
 
     /// Adds what versions name, newest first; those that cannot be read, or are not there, are left out.
@@ -91,24 +114,24 @@ impl Names {
 
     /// Returns whether one of the versions names an artifact.
     pub fn has(&self, artifact: &ArtifactId) -> bool {
-        self.0.contains_key(artifact)
+        self.named.contains_key(artifact)
     }
 
     /// Returns what is said of an artifact.
     pub fn get(&self, artifact: &ArtifactId) -> Option<&Named> {
-        self.0.get(artifact)
+        self.named.get(artifact)
     }
 
     /// Returns all of them, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&ArtifactId, &Named)> {
-        self.0.iter()
+        self.named.iter()
     }
 }
 
 /// The data tables of a store at their latest versions, each opened when it is first asked for.
 #[derive(Debug)]
-pub struct DataTables<'a> {
-    location: &'a Location,
+pub struct DataTables {
+    location: Location,
     tables: HashMap<String, Option<DataTable>>,
 }
 
@@ -138,10 +161,10 @@ pub struct Unreadable {
     pub reason: String,
 }
 
-impl<'a> DataTables<'a> {
+impl DataTables {
     /// Returns the data tables of a store, none of them open.
-    pub fn of(location: &'a Location) -> Self {
-        DataTables { location, tables: HashMap::new() }
+    pub fn of(location: &Location) -> Self {
+        DataTables { location: location.clone(), tables: HashMap::new() }
     }
 
     async fn table(&mut self, name: &str) -> Result<Option<&mut DataTable>> {
@@ -207,13 +230,13 @@ pub fn data_files(dataset: &Dataset) -> HashSet<String> {
 async fn count_rows(table: &str, dataset: &Dataset) -> Result<Counted> {
     let action = || format!("counting rows of table '{table}'");
     let mut counted = Counted::default();
-    match counted_in(dataset, None).caught().await {
+    match counted_in(dataset, None).boxed().caught().await {
         Ok(rows) => counted.rows = rows,
         // Nothing is known of rows that the system does not let us read.
         Err(e) if is_refused(&e) => return Err(storage_error(action())(e)),
         Err(_) => {
             for fragment in dataset.fragments().iter() {
-                match counted_in(dataset, Some(fragment)).caught().await {
+                match counted_in(dataset, Some(fragment)).boxed().caught().await {
                     Ok(rows) => rows.into_iter().for_each(|(id, n)| *counted.rows.entry(id).or_default() += n),
                     Err(e) if is_refused(&e) => return Err(storage_error(action())(e)),
                     Err(e) => counted.unreadable.push(Unreadable {
@@ -235,7 +258,7 @@ pub async fn artifacts_by_file(table: &str, dataset: &Dataset) -> Result<Vec<(St
     let mut found = vec![];
     for fragment in dataset.fragments().iter() {
         let Some(file) = fragment.files.first() else { continue };
-        match counted_in(dataset, Some(fragment)).caught().await {
+        match counted_in(dataset, Some(fragment)).boxed().caught().await {
             Ok(rows) => found.push((file.path.clone(), rows.into_keys().collect())),
             Err(e) if is_refused(&e) => return Err(storage_error(format!("reading table '{table}'"))(e)),
             Err(_) => {}

@@ -18,32 +18,25 @@ use super::schema::Table;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 
-/// Appends to a table, made first in the store's format where it is missing, and returns the new data files with their
-/// rows, in order.
-///
-/// # Errors
-/// When the storage refuses, or the table has no column for what is not null.
-pub async fn append(
-    (location, format): (&Location, &Format),
-    table: &str,
-    batches: Vec<RecordBatch>,
-) -> Result<Vec<(String, u64)>> {
-    let dataset = Arc::new(open_or_create((location, format), table).await?);
-    match write((location, format), (table, &dataset), batches).await? {
-        Some(written) => commit((table, dataset), written).await,
-        None => Ok(vec![]),
-    }
+/// What was appended to a table.
+#[derive(Debug)]
+pub struct Appended {
+    /// The version that has it.
+    pub version: u64,
+    /// The new data files with their rows, in order.
+    pub files: Vec<(String, u64)>,
 }
 
-/// Appends the rows that artifacts have in a table, as [`append`] does. They are made meanwhile, batch by batch.
+/// Appends the rows that artifacts have in a table, which is made first in the store's format where it is missing. They are made
+/// meanwhile, batch by batch.
 ///
 /// # Errors
-/// As [`append`].
+/// When the storage refuses.
 pub async fn append_rows(
     place: (&Location, &Format),
     table: Table,
     artifacts: &Arc<Vec<ArtifactRows>>,
-) -> Result<Vec<(String, u64)>> {
+) -> Result<Appended> {
     let name = table.name();
     let dataset = Arc::new(open_or_create(place, &name).await?);
     let pieces = artifacts.iter().enumerate().map(|(owner, rows)| (owner, rows.pieces(table)));
@@ -52,21 +45,13 @@ pub async fn append_rows(
     // They have no column that a later format adds to the table.
     let batches = pieces.into_iter().map(move |(owner, piece)| artifacts[owner].batch(&piece));
     let written = uncommitted(&dataset, table.schema(), batches).during(appending(&name)).await?;
-    commit((&name, dataset), written).await
+    let (transaction, files) = written;
+    let commit = CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction);
+    Ok(Appended { version: commit.during(appending(&name)).await?.version_id(), files })
 }
 
 fn appending(table: &str) -> String {
     format!("appending to table '{table}'")
-}
-
-/// Makes rows that were written part of their table, and returns their files with the rows of each.
-async fn commit(
-    (table, dataset): (&str, Arc<Dataset>),
-    (transaction, files): Uncommitted,
-) -> Result<Vec<(String, u64)>> {
-    let commit = CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction);
-    commit.during(appending(table)).await?;
-    Ok(files)
 }
 
 /// Opens a table for writing, made first in the store's format where it is missing.
@@ -93,7 +78,7 @@ pub type Uncommitted = (Transaction, Vec<(String, u64)>);
 /// take nulls, are left out of the new files.
 ///
 /// # Errors
-/// As [`append`].
+/// When the storage refuses, or the table has no column for what is not null.
 pub async fn write(
     (location, format): (&Location, &Format),
     (table, dataset): (&str, &Arc<Dataset>),
@@ -106,7 +91,11 @@ pub async fn write(
     Ok(Some(written))
 }
 
-async fn uncommitted(
+/// Writes rows of a table, without a commit.
+///
+/// # Errors
+/// When the storage refuses.
+pub async fn uncommitted(
     dataset: &Arc<Dataset>,
     schema: SchemaRef,
     batches: impl Iterator<Item = std::result::Result<RecordBatch, ArrowError>> + Send + 'static,

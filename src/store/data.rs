@@ -4,15 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use futures::TryStreamExt;
+use futures::{FutureExt, TryStreamExt};
 use lance::Dataset;
 
 use super::format::Formats;
+use super::listed::Listed;
 use super::location::Location;
 use super::reader::{FileRows, Files, Reader};
-use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows, read_artifacts};
+use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows};
 use super::scan::batch_rows;
-use super::schema::{ARTIFACTS, Table};
+use super::schema::Table;
 use super::tables::{add_rows, all_of};
 use super::waiting::{Waiting, is_refused, reason, storage_error};
 use crate::error::{Error, Result};
@@ -37,8 +38,8 @@ impl Data {
     /// # Errors
     /// [`Error::Corrupt`] when it is not listed, and when the storage refuses.
     pub async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
-        let filter = format!("artifact = X'{id}'");
-        self.listed(Some(&filter)).await?.into_iter().next().ok_or_else(|| Error::Corrupt {
+        let listed = Listed::open(&self.location).await?.of_artifact(id).await?;
+        listed.into_iter().next().ok_or_else(|| Error::Corrupt {
             artifact: id.to_string(),
             reason: "the table of artifacts does not list it".into(),
         })
@@ -61,34 +62,7 @@ impl Data {
     /// # Errors
     /// When the storage refuses.
     pub async fn listings(&self) -> Result<Vec<ArtifactRecord>> {
-        self.listed(None).await
-    }
-
-    async fn listed(&self, filter: Option<&str>) -> Result<Vec<ArtifactRecord>> {
-        let dataset = match self.location.open_table(ARTIFACTS, None).await {
-            Ok(dataset) => dataset,
-            Err(lance::Error::DatasetNotFound { .. }) => return Ok(vec![]),
-            Err(e) => return Err(storage_error("opening the table of artifacts")(e)),
-        };
-        let formats = self.location.formats();
-        let read = async {
-            let mut scan = dataset.scan();
-            scan.project(&formats.known_columns(ARTIFACTS, &dataset))?
-                .scan_in_order(true)
-                .batch_size(batch_rows(&dataset));
-            if let Some(filter) = filter {
-                scan.filter(filter)?;
-            }
-            scan.try_into_stream().await?.try_collect().await
-        };
-        let batches: Vec<RecordBatch> = read.during("reading the table of artifacts").await?;
-        let mut records = vec![];
-        for batch in batches {
-            let completed = formats.completed(ARTIFACTS, batch);
-            let batch = completed.map_err(|e| Error::storage("reading the table of artifacts", e))?;
-            records.extend(read_artifacts(&batch)?);
-        }
-        Ok(records)
+        Listed::open(&self.location).await?.all().await
     }
 
     /// Opens the files that these layers lie in, so that their first loads find them open.
@@ -244,7 +218,7 @@ impl Data {
             let columns = self.location.formats().known_columns(table, &dataset);
             by_search(&dataset, id, &columns, rows.rows as usize).await
         };
-        let (found, searched) = match search.caught().await {
+        let (found, searched) = match search.boxed().caught().await {
             Ok(batches) if all_of(&batches, id, rows.rows) => return Ok(batches),
             Ok(batches) => (batches.iter().map(RecordBatch::num_rows).sum(), None),
             Err(e) => (0usize, Some(e)),

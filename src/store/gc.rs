@@ -6,7 +6,7 @@ use std::time::Duration;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::DataType;
 use chrono::{DateTime, Utc};
-use futures::TryStreamExt;
+use futures::{FutureExt, TryStreamExt};
 use lance::Dataset;
 use lance::dataset::cleanup::{CleanupPolicy, CleanupPolicyBuilder};
 use lance::dataset::optimize::{CompactionOptions, compact_files};
@@ -15,15 +15,18 @@ use serde::Serialize;
 use super::agreement::{DataTables, Names, data_files, disagreement, require_whole};
 use super::aside;
 use super::catalogue;
+use super::indexing;
 use super::layout::{VERSIONS, version_of};
 use super::listing::{data_tables, disk_bytes, names_in, staged_files};
 use super::location::{Location, Place};
 use super::lock;
+use super::properties::{TableVersions, properties};
 use super::record::{ArtifactRecord, RowRange, TableRows, read_artifacts};
 use super::relist::relist;
 use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, LAYERS, Table};
 use super::spans::{Span, addresses, first_files, scan, spans};
+use super::update;
 use super::versions::{self, VersionInfo};
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
@@ -202,11 +205,36 @@ async fn remove(location: &Location, survey: Survey) -> Result<()> {
         let dataset = relist(dataset, &moved.map(|(artifact, record)| (artifact, record.locations)).collect()).await?;
         dataset.cleanup_with_policy(all_but_latest()).during("collecting the list of artifacts").await?;
     }
+    join(location).await?;
     // Last, what a writer that was killed had not moved to its place: no other writer is at work.
     for (path, _) in staged_files(location) {
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(path, e)),
             _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Joins the small fragments of the catalogue and of the list, where there are many, and makes each index of them one part.
+async fn join(location: &Location) -> Result<()> {
+    let limits = location.limits();
+    for table in [ARTIFACTS, LAYERS] {
+        let Some(dataset) = open(location, table, true).await? else { continue };
+        let before = dataset.version_id();
+        let tables = TableVersions::said_by(&dataset).await;
+        // What the log shows.
+        let said = || properties("gc".into(), None, tables.as_ref()).filter(|_| table == LAYERS);
+        let action = || format!("joining the rows of table '{table}'");
+        let joined = update::join_all(dataset, (limits, said())).boxed().during(action()).await?;
+        // A version of the store is made for joined rows alone.
+        if !joined && table == LAYERS {
+            continue;
+        }
+        let Some(dataset) = open(location, table, true).await? else { continue };
+        let dataset = indexing::merge_all(dataset, table, (limits, said())).boxed().during(action()).await?;
+        if table == ARTIFACTS && dataset.version_id() > before {
+            dataset.cleanup_with_policy(all_but_latest()).during("collecting the list of artifacts").await?;
         }
     }
     Ok(())
@@ -351,8 +379,7 @@ async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64>
     Ok(bytes)
 }
 
-/// The policy for tables of data, whose older versions nobody opens.
-/// What no version leads to.
+/// The policy for the catalogue, whose versions are removed by themselves: what no version leads to.
 fn no_version() -> CleanupPolicy {
     CleanupPolicyBuilder::default()
         .before_timestamp(DateTime::<Utc>::MIN_UTC)
@@ -361,6 +388,7 @@ fn no_version() -> CleanupPolicy {
         .build()
 }
 
+/// The policy for tables whose older versions nobody opens.
 fn all_but_latest() -> CleanupPolicy {
     // Unverified files are those of writers that died: the exclusive lock says that no other writer is at work.
     CleanupPolicyBuilder::default()

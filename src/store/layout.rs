@@ -14,6 +14,11 @@ pub fn version_of(file: &str) -> Option<u64> {
     Some(if number.len() == 20 { u64::MAX - parsed } else { parsed })
 }
 
+/// Returns the names that the manifest of a version may have, as [`version_of`] reads them.
+pub fn manifest_names(version: u64) -> [String; 2] {
+    [format!("{:020}.manifest", u64::MAX - version), format!("{version}.manifest")]
+}
+
 /// Returns whether a file of this name is one that a writer has begun and not moved to its place.
 pub fn is_staged(name: &str) -> bool {
     let of_object_store = name

@@ -13,8 +13,11 @@ use super::address;
 use super::durable::Durable;
 use super::format::{Format, Formats};
 use super::layout::{VERSION_HINT, VERSIONS, version_of};
+use super::limits::Limits;
 use super::memory::Memory;
 use super::on_wait::OnWait;
+use super::s3::{Bucket, StorageOptions};
+use super::strict::Exactly;
 use super::synced;
 use super::testing::Hooks;
 use super::waiting::{Waiting, caught, detail};
@@ -35,6 +38,7 @@ pub struct Location {
     /// Replaces the storage that is written to.
     storage: Option<Arc<dyn WrappingObjectStore>>,
     formats: &'static Formats,
+    limits: Limits,
     on_wait: Option<OnWait>,
 }
 
@@ -56,12 +60,12 @@ impl std::fmt::Debug for Location {
 }
 
 impl Location {
-    /// Returns the location at a local path or an object-store URI. `hooks` replaces the storage that is written to, and
-    /// the formats that are known.
+    /// Returns the location at a local path or an object-store URI, whose storage is reached by these options. `hooks` replaces the
+    /// storage that is written to, and the formats that are known.
     ///
     /// # Errors
-    /// When nothing can lie at such an address, or a file lies there.
-    pub fn new(uri: &str, hooks: &Hooks) -> Result<Self> {
+    /// When nothing can lie at such an address, a file lies there, or the options are not of its storage.
+    pub fn new(uri: &str, hooks: &Hooks, options: &StorageOptions) -> Result<Self> {
         let registry = ObjectStoreRegistry::default();
         let (uri, place, link) = match uri.split_once(':') {
             Some((scheme, _)) if scheme.eq_ignore_ascii_case("file") => local(uri, address::of_file_url(uri)?)?,
@@ -75,8 +79,14 @@ impl Location {
             }
             _ => local(uri, address::with_home(uri)?)?,
         };
-        if let Place::Memory(memory) = &place {
-            registry.insert("memory", memory.provider());
+        let is_s3 = uri.starts_with(S3);
+        match &place {
+            Place::Memory(memory) => registry.insert("memory", memory.provider()),
+            Place::Remote if is_s3 => registry.insert("s3", Arc::new(bucket(&uri, options)?)),
+            Place::Local(_) | Place::Remote => {}
+        }
+        if !is_s3 && !options.is_empty() {
+            return Err(Error::expected(format!("storage options of {uri}"), options, "none: they are for s3://"));
         }
         let mut storage = hooks.storage.clone();
         if let Place::Local(_) = place {
@@ -86,7 +96,7 @@ impl Location {
             storage = storage.or(Some(files));
         }
         let session = Arc::new(Session::new(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES, Arc::new(registry)));
-        Ok(Location { uri, place, link, session, storage, formats: hooks.formats, on_wait: None })
+        Ok(Location { uri, place, link, session, storage, formats: hooks.formats, limits: hooks.limits, on_wait: None })
     }
 
     /// Returns the location with what is told of a lock that is waited for.
@@ -130,6 +140,11 @@ impl Location {
     /// Returns the format versions that can be read here.
     pub fn formats(&self) -> &'static Formats {
         self.formats
+    }
+
+    /// Returns the sizes at which tables are kept up.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Returns the format version that the store's catalogue names.
@@ -226,6 +241,8 @@ impl Location {
     pub fn create_params(&self, table: &str) -> (String, WriteParams) {
         let params = WriteParams {
             mode: WriteMode::Create,
+            // Where another has made the table meanwhile, Lance would take this for an overwrite of it.
+            commit_handler: Some(Arc::new(Exactly(1))),
             session: Some(self.session.clone()),
             store_params: Some(self.store_params()),
             ..WriteParams::default()
@@ -238,8 +255,8 @@ impl Location {
 ///
 /// # Errors
 /// When nothing can lie at such an address, or its directory cannot be written to.
-pub(crate) fn check_place(uri: &str) -> Result<()> {
-    let location = Location::new(uri, &Hooks::default())?;
+pub(crate) fn check_place(uri: &str, options: &StorageOptions) -> Result<()> {
+    let location = Location::new(uri, &Hooks::default(), options)?;
     location.local().map_or(Ok(()), address::check_writable)
 }
 
@@ -247,17 +264,32 @@ pub(crate) fn check_place(uri: &str) -> Result<()> {
 const SCHEMES: [&str; 5] = ["s3", "gs", "az", "abfss", "memory"];
 
 /// Schemes of object stores, the feature that builds each in, and whether this build has it.
-const OBJECT_STORES: [(&str, &str, bool); 4] = [
-    ("s3", "aws", cfg!(feature = "aws")),
+const OBJECT_STORES: [(&str, &str, bool); 3] = [
     ("gs", "gcs", cfg!(feature = "gcs")),
     ("az", "azure", cfg!(feature = "azure")),
     ("abfss", "azure", cfg!(feature = "azure")),
 ];
 
+/// How addresses on S3 begin.
+const S3: &str = "s3://";
+
+/// The bucket of an address on S3.
+fn bucket(uri: &str, options: &StorageOptions) -> Result<Bucket> {
+    let name = uri[S3.len()..].split('/').next().unwrap_or_default();
+    Bucket::new(name, options).map_err(|reason| Error::NotAStore { path: uri.to_owned(), reason })
+}
+
 /// The place behind an address with a scheme.
 fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
     let not_a_store = |reason: String| Err(Error::NotAStore { path: format!("{scheme}://{rest}"), reason });
     match (scheme, OBJECT_STORES.iter().find(|(known, ..)| *known == scheme)) {
+        // What stands before an @ may be a secret: the address is not repeated.
+        ("s3", _) if rest.contains(['@', '?', '#', '\\']) => Err(Error::NotAStore {
+            path: "s3://…".into(),
+            reason: "expected s3://BUCKET/PREFIX: credentials are given as storage options or in the environment"
+                .into(),
+        }),
+        ("s3", _) if !rest.is_empty() && !rest.starts_with('/') => Ok(Place::Remote),
         (_, Some((_, feature, false))) => not_a_store(format!(
             "this layerstore was built without support for {scheme}://, expected one built with `--features {feature}`"
         )),
@@ -321,7 +353,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().canonicalize().unwrap();
         let at = |uri: &str| {
-            let location = Location::new(uri, &Hooks::default()).unwrap();
+            let location = Location::new(uri, &Hooks::default(), &StorageOptions::new()).unwrap();
             assert_eq!(location.local().unwrap(), Path::new(location.uri()), "tables and locks are in one place");
             location.uri().to_owned()
         };
@@ -349,17 +381,17 @@ mod tests {
     fn addresses_that_no_store_lies_at() {
         let tab = "a\tb";
         for bad in ["", "ftp://a", "s3://", "memory://", "memory:///a", "file://", "file:a", "file://host/a", tab] {
-            let error = Location::new(bad, &Hooks::default()).unwrap_err();
+            let error = Location::new(bad, &Hooks::default(), &StorageOptions::new()).unwrap_err();
             assert!(matches!(error, Error::NotAStore { .. }), "{bad}: {error}");
         }
         for bad in ["s3:/bucket", "memory:a", "file:///a?b", "file:///a#b", "file:///a%00", "~nobody/s"] {
-            let error = Location::new(bad, &Hooks::default()).unwrap_err();
+            let error = Location::new(bad, &Hooks::default(), &StorageOptions::new()).unwrap_err();
             assert!(matches!(error, Error::NotAStore { .. }), "{bad}: {error}");
         }
-        let place = |uri: &str| Location::new(uri, &Hooks::default()).unwrap().place().clone();
+        let place = |uri: &str| Location::new(uri, &Hooks::default(), &StorageOptions::new()).unwrap().place().clone();
         assert!(matches!(place("memory://addresses/sub"), Place::Memory(_)));
         for (scheme, feature, built) in OBJECT_STORES {
-            match Location::new(&format!("{scheme}://bucket/models"), &Hooks::default()) {
+            match Location::new(&format!("{scheme}://bucket/models"), &Hooks::default(), &StorageOptions::new()) {
                 Ok(location) => assert!(built && matches!(location.place(), Place::Remote)),
                 Err(error) => {
                     assert!(!built && matches!(error, Error::NotAStore { .. }), "{error}");
@@ -368,5 +400,16 @@ mod tests {
             }
         }
         assert!(matches!(place("models"), Place::Local(path) if path.is_absolute()));
+        let keys = StorageOptions::new().with("access_key_id", "id").with("secret_access_key", "hidden");
+        let on_s3 = |uri: &str, options: &StorageOptions| Location::new(uri, &Hooks::default(), options);
+        assert!(matches!(on_s3("s3://bucket/models/", &keys).unwrap().place(), Place::Remote));
+        for bad in ["s3://id:hidden@bucket/a", "s3://bucket/a?key=hidden", "s3://bucket/a#hidden"] {
+            let error = on_s3(bad, &keys).unwrap_err().to_string();
+            assert!(!error.contains("hidden") && error.contains("s3://BUCKET/PREFIX"), "{error}");
+        }
+        let unknown = on_s3("s3://bucket/a", &keys.clone().with("acces_key", "hidden")).unwrap_err().to_string();
+        assert!(unknown.contains("\"acces_key\"") && !unknown.contains("hidden"), "{unknown}");
+        let local = on_s3("models", &keys).unwrap_err().to_string();
+        assert!(local.contains("access_key_id") && !local.contains("hidden"), "{local}");
     }
 }

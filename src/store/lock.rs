@@ -142,6 +142,7 @@ fn open(path: &Path) -> Result<File> {
 mod tests {
     use std::sync::{Arc, Mutex};
 
+    use super::super::s3::StorageOptions;
     use super::*;
     use crate::store::on_wait::UNTOLD;
     use crate::store::testing::Hooks;
@@ -154,7 +155,8 @@ mod tests {
             let told = Arc::new(Mutex::new(vec![]));
             let listener = told.clone();
             let on_wait = OnWait::new(move |text| listener.lock().unwrap().push(text.to_owned()));
-            let location = Location::new(uri, &Hooks::default()).unwrap().with_on_wait(Some(on_wait));
+            let location =
+                Location::new(uri, &Hooks::default(), &StorageOptions::new()).unwrap().with_on_wait(Some(on_wait));
             let commit = committing(&location).await.unwrap();
             let index = indexing(&location).await.unwrap();
             let collect = collecting(&location, Duration::from_secs(5)).await.unwrap();

@@ -1,12 +1,17 @@
 //! Whole models of the catalogue, removed and renamed. Older versions keep them, and gc removes artifacts that nothing reaches any
 //! more.
 
+use std::sync::Arc;
+
 use lance::Dataset;
 
-use super::catalogue::{Catalogue, Change, Scope, quoted, replace, rows, writable};
+use super::catalogue::{Catalogue, writable};
+use super::change::{Change, Made, Scope, Seen, replace};
 use super::location::Location;
 use super::lock;
 use super::record::LayerRecord;
+use super::rows::rows_of;
+use super::strict::Attempts;
 use super::writer::check_model_name;
 use crate::error::{Error, Result};
 
@@ -16,11 +21,12 @@ use crate::error::{Error, Result};
 /// [`Error::UnknownModel`] when the latest version has no such model, and when the storage refuses.
 pub async fn remove(location: &Location, model: &str) -> Result<u64> {
     let _guard = lock::committing(location).await?;
-    let latest = writable(location).await?;
-    if rows(location, &latest, Some(&format!("model = {}", quoted(model)))).await?.is_empty() {
+    let latest = Arc::new(writable(location).await?);
+    if rows_of(location, &latest, &[model]).await?.is_empty() {
         return Err(unknown(latest, model).await?);
     }
-    replace(location, (model, Scope::Model), &[], "remove", None).await
+    let made = Made { operation: "remove", message: None, tables: &Seen::nothing() };
+    replace(location, (model, Scope::Model), &[], made).await
 }
 
 /// Gives a model another name, as one new version, and returns the version.
@@ -31,12 +37,11 @@ pub async fn remove(location: &Location, model: &str) -> Result<u64> {
 pub async fn rename(location: &Location, model: &str, name: &str) -> Result<u64> {
     check_model_name(name)?;
     let _guard = lock::committing(location).await?;
-    let mut attempt = 1;
+    let mut attempts = Attempts::begin();
     loop {
-        let latest = writable(location).await?;
-        let both = format!("model IN ({}, {})", quoted(model), quoted(name));
+        let latest = Arc::new(writable(location).await?);
         let (renamed, others): (Vec<_>, Vec<_>) =
-            rows(location, &latest, Some(&both)).await?.into_iter().partition(|r| r.model == model);
+            rows_of(location, &latest, &[model, name]).await?.into_iter().partition(|(_, r)| r.model == model);
         if renamed.is_empty() {
             return Err(unknown(latest, model).await?);
         }
@@ -46,22 +51,18 @@ pub async fn rename(location: &Location, model: &str, name: &str) -> Result<u64>
             return Err(Error::ModelExists { name: name.to_owned(), layers: taken });
         }
         let records: Vec<LayerRecord> =
-            renamed.into_iter().map(|record| LayerRecord { model: name.to_owned(), ..record }).collect();
-        let change = Change {
-            model,
-            records: &records,
-            removed: Some(format!("model = {}", quoted(model))),
-            operation: format!("rename {model} to {name}"),
-            message: None,
-        };
-        if let Some(version) = change.commit(location, latest, &mut attempt).await? {
+            renamed.iter().map(|(_, record)| LayerRecord { model: name.to_owned(), ..record.clone() }).collect();
+        let operation = format!("rename {model} to {name}");
+        let made = Made { operation: &operation, message: None, tables: &Seen::nothing() };
+        let change = Change { model, records: &records, present: &renamed, made };
+        if let Some(version) = change.commit(location, Arc::unwrap_or_clone(latest), &mut attempts).await? {
             return Ok(version);
         }
     }
 }
 
-async fn unknown(latest: Dataset, model: &str) -> Result<Error> {
+async fn unknown(latest: Arc<Dataset>, model: &str) -> Result<Error> {
     let at = format!("version {}", latest.version_id());
-    let known = Catalogue::from(latest).names().await?.models();
+    let known = Catalogue::from(Arc::unwrap_or_clone(latest)).models().await?;
     Ok(Error::UnknownModel { model: model.to_owned(), at, known })
 }

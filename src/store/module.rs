@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use chrono::Utc;
 use layerstore_core::layer::registry;
 
-use super::catalogue::{Scope, is_part};
+use super::change::{Scope, is_part};
 use super::handle::LayerHandle;
 use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
 use super::root::Store;

@@ -1,41 +1,40 @@
-//! The names of the catalogue's rows.
+//! The names of rows of the catalogue.
 
-use arrow::array::{Array, AsArray, StringArray};
+use std::sync::Arc;
+
+use arrow::array::{Array, AsArray, RecordBatch, StringArray, UInt64Array};
+use arrow::datatypes::UInt64Type;
 use futures::{StreamExt, TryStreamExt};
 use lance::Dataset;
-use lance::dataset::fragment::FileFragment;
+use lance::dataset::fragment::{FileFragment, FragReadConfig};
+use lance::table::format::Fragment;
+
+use super::scan::ROW_ADDRESS;
 
 /// Fragments read at once.
 const AT_ONCE: usize = 4;
 
-/// Where a row of the catalogue is: rows are counted within their fragment, deleted ones left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RowPosition {
-    /// The number of the row's fragment.
-    pub fragment: usize,
-    /// The rows of the fragment that come before it.
-    pub row: u32,
-}
-
-/// The names of all rows of one version, in a few large arrays: going through 100,000 of them takes less than a
-/// millisecond, and nothing has to be built first.
-#[derive(Debug)]
+/// The names of rows of one version, in a few large arrays: going through 100,000 of them takes less than a millisecond, and nothing
+/// has to be built first.
+#[derive(Debug, Default)]
 pub struct Names {
     pieces: Vec<Piece>,
 }
 
 #[derive(Debug)]
 struct Piece {
-    first: RowPosition,
+    addresses: UInt64Array,
     models: StringArray,
     layers: StringArray,
 }
 
 impl Names {
-    /// Reads the names of a version.
-    pub async fn read(dataset: &Dataset) -> lance::Result<Self> {
+    /// Reads the names of all rows of fragments.
+    pub async fn read(dataset: &Arc<Dataset>, fragments: &[Fragment]) -> lance::Result<Self> {
         let columns = dataset.schema().project(&["model", "layer"])?;
-        let pieces = futures::stream::iter(dataset.get_fragments())
+        let fragments: Vec<FileFragment> =
+            fragments.iter().map(|fragment| FileFragment::new(dataset.clone(), fragment.clone())).collect();
+        let pieces = futures::stream::iter(fragments)
             .map(|fragment| read_fragment(fragment, &columns))
             .buffered(AT_ONCE)
             .try_collect::<Vec<_>>()
@@ -43,12 +42,27 @@ impl Names {
         Ok(Names { pieces: pieces.into_iter().flatten().collect() })
     }
 
-    /// Finds the row of a layer.
-    pub fn find(&self, model: &str, layer: &str) -> Option<RowPosition> {
+    /// Reads the names of rows at these addresses; deleted ones are left out.
+    pub async fn at(dataset: &Arc<Dataset>, addresses: &[u64]) -> lance::Result<Self> {
+        if addresses.is_empty() {
+            return Ok(Names::default());
+        }
+        let columns = dataset.schema().project(&["model", "layer"])?;
+        let batch = dataset.take_builder(addresses, columns)?.with_row_address(true).execute().await?;
+        Ok(Names { pieces: vec![piece(&batch)?] })
+    }
+
+    /// Adds others.
+    pub fn extend(&mut self, others: Names) {
+        self.pieces.extend(others.pieces);
+    }
+
+    /// Finds the row of a layer, and returns its address.
+    pub fn find(&self, model: &str, layer: &str) -> Option<u64> {
         self.pieces.iter().find_map(|piece| {
             let row =
                 (0..piece.layers.len()).find(|&i| piece.layers.value(i) == layer && piece.models.value(i) == model)?;
-            Some(RowPosition { row: piece.first.row + row as u32, ..piece.first })
+            Some(piece.addresses.value(row))
         })
     }
 
@@ -69,21 +83,21 @@ impl Names {
 }
 
 async fn read_fragment(fragment: FileFragment, columns: &lance::datatypes::Schema) -> lance::Result<Vec<Piece>> {
-    let reader = fragment.open(columns, Default::default()).await?;
+    let reader = fragment.open(columns, FragReadConfig::default().with_row_address(true)).await?;
     let mut batches = reader.read_all(u32::MAX).await?.buffered(1);
     let mut pieces = vec![];
-    let mut row = 0;
     while let Some(batch) = batches.try_next().await? {
-        let text = |name: &str| {
-            let column = batch.column_by_name(name).and_then(|c| c.as_string_opt::<i32>()).cloned();
-            column.ok_or_else(|| lance::Error::internal(format!("the catalogue's column '{name}' holds no text")))
-        };
-        pieces.push(Piece {
-            first: RowPosition { fragment: fragment.id(), row },
-            models: text("model")?,
-            layers: text("layer")?,
-        });
-        row += batch.num_rows() as u32;
+        pieces.push(piece(&batch)?);
     }
     Ok(pieces)
+}
+
+fn piece(batch: &RecordBatch) -> lance::Result<Piece> {
+    let text = |name: &str| {
+        let column = batch.column_by_name(name).and_then(|c| c.as_string_opt::<i32>()).cloned();
+        column.ok_or_else(|| lance::Error::internal(format!("the catalogue's column '{name}' holds no text")))
+    };
+    let addresses = batch.column_by_name(ROW_ADDRESS).and_then(|c| c.as_primitive_opt::<UInt64Type>()).cloned();
+    let addresses = addresses.ok_or_else(|| lance::Error::internal("rows without addresses"))?;
+    Ok(Piece { addresses, models: text("model")?, layers: text("layer")? })
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use arrow::array::{AsArray, RecordBatch, StringArray};
-use futures::TryStreamExt;
+use futures::{FutureExt, TryStreamExt};
 use lance::Dataset;
 use lance::dataset::{MergeInsertBuilder, WhenMatched, WhenNotMatched};
 
@@ -28,7 +28,7 @@ pub async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, RowLocations>
     let mut all = dataset.scan();
     all.scan_in_order(true).batch_size(batch_rows(&dataset));
     let rows = async { all.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await };
-    for batch in rows.during(action).await? {
+    for batch in rows.boxed().during(action).await? {
         batches.extend(relocated(&batch, moved, &mut seen).ok_or_else(|| {
             Error::expected(
                 "columns 'artifact' and 'places' of the list of artifacts",
@@ -44,7 +44,7 @@ pub async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, RowLocations>
         MergeInsertBuilder::try_new(Arc::new(dataset), vec!["artifact".into()]).map_err(storage_error(action))?;
     merge.when_matched(WhenMatched::UpdateAll).when_not_matched(WhenNotMatched::DoNothing).use_index(false);
     let merge = merge.try_build().map_err(storage_error(action))?;
-    let (dataset, _) = merge.execute_batches(batches).during(action).await?;
+    let (dataset, _) = merge.execute_batches(batches).boxed().during(action).await?;
     Ok(Arc::unwrap_or_clone(dataset))
 }
 

@@ -17,11 +17,15 @@ use super::append::replace_fragments;
 use super::aside;
 use super::catalogue;
 use super::heal::{self, Healed};
+use super::index_check;
+use super::indexing;
 use super::layout::{VERSION_HINT, VERSIONS, version_of};
 use super::listing::{names_in, table_folders};
 use super::location::{Location, Place};
 use super::lock;
+use super::lookup::indices_of;
 use super::metadata;
+use super::properties::{TableVersions, properties};
 use super::record::{LayerRecord, read_artifacts};
 use super::root::Store;
 use super::scan::batch_rows;
@@ -70,6 +74,7 @@ impl Store {
             let _guards = (lock::collecting(location, PATIENCE).await?, lock::committing(location).await?);
             let mut files = roll_back(location).await?;
             files.extend(clear(shared).await?);
+            mend_indices(location).await?;
             files
         };
         let (writer, healed) = heal::begin(shared, true).await?;
@@ -201,6 +206,23 @@ async fn clear(shared: &Shared) -> Result<Vec<String>> {
         files.extend(drop_unreadable(shared, &table).await?);
     }
     Ok(files)
+}
+
+/// Makes indices anew that do not lead to the rows which have a value.
+async fn mend_indices(location: &Location) -> Result<()> {
+    for table in [LAYERS, ARTIFACTS] {
+        for indexed in indices_of(table) {
+            let Ok(dataset) = location.open_table(table, None).await else { continue };
+            if index_check::fault(&Arc::new(dataset), *indexed).await?.is_some() {
+                let action = || format!("making index '{}' anew", indexed.index);
+                let dataset = location.open_for_write(table).during(action()).await?;
+                let tables = TableVersions::said_by(&dataset).await;
+                let properties = properties("index".into(), None, tables.as_ref()).filter(|_| table == LAYERS);
+                indexing::make_anew(dataset, *indexed, properties).during(action()).await?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Takes the fragments out of a table whose rows cannot be read, and sets their files aside.

@@ -14,6 +14,7 @@ use super::lock::{self, Lease};
 use super::models;
 use super::on_wait::OnWait;
 use super::reader::Reader;
+use super::s3::StorageOptions;
 use super::shared::Shared;
 use super::snapshot::Snapshot;
 use super::testing::Hooks;
@@ -40,6 +41,8 @@ pub struct StoreOptions {
     /// Whether every layer that is read is hashed and held against its artifact's name: stored bytes that have changed are an error,
     /// where a load checks otherwise only that they make a layer. A load takes several times as long.
     pub verify_loads: bool,
+    /// How the storage of a store at `s3://` is reached, beside what the environment says: its endpoint, region and credentials.
+    pub storage_options: StorageOptions,
     /// What is told when an operation has to wait for a lock that another process holds.
     pub on_wait: Option<OnWait>,
     /// What the tests replace.
@@ -53,6 +56,7 @@ impl Default for StoreOptions {
             cache_bytes: DEFAULT_CACHE_BYTES,
             reader: None,
             verify_loads: false,
+            storage_options: StorageOptions::new(),
             on_wait: None,
             hooks: Hooks::default(),
         }
@@ -80,7 +84,8 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and when `LAYERSTORE_READER` names no reader.
     pub async fn open_with(uri: &str, options: StoreOptions) -> Result<Self> {
-        let location = Location::new(uri, &options.hooks)?.with_on_wait(options.on_wait.clone());
+        let location =
+            Location::new(uri, &options.hooks, &options.storage_options)?.with_on_wait(options.on_wait.clone());
         let catalogue = catalogue::open(&location, None).await?;
         Self::new(location, catalogue, options)
     }
@@ -91,7 +96,8 @@ impl Store {
     /// # Errors
     /// As [`Store::open_with`], but for damage where an older version can be read.
     pub async fn open_for_repair(uri: &str, options: StoreOptions) -> Result<Self> {
-        let location = Location::new(uri, &options.hooks)?.with_on_wait(options.on_wait.clone());
+        let location =
+            Location::new(uri, &options.hooks, &options.storage_options)?.with_on_wait(options.on_wait.clone());
         let catalogue = catalogue::open_newest_readable(&location).await?;
         Self::new(location, catalogue, options)
     }
@@ -109,7 +115,8 @@ impl Store {
     /// # Errors
     /// As [`Store::create`], and when `LAYERSTORE_READER` names no reader.
     pub async fn create_with(uri: &str, options: StoreOptions) -> Result<Self> {
-        let location = Location::new(uri, &options.hooks)?.with_on_wait(options.on_wait.clone());
+        let location =
+            Location::new(uri, &options.hooks, &options.storage_options)?.with_on_wait(options.on_wait.clone());
         let catalogue = catalogue::open_or_create(&location).await?;
         Self::new(location, catalogue, options)
     }

@@ -2,7 +2,7 @@
 
 use chrono::Utc;
 
-use super::catalogue::{Scope, not_alone};
+use super::change::{Scope, not_alone};
 use super::handle::LayerHandle;
 use super::record::{ErrorBasis, LayerRecord, RowLocations, Source};
 use super::root::{Store, StoreOptions};

@@ -7,9 +7,11 @@ use chrono::{DateTime, Utc};
 use lance::Dataset;
 use serde::Serialize;
 
-use super::catalogue::{self, Catalogue, quoted};
+use super::catalogue::Catalogue;
 use super::handle::LayerHandle;
+use super::listed::Listed;
 use super::record::{ErrorBasis, LayerRecord};
+use super::rows;
 use super::settings::{SettingChange, changed_settings};
 use super::shared::Shared;
 use super::stats::{self, Stats};
@@ -135,13 +137,23 @@ impl Snapshot {
         self.shared.location.uri()
     }
 
-    /// Returns what the artifacts of the store were made from and how, as [`Provenance::recipe`](super::Provenance::recipe).
+    /// Returns what artifacts were made from and how, as [`Provenance::recipe`](super::Provenance::recipe): those that are listed.
     ///
     /// # Errors
     /// When the list of artifacts cannot be read.
-    pub(crate) async fn recipes(&self) -> Result<HashMap<ArtifactId, [u8; 32]>> {
-        let records = self.shared.data.records().await?;
-        Ok(records.into_iter().map(|record| (record.artifact, record.recipe)).collect())
+    pub(crate) async fn recipes(&self, of: &[ArtifactId]) -> Result<HashMap<ArtifactId, [u8; 32]>> {
+        let listed = Listed::open(&self.shared.location).await?;
+        let mut recipes = HashMap::new();
+        for record in listed.rest().await? {
+            recipes.entry(record.artifact).or_insert(record.recipe);
+        }
+        for id in of {
+            if !recipes.contains_key(id) {
+                let covered = listed.covered_of_artifact(*id).await?;
+                recipes.extend(covered.first().map(|record| (*id, record.recipe)));
+            }
+        }
+        Ok(recipes)
     }
 
     /// Returns what the snapshot shares with its store.
@@ -159,7 +171,7 @@ impl Snapshot {
     /// # Errors
     /// When the catalogue cannot be read.
     pub async fn records(&self) -> Result<Vec<LayerRecord>> {
-        catalogue::rows(&self.shared.location, self.dataset(), None).await
+        rows::rows(&self.shared.location, self.dataset(), None).await
     }
 
     /// Returns every model, by name.
@@ -167,31 +179,16 @@ impl Snapshot {
     /// # Errors
     /// When the catalogue cannot be read.
     pub async fn models(&self) -> Result<Vec<ModelSummary>> {
-        let mut models: BTreeMap<String, ModelSummary> = BTreeMap::new();
-        let mut counted = HashSet::new();
-        for r in self.records().await? {
-            let model = models.entry(r.model.clone()).or_insert_with(|| ModelSummary {
-                model: r.model.clone(),
-                layers: 0,
-                methods: BTreeMap::new(),
-                files: 0,
-                dense_bytes: 0,
-                stored_bytes: 0,
-                created_at: r.created_at,
-            });
-            if r.is_file() {
-                model.files += 1;
-            } else {
-                model.layers += 1;
-                *model.methods.entry(r.method.to_string()).or_default() += 1;
-            }
-            model.dense_bytes += r.dense_bytes;
-            if counted.insert((r.model.clone(), r.artifact)) {
-                model.stored_bytes += r.stored_bytes;
-            }
-            model.created_at = model.created_at.max(r.created_at);
-        }
-        Ok(models.into_values().collect())
+        Ok(summaries(self.records().await?))
+    }
+
+    /// Returns what [`Snapshot::models`] says of one model.
+    ///
+    /// # Errors
+    /// When there is no such model.
+    pub async fn summary(&self, model: &str) -> Result<ModelSummary> {
+        let summary = summaries(self.rows(model).await?).pop();
+        summary.ok_or_else(|| Error::expected("models of that name", 0, 1))
     }
 
     /// Returns the layers of a model, by name; [`Snapshot::files`] has what belongs to it beside them.
@@ -209,12 +206,11 @@ impl Snapshot {
     /// # Errors
     /// When there is no such model.
     pub(crate) async fn rows(&self, model: &str) -> Result<Vec<LayerRecord>> {
-        let rows =
-            catalogue::rows(&self.shared.location, self.dataset(), Some(&format!("model = {}", quoted(model)))).await?;
+        let rows = rows::rows_of(&self.shared.location, self.catalogue.dataset(), &[model]).await?;
         if rows.is_empty() {
             return Err(self.unknown_model(model).await?);
         }
-        Ok(rows)
+        Ok(rows.into_iter().map(|(_, record)| record).collect())
     }
 
     /// Returns a layer by name, to be loaded when it is used. The files that it lies in are opened now.
@@ -222,13 +218,12 @@ impl Snapshot {
     /// # Errors
     /// When there is no such model or layer: the message gives the closest names.
     pub async fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
-        let names = self.catalogue.names().await?;
-        if let Some(position) = names.find(model, layer) {
-            let record = catalogue::row(&self.shared.location, self.dataset(), position).await?;
+        if let Some(address) = self.catalogue.find(model, layer).await? {
+            let record = rows::row(&self.shared.location, self.catalogue.dataset(), address).await?;
             self.shared.data.open_ahead(std::slice::from_ref(&record)).await?;
             return Ok(self.handle(record));
         }
-        let layers: Vec<&str> = names.layers_of(model).collect();
+        let layers = self.catalogue.layers_of(model).await?;
         if layers.is_empty() {
             return Err(self.unknown_model(model).await?);
         }
@@ -236,7 +231,7 @@ impl Snapshot {
             model: model.to_owned(),
             layer: layer.to_owned(),
             at: self.label.clone(),
-            closest: closest(layer, layers.into_iter(), 5),
+            closest: closest(layer, layers.iter().map(String::as_str), 5),
         })
     }
 
@@ -262,7 +257,7 @@ impl Snapshot {
 
     /// Returns the error of a name that no model has.
     pub(super) async fn unknown_model(&self, model: &str) -> Result<Error> {
-        let all = self.catalogue.names().await?.models();
+        let all = self.catalogue.models().await?;
         let known = closest(model, all.iter().map(String::as_str), all.len());
         Ok(Error::UnknownModel { model: model.to_owned(), at: self.label.clone(), known })
     }
@@ -303,4 +298,33 @@ impl Snapshot {
         diff.added.extend(after.iter().filter(|(key, _)| !before.contains_key(*key)).map(|(_, r)| r.into()));
         Ok(diff)
     }
+}
+
+/// Sums rows up, model by model.
+fn summaries(rows: Vec<LayerRecord>) -> Vec<ModelSummary> {
+    let mut models: BTreeMap<String, ModelSummary> = BTreeMap::new();
+    let mut counted = HashSet::new();
+    for r in rows {
+        let model = models.entry(r.model.clone()).or_insert_with(|| ModelSummary {
+            model: r.model.clone(),
+            layers: 0,
+            methods: BTreeMap::new(),
+            files: 0,
+            dense_bytes: 0,
+            stored_bytes: 0,
+            created_at: r.created_at,
+        });
+        if r.is_file() {
+            model.files += 1;
+        } else {
+            model.layers += 1;
+            *model.methods.entry(r.method.to_string()).or_default() += 1;
+        }
+        model.dense_bytes += r.dense_bytes;
+        if counted.insert((r.model.clone(), r.artifact)) {
+            model.stored_bytes += r.stored_bytes;
+        }
+        model.created_at = model.created_at.max(r.created_at);
+    }
+    models.into_values().collect()
 }

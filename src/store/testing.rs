@@ -7,17 +7,19 @@ use object_store::ObjectStore;
 use object_store::list::PaginatedListStore;
 
 use super::format::{FORMATS, Formats};
+use super::limits::Limits;
 
 /// What is replaced of a store; nothing by default.
 #[derive(Clone)]
 pub struct Hooks {
     pub(super) storage: Option<Arc<dyn WrappingObjectStore>>,
     pub(super) formats: &'static Formats,
+    pub(super) limits: Limits,
 }
 
 impl Default for Hooks {
     fn default() -> Self {
-        Hooks { storage: None, formats: &FORMATS }
+        Hooks { storage: None, formats: &FORMATS, limits: Limits::DEFAULT }
     }
 }
 

@@ -2,6 +2,7 @@
 //! not so.
 
 mod copies;
+mod many;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use arrow::compute::{cast, concat_batches};
 use proptest::prelude::*;
 use safetensors::tensor::TensorView;
 
-use super::append::{append, append_rows};
+use super::append::{append_rows, write};
 use super::batches::{ArtifactRows, Layout};
 use super::catalogue;
 use super::data::{Data, file_rows};
@@ -24,8 +25,11 @@ use super::reader::{Files, Reader};
 use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, RowRange, TableRows, artifacts_batches};
 use super::remedy::Remedy;
 use super::root::{Store, StoreOptions};
+use super::rows;
+use super::s3::StorageOptions;
 use super::schema::{ARTIFACTS, LAYERS};
 use super::testing::Hooks;
+use super::update::list;
 use super::verify::VerifyDepth;
 use super::writer::Provenance;
 use crate::compress::{ImportOptions, RepairOptions, RepairSource, import, repair};
@@ -262,7 +266,8 @@ async fn a_later_format_reads_and_writes_an_older_store() {
     let dataset = location.open_table("keys_d48", None).await.unwrap();
     let rows: RecordBatch = dataset.scan().limit(Some(2), None).unwrap().try_into_batch().await.unwrap();
     let weighted = NEXT.completed("keys_d48", rows).unwrap();
-    let refused = append((location, &NEXT.0[0]), "keys_d48", vec![weighted]).await.unwrap_err();
+    let dataset = Arc::new(dataset);
+    let refused = write((location, &NEXT.0[0]), ("keys_d48", &dataset), vec![weighted]).await.unwrap_err();
     assert!(matches!(&refused, Error::OlderFormat { column, found: 1, .. } if column == "weight"), "{refused}");
     assert_eq!(refused.kind(), ErrorKind::Incompatible);
 }
@@ -323,7 +328,7 @@ async fn verification_builds_layers_and_runs_them() {
     let mut locations = RowLocations::default();
     let rows = Arc::new(vec![ArtifactRows::new(id, parts.clone(), Layout::Blocks).unwrap()]);
     for (table, count) in rows[0].tables() {
-        let files = append_rows((&location, format), table, &rows).await.unwrap();
+        let files = append_rows((&location, format), table, &rows).await.unwrap().files;
         let ranges = files.into_iter().map(|(file, rows)| RowRange { file, offset: 0, rows }).collect();
         locations.0.insert(table.name(), TableRows { rows: count, ranges });
     }
@@ -338,7 +343,7 @@ async fn verification_builds_layers_and_runs_them() {
         error_basis: ErrorBasis::Weights,
         created_at: chrono::Utc::now(),
     };
-    append((&location, format), ARTIFACTS, artifacts_batches(&[record]).unwrap()).await.unwrap();
+    list((&location, format), artifacts_batches(&[record]).unwrap()).await.unwrap();
     assert!(store.verify_with(VerifyDepth::Quick, |_, _| ()).await.unwrap().is_sound());
     let found = store.verify(|_, _| ()).await.unwrap().corrupt;
     assert_eq!(found.len(), 1);
@@ -532,7 +537,7 @@ async fn narrow_rows_take_their_bytes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn claimed_rows_that_are_not_there_are_corrupt() {
     let folder = tempfile::tempdir().unwrap();
-    let location = Location::new(&kept_store(folder.path()), &Hooks::default()).unwrap();
+    let location = Location::new(&kept_store(folder.path()), &Hooks::default(), &StorageOptions::new()).unwrap();
     for reader in [Reader::Direct, Reader::Lance] {
         let data = Arc::new(Data::new(location.clone(), reader));
         for record in data.records().await.unwrap() {
@@ -568,7 +573,7 @@ async fn claimed_rows_that_are_not_there_are_corrupt() {
         }
         // A layer's own locations are a hint, too: the list of artifacts knows better.
         let dataset = catalogue::open(&location, None).await.unwrap();
-        let rows: Vec<LayerRecord> = catalogue::rows(&location, &dataset, None).await.unwrap();
+        let rows: Vec<LayerRecord> = rows::rows(&location, &dataset, None).await.unwrap();
         for mut layer in rows.into_iter().take(5) {
             for table in layer.locations.0.values_mut() {
                 table.rows = 1 << 50;

@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use arrow::datatypes::{Schema, SchemaRef};
 use lance::Dataset;
-use lance::dataset::CommitBuilder;
 use lance::dataset::transaction::{Operation, TransactionBuilder};
 
-use super::catalogue::{properties, writable};
+use super::catalogue::writable;
 use super::format::Format;
 use super::listing::data_tables;
 use super::location::Location;
 use super::lock;
+use super::properties::{TableVersions, properties};
 use super::schema::ARTIFACTS;
+use super::strict::next_version;
 use super::waiting::{Waiting, storage_error};
 use crate::error::Result;
 
@@ -58,7 +59,8 @@ pub async fn with_format(location: &Location, catalogue: Dataset, format: &Forma
     if location.format_of(&catalogue)?.version >= format.version {
         return Ok(catalogue);
     }
-    let properties = properties(format!("upgrade to format {}", format.version), None);
+    let tables = TableVersions::said_by(&catalogue).await;
+    let properties = properties(format!("upgrade to format {}", format.version), None, tables.as_ref());
     let schema = location.formats().catalogue(format.version);
     with_columns(catalogue, &schema, properties).during("changing the format of the catalogue").await
 }
@@ -83,5 +85,5 @@ async fn with_columns(
         Operation::Merge { fragments: dataset.fragments().to_vec(), schema: merged, preserves_nullability: true };
     let transaction =
         TransactionBuilder::new(dataset.version_id(), operation).transaction_properties(properties).build();
-    CommitBuilder::new(Arc::new(dataset)).with_skip_auto_cleanup(true).execute(transaction).await
+    next_version(Arc::new(dataset)).execute(transaction).await
 }

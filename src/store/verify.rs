@@ -11,10 +11,12 @@ use super::agreement::{DataTables, Names, Unreadable};
 use super::catalogue;
 use super::data::other_content;
 use super::heal;
+use super::index_check;
 use super::location::Location;
 use super::metadata::{self, DamagedMetadata};
 use super::record::{ArtifactRecord, LayerName, LayerRecord, RowLocations};
 use super::remedy::Remedy;
+use super::rows;
 use super::schema::{ARTIFACTS, LAYERS};
 use super::shared::Shared;
 use super::trial::Trial;
@@ -116,6 +118,7 @@ pub async fn verify(
     let unlisted = named.names.iter().filter(|(id, _)| !listed.contains_key(id)).count();
     let unreadable = count_all(location, &named.names, &listed, &mut found).await;
     damaged.extend(unreadable.into_iter().map(|(table, fragment)| damaged_file(location, &table, fragment)));
+    damaged.extend(index_check::damaged(location).await?);
     if !found.is_empty() || !damaged.is_empty() {
         still_there(shared, &mut found, &mut damaged).await?;
     }
@@ -172,13 +175,14 @@ impl Named {
         for version in versions.into_iter().rev() {
             let read = async {
                 let dataset = catalogue::open(location, Some(version)).await?;
-                for (artifact, layer) in self.names.add(&dataset).await? {
+                let added = self.names.add(&dataset).await?;
+                for (artifact, layer) in added.users {
                     self.users.entry(artifact).or_default().insert(layer);
                 }
                 // Whatever else a row holds.
                 match depth {
                     VerifyDepth::Quick => Ok(vec![]),
-                    _ => catalogue::rows(location, &dataset, None).await,
+                    _ => rows::rows_in(location, &dataset, &added.fragments).await,
                 }
             };
             match read.await {

@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use lance::Dataset;
-use lance::dataset::CommitBuilder;
 use lance::dataset::transaction::{Operation, TransactionBuilder};
 use serde::Serialize;
 
-use super::catalogue::{MESSAGE, OPERATION, open, properties, versions, writable};
+use super::catalogue::{open, versions, writable};
 use super::listing::names_in;
 use super::location::Location;
 use super::lock;
+use super::properties::{MESSAGE, OPERATION, TableVersions, properties};
 use super::schema::LAYERS;
+use super::strict::{Attempts, is_conflict, next_version};
 use super::upgrade::with_format;
 use super::waiting::{Waiting, reason, storage_error};
 use crate::error::{Error, Result, closest};
@@ -243,6 +244,16 @@ fn check_snapshot_name(name: &str) -> Result<()> {
 /// Makes the catalogue of an older version the latest, as a new version. The store's format stays what it is.
 pub async fn restore(location: &Location, name: &str) -> Result<SnapshotInfo> {
     let _guard = lock::committing(location).await?;
+    let mut attempts = Attempts::begin();
+    loop {
+        if let Some(restored) = restore_once(location, name, &mut attempts).await? {
+            return Ok(restored);
+        }
+    }
+}
+
+/// Restores a version on the latest one; `None` where another commit came between.
+async fn restore_once(location: &Location, name: &str, attempts: &mut Attempts) -> Result<Option<SnapshotInfo>> {
     let dataset = writable(location).await?;
     let format = location.format_of(&dataset)?;
     let version = resolve(location, &dataset, name).await?;
@@ -253,13 +264,17 @@ pub async fn restore(location: &Location, name: &str) -> Result<SnapshotInfo> {
         time: dataset.version().timestamp,
     };
     if version == dataset.version_id() {
-        return Ok(restored(&dataset));
+        return Ok(Some(restored(&dataset)));
     }
+    let tables = TableVersions::said_by(&dataset).await;
     let transaction = TransactionBuilder::new(dataset.version_id(), Operation::Restore { version })
-        .transaction_properties(properties(format!("restore {name}"), None))
+        .transaction_properties(properties(format!("restore {name}"), None, tables.as_ref()))
         .build();
-    let commit = CommitBuilder::new(Arc::new(dataset)).with_skip_auto_cleanup(true).execute(transaction);
-    let dataset = commit.during(format!("restoring '{name}'")).await?;
+    match next_version(Arc::new(dataset)).execute(transaction).caught().await {
+        Ok(_) => {}
+        Err(e) if is_conflict(&e) && attempts.again().await => return Ok(None),
+        Err(e) => return Err(storage_error(format!("restoring '{name}'"))(e)),
+    }
     // Tables of the newer format stay as they are.
-    Ok(restored(&with_format(location, dataset, format).await?))
+    Ok(Some(restored(&with_format(location, writable(location).await?, format).await?)))
 }

@@ -2,31 +2,33 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use layerstore_core::layer::registry;
-use serde_json::Value;
 
-use super::agreement::DataTables;
-use super::append::{Written, append, append_rows};
 use super::batches::{ArtifactRows, Layout};
-use super::catalogue::{self, Scope, replace};
+use super::change::{Made, Scope, Seen, replace};
+use super::flushing::{self, Flushed, Flushing};
 use super::format::Format;
+use super::inventory::{ArtifactInfo, Inventory};
 use super::lock::{self, Guard};
 use super::mend::mend;
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations, TableRows, artifacts_batches};
-use super::relist::relist;
-use super::schema::{ARTIFACTS, Table, WEIGHT_BLOCKS};
+use super::properties::TableVersions;
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations};
+use super::schema::{ARTIFACTS, WEIGHT_BLOCKS};
 use super::shared::Shared;
 use super::synced;
-use super::waiting::Waiting;
 use crate::error::{Error, Result};
-use crate::layer::{ArtifactId, MethodName, Parts};
+use crate::layer::{ArtifactId, Parts};
 use crate::tasks::unwrap_join;
 
-/// Bytes of parts and settings gathered before they are written: the memory that an import takes beside the layer at work. Rows
-/// are made of them while they are written, a batch at a time.
-const PENDING_BYTES: u64 = 256 << 20;
+/// Bytes of parts and settings gathered before they are written. As many may be being written, so an import takes twice the memory
+/// beside the layer at work. Rows are made of them while they are written, a batch at a time.
+const PENDING_BYTES: u64 = 128 << 20;
+
+/// How long artifacts are gathered before they are written, however few: the work that is lost where a process is killed.
+const PENDING_TIME: Duration = Duration::from_secs(60);
 
 /// What an artifact was made from, and how well it stands for it.
 #[derive(Debug, Clone, Copy)]
@@ -39,55 +41,18 @@ pub struct Provenance {
     pub error_basis: ErrorBasis,
 }
 
-/// An artifact that the store holds already.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ArtifactInfo {
-    /// Its name.
-    pub artifact: ArtifactId,
-    /// How it is compressed.
-    pub method: MethodName,
-    /// The parts' config.
-    pub config: Value,
-    /// Bytes of its arrays.
-    pub stored_bytes: u64,
-    /// How far it is from its source, as measured when it was made.
-    pub relative_error: Option<f64>,
-    /// What the error was measured over.
-    pub error_basis: ErrorBasis,
-}
-
-/// What a writer knows of an artifact that the store has, or will have with the next flush.
-#[derive(Debug, Clone)]
-struct Known {
-    locations: RowLocations,
-    recipe: [u8; 32],
-    content: Content,
-}
-
-/// Whether what the store has of an artifact is what its name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Content {
-    /// Nobody has looked.
-    Unknown,
-    /// It is, or this writer writes it.
-    Sound,
-    /// It is not.
-    Damaged,
-}
-
 /// One change of a model, from its first artifact to its commit. Nobody sees any of it before [`Writer::commit`];
 /// dropping it leaves the catalogue as it was.
 #[derive(Debug)]
 pub struct Writer {
     shared: Arc<Shared>,
-    _guard: Guard,
+    guard: Arc<Guard>,
     /// The store's format, which does not change while the guard is held.
     format: &'static Format,
-    /// Artifacts that are complete in the store, by recipe.
-    recipes: HashMap<[u8; 32], ArtifactInfo>,
-    known: HashMap<ArtifactId, Known>,
-    /// Artifacts that are listed, and whose rows are not there.
-    lost: HashMap<ArtifactId, ArtifactRecord>,
+    /// The artifacts of the store.
+    inventory: Inventory,
+    /// The versions of tables that this writer has seen or written.
+    seen: Seen,
     /// Where versions say that artifacts are which are not listed.
     unlisted: HashMap<ArtifactId, RowLocations>,
     pending: Vec<(ArtifactRecord, ArtifactRows)>,
@@ -97,90 +62,69 @@ pub struct Writer {
     pending_bytes: u64,
     /// Bytes of the arrays of artifacts that were new, written or pending.
     added_bytes: u64,
-    /// Set while rows are being written: what was gathered is gone if that fails or is given up.
+    /// What is being written.
+    writing: Option<Flushing>,
+    /// When that began, or the writer.
+    handed_over: Instant,
+    /// Set where a write has failed, and while rows are replaced: what was gathered is gone if that fails or is given up.
     broken: bool,
     /// The lock of commits, where it was taken ahead.
     commit: Option<Guard>,
 }
 
 impl Writer {
-    /// Takes the lock of imports, and reads which artifacts the store has.
+    /// Begins a change of a store of this format, whose lock of imports the guard is.
     ///
     /// # Errors
     /// When the storage refuses.
-    pub(super) async fn begin(shared: &Arc<Shared>) -> Result<Self> {
-        let location = &shared.location;
-        let guard = lock::importing(location).await?;
-        let format = location.format_of(&catalogue::open(location, None).await?)?;
-        let mut writer = Writer {
+    pub(super) async fn begin(shared: &Arc<Shared>, guard: Guard, format: &'static Format) -> Result<Self> {
+        Ok(Writer {
             shared: shared.clone(),
-            _guard: guard,
+            guard: Arc::new(guard),
             format,
-            recipes: HashMap::new(),
-            known: HashMap::new(),
-            lost: HashMap::new(),
+            inventory: Inventory::open(shared).await?,
+            seen: Seen::nothing(),
             unlisted: HashMap::new(),
             pending: vec![],
             again: vec![],
             pending_bytes: 0,
             added_bytes: 0,
+            writing: None,
+            handed_over: Instant::now(),
             broken: false,
             commit: None,
-        };
-        let mut tables = DataTables::of(location);
-        for record in shared.data.records().await? {
-            if tables.lack(record.artifact, &record.locations, false).await?.is_some() {
-                writer.lost.insert(record.artifact, record);
-                continue;
-            }
-            let (locations, recipe) = (record.locations, record.recipe);
-            writer.known.insert(record.artifact, Known { locations, recipe, content: Content::Unknown });
-            let stored = ArtifactInfo {
-                artifact: record.artifact,
-                method: record.method,
-                config: record.config,
-                stored_bytes: record.stored_bytes,
-                relative_error: record.relative_error,
-                error_basis: record.error_basis,
-            };
-            writer.recipes.insert(recipe, stored);
-        }
-        Ok(writer)
+        })
     }
 
-    /// Returns whether the store has an artifact, or will have it with the next flush.
-    pub(super) fn has(&self, artifact: &ArtifactId) -> bool {
-        self.known.contains_key(artifact)
+    /// Reads the whole list of artifacts, and which versions all tables have: what a commit of this writer says of them.
+    pub(super) async fn look_at_all(&mut self) -> Result<()> {
+        self.inventory.look_at_all().await?;
+        self.seen = Seen::All(TableVersions::latest(&self.shared.location).await?);
+        Ok(())
     }
 
-    /// Returns the records of artifacts that are listed, and whose rows are not there.
-    pub(super) fn lost(&self) -> &HashMap<ArtifactId, ArtifactRecord> {
-        &self.lost
+    /// Returns the artifacts of the store.
+    pub(super) fn inventory(&self) -> &Inventory {
+        &self.inventory
     }
 
     /// Lists artifacts whose rows are there and are what their names stand for.
     pub(super) async fn list(&mut self, records: Vec<ArtifactRecord>) -> Result<()> {
-        let (moved, new): (Vec<_>, Vec<_>) = records.into_iter().partition(|r| self.lost.contains_key(&r.artifact));
-        if !new.is_empty() {
-            append((&self.shared.location, self.format), ARTIFACTS, artifacts_batches(&new)?).await?;
-        }
-        if !moved.is_empty() {
-            let list = self.shared.location.open_for_write(ARTIFACTS).during("opening the table of artifacts").await?;
-            relist(list, &moved.iter().map(|r| (r.artifact, r.locations.clone())).collect()).await?;
-        }
-        for record in new.into_iter().chain(moved) {
-            let recipe = self.lost.remove(&record.artifact).map_or(record.recipe, |listed| listed.recipe);
-            let known = Known { locations: record.locations, recipe, content: Content::Sound };
-            self.known.insert(record.artifact, known);
-        }
+        let lost = self.lost_of(records.iter());
+        let flushed = flushing::list(&self.shared, self.format, records, &lost).await?;
+        self.note(flushed);
         Ok(())
+    }
+
+    /// Notes what was written.
+    fn note(&mut self, Flushed { listed, versions }: Flushed) {
+        versions.iter().for_each(|(table, version)| self.seen.note(table, *version));
+        listed.into_iter().for_each(|record| self.inventory.note_listed(record));
     }
 
     /// Says that what the store has of an artifact is not what was written: it is written anew when it is added.
     pub(super) fn distrust(&mut self, artifact: &ArtifactId) {
-        if let Some(known) = self.known.get_mut(artifact) {
-            known.content = Content::Damaged;
-        }
+        self.inventory.distrust(artifact);
     }
 
     /// Returns the artifact that was made by this recipe, if the store has it and it is what was written: its rows are read, and
@@ -189,7 +133,7 @@ impl Writer {
     /// # Errors
     /// When the storage refuses.
     pub async fn reusable(&mut self, recipe: &[u8; 32]) -> Result<Option<ArtifactInfo>> {
-        let Some(stored) = self.made_by(recipe).cloned() else { return Ok(None) };
+        let Some(stored) = self.made_by(recipe).await?.cloned() else { return Ok(None) };
         Ok(self.is_sound(stored.artifact).await?.then_some(stored))
     }
 
@@ -198,44 +142,7 @@ impl Writer {
     /// # Errors
     /// When the storage refuses.
     pub(crate) async fn is_sound(&mut self, id: ArtifactId) -> Result<bool> {
-        let Some(known) = self.known.get(&id) else { return Ok(false) };
-        if known.content != Content::Unknown {
-            return Ok(known.content == Content::Sound);
-        }
-        let record = self.record(id).await?;
-        let content = match self.shared.data.parts(&record).await {
-            Ok(parts) => match unwrap_join(tokio::task::spawn_blocking(move || parts.id()).await)? == id {
-                true => Content::Sound,
-                false => Content::Damaged,
-            },
-            Err(Error::Corrupt { .. }) => Content::Damaged,
-            Err(e) => return Err(e),
-        };
-        if let Some(known) = self.known.get_mut(&id) {
-            known.content = content;
-        }
-        Ok(content == Content::Sound)
-    }
-
-    /// Returns the row of an artifact that the store has.
-    async fn record(&self, id: ArtifactId) -> Result<ArtifactRecord> {
-        let known = self.known.get(&id).map(|known| (known.recipe, known.locations.clone()));
-        let stored = known.as_ref().and_then(|(recipe, _)| self.recipes.get(recipe));
-        match (known.as_ref(), stored.filter(|stored| stored.artifact == id)) {
-            (Some((recipe, locations)), Some(stored)) => Ok(ArtifactRecord {
-                artifact: id,
-                method: stored.method.clone(),
-                config: stored.config.clone(),
-                locations: locations.clone(),
-                stored_bytes: stored.stored_bytes,
-                recipe: *recipe,
-                relative_error: stored.relative_error,
-                error_basis: stored.error_basis,
-                created_at: Utc::now(),
-            }),
-            // Two artifacts of one recipe.
-            _ => self.shared.data.record(id).await,
-        }
+        self.inventory.is_sound(id).await
     }
 
     /// Returns the parts of an artifact that the store has, what is not written yet being written first.
@@ -244,13 +151,16 @@ impl Writer {
     /// When the storage refuses.
     pub(crate) async fn parts(&mut self, id: ArtifactId) -> Result<Parts> {
         self.flush().await?;
-        let record = self.record(id).await?;
+        let record = self.inventory.record(id).await?;
         self.shared.data.parts(&record).await
     }
 
     /// Returns the artifact that was made by this recipe, if the store has it.
-    pub fn made_by(&self, recipe: &[u8; 32]) -> Option<&ArtifactInfo> {
-        self.recipes.get(recipe)
+    ///
+    /// # Errors
+    /// When the storage refuses.
+    pub async fn made_by(&mut self, recipe: &[u8; 32]) -> Result<Option<&ArtifactInfo>> {
+        self.inventory.made_by(recipe).await
     }
 
     /// Returns the bytes of parts written so far; what the store held already is not counted.
@@ -268,8 +178,7 @@ impl Writer {
     /// How the rows of an artifact are to lie: as they did where the store has it or had it, since the catalogue says how many rows of
     /// which tables it has; else as in the store's format.
     fn layout_of(&self, id: &ArtifactId) -> Layout {
-        let lost = || self.lost.get(id).map(|record| &record.locations);
-        if let Some(locations) = self.known.get(id).map(|known| &known.locations).or_else(lost) {
+        if let Some(locations) = self.inventory.locations(id) {
             return Layout::of(locations);
         }
         match self.shared.location.formats().schema(WEIGHT_BLOCKS, self.format.version) {
@@ -288,14 +197,13 @@ impl Writer {
     pub async fn add(&mut self, parts: &Parts, provenance: Provenance) -> Result<(ArtifactId, bool)> {
         let id = parts.id();
         if self.is_sound(id).await? {
-            self.recipes.insert(provenance.recipe, info(id, parts, provenance));
+            self.inventory.note_recipe(provenance.recipe, info(id, parts, provenance));
             return Ok((id, false));
         }
         let built = parts.clone();
         unwrap_join(tokio::task::spawn_blocking(move || registry::rebuilt_layer(&built).map(drop)).await)??;
         if let Some(locations) = self.unlisted.remove(&id)
-            && !self.known.contains_key(&id)
-            && !self.lost.contains_key(&id)
+            && self.inventory.locations(&id).is_none()
         {
             // A version leads readers to the damaged rows: they are listed, and replaced like any others.
             self.commit = None;
@@ -303,18 +211,11 @@ impl Writer {
         }
         let rows = ArtifactRows::new(id, parts.clone(), self.layout_of(&id))?;
         let (recipe, held_bytes) = (provenance.recipe, rows.held_bytes());
-        self.recipes.insert(recipe, info(id, parts, provenance));
-        if self.known.contains_key(&id) || self.lost.remove(&id).is_some() {
-            self.again.push(rows);
-        } else {
-            self.pending.push((record(id, parts, provenance), rows));
+        self.inventory.note_recipe(recipe, info(id, parts, provenance));
+        match self.inventory.note_written(id, recipe) {
+            true => self.pending.push((record(id, parts, provenance), rows)),
+            false => self.again.push(rows),
         }
-        let known = self.known.entry(id).or_insert(Known {
-            locations: RowLocations::default(),
-            recipe,
-            content: Content::Unknown,
-        });
-        known.content = Content::Sound;
         self.added_bytes += parts.stored_bytes();
         self.gathered(held_bytes).await?;
         Ok((id, true))
@@ -326,27 +227,47 @@ impl Writer {
         let id = parts.id();
         let rows = ArtifactRows::new(id, parts.clone(), layout)?;
         let held_bytes = rows.held_bytes();
-        self.recipes.insert(provenance.recipe, info(id, parts, provenance));
+        self.inventory.note_recipe(provenance.recipe, info(id, parts, provenance));
         self.pending.push((record(id, parts, provenance), rows));
-        let (locations, recipe) = (RowLocations::default(), provenance.recipe);
-        self.known.insert(id, Known { locations, recipe, content: Content::Sound });
+        self.inventory.note_completed(id, provenance.recipe);
         self.gathered(held_bytes).await
     }
 
-    /// Counts the memory of what was gathered, and writes it where it is much.
+    /// Returns which artifacts of these records are listed, and have lost rows.
+    fn lost_of<'r>(&self, records: impl Iterator<Item = &'r ArtifactRecord>) -> HashSet<ArtifactId> {
+        records.map(|record| record.artifact).filter(|id| self.inventory.lost().contains_key(id)).collect()
+    }
+
+    /// Counts the memory of what was gathered, and begins to write it where it is much, or was gathered for long.
     async fn gathered(&mut self, held_bytes: u64) -> Result<()> {
         self.pending_bytes += held_bytes;
-        match self.pending_bytes >= PENDING_BYTES {
-            true => self.flush().await,
-            false => Ok(()),
+        if self.pending_bytes < PENDING_BYTES && self.handed_over.elapsed() < PENDING_TIME {
+            return Ok(());
+        }
+        match self.again.is_empty() {
+            true => self.hand_over().await,
+            false => self.flush().await,
         }
     }
 
-    /// Writes what was gathered: data rows first, then the list of complete artifacts; then damaged artifacts anew.
-    ///
-    /// # Errors
-    /// When the storage refuses. Rows that were written stay unseen, for gc.
-    pub async fn flush(&mut self) -> Result<()> {
+    /// Begins to write what was gathered, after what is being written.
+    async fn hand_over(&mut self) -> Result<()> {
+        self.settle().await?;
+        self.handed_over = Instant::now();
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        // A table that is made now takes the lock for itself, and so does whoever replaces rows.
+        self.commit = None;
+        let pending = std::mem::take(&mut self.pending);
+        let lost = self.lost_of(pending.iter().map(|(record, _)| record));
+        self.writing = Some(Flushing::begin(self.shared.clone(), (self.format, self.guard.clone()), pending, lost));
+        self.pending_bytes = 0;
+        Ok(())
+    }
+
+    /// Waits for what is being written.
+    async fn settle(&mut self) -> Result<()> {
         if self.broken {
             return Err(Error::Storage {
                 action: "writing artifacts".into(),
@@ -354,22 +275,31 @@ impl Writer {
                 source: None,
             });
         }
-        if self.pending.is_empty() && self.again.is_empty() {
-            return Ok(());
+        if let Some(writing) = &mut self.writing {
+            let flushed = writing.finished().await;
+            self.writing = None;
+            self.broken = flushed.is_err();
+            self.note(flushed?);
         }
-        self.broken = true;
-        // A table that is made now takes the lock for itself, and so does whoever replaces rows.
-        self.commit = None;
-        let pending = std::mem::take(&mut self.pending);
-        let records = self.write_rows(pending).await?;
-        self.list(records).await?;
-        for (artifact, locations) in mend(&self.shared, self.format, std::mem::take(&mut self.again)).await? {
-            if let Some(known) = self.known.get_mut(&artifact) {
-                known.locations = locations;
+        Ok(())
+    }
+
+    /// Writes what was gathered: data rows first, then the list of complete artifacts; then damaged artifacts anew.
+    ///
+    /// # Errors
+    /// When the storage refuses. Rows that were written stay unseen, for gc.
+    pub async fn flush(&mut self) -> Result<()> {
+        self.hand_over().await?;
+        self.settle().await?;
+        if !self.again.is_empty() {
+            self.broken = true;
+            self.commit = None;
+            for (artifact, locations) in mend(&self.shared, self.format, std::mem::take(&mut self.again)).await? {
+                self.inventory.note_moved(&artifact, locations);
             }
+            self.broken = false;
         }
         self.pending_bytes = 0;
-        self.broken = false;
         Ok(())
     }
 
@@ -380,30 +310,6 @@ impl Writer {
             self.commit = Some(lock::committing(&self.shared.location).await?);
         }
         Ok(())
-    }
-
-    /// Appends the rows of artifacts to their tables, and notes in the records where they are.
-    async fn write_rows(&self, pending: Vec<(ArtifactRecord, ArtifactRows)>) -> Result<Vec<ArtifactRecord>> {
-        let (mut records, artifacts): (Vec<ArtifactRecord>, Vec<ArtifactRows>) = pending.into_iter().unzip();
-        let artifacts = Arc::new(artifacts);
-        let tables: BTreeSet<Table> = artifacts.iter().flat_map(|rows| rows.tables().map(|(table, _)| table)).collect();
-        for table in tables {
-            let name = table.name();
-            let mut written = Written::new(append_rows((&self.shared.location, self.format), table, &artifacts).await?);
-            for (record, rows) in records.iter_mut().zip(artifacts.iter()) {
-                let rows: u64 = rows.tables().filter(|(of, _)| *of == table).map(|(_, rows)| rows).sum();
-                if rows == 0 {
-                    continue;
-                }
-                let ranges = written.take(rows).ok_or_else(|| Error::Storage {
-                    action: format!("appending to table '{name}'"),
-                    message: "fewer rows were written than given".into(),
-                    source: None,
-                })?;
-                record.locations.0.insert(name.clone(), TableRows { rows, ranges });
-            }
-        }
-        Ok(records)
     }
 
     /// Makes `records` all that the store holds of `model`, as one new version, and returns its number. Where that is so
@@ -447,7 +353,10 @@ impl Writer {
         if let Some(record) = records.iter().find(|r| r.model != model) {
             return Err(Error::expected(format!("model of layer '{}'", record.layer), &record.model, model));
         }
-        if let Some(record) = records.iter().find(|r| !self.known.contains_key(&r.artifact)) {
+        for record in records {
+            self.inventory.look_up(record.artifact).await?;
+        }
+        if let Some(record) = records.iter().find(|r| !self.inventory.has(&r.artifact)) {
             return Err(Error::expected(
                 format!("artifact of layer '{}'", record.layer),
                 record.artifact,
@@ -466,15 +375,15 @@ impl Writer {
         let mut records = records.to_vec();
         let mut tables = BTreeSet::from([ARTIFACTS.to_owned()]);
         for record in &mut records {
-            record.locations =
-                self.known.get(&record.artifact).map_or_else(RowLocations::default, |k| k.locations.clone());
+            record.locations = self.inventory.locations(&record.artifact).cloned().unwrap_or_default();
             tables.extend(record.locations.0.keys().cloned());
         }
         // Of artifacts that the store had, nobody may have seen to it.
         synced::tables(self.shared.location.local(), tables)
             .await
             .map_err(|e| Error::io(self.shared.location.uri(), e))?;
-        replace(&self.shared.location, (model, scope), &records, operation, message).await
+        let made = Made { operation, message, tables: &self.seen };
+        replace(&self.shared.location, (model, scope), &records, made).await
     }
 }
 

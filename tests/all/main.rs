@@ -17,8 +17,12 @@ mod matmul_free;
 mod messages;
 mod method;
 mod mutations;
+mod object_store;
 mod packed;
 mod processes;
+// The tests of the client use the rest.
+#[allow(dead_code)]
+mod s3;
 mod store;
 mod support;
 mod text_calibration;

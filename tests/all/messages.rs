@@ -303,7 +303,6 @@ fn addresses_of_no_store_say_what_is_wanted() {
         (done.status.code(), String::from_utf8(done.stderr).unwrap())
     };
     for (scheme, feature, built) in [
-        ("s3", "aws", cfg!(feature = "aws")),
         ("gs", "gcs", cfg!(feature = "gcs")),
         ("az", "azure", cfg!(feature = "azure")),
         ("abfss", "azure", cfg!(feature = "azure")),

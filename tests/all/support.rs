@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use layerstore::{Error, ErrorKind};
 use serde_json::Value;
 
+use crate::s3::Server;
+
 pub const CHECKPOINT: &str = "tests/fixtures/small.safetensors";
 pub const INPUTS: &str = "tests/fixtures/small-calibration.safetensors";
 pub const INT4: &str = "tests/fixtures/int4.toml";
@@ -15,6 +17,8 @@ pub const KEYS: &str = "tests/fixtures/keys.toml";
 /// A temporary folder with a store address in it.
 pub struct Place {
     pub folder: tempfile::TempDir,
+    /// A store on S3, and what the environment of commands says of it.
+    s3: Option<(String, Vec<(&'static str, String)>)>,
 }
 
 /// What a command printed and how it ended.
@@ -26,7 +30,14 @@ pub struct Ran {
 
 impl Place {
     pub fn new() -> Self {
-        Place { folder: tempfile::tempdir().unwrap() }
+        Place { folder: tempfile::tempdir().unwrap(), s3: None }
+    }
+
+    /// A place whose store lies on a server.
+    pub fn on_s3(server: &Server) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let own = folder.path().file_name().unwrap().to_string_lossy().into_owned();
+        Place { folder, s3: Some((format!("s3://test/stores/{own}"), server.environment().into())) }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -34,13 +45,17 @@ impl Place {
     }
 
     pub fn store(&self) -> String {
-        self.path("layers").display().to_string()
+        match &self.s3 {
+            Some((uri, _)) => uri.clone(),
+            None => self.path("layers").display().to_string(),
+        }
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_layerstore"));
         command.current_dir(env!("CARGO_MANIFEST_DIR")).arg("--store").arg(self.store()).args(args);
         command.env_remove("LAYERSTORE_URI").env_remove("RUST_BACKTRACE");
+        command.envs(self.s3.iter().flat_map(|(_, environment)| environment.iter().cloned()));
         command
     }
 

@@ -111,3 +111,11 @@ def test_what_is_likely_a_mistake_is_warned_of(store, tensors):
         store.import_model(tensors, "m", calibration=calibration)
     with pytest.warns(UserWarning, match="rule at .* takes no layer"):
         store.import_model(tensors, "m", rules=[{"layers": "nothing", "method": "ternary"}])
+
+
+def test_storage_options(tmp_path):
+    with pytest.raises(layerstore.InvalidInputError, match='there is no storage option "acces_key"') as refused:
+        layerstore.open("s3://bucket/models", storage_options={"acces_key": "hidden"})
+    assert "hidden" not in str(refused.value)
+    with pytest.raises(layerstore.InvalidInputError, match="storage options"):
+        layerstore.create(tmp_path / "layers", storage_options={"region": "eu-north-1"})

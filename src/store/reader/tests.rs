@@ -12,9 +12,10 @@ use proptest::prelude::*;
 
 use super::data_file::DataFile;
 use super::{FileRows, Files, Reader};
-use crate::store::append::append;
+use crate::store::append::{open_or_create, write};
 use crate::store::format::FORMATS;
 use crate::store::location::Location;
+use crate::store::s3::StorageOptions;
 use crate::store::schema::Table;
 use crate::store::testing::Hooks;
 
@@ -23,7 +24,7 @@ use crate::store::testing::Hooks;
 fn reads_what_the_decoder_reads() {
     let folder = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let location = Location::new(folder.path().to_str().unwrap(), &Hooks::default()).unwrap();
+    let location = Location::new(folder.path().to_str().unwrap(), &Hooks::default(), &StorageOptions::new()).unwrap();
     let files = Arc::new(Files::new(location.clone(), Reader::Direct));
     let rows = 3000usize;
     let keys = {
@@ -110,8 +111,13 @@ fn reads_what_the_decoder_reads() {
         (Table::WeightBlocks, &blocks),
     ] {
         let name = table.name();
-        let done = append((&location, FORMATS.newest()), &name, vec![batch.clone()]);
-        let file = runtime.block_on(done).unwrap().remove(0).0;
+        let place = (&location, FORMATS.newest());
+        let file = runtime.block_on(async {
+            let dataset = Arc::new(open_or_create(place, &name).await.unwrap());
+            let (transaction, mut files) = write(place, (&name, &dataset), vec![batch.clone()]).await.unwrap().unwrap();
+            lance::dataset::CommitBuilder::new(dataset).execute(transaction).await.unwrap();
+            files.remove(0).0
+        });
         written.push((table, batch, file));
     }
     proptest!(ProptestConfig::with_cases(40), |(start in 0usize..2999, length in 1usize..3000)| {

@@ -1,0 +1,166 @@
+//! A store of many models: opening it and finding a layer, listing a model, importing one more layer, and naming a version. Each is done
+//! by a program of its own, which nothing has been read by before.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant, SystemTime};
+
+use chrono::Utc;
+use layerstore::layer::{DenseLayer, Layer};
+use layerstore::{ArtifactInfo, ErrorBasis, LayerRecord, Provenance, RowLocations, Source, Store};
+use ndarray::Array2;
+use serde::{Deserialize, Serialize};
+
+use super::{Result, median, name};
+
+/// Layers of the store, unless `LAYERSTORE_SCALE` says another number.
+const LAYERS: usize = 100_000;
+const LAYERS_OF_MODEL: usize = 200;
+/// Models whose artifacts one writer adds.
+const MODELS_AT_ONCE: usize = 50;
+const ROUNDS: usize = 11;
+
+/// What a program found.
+#[derive(Serialize, Deserialize)]
+struct Found {
+    milliseconds: f64,
+    peak_mib: f64,
+    read_mib: f64,
+}
+
+pub async fn scale(folder: &Path) -> Result<()> {
+    let layers = std::env::var("LAYERSTORE_SCALE").ok().map_or(Ok(LAYERS), |n| n.parse())?;
+    let models = layers / LAYERS_OF_MODEL;
+    // A store that is kept is measured again without being made.
+    let kept = std::env::var("LAYERSTORE_SCALE_STORE").ok();
+    let uri = kept.clone().unwrap_or_else(|| folder.join("many").display().to_string());
+    if !Path::new(&uri).exists() {
+        let started = Instant::now();
+        make(&uri, models).await?;
+        let each = started.elapsed().as_secs_f64() / models as f64;
+        println!("{layers} layers in {models} models, a commit each: {:.0} ms a model", 1e3 * each);
+    }
+    for what in ["resolve", "list", "import", "snapshot", "resolve-at"] {
+        let mut all = vec![];
+        for round in 0..ROUNDS {
+            let model = format!("model-{}", (round * 7919) % models);
+            let run =
+                Command::new(std::env::current_exe()?).args(["--bench", "--scale", what, &uri, &model]).output()?;
+            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            all.push(serde_json::from_slice::<Found>(&run.stdout)?);
+        }
+        let times = all.iter().map(|f| Duration::from_secs_f64(f.milliseconds / 1e3)).collect();
+        let most = |of: fn(&Found) -> f64| all.iter().map(of).fold(0.0, f64::max);
+        let said = match what {
+            "resolve" => "open and resolve one layer",
+            "list" => "open and list one model",
+            "import" => "open and import one more layer",
+            "snapshot" => "open and create a snapshot",
+            _ => "open and resolve one layer at a snapshot",
+        };
+        println!(
+            "{said}: {:.1} ms, at most {:.0} MiB of memory and {:.1} MiB read",
+            median(times),
+            most(|f| f.peak_mib),
+            most(|f| f.read_mib)
+        );
+    }
+    Ok(())
+}
+
+fn provenance(number: usize) -> Provenance {
+    let recipe = *blake3::hash(&number.to_le_bytes()).as_bytes();
+    Provenance { recipe, relative_error: Some(0.0), error_basis: ErrorBasis::Weights }
+}
+
+fn record(model: &str, layer: String, made: &ArtifactInfo) -> LayerRecord {
+    LayerRecord {
+        model: model.to_owned(),
+        layer,
+        method: made.method.clone(),
+        in_features: 4,
+        out_features: 2,
+        artifact: made.artifact,
+        relative_error: made.relative_error,
+        error_basis: made.error_basis,
+        dense_bytes: made.stored_bytes,
+        stored_bytes: made.stored_bytes,
+        config: made.config.clone(),
+        source: Source::default(),
+        created_at: Utc::now(),
+        locations: RowLocations::default(),
+    }
+}
+
+/// A small matrix that no other number gives.
+fn matrix(number: usize) -> Array2<f32> {
+    Array2::from_shape_fn((2, 4), |(row, column)| (number >> (8 * (4 * row + column)) & 0xff) as f32)
+}
+
+async fn add(writer: &mut layerstore::Writer, number: usize) -> Result<ArtifactInfo> {
+    let parts = DenseLayer::from_f32(matrix(number).view(), None).to_parts();
+    writer.add(&parts, provenance(number)).await?;
+    Ok(writer.made_by(&provenance(number).recipe).await?.ok_or("the artifact is not there")?.clone())
+}
+
+async fn make(uri: &str, models: usize) -> Result<()> {
+    let store = Store::create(uri).await?;
+    for first in (0..models).step_by(MODELS_AT_ONCE) {
+        let some = first..(first + MODELS_AT_ONCE).min(models);
+        let mut writer = store.writer().await?;
+        let mut made = vec![];
+        for number in some.start * LAYERS_OF_MODEL..some.end * LAYERS_OF_MODEL {
+            made.push(add(&mut writer, number).await?);
+        }
+        writer.flush().await?;
+        drop(writer);
+        for (model, made) in some.zip(made.chunks(LAYERS_OF_MODEL)) {
+            let model = format!("model-{model}");
+            let records: Vec<_> = made.iter().enumerate().map(|(i, made)| record(&model, name(i), made)).collect();
+            store.writer().await?.commit(&model, &records, None).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Does one thing in a store, and prints how long it took, the most memory of the program, and what it read.
+pub async fn measure(what: &str, uri: &str, model: &str) -> Result<()> {
+    let started = Instant::now();
+    let store = Store::open(uri).await?;
+    let layer = name(model.len() * 7);
+    match what {
+        "resolve" => _ = store.latest().await?.layer(model, &layer).await?,
+        "list" => assert!(store.latest().await?.layers(model).await?.len() >= LAYERS_OF_MODEL),
+        "import" => {
+            let mut writer = store.writer().await?;
+            let number = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos() as usize;
+            let made = add(&mut writer, number).await?;
+            let layer = format!("added.{}", std::process::id());
+            writer.commit_layers(model, &[record(model, layer, &made)], None).await?;
+        }
+        "snapshot" => _ = store.create_snapshot(&format!("s{}", std::process::id())).await?,
+        _ => {
+            let snapshots = store.snapshots().await?;
+            let first = snapshots.first().ok_or("no snapshot")?;
+            let started = Instant::now();
+            store.at(&first.name).await?.layer(model, &layer).await?;
+            return print(started.elapsed());
+        }
+    }
+    print(started.elapsed())
+}
+
+fn print(took: Duration) -> Result<()> {
+    let field = |file: &str, key: &str| -> Result<f64> {
+        let text = std::fs::read_to_string(file)?;
+        let line = text.lines().find_map(|line| line.strip_prefix(key)).ok_or("no such field")?;
+        Ok(line.split_whitespace().next().ok_or("no number")?.parse()?)
+    };
+    let found = Found {
+        milliseconds: took.as_secs_f64() * 1e3,
+        peak_mib: field("/proc/self/status", "VmHWM:")? / 1024.0,
+        read_mib: field("/proc/self/io", "rchar:")? / f64::from(1 << 20),
+    };
+    println!("{}", serde_json::to_string(&found)?);
+    Ok(())
+}
