@@ -35,7 +35,7 @@ pub async fn keep_up(
     (limits, properties): (&Limits, Properties),
 ) -> lance::Result<Dataset> {
     for indexed in indices_of(table) {
-        let due = due(&dataset, *indexed, limits).await?;
+        let due = due(&dataset, (table, *indexed), limits).await?;
         bring_up(&mut dataset, *indexed, (due, properties.clone())).await?;
     }
     Ok(dataset)
@@ -53,7 +53,7 @@ pub async fn merge_all(
     for indexed in indices_of(table) {
         let segments = dataset.load_indices_by_name(indexed.index).await?.len();
         let covered = dataset.unindexed_fragments(indexed.index).await?.is_empty();
-        let due = match due(&dataset, *indexed, limits).await? {
+        let due = match due(&dataset, (table, *indexed), limits).await? {
             Due::Nothing if segments > 1 || segments == 1 && !covered => Due::Add(segments),
             Due::Add(_) => Due::Add(segments),
             due => due,
@@ -100,15 +100,16 @@ async fn bring_up(dataset: &mut Dataset, indexed: Indexed, (due, properties): (D
 
 /// Says what is to be done about an index: rows are added when a large fragment has just been completed, so that what is covered is
 /// few fragments, or when there are many more of them.
-async fn due(dataset: &Dataset, indexed: Indexed, limits: &Limits) -> lance::Result<Due> {
+async fn due(dataset: &Dataset, (table, indexed): (&str, Indexed), limits: &Limits) -> lance::Result<Due> {
+    let (from, most) = limits.of(table);
     let segments = dataset.load_indices_by_name(indexed.index).await?;
     if segments.is_empty() {
-        return Ok(if rows_of(dataset, |_| true) >= limits.indexed_from { Due::Make } else { Due::Nothing });
+        return Ok(if rows_of(dataset, |_| true) >= from { Due::Make } else { Due::Nothing });
     }
     let rest = dataset.unindexed_fragments(indexed.index).await?;
     let uncovered: u64 = rest.iter().filter_map(live_rows).sum();
     let last = dataset.fragments().last().and_then(live_rows).unwrap_or_default();
-    if uncovered < limits.uncovered || last < limits.large_fragment && uncovered < 4 * limits.uncovered {
+    if uncovered < most || last < limits.large_fragment && uncovered < 4 * most {
         return Ok(Due::Nothing);
     }
     let small = segments.iter().rev().take_while(|segment| {

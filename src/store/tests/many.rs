@@ -25,7 +25,7 @@ use crate::store::update;
 
 /// An index from 12 rows on, kept up at every fourth row.
 const SMALL: Limits =
-    Limits { indexed_from: 12, uncovered: 4, segment: 16, large_fragment: 4, joined: 3, fragments: 5 };
+    Limits { indexed_from: 12, uncovered: 4, list: (12, 4), segment: 16, large_fragment: 4, joined: 3, fragments: 5 };
 
 fn options(limits: Limits) -> StoreOptions {
     StoreOptions { hooks: Hooks { limits, ..Hooks::default() }, ..StoreOptions::default() }
@@ -123,7 +123,7 @@ fn files(store: &Path, table: &str, folder: &str) -> Vec<PathBuf> {
 #[tokio::test(flavor = "multi_thread")]
 async fn many_commits_leave_few_fragments() {
     let folder = tempfile::tempdir().unwrap();
-    let limits = Limits { indexed_from: u64::MAX, large_fragment: 1000, ..SMALL };
+    let limits = Limits { indexed_from: u64::MAX, list: (u64::MAX, 1), large_fragment: 1000, ..SMALL };
     let uri = folder.path().join("layers").display().to_string();
     let store = Store::create_with(&uri, options(limits)).await.unwrap();
     fill(&store, 0..30).await;
@@ -262,7 +262,7 @@ async fn nothing_is_read_whole() {
     }
     assert!(moved.len() > 4, "{} files", moved.len());
     let uri = place.display().to_string();
-    let limits = Limits { uncovered: 1000, ..SMALL };
+    let limits = Limits { uncovered: 1000, list: (12, 1000), ..SMALL };
     let store = Store::open_with(&uri, options(limits)).await.unwrap();
     holds(&store, "latest", 0..1).await;
     holds(&store, "all", 0..1).await;
@@ -369,7 +369,7 @@ async fn a_commit_is_of_the_next_version_or_none() {
 async fn an_older_store_gets_an_index() {
     let folder = tempfile::tempdir().unwrap();
     let uri = super::kept_store(folder.path());
-    let limits = Limits { indexed_from: 1, ..SMALL };
+    let limits = Limits { indexed_from: 1, list: (1, 4), ..SMALL };
     let store = Store::open_with(&uri, options(limits)).await.unwrap();
     let before = store.latest().await.unwrap().records().await.unwrap();
     fill(&store, 0..1).await;
@@ -398,7 +398,8 @@ proptest! {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(async {
             let folder = tempfile::tempdir().unwrap();
-            let limits = Limits { indexed_from: if with_index { 3 } else { u64::MAX }, uncovered: 2, ..SMALL };
+            let from = if with_index { 3 } else { u64::MAX };
+            let limits = Limits { indexed_from: from, uncovered: 2, list: (from, 2), ..SMALL };
             let uri = folder.path().join("layers").display().to_string();
             let store = Store::create_with(&uri, options(limits)).await.unwrap();
             let mut expected: BTreeMap<(String, String), ArtifactId> = BTreeMap::new();
