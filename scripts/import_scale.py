@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 MIB = 1 << 20
+PRINTED = ["--format", "json", "--quiet"]
 WIDTH = 4096
 
 INT4 = """
@@ -80,7 +81,7 @@ def make(folder, gib, shards):
 
 
 def read_and_hash(folder):
-    """Seconds to read the files once, and to hash them with BLAKE2b where nothing faster is there."""
+    """Seconds to read the files once, and to read and hash them."""
     import hashlib
 
     started = time.monotonic()
@@ -150,7 +151,8 @@ def main():
 
 def artifacts(binary, store):
     """The artifacts of the model's layers, by name."""
-    listed = json.loads(subprocess.run([binary, "--json", "--store", store, "layers", "m"], stdout=subprocess.PIPE, check=True).stdout)
+    command = [binary, *PRINTED, "--store", store, "layers", "m"]
+    listed = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     rows = listed["layers"] if isinstance(listed, dict) else listed
     return {row["layer"]: row["artifact"] for row in rows}
 
@@ -168,7 +170,7 @@ def measure(options, folder):
 
     def command(store):
         rest = ["--rules", str(rules)] if options.rules == "int4" else []
-        return [options.binary, "--json", "--store", store, "import", str(checkpoint), "--as", "m", *rest]
+        return [options.binary, *PRINTED, "--store", store, "import", str(checkpoint), "--model", "m", *rest]
 
     whole = str(folder / "whole")
     done = run(command(whole))
