@@ -8,6 +8,7 @@ use arrow::error::ArrowError;
 use lance::Dataset;
 use lance::dataset::transaction::{Operation, Transaction, TransactionBuilder};
 use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
+use lance::table::format::Fragment;
 
 use super::batches::ArtifactRows;
 use super::catalogue::create_table;
@@ -137,22 +138,27 @@ pub async fn replace_fragments(
     }
     let operation = match removed.is_empty() {
         true => Operation::Append { fragments: new_fragments },
-        false => Operation::Update {
-            removed_fragment_ids: removed,
-            updated_fragments: vec![],
-            new_fragments,
-            fields_modified: vec![],
-            compacted_sstables: vec![],
-            fields_for_preserving_frag_bitmap: vec![],
-            update_mode: None,
-            inserted_rows_filter: None,
-            updated_fragment_offsets: None,
-        },
+        false => replacing(removed, vec![], new_fragments),
     };
     let transaction = TransactionBuilder::new(dataset.version_id(), operation).build();
     let commit = CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction);
     commit.during(format!("replacing rows of table '{table}'")).await?;
     Ok(())
+}
+
+/// Returns what removes fragments of a table, puts others in the place of those of the same numbers, and adds new ones.
+pub fn replacing(removed: Vec<u64>, updated: Vec<Fragment>, new: Vec<Fragment>) -> Operation {
+    Operation::Update {
+        removed_fragment_ids: removed,
+        updated_fragments: updated,
+        new_fragments: new,
+        fields_modified: vec![],
+        compacted_sstables: vec![],
+        fields_for_preserving_frag_bitmap: vec![],
+        update_mode: None,
+        inserted_rows_filter: None,
+        updated_fragment_offsets: None,
+    }
 }
 
 /// Hands out consecutive rows of a list of files.

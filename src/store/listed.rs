@@ -10,7 +10,7 @@ use lance::deps::datafusion::scalar::ScalarValue;
 use lance::table::format::Fragment;
 
 use super::location::Location;
-use super::lookup::{BY_ARTIFACT, BY_RECIPE, Lookup};
+use super::lookup::{BY_ARTIFACT, BY_RECIPE, Indexed, Lookup};
 use super::record::{ArtifactRecord, read_artifacts};
 use super::scan::batch_rows;
 use super::schema::ARTIFACTS;
@@ -78,14 +78,7 @@ impl Listed {
     /// # Errors
     /// When the storage refuses.
     pub async fn of_artifact(&self, id: ArtifactId) -> Result<Vec<ArtifactRecord>> {
-        let mut records = match &self.list {
-            Some(list) => {
-                self.find((list, &list.by_artifact), (BY_ARTIFACT.column, id.0), list.by_artifact.rest()).await?
-            }
-            None => vec![],
-        };
-        records.retain(|record| record.artifact == id);
-        Ok(records)
+        self.find((BY_ARTIFACT, id.0), true).await
     }
 
     /// Reads the records of an artifact that the index covers: [`Listed::rest`] has the others.
@@ -93,12 +86,7 @@ impl Listed {
     /// # Errors
     /// When the storage refuses.
     pub async fn covered_of_artifact(&self, id: ArtifactId) -> Result<Vec<ArtifactRecord>> {
-        let mut records = match &self.list {
-            Some(list) => self.find((list, &list.by_artifact), (BY_ARTIFACT.column, id.0), &[]).await?,
-            None => vec![],
-        };
-        records.retain(|record| record.artifact == id);
-        Ok(records)
+        self.find((BY_ARTIFACT, id.0), false).await
     }
 
     /// Reads the records of artifacts of a recipe that the index covers: [`Listed::rest`] has the others.
@@ -106,21 +94,13 @@ impl Listed {
     /// # Errors
     /// When the storage refuses.
     pub async fn covered_of_recipe(&self, recipe: &[u8; 32]) -> Result<Vec<ArtifactRecord>> {
-        let mut records = match &self.list {
-            Some(list) => self.find((list, &list.by_recipe), (BY_RECIPE.column, *recipe), &[]).await?,
-            None => vec![],
-        };
-        records.retain(|record| record.recipe == *recipe);
-        Ok(records)
+        self.find((BY_RECIPE, *recipe), false).await
     }
 
-    /// Reads the records that an index has of a hash, and those of more fragments.
-    async fn find(
-        &self,
-        (list, lookup): (&Open, &Lookup),
-        (column, hash): (&str, [u8; 32]),
-        more: &[Fragment],
-    ) -> Result<Vec<ArtifactRecord>> {
+    /// Reads the records that an index has of a hash, and with `rest` also those that it does not cover.
+    async fn find(&self, (by, hash): (Indexed, [u8; 32]), rest: bool) -> Result<Vec<ArtifactRecord>> {
+        let Some(list) = &self.list else { return Ok(vec![]) };
+        let lookup = if by == BY_ARTIFACT { &list.by_artifact } else { &list.by_recipe };
         let read = async {
             let hits = lookup.hits(ScalarValue::FixedSizeBinary(32, Some(hash.to_vec()))).await?;
             let mut batches = vec![];
@@ -129,12 +109,16 @@ impl Listed {
                 let columns = list.dataset.schema().project(&columns)?;
                 batches.push(list.dataset.take_rows(&hits.addresses, columns).await?);
             }
+            let more = if rest { lookup.rest() } else { &[] };
             let fragments = ordered([&hits.unread, more].concat());
-            let filter = format!("{column} = X'{}'", ArtifactId(hash));
+            let filter = format!("{} = X'{}'", by.column, ArtifactId(hash));
             batches.extend(scanned(list, (&self.location, &fragments), Some(&filter)).await?);
             Ok(batches)
         };
-        self.read(read.boxed()).await
+        let mut records = self.read(read.boxed()).await?;
+        // An address is where the index says that the hash is.
+        records.retain(|record| if by == BY_ARTIFACT { record.artifact.0 == hash } else { record.recipe == hash });
+        Ok(records)
     }
 
     async fn read(&self, batches: BoxFuture<'_, lance::Result<Vec<RecordBatch>>>) -> Result<Vec<ArtifactRecord>> {

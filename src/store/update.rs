@@ -16,7 +16,7 @@ use lance::deps::datafusion::execution::SendableRecordBatchStream;
 use lance::index::DatasetIndexExt;
 use lance::table::format::Fragment;
 
-use super::append::{open_or_create, uncommitted};
+use super::append::{open_or_create, replacing, uncommitted};
 use super::format::{Format, with_foreign, without_missing};
 use super::indexing;
 use super::limits::Limits;
@@ -80,22 +80,12 @@ pub async fn commit(
 /// Commits a version with some fragments removed, some with more rows deleted, and some new.
 async fn execute(
     dataset: Arc<Dataset>,
-    (removed_fragment_ids, updated_fragments, new_fragments): (Vec<u64>, Vec<Fragment>, Vec<Fragment>),
+    (removed, updated, new): (Vec<u64>, Vec<Fragment>, Vec<Fragment>),
     properties: Properties,
 ) -> lance::Result<u64> {
-    let operation = Operation::Update {
-        removed_fragment_ids,
-        updated_fragments,
-        new_fragments,
-        fields_modified: vec![],
-        compacted_sstables: vec![],
-        fields_for_preserving_frag_bitmap: vec![],
-        update_mode: None,
-        inserted_rows_filter: None,
-        updated_fragment_offsets: None,
-    };
-    let transaction =
-        TransactionBuilder::new(dataset.version_id(), operation).transaction_properties(properties).build();
+    let transaction = TransactionBuilder::new(dataset.version_id(), replacing(removed, updated, new))
+        .transaction_properties(properties)
+        .build();
     Ok(next_version(dataset).execute(transaction).await?.version_id())
 }
 
