@@ -1,9 +1,14 @@
 //! Opening, loading, naming and importing, each beside what it is measured against in the same run. `make bench`.
 //!
-//! `cargo bench -- load` runs a part: `resolve`, `load`, `snapshot`, `import` or `scale`. The times are medians. MiniLM is imported where `demo/minilm` holds it (`make demo` fetches it), calibrated with
+//! `cargo bench -- load` runs a part: `resolve`, `load`, `snapshot`, `import`, `s3` or `scale`. The times are medians. MiniLM is imported where `demo/minilm` holds it (`make demo` fetches it), calibrated with
 //! `demo/calibration.safetensors`.
 
+mod s3;
 mod scale;
+// The server of the tests.
+#[allow(dead_code, unused_imports)]
+#[path = "../tests/all/s3/mod.rs"]
+mod server;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -49,6 +54,9 @@ fn main() -> Result<()> {
         }
         if wanted("import") {
             import_minilm(folder.path()).await?;
+        }
+        if wanted("s3") {
+            s3::s3().await?;
         }
         if wanted("scale") {
             scale::scale(folder.path()).await?;

@@ -90,11 +90,11 @@ pub use compress::{
 pub use store::testing;
 pub use store::{
     ArtifactInfo, AttentionHandle, ComparedLayer, ComparedModel, Comparison, CorruptArtifact, DEFAULT_CACHE_BYTES,
-    DamagedMetadata, DeletedSnapshot, Diff, ErrorBasis, FORMAT_VERSION, GcReport, KeyIndexReport, LayerChange,
-    LayerHandle, LayerName, LayerRecord, LayerState, Lease, ModelFile, ModelSummary, ModuleHandle, NearKey, OnWait,
-    Provenance, Reader, Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source, SourceTensor, State,
-    Stats, StorageOptions, Store, StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer, load_backend,
-    save_backend,
+    DamagedMetadata, DeletedSnapshot, Diff, DiskCacheOptions, ErrorBasis, FORMAT_VERSION, GcReport, KeyIndexReport,
+    LayerChange, LayerHandle, LayerName, LayerRecord, LayerState, Lease, ModelFile, ModelSummary, ModuleHandle,
+    NearKey, OnWait, Provenance, Reader, Remedy, RowLocations, SettingChange, Snapshot, SnapshotInfo, Source,
+    SourceTensor, State, Stats, StorageOptions, Store, StoreOptions, VerifyDepth, VerifyReport, VersionInfo, Writer,
+    load_backend, save_backend,
 };
 
 pub use work::{Cancel, Progress, Silent};

@@ -54,6 +54,8 @@ def open(
     reader: str | None = None,
     for_repair: bool = False,
     storage_options: dict[str, str] | None = None,
+    disk_cache: _Path | None = None,
+    disk_cache_bytes: int = 10737418240,
 ) -> Store: ...
 def create(
     uri: _Path,
@@ -62,6 +64,8 @@ def create(
     verify_loads: bool = False,
     reader: str | None = None,
     storage_options: dict[str, str] | None = None,
+    disk_cache: _Path | None = None,
+    disk_cache_bytes: int = 10737418240,
 ) -> Store: ...
 def compress(
     weight: _Array,

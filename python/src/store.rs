@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use layerstore::layer::SharedLayer;
 use layerstore::{
-    CalibrationInputs, CalibrationText, ImportOptions, Reader, RepairOptions, RepairSource, Store as Inner,
-    StoreOptions, VerifyDepth,
+    CalibrationInputs, CalibrationText, DiskCacheOptions, ImportOptions, Reader, RepairOptions, RepairSource,
+    Store as Inner, StoreOptions, VerifyDepth,
 };
 use ndarray::Array2;
 use pyo3::exceptions::PyUserWarning;
@@ -39,9 +39,10 @@ fn options(
     verify_loads: bool,
     reader: Option<&str>,
     storage_options: Option<HashMap<String, String>>,
+    disk_cache: Option<DiskCacheOptions>,
 ) -> PyResult<StoreOptions> {
     let storage_options = storage_options.unwrap_or_default().into_iter().collect();
-    let mut options = StoreOptions { verify_loads, storage_options, ..StoreOptions::default() };
+    let mut options = StoreOptions { verify_loads, storage_options, disk_cache, ..StoreOptions::default() };
     if let Some(bytes) = cache_bytes {
         options.cache_bytes = bytes;
     }
@@ -58,9 +59,12 @@ fn options(
 ///
 /// `cache_bytes` bounds the loaded layers that are kept, 1 GiB where it is not said. `verify_loads=True` hashes every layer that is read.
 /// `for_repair=True` opens a damaged store to verify and repair it. `storage_options` say how a store at `s3://` is reached, beside the
-/// `AWS_` variables of the environment: `endpoint`, `region`, `access_key_id`, `secret_access_key` and others. Raises `InvalidInputError` where there is no store.
+/// `AWS_` variables of the environment: `endpoint`, `region`, `access_key_id`, `secret_access_key` and others.
+/// `disk_cache` is a directory that keeps copies of layers read from an object store, of `disk_cache_bytes` in all. Raises
+/// `InvalidInputError` where there is no store.
 #[pyfunction]
-#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, for_repair = false, storage_options = None))]
+#[expect(clippy::too_many_arguments, reason = "keywords of Python")]
+#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, for_repair = false, storage_options = None, disk_cache = None, disk_cache_bytes = 10 << 30))]
 pub fn open(
     py: Python<'_>,
     uri: PathBuf,
@@ -69,8 +73,11 @@ pub fn open(
     reader: Option<&str>,
     for_repair: bool,
     storage_options: Option<HashMap<String, String>>,
+    disk_cache: Option<PathBuf>,
+    disk_cache_bytes: u64,
 ) -> PyResult<Store> {
-    let options = options(py, cache_bytes, verify_loads, reader, storage_options)?;
+    let disk_cache = disk_cache.map(|directory| DiskCacheOptions { directory, bytes: disk_cache_bytes });
+    let options = options(py, cache_bytes, verify_loads, reader, storage_options, disk_cache)?;
     let uri = uri.to_string_lossy();
     let inner = match for_repair {
         true => run(py, Inner::open_for_repair(&uri, options))?,
@@ -81,7 +88,8 @@ pub fn open(
 
 /// Opens a store at a path or URI, or makes an empty one there.
 #[pyfunction]
-#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, storage_options = None))]
+#[expect(clippy::too_many_arguments, reason = "keywords of Python")]
+#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, storage_options = None, disk_cache = None, disk_cache_bytes = 10 << 30))]
 pub fn create(
     py: Python<'_>,
     uri: PathBuf,
@@ -89,8 +97,11 @@ pub fn create(
     verify_loads: bool,
     reader: Option<&str>,
     storage_options: Option<HashMap<String, String>>,
+    disk_cache: Option<PathBuf>,
+    disk_cache_bytes: u64,
 ) -> PyResult<Store> {
-    let options = options(py, cache_bytes, verify_loads, reader, storage_options)?;
+    let disk_cache = disk_cache.map(|directory| DiskCacheOptions { directory, bytes: disk_cache_bytes });
+    let options = options(py, cache_bytes, verify_loads, reader, storage_options, disk_cache)?;
     Ok(Store { inner: run(py, Inner::create_with(&uri.to_string_lossy(), options))? })
 }
 

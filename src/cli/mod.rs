@@ -1,5 +1,6 @@
 //! The command line: arguments parsed purely, then resolved, one file per group of commands.
 
+mod arguments;
 mod attention;
 mod calibrate;
 mod catalogue;
@@ -27,14 +28,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::{Output, say};
 use crate::error::{Error, Result};
-use crate::store::{OnWait, Snapshot, StorageOptions, Store, StoreOptions};
+use crate::store::{DiskCacheOptions, OnWait, Snapshot, StorageOptions, Store, StoreOptions};
 
 /// An embedded store for compressed neural-network layers.
 #[derive(Debug, Parser)]
 #[command(name = "layerstore", version, about, max_term_width = 100)]
 pub struct Cli {
     /// The store: a directory (~/ and file:///PATH are understood), or an object-store URI.
-    #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers", value_parser = address)]
+    #[arg(long, global = true, value_name = "URI", env = "LAYERSTORE_URI", default_value = "./layers", value_parser = arguments::address)]
     store: String,
     /// Read at this snapshot, or version number, in place of the latest version; snapshot create names it.
     #[arg(long, global = true, value_name = "SNAPSHOT")]
@@ -42,8 +43,14 @@ pub struct Cli {
     /// How the storage of stores at s3:// is reached, beside the AWS_ variables of the environment: endpoint, region, access_key_id and
     /// others, several times over. Other users of the machine may see the arguments of a command; secrets are better in the
     /// environment.
-    #[arg(long = "storage-option", global = true, value_name = "KEY=VALUE", value_parser = storage_option)]
+    #[arg(long = "storage-option", global = true, value_name = "KEY=VALUE", value_parser = arguments::storage_option)]
     storage_options: Vec<(String, String)>,
+    /// Keeps copies of layers that are read from an object store in this directory, so that they are read from it the next time.
+    #[arg(long, global = true, value_name = "DIR", env = "LAYERSTORE_CACHE")]
+    cache: Option<PathBuf>,
+    /// How many bytes of copies are kept, as 500MB or 20GiB; those used longest ago are removed.
+    #[arg(long, global = true, value_name = "BYTES", default_value = "10GiB", value_parser = arguments::size)]
+    cache_bytes: u64,
     /// How results are printed; json is one document on standard output.
     #[arg(long, global = true, value_enum, default_value = "table")]
     format: Format,
@@ -52,22 +59,6 @@ pub struct Cli {
     quiet: bool,
     #[command(subcommand)]
     command: Command,
-}
-
-/// The address of a store, as an option or the environment gives it.
-fn address(given: &str) -> Result<String, &'static str> {
-    match given {
-        "" => Err("the address is empty; expected a directory or a URI, or LAYERSTORE_URI not set, for ./layers"),
-        given => Ok(given.to_owned()),
-    }
-}
-
-/// A storage option. The error does not repeat what may be a secret.
-fn storage_option(given: &str) -> Result<(String, String), &'static str> {
-    match given.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("expected KEY=VALUE"),
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -443,6 +434,7 @@ async fn run(cli: Cli) -> Result<u8> {
         at: cli.at,
         verify_loads: cli.command.verifies_loads(),
         storage_options: cli.storage_options.into_iter().collect(),
+        disk_cache: cli.cache.map(|directory| DiskCacheOptions { directory, bytes: cli.cache_bytes }),
         output,
     };
     match cli.command {
@@ -519,6 +511,7 @@ struct Context {
     at: Option<String>,
     verify_loads: bool,
     storage_options: StorageOptions,
+    disk_cache: Option<DiskCacheOptions>,
     output: Output,
 }
 
@@ -544,6 +537,7 @@ impl Context {
             on_wait: Some(on_wait),
             verify_loads: self.verify_loads,
             storage_options: self.storage_options.clone(),
+            disk_cache: self.disk_cache.clone(),
             ..StoreOptions::default()
         }
     }
@@ -564,7 +558,8 @@ impl Context {
     async fn snapshot_of(&self, store: &Store) -> Result<Snapshot> {
         match &self.at {
             Some(name) => store.at(name).await,
-            None => store.latest().await,
+            // The one that opening the store has just found.
+            None => Ok(store.seen()),
         }
     }
 

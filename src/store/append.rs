@@ -8,7 +8,6 @@ use arrow::error::ArrowError;
 use lance::Dataset;
 use lance::dataset::transaction::{Operation, Transaction, TransactionBuilder};
 use lance::dataset::{CommitBuilder, InsertBuilder, WriteMode, WriteParams};
-use lance::table::format::Fragment;
 
 use super::batches::ArtifactRows;
 use super::catalogue::create_table;
@@ -16,6 +15,7 @@ use super::format::{Format, without_missing};
 use super::location::Location;
 use super::record::RowRange;
 use super::schema::Table;
+use super::strict::replacing;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 
@@ -144,21 +144,6 @@ pub async fn replace_fragments(
     let commit = CommitBuilder::new(dataset).with_skip_auto_cleanup(true).execute(transaction);
     commit.during(format!("replacing rows of table '{table}'")).await?;
     Ok(())
-}
-
-/// Returns what removes fragments of a table, puts others in the place of those of the same numbers, and adds new ones.
-pub fn replacing(removed: Vec<u64>, updated: Vec<Fragment>, new: Vec<Fragment>) -> Operation {
-    Operation::Update {
-        removed_fragment_ids: removed,
-        updated_fragments: updated,
-        new_fragments: new,
-        fields_modified: vec![],
-        compacted_sstables: vec![],
-        fields_for_preserving_frag_bitmap: vec![],
-        update_mode: None,
-        inserted_rows_filter: None,
-        updated_fragment_offsets: None,
-    }
 }
 
 /// Hands out consecutive rows of a list of files.

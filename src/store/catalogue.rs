@@ -14,14 +14,14 @@ use tokio::sync::OnceCell;
 
 use super::layout::{VERSIONS, version_of};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, Place};
+use super::location::{Location, Moves, Place};
 use super::lock;
 use super::lookup::{BY_MODEL, Lookup};
 use super::names::Names;
 use super::schema::{self, LAYERS};
 use super::strict::is_conflict;
 use super::synced;
-use super::waiting::{Waiting, storage_error};
+use super::waiting::{Waiting, is_gone, storage_error};
 use crate::error::{Error, Result};
 
 const READING: &str = "reading the catalogue";
@@ -58,7 +58,13 @@ impl Catalogue {
     /// When the storage refuses, or the store has come to be of a format that this build does not know.
     pub async fn latest(self, location: &Location) -> Result<Self> {
         let mut dataset = Dataset::clone(&self.dataset);
-        dataset.checkout_latest().during("opening the latest version").await?;
+        let mut moves = Moves::of(location);
+        loop {
+            match dataset.checkout_latest().caught().await {
+                Err(e) if is_gone(&e) && moves.again() => {}
+                opened => break opened.map_err(storage_error("opening the latest version"))?,
+            }
+        }
         if dataset.version_id() == self.dataset.version_id() {
             return Ok(self);
         }

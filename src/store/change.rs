@@ -10,6 +10,7 @@ use super::catalogue::writable;
 use super::format::{with_foreign, without_missing};
 use super::indexing;
 use super::location::Location;
+use super::lock::Guard;
 use super::lookup::indices_of;
 use super::properties::{TableVersions, properties};
 use super::record::{LayerRecord, layers_batches};
@@ -90,9 +91,9 @@ impl Seen {
 }
 
 /// Puts `records` in the place of what the catalogue holds of `model` in a scope, in one commit, and returns the version. Nothing is
-/// committed where that is so already. The caller holds the lock of commits.
+/// committed where that is so already. The caller holds the lock of commits; `held` is what may be lost, on an object store.
 pub async fn replace(
-    location: &Location,
+    (location, held): (&Location, &Guard),
     (model, scope): (&str, Scope<'_>),
     records: &[LayerRecord],
     made: Made<'_>,
@@ -124,7 +125,7 @@ pub async fn replace(
         }
         let operation = format!("{} {model}", made.operation);
         let change = Change { model, records, present: &present, made: Made { operation: &operation, ..made } };
-        if let Some(version) = change.commit(location, Arc::unwrap_or_clone(dataset), &mut attempts).await? {
+        if let Some(version) = change.commit((location, held), Arc::unwrap_or_clone(dataset), &mut attempts).await? {
             return Ok(version);
         }
     }
@@ -144,11 +145,18 @@ pub struct Change<'a> {
 
 impl Change<'_> {
     /// Commits the change on the version that is open, the latest one, and returns the new version; `None` where another commit came
-    /// between, and the change is to be made of the latest version again. `attempts` bounds these.
+    /// between, and the change is to be made of the latest version again. `attempts` bounds these. `held` is what was taken before the
+    /// version was opened.
     ///
     /// # Errors
-    /// When the storage refuses, or others commit again and again.
-    pub async fn commit(self, location: &Location, latest: Dataset, attempts: &mut Attempts) -> Result<Option<u64>> {
+    /// When the storage refuses, what is held is held no more, or others commit again and again.
+    pub async fn commit(
+        self,
+        (location, held): (&Location, &Guard),
+        latest: Dataset,
+        attempts: &mut Attempts,
+    ) -> Result<Option<u64>> {
+        held.confirm().await?;
         let format = location.format_of(&latest)?;
         let fitted = |batch| {
             let batch = without_missing(batch, (LAYERS, &latest), (location.uri(), format))?;

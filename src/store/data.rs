@@ -7,15 +7,16 @@ use arrow::array::RecordBatch;
 use futures::{FutureExt, TryStreamExt};
 use lance::Dataset;
 
+use super::disk_cache::DiskCache;
 use super::format::Formats;
 use super::listed::Listed;
-use super::location::Location;
-use super::reader::{FileRows, Files, Reader};
+use super::location::{Location, Moves};
+use super::reader::{FileRows, Files, From, Reader};
 use super::record::{ArtifactRecord, LayerRecord, RowLocations, TableRows};
 use super::scan::batch_rows;
 use super::schema::Table;
 use super::tables::{add_rows, all_of};
-use super::waiting::{Waiting, is_refused, reason, storage_error};
+use super::waiting::{Waiting, is_gone, is_refused, reason, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, Parts, layer_from_parts};
 use crate::tasks::unwrap_join;
@@ -28,9 +29,10 @@ pub struct Data {
 }
 
 impl Data {
-    /// Returns the data of a store, whose local files are read by `reader`.
-    pub fn new(location: Location, reader: Reader) -> Self {
-        Data { files: Arc::new(Files::new(location.clone(), reader)), location }
+    /// Returns the data of a store, whose files are read by `reader`. Of what loads read of files that are not on the local file system,
+    /// the disk keeps copies where a `cache` is given; all else is read from the store itself.
+    pub fn new(location: Location, reader: Reader, cache: Option<DiskCache>) -> Self {
+        Data { files: Arc::new(Files::new(location.clone(), reader, cache)), location }
     }
 
     /// Reads an artifact's record.
@@ -77,6 +79,10 @@ impl Data {
         if self.files.are_open(&wanted) {
             return Ok(());
         }
+        if self.location.local().is_none() {
+            self.files.describe_ahead(&wanted).await;
+            return Ok(());
+        }
         let files = self.files.clone();
         unwrap_join(tokio::task::spawn_blocking(move || files.open_ahead(&wanted)).await)
     }
@@ -100,16 +106,26 @@ impl Data {
     /// As [`Data::parts`], and when the artifact is not listed and the catalogue does not say where it is.
     pub async fn layer_parts(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
         if !layer.locations.0.is_empty()
-            && let Ok(found) = self.at_locations(&layer.locations).await
+            && let Ok(found) = self.at_locations(From::Cache, &layer.locations).await
             && complete(layer.artifact, &layer.locations, &found)
             && let Ok(parts) = self.layer_of(layer, found)
         {
             return Ok(parts);
         }
-        match self.record(layer.artifact).await {
-            // The list is older than the catalogue, which says which tables hold the rows, and how many.
-            Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => self.parts(&layer.artifact_record()).await,
-            record => self.parts(&record?).await,
+        let mut moves = Moves::of(&self.location);
+        loop {
+            let read = match self.record(layer.artifact).await {
+                // The list is older than the catalogue, which says which tables hold the rows, and how many.
+                Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => {
+                    self.parts(&layer.artifact_record()).await
+                }
+                Ok(record) => self.parts(&record).await,
+                Err(e) => Err(e),
+            };
+            match read {
+                Err(e) if may_have_moved(&e) && moves.again() => {}
+                read => return read,
+            }
         }
     }
 
@@ -119,11 +135,19 @@ impl Data {
     /// # Errors
     /// As [`Data::verified`].
     pub async fn verified_layer(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
-        match self.record(layer.artifact).await {
-            Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => {
-                self.verified(&layer.artifact_record()).await
+        let mut moves = Moves::of(&self.location);
+        loop {
+            let read = match self.record(layer.artifact).await {
+                Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => {
+                    self.verified(&layer.artifact_record()).await
+                }
+                Ok(record) => self.verified(&record).await,
+                Err(e) => Err(e),
+            };
+            match read {
+                Err(e) if may_have_moved(&e) && moves.again() => {}
+                read => return read,
             }
-            record => self.verified(&record?).await,
         }
     }
 
@@ -159,7 +183,7 @@ impl Data {
     /// When its rows are missing or are not what was written, as far as can be told without hashing them.
     pub async fn parts(self: &Arc<Self>, record: &ArtifactRecord) -> Result<Parts> {
         let (id, locations) = (record.artifact, &record.locations);
-        let found = match self.at_locations(locations).await {
+        let found = match self.at_locations(From::Store, locations).await {
             Ok(found) if complete(id, locations, &found) => found,
             _ => {
                 let mut found = Vec::with_capacity(locations.0.len());
@@ -186,7 +210,7 @@ impl Data {
     /// # Errors
     /// [`Error::Corrupt`] when they are there and make up no parts.
     pub async fn parts_at(&self, record: &ArtifactRecord, locations: &RowLocations) -> Result<Option<Parts>> {
-        let Ok(found) = self.at_locations(locations).await else { return Ok(None) };
+        let Ok(found) = self.at_locations(From::Store, locations).await else { return Ok(None) };
         if !complete(record.artifact, locations, &found) {
             return Ok(None);
         }
@@ -208,7 +232,7 @@ impl Data {
             return Err(unknown_table(id, table));
         }
         let locations = RowLocations([(table.to_owned(), rows.clone())].into());
-        let failure = match self.at_locations(&locations).await {
+        let failure = match self.at_locations(From::Store, &locations).await {
             Ok(found) if complete(id, &locations, &found) => return Ok(found.into_iter().flatten().collect()),
             Ok(_) => None,
             Err(e) => Some(e),
@@ -235,9 +259,12 @@ impl Data {
     }
 
     /// Reads rows from where they were written: those of each table.
-    async fn at_locations(&self, locations: &RowLocations) -> lance::Result<Vec<Vec<RecordBatch>>> {
+    async fn at_locations(&self, from: From, locations: &RowLocations) -> lance::Result<Vec<Vec<RecordBatch>>> {
         let files = self.files.clone();
         let wanted = file_rows(locations);
+        if let Some(fetched) = files.fetched_rows(from, &wanted).await? {
+            return Ok(by_table(locations, fetched.into_iter().map(|batch| vec![batch]).collect()));
+        }
         let local = tokio::task::spawn_blocking({
             let wanted = wanted.clone();
             move || files.direct_rows(&wanted)
@@ -263,6 +290,12 @@ fn local_error(e: std::io::Error) -> lance::Error {
         InvalidData | UnexpectedEof => lance::Error::corrupt_file_named("of the table", e.to_string()),
         _ => lance::Error::io_source(Box::new(e)),
     }
+}
+
+/// Whether rows may have been moved while they were read.
+fn may_have_moved(e: &Error) -> bool {
+    let source = std::error::Error::source(e).and_then(|source| source.downcast_ref());
+    matches!(e, Error::Corrupt { .. }) || source.is_some_and(is_gone)
 }
 
 fn unknown_table(id: ArtifactId, name: &str) -> Error {

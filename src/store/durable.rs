@@ -30,7 +30,7 @@ use url::Url;
 
 use super::layout::{VERSIONS, is_staged};
 use super::reader::end;
-use super::reader::pread::read_exact_at;
+use super::reader::source::read_exact_at;
 use super::synced;
 
 /// Files whose ends are known to be sound: those of large stores.

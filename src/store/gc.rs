@@ -1,6 +1,6 @@
 //! Removing what no snapshot and no recent version reaches.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use arrow::array::{AsArray, RecordBatch};
@@ -19,7 +19,7 @@ use super::indexing;
 use super::layout::{VERSIONS, version_of};
 use super::listing::{data_tables, disk_bytes, names_in, staged_files};
 use super::location::{Location, Place};
-use super::lock;
+use super::lock::{self, Guard};
 use super::properties::{TableVersions, properties};
 use super::record::{ArtifactRecord, RowRange, TableRows, read_artifacts};
 use super::relist::relist;
@@ -34,9 +34,6 @@ use crate::layer::ArtifactId;
 
 /// How long gc waits for imports to finish before it gives up.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Ranges of rows named in one deletion.
-const RANGES_AT_ONCE: usize = 200;
 
 /// What gc found, and what it did.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -71,29 +68,25 @@ struct Survey {
 /// Removes what nothing reaches; only counts it unless `apply`. What was replaced no longer than `older_than` ago stays.
 ///
 /// # Errors
-/// [`Error::Busy`] when an import does not finish in time; and when the storage refuses, or has no locks.
+/// [`Error::Busy`] when an import does not finish in time; and when the storage refuses.
 pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> Result<GcReport> {
-    if matches!(location.place(), Place::Remote) && apply {
-        return Err(Error::expected(
-            "store to collect",
-            location.uri(),
-            "a local one: on an object store an import at work cannot be seen",
-        ));
-    }
     // A dry run only reads, and may be done on a store that cannot be written.
-    let _guards = match apply {
-        true => Some((lock::collecting(location, PATIENCE).await?, lock::committing(location).await?)),
+    let mut guards = match apply {
+        true => Some((lock::collecting(location, "gc", PATIENCE).await?, lock::committing(location).await?)),
         false => None,
+    };
+    // Versions that an earlier gc has begun to remove.
+    let begun = match &guards {
+        Some((Guard::Alone { lease }, _)) => lease.condemned().await,
+        _ => BTreeSet::new(),
     };
     let age = chrono::Duration::from_std(older_than).unwrap_or(chrono::Duration::MAX);
     let cutoff = Utc::now().checked_sub_signed(age).unwrap_or(DateTime::<Utc>::MIN_UTC);
-    let survey = survey(location, cutoff, apply).await?;
-    if !apply {
-        return Ok(survey.report);
-    }
+    let survey = survey(location, (cutoff, &begun), apply).await?;
+    let Some((held, _)) = &mut guards else { return Ok(survey.report) };
     let before = disk_bytes(location).await;
     let mut report = survey.report.clone();
-    remove(location, survey).await?;
+    remove((location, held), survey).await?;
     report.applied = true;
     report.removed_bytes = before.unwrap_or_default().saturating_sub(disk_bytes(location).await.unwrap_or_default());
     Ok(report)
@@ -103,8 +96,8 @@ pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> 
 ///
 /// The catalogue is asked first, then the list, then the data tables: each import writes them the other way round, so what is named
 /// here is found there, unless a table is older than it was.
-async fn survey(location: &Location, cutoff: DateTime<Utc>, write: bool) -> Result<Survey> {
-    let (named, old_versions) = reachable(location, cutoff).await?;
+async fn survey(location: &Location, (cutoff, begun): (DateTime<Utc>, &BTreeSet<u64>), write: bool) -> Result<Survey> {
+    let (named, old_versions) = reachable(location, (cutoff, begun)).await?;
     let list = open(location, ARTIFACTS, write).await?;
     let sorted = async |broken: &HashSet<ArtifactId>| match &list {
         Some(dataset) => sort_out(location, dataset, (&named, broken), cutoff).await,
@@ -127,7 +120,7 @@ async fn survey(location: &Location, cutoff: DateTime<Utc>, write: bool) -> Resu
                 report.stray_rows += span.rows;
             }
         }
-        report.reclaimable_bytes += unreferenced_bytes(&dataset).await?;
+        report.reclaimable_bytes += unreferenced_bytes(location, &dataset).await?;
         garbage.push((name, spans));
     }
     report.reclaimable_bytes += staged_files(location).iter().map(|(_, bytes)| bytes).sum::<u64>();
@@ -166,26 +159,33 @@ async fn require_agreement(
 }
 
 /// Removes what a survey found, in an order that leaves a store whole wherever it ends.
-async fn remove(location: &Location, survey: Survey) -> Result<()> {
+async fn remove((location, held): (&Location, &mut Guard), survey: Survey) -> Result<()> {
     let Survey { old_versions, list, unlisted, mut kept, garbage, .. } = survey;
     // First the old versions, which nobody may open or restore once what they lead to is gone; then what they alone led to. Lance
     // would remove both at once.
     let old: HashSet<u64> = old_versions.into_iter().collect();
+    if let Guard::Alone { lease } = held {
+        lease.condemn(old.iter().copied()).await?;
+    }
     let mut manifests = names_in(location, LAYERS, &[VERSIONS]).await?;
     manifests.retain(|file| version_of(file).is_some_and(|version| old.contains(&version)));
     aside::remove_all(location, (LAYERS, VERSIONS), manifests).await?;
     let catalogue = location.open_for_write(LAYERS).during("opening the catalogue").await?;
-    catalogue.cleanup_with_policy(no_version()).during("collecting old versions").await?;
+    catalogue.cleanup_with_policy(no_version(location)).during("collecting old versions").await?;
+    if let Guard::Alone { lease } = held {
+        lease.removed().await?;
+    }
     // Then the list, so that no later import takes what is about to go for complete.
     if let Some(dataset) = list.filter(|_| !unlisted.is_empty()) {
-        delete(dataset, &unlisted).during("removing artifacts from the list").await?;
+        delete((location, held), dataset, ("removing artifacts from the list", &unlisted)).await?;
     }
     let mut moved = HashSet::new();
     for (table, spans) in garbage {
         let action = || format!("collecting table '{table}'");
         let Some(dataset) = open(location, &table, true).await? else { continue };
         if !spans.is_empty() {
-            let mut dataset = delete(dataset, &spans).during(action()).await?;
+            delete((location, held), dataset, (&action(), &spans)).await?;
+            let mut dataset = location.open_for_write(&table).during(action()).await?;
             compact(&mut dataset).during(format!("compacting table '{table}'")).await?;
             moved.extend(relocate(&dataset, &table, &mut kept).await?);
         } else {
@@ -197,15 +197,16 @@ async fn remove(location: &Location, survey: Survey) -> Result<()> {
             }
         }
         if let Some(dataset) = open(location, &table, true).await? {
-            dataset.cleanup_with_policy(all_but_latest()).during(action()).await?;
+            dataset.cleanup_with_policy(all_but_latest(location)).during(action()).await?;
         }
     }
     if let Some(dataset) = open(location, ARTIFACTS, true).await? {
+        held.confirm().await?;
         let moved = kept.into_iter().filter(|(artifact, _)| moved.contains(artifact));
         let dataset = relist(dataset, &moved.map(|(artifact, record)| (artifact, record.locations)).collect()).await?;
-        dataset.cleanup_with_policy(all_but_latest()).during("collecting the list of artifacts").await?;
+        dataset.cleanup_with_policy(all_but_latest(location)).during("collecting the list of artifacts").await?;
     }
-    join(location).await?;
+    join((location, held)).await?;
     // Last, what a writer that was killed had not moved to its place: no other writer is at work.
     for (path, _) in staged_files(location) {
         match std::fs::remove_file(&path) {
@@ -217,10 +218,11 @@ async fn remove(location: &Location, survey: Survey) -> Result<()> {
 }
 
 /// Joins the small fragments of the catalogue and of the list, where there are many, and makes each index of them one part.
-async fn join(location: &Location) -> Result<()> {
+async fn join((location, held): (&Location, &Guard)) -> Result<()> {
     let limits = location.limits();
     for table in [ARTIFACTS, LAYERS] {
         let Some(dataset) = open(location, table, true).await? else { continue };
+        held.confirm().await?;
         let before = dataset.version_id();
         let tables = TableVersions::said_by(&dataset).await;
         // What the log shows.
@@ -234,7 +236,7 @@ async fn join(location: &Location) -> Result<()> {
         let Some(dataset) = open(location, table, true).await? else { continue };
         let dataset = indexing::merge_all(dataset, table, (limits, said())).boxed().during(action()).await?;
         if table == ARTIFACTS && dataset.version_id() > before {
-            dataset.cleanup_with_policy(all_but_latest()).during("collecting the list of artifacts").await?;
+            dataset.cleanup_with_policy(all_but_latest(location)).during("collecting the list of artifacts").await?;
         }
     }
     Ok(())
@@ -250,17 +252,18 @@ async fn open(location: &Location, table: &str, write: bool) -> Result<Option<Da
 }
 
 /// Artifacts of the latest version, of every snapshot, and of every version that was the latest at `cutoff` or later;
-/// and the versions that are none of these.
+/// and the versions that are none of these, or that an earlier gc has begun to remove.
 ///
 /// # Errors
 /// When one of the versions cannot be read, or versions are known to be missing.
-async fn reachable(location: &Location, cutoff: DateTime<Utc>) -> Result<(Names, Vec<u64>)> {
+async fn reachable(location: &Location, (cutoff, begun): (DateTime<Utc>, &BTreeSet<u64>)) -> Result<(Names, Vec<u64>)> {
     let latest = catalogue::open(location, None).await?;
     let tags = versions::tags(location, &latest).await?;
     let log = versions::log(location, &latest).await?;
     require_whole(location, &latest, &log.iter().map(|version| version.version).collect(), &tags)?;
     let tagged: HashSet<u64> = tags.into_iter().map(|(_, version)| version).collect();
-    let (kept, unneeded) = sort_versions(&log, &tagged, cutoff);
+    let (mut kept, mut unneeded) = sort_versions(&log, &tagged, cutoff);
+    unneeded.extend(kept.extract_if(.., |version| begun.contains(version)));
     Ok((Names::of(location, kept).await?, unneeded))
 }
 
@@ -380,36 +383,52 @@ async fn span_bytes(dataset: &Dataset, table: Table, span: &Span) -> Result<u64>
 }
 
 /// The policy for the catalogue, whose versions are removed by themselves: what no version leads to.
-fn no_version() -> CleanupPolicy {
+fn no_version(location: &Location) -> CleanupPolicy {
     CleanupPolicyBuilder::default()
         .before_timestamp(DateTime::<Utc>::MIN_UTC)
         .error_if_tagged_old_versions(false)
-        .delete_unverified(true)
+        .delete_unverified(is_alone(location))
         .build()
+}
+
+/// Whether files that no version ever had are those of writers that died. On an object store they may be a sleeping writer's, which
+/// commits them later, and stay for a week.
+fn is_alone(location: &Location) -> bool {
+    !matches!(location.place(), Place::Remote)
 }
 
 /// The policy for tables whose older versions nobody opens.
-fn all_but_latest() -> CleanupPolicy {
-    // Unverified files are those of writers that died: the exclusive lock says that no other writer is at work.
+fn all_but_latest(location: &Location) -> CleanupPolicy {
     CleanupPolicyBuilder::default()
         .before_timestamp(Utc::now())
         .error_if_tagged_old_versions(false)
-        .delete_unverified(true)
+        .delete_unverified(is_alone(location))
         .build()
 }
 
-async fn unreferenced_bytes(dataset: &Dataset) -> Result<u64> {
-    let explained = dataset.cleanup(all_but_latest()).explain().during("looking for unreferenced files").await?;
+async fn unreferenced_bytes(location: &Location, dataset: &Dataset) -> Result<u64> {
+    let explained =
+        dataset.cleanup(all_but_latest(location)).explain().during("looking for unreferenced files").await?;
     Ok(explained.stats.bytes_removed)
 }
 
-async fn delete(mut dataset: Dataset, spans: &[Span]) -> lance::Result<Dataset> {
-    for some in spans.chunks(RANGES_AT_ONCE) {
-        let ranges: Vec<String> =
-            some.iter().map(|s| format!("(_rowaddr >= {} AND _rowaddr < {})", s.start, s.end())).collect();
-        dataset.delete(&ranges.join(" OR ")).await?;
+/// Removes rows from the latest version of a table, which is open.
+async fn delete(
+    (location, held): (&Location, &Guard),
+    dataset: Dataset,
+    (action, spans): (&str, &[Span]),
+) -> Result<()> {
+    let gone: Vec<u64> = spans.iter().flat_map(|span| span.start..span.end()).collect();
+    held.confirm().await?;
+    let deleted = update::commit(dataset, &gone, vec![], (&[], location.limits(), None)).boxed().caught().await;
+    match deleted {
+        Ok(_) => Ok(()),
+        Err(e) => {
+            // Another may have taken the lease over since.
+            held.confirm().await?;
+            Err(storage_error(action)(e))
+        }
     }
-    Ok(dataset)
 }
 
 /// Writes fragments with deleted rows anew without them.

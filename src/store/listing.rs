@@ -12,7 +12,7 @@ use super::schema::Table;
 use super::waiting::Waiting;
 use crate::error::{Error, Result};
 
-/// Returns the bytes of all files of a store, on the local file system or in memory.
+/// Returns the bytes of all files of a store; `None` where they cannot be listed.
 pub async fn disk_bytes(location: &Location) -> Option<u64> {
     fn under(path: &Path) -> u64 {
         let Ok(entries) = std::fs::read_dir(path) else { return 0 };
@@ -29,7 +29,11 @@ pub async fn disk_bytes(location: &Location) -> Option<u64> {
         Place::Memory(memory) => {
             memory.files().list(None).try_fold(0, |sum, file| async move { Ok(sum + file.size) }).await.ok()
         }
-        Place::Remote => None,
+        Place::Remote => {
+            let (files, root) = location.own_files().await.ok()?;
+            let listed = files.inner.list(Some(&root));
+            listed.try_fold(0, |sum, file| async move { Ok(sum + file.size) }).await.ok()
+        }
     }
 }
 

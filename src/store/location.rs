@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use lance::Dataset;
 use lance::dataset::builder::DatasetBuilder;
 use lance::dataset::{WriteMode, WriteParams};
 use lance::session::Session;
-use lance_io::object_store::{ObjectStoreParams, ObjectStoreRegistry, WrappingObjectStore};
+use lance_io::object_store::{ObjectStore as LanceStore, ObjectStoreParams, ObjectStoreRegistry, WrappingObjectStore};
+use object_store::path::Path as ObjectPath;
+use tokio::sync::Mutex;
 
 use super::address;
 use super::durable::Durable;
@@ -20,12 +23,15 @@ use super::s3::{Bucket, StorageOptions};
 use super::strict::Exactly;
 use super::synced;
 use super::testing::Hooks;
-use super::waiting::{Waiting, caught, detail};
+use super::waiting::{Waiting, caught, detail, is_gone};
 use crate::error::{Error, Result};
 
 /// Lance's own caches default to 7 GiB; a store that serves layers keeps its memory for layers.
 const INDEX_CACHE_BYTES: usize = 16 << 20;
 const METADATA_CACHE_BYTES: usize = 64 << 20;
+
+/// Reads that are made again where files have gone, on an object store.
+const READS: u32 = 4;
 
 /// A store's address and the settings that every table of it shares.
 #[derive(Clone)]
@@ -40,6 +46,19 @@ pub struct Location {
     formats: &'static Formats,
     limits: Limits,
     on_wait: Option<OnWait>,
+    options: StorageOptions,
+    /// How long a process that gives no sign of life is taken for alive.
+    lease_life: Duration,
+    own_files: Arc<Mutex<Option<OwnFiles>>>,
+}
+
+/// Files of a store that are reached by connections of their own.
+#[derive(Debug, Clone)]
+struct OwnFiles {
+    /// The process that has the connections.
+    process: u32,
+    files: Arc<LanceStore>,
+    root: ObjectPath,
 }
 
 /// Where a store's files lie.
@@ -66,7 +85,6 @@ impl Location {
     /// # Errors
     /// When nothing can lie at such an address, a file lies there, or the options are not of its storage.
     pub fn new(uri: &str, hooks: &Hooks, options: &StorageOptions) -> Result<Self> {
-        let registry = ObjectStoreRegistry::default();
         let (uri, place, link) = match uri.split_once(':') {
             Some((scheme, _)) if scheme.eq_ignore_ascii_case("file") => local(uri, address::of_file_url(uri)?)?,
             Some((scheme, rest)) if rest.starts_with("//") => {
@@ -79,13 +97,11 @@ impl Location {
             }
             _ => local(uri, address::with_home(uri)?)?,
         };
-        let is_s3 = uri.starts_with(S3);
-        match &place {
-            Place::Memory(memory) => registry.insert("memory", memory.provider()),
-            Place::Remote if is_s3 => registry.insert("s3", Arc::new(bucket(&uri, options)?)),
-            Place::Local(_) | Place::Remote => {}
+        let registry = registry(&uri, options)?;
+        if let Place::Memory(memory) = &place {
+            registry.insert("memory", memory.provider());
         }
-        if !is_s3 && !options.is_empty() {
+        if !uri.starts_with(S3) && !options.is_empty() {
             return Err(Error::expected(format!("storage options of {uri}"), options, "none: they are for s3://"));
         }
         let mut storage = hooks.storage.clone();
@@ -96,7 +112,19 @@ impl Location {
             storage = storage.or(Some(files));
         }
         let session = Arc::new(Session::new(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES, Arc::new(registry)));
-        Ok(Location { uri, place, link, session, storage, formats: hooks.formats, limits: hooks.limits, on_wait: None })
+        Ok(Location {
+            uri,
+            place,
+            link,
+            session,
+            storage,
+            formats: hooks.formats,
+            limits: hooks.limits,
+            on_wait: None,
+            options: options.clone(),
+            lease_life: hooks.lease_life,
+            own_files: Arc::default(),
+        })
     }
 
     /// Returns the location with what is told of a lock that is waited for.
@@ -135,6 +163,25 @@ impl Location {
     /// Returns Lance's session, whose caches all tables share.
     pub fn session(&self) -> &Arc<Session> {
         &self.session
+    }
+
+    /// Returns how long a process that gives no sign of life is taken for alive, on an object store.
+    pub fn lease_life(&self) -> Duration {
+        self.lease_life
+    }
+
+    /// Returns the files of an object store, by connections that no table is read or written by, and the store's place among them.
+    pub async fn own_files(&self) -> lance::Result<(Arc<LanceStore>, ObjectPath)> {
+        let mut own = self.own_files.lock().await;
+        let process = std::process::id();
+        if let Some(own) = own.as_ref().filter(|own| own.process == process) {
+            return Ok((own.files.clone(), own.root.clone()));
+        }
+        let registry = registry(&self.uri, &self.options).map_err(|e| lance::Error::io(e.to_string()))?;
+        let params = ObjectStoreParams::default();
+        let (files, root) = LanceStore::from_uri_and_params(Arc::new(registry), &self.uri, &params).await?;
+        *own = Some(OwnFiles { process, files: files.clone(), root: root.clone() });
+        Ok((files, root))
     }
 
     /// Returns the format versions that can be read here.
@@ -192,11 +239,17 @@ impl Location {
 
     /// Opens a table for reading, at `version` or the latest.
     pub async fn open_table(&self, table: &str, version: Option<u64>) -> lance::Result<Dataset> {
-        let mut builder = DatasetBuilder::from_uri(self.table_uri(table)).with_session(self.session.clone());
-        if let Some(version) = version {
-            builder = builder.with_version(version);
+        let mut moves = Moves::of(self);
+        loop {
+            let mut builder = DatasetBuilder::from_uri(self.table_uri(table)).with_session(self.session.clone());
+            if let Some(version) = version {
+                builder = builder.with_version(version);
+            }
+            match checked(builder.load()).await {
+                Err(e) if version.is_none() && is_gone(&e) && moves.again() => {}
+                opened => return opened.map_err(|e| self.named(table, version, e)),
+            }
         }
-        checked(builder.load()).await.map_err(|e| self.named(table, version, e))
     }
 
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to, and so is what is
@@ -251,6 +304,27 @@ impl Location {
     }
 }
 
+/// Reads that are made again, since gc may have moved rows meanwhile and taken their files away. On the local file system a file that is
+/// open stays.
+#[derive(Debug)]
+pub struct Moves {
+    left: u32,
+}
+
+impl Moves {
+    /// Returns how often a store's reads are made again.
+    pub fn of(location: &Location) -> Self {
+        Moves { left: if matches!(location.place, Place::Remote) { READS } else { 0 } }
+    }
+
+    /// Returns whether to read again.
+    pub fn again(&mut self) -> bool {
+        let again = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        again
+    }
+}
+
 /// Tries whether a store could be made, or written to, at an address, before the work that goes there. Nothing is made.
 ///
 /// # Errors
@@ -273,6 +347,15 @@ const OBJECT_STORES: [(&str, &str, bool); 3] = [
 /// How addresses on S3 begin.
 const S3: &str = "s3://";
 
+/// The storages that tables may lie on, with this bucket where an address is on S3.
+fn registry(uri: &str, options: &StorageOptions) -> Result<ObjectStoreRegistry> {
+    let registry = ObjectStoreRegistry::default();
+    if uri.starts_with(S3) {
+        registry.insert("s3", Arc::new(bucket(uri, options)?));
+    }
+    Ok(registry)
+}
+
 /// The bucket of an address on S3.
 fn bucket(uri: &str, options: &StorageOptions) -> Result<Bucket> {
     let name = uri[S3.len()..].split('/').next().unwrap_or_default();
@@ -289,19 +372,27 @@ fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
             reason: "expected s3://BUCKET/PREFIX: credentials are given as storage options or in the environment"
                 .into(),
         }),
-        ("s3", _) if !rest.is_empty() && !rest.starts_with('/') => Ok(Place::Remote),
+        // Lance takes an address that is no URL for a path.
+        ("s3" | "gs" | "az" | "memory", _) if !is_name(rest) => {
+            not_a_store(format!("expected {scheme}://NAME, where NAME has letters, digits, '.', '-' and '_' alone"))
+        }
+        ("s3", _) => Ok(Place::Remote),
         (_, Some((_, feature, false))) => not_a_store(format!(
             "this layerstore was built without support for {scheme}://, expected one built with `--features {feature}`"
         )),
         (_, Some(_)) if !rest.is_empty() => Ok(Place::Remote),
-        ("memory", _) if !rest.starts_with('/') && !rest.is_empty() => {
-            Ok(Place::Memory(Memory::named(rest.trim_end_matches('/'))))
-        }
+        ("memory", _) => Ok(Place::Memory(Memory::named(rest.trim_end_matches('/')))),
         _ => not_a_store(format!(
             "'{scheme}://' is no storage that a store can lie on: use a path, s3://BUCKET, gs://BUCKET, az://CONTAINER or \
              memory://NAME"
         )),
     }
+}
+
+/// Whether an address goes on with the name of a bucket, or of a store in memory.
+fn is_name(rest: &str) -> bool {
+    let name = rest.split('/').next().unwrap_or_default();
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
 }
 
 /// The directory at a path, resolved, and its address: every table, lock and count of files is of this one path. Also the path as it
@@ -377,12 +468,20 @@ mod tests {
         }
     }
 
+    fn keys() -> StorageOptions {
+        StorageOptions::new().with("access_key_id", "id").with("secret_access_key", "hidden")
+    }
+
     #[test]
     fn addresses_that_no_store_lies_at() {
         let tab = "a\tb";
         for bad in ["", "ftp://a", "s3://", "memory://", "memory:///a", "file://", "file:a", "file://host/a", tab] {
             let error = Location::new(bad, &Hooks::default(), &StorageOptions::new()).unwrap_err();
             assert!(matches!(error, Error::NotAStore { .. }), "{bad}: {error}");
+        }
+        for bad in ["s3://My Bucket/x", "memory://my name", "s3:///a"] {
+            let error = Location::new(bad, &Hooks::default(), &keys()).unwrap_err();
+            assert!(error.to_string().contains("letters, digits"), "{bad}: {error}");
         }
         for bad in ["s3:/bucket", "memory:a", "file:///a?b", "file:///a#b", "file:///a%00", "~nobody/s"] {
             let error = Location::new(bad, &Hooks::default(), &StorageOptions::new()).unwrap_err();
@@ -400,7 +499,7 @@ mod tests {
             }
         }
         assert!(matches!(place("models"), Place::Local(path) if path.is_absolute()));
-        let keys = StorageOptions::new().with("access_key_id", "id").with("secret_access_key", "hidden");
+        let keys = keys();
         let on_s3 = |uri: &str, options: &StorageOptions| Location::new(uri, &Hooks::default(), options);
         assert!(matches!(on_s3("s3://bucket/models/", &keys).unwrap().place(), Place::Remote));
         for bad in ["s3://id:hidden@bucket/a", "s3://bucket/a?key=hidden", "s3://bucket/a#hidden"] {

@@ -3,8 +3,10 @@
 //!
 //! `layerstore.lock` is shared by imports and exclusive to gc, so that nothing an import is about to commit is
 //! collected. `layerstore.commit.lock` is held for the moment of a catalogue commit, so that each one builds on the
-//! one before it. `layerstore.index.lock` is held while indices are made, one after the other. Readers take none of them. An object store has no such locks: Lance's own conflict detection orders
-//! commits there, and gc goes by age.
+//! one before it. `layerstore.index.lock` is held while indices are made, one after the other. Readers take none of them.
+//!
+//! An object store has no locks. The first one is a lease there ([`lease`]); commits are of the next version alone, and are made again
+//! where another came first.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::Path;
@@ -12,6 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedMutexGuard, OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
+use super::lease::{self, Exclusive, Shared};
 use super::location::{Location, Place};
 use super::on_wait::OnWait;
 use crate::error::{Error, Result};
@@ -34,8 +37,37 @@ pub enum Guard {
     Exclusive { _lock: OwnedRwLockWriteGuard<()> },
     /// Of a commit to a store in memory.
     Commit { _lock: OwnedMutexGuard<()> },
-    /// None: the storage has no locks.
+    /// A writer's lease, of a store on an object store.
+    Writer { lease: Shared },
+    /// The lease of whoever has such a store for itself.
+    Alone { lease: Exclusive },
+    /// None, beside a lease.
     Nothing,
+}
+
+impl Guard {
+    /// Asks whether what is held is held still, as a lease may be not. To be asked after the version was opened that a commit follows.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when it is not, and when the storage refuses.
+    pub async fn confirm(&self) -> Result<()> {
+        match self {
+            Guard::Writer { lease } => lease.confirm().await,
+            Guard::Alone { lease } => lease.confirm().await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks whether a version of the catalogue stays, since it is to be named or restored.
+    ///
+    /// # Errors
+    /// When it is being removed, and when the storage refuses.
+    pub async fn require_kept(&self, version: u64) -> Result<()> {
+        match self {
+            Guard::Writer { lease } => lease.require_kept(version).await,
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Keeps gc from artifacts that no version names yet, until it is dropped: [`Store::lease`](super::Store::lease).
@@ -54,10 +86,21 @@ pub async fn importing(location: &Location) -> Result<Guard> {
         match location.place() {
             Place::Local(store) => held(store, USE, File::try_lock_shared).await,
             Place::Memory(memory) => Ok(Guard::Shared { _lock: memory.using.clone().read_owned().await }),
-            Place::Remote => Ok(Guard::Nothing),
+            Place::Remote => Ok(Guard::Writer { lease: lease::shared(location).await? }),
         }
     };
     OnWait::told(location.on_wait(), waiting(location, USE, "gc, or an upgrade, is at work"), lock).await
+}
+
+/// Waits for the lock that is held for one commit of the catalogue by whoever imports nothing; on an object store for a lease.
+///
+/// # Errors
+/// As [`importing`].
+pub async fn changing(location: &Location) -> Result<Guard> {
+    match location.place() {
+        Place::Local(_) | Place::Memory(_) => committing(location).await,
+        Place::Remote => importing(location).await,
+    }
 }
 
 /// Waits for the lock that is held for one commit of the catalogue.
@@ -90,19 +133,23 @@ pub async fn indexing(location: &Location) -> Result<Guard> {
     OnWait::told(location.on_wait(), waiting(location, INDEX, "another process makes indices"), lock).await
 }
 
-/// Waits up to `patience` for imports to finish, and keeps others from beginning: for gc, and for changes of the format.
+/// Waits up to `patience` for imports to finish, and keeps others from beginning: for gc, repairs and changes of the format, as `what`
+/// says. On an object store it waits longer for writers of which is not known whether they live.
 ///
 /// # Errors
 /// As [`importing`], and [`Error::Busy`] when an import is still at work.
-pub async fn collecting(location: &Location, patience: Duration) -> Result<Guard> {
+pub async fn collecting(location: &Location, what: &str, patience: Duration) -> Result<Guard> {
     let lock = async {
         match location.place() {
             Place::Local(store) => held(store, USE, File::try_lock).await,
             Place::Memory(memory) => Ok(Guard::Exclusive { _lock: memory.using.clone().write_owned().await }),
-            Place::Remote => Ok(Guard::Nothing),
+            Place::Remote => Ok(Guard::Alone { lease: lease::exclusive(location, what, patience).await? }),
         }
     };
     let told = OnWait::told(location.on_wait(), waiting(location, USE, "an import is at work"), lock);
+    if let Place::Remote = location.place() {
+        return told.await;
+    }
     tokio::time::timeout(patience, told).await.unwrap_or_else(|_| {
         Err(Error::Busy { what: location.uri().to_owned(), holder: "an import is writing to it".into() })
     })
@@ -159,7 +206,7 @@ mod tests {
                 Location::new(uri, &Hooks::default(), &StorageOptions::new()).unwrap().with_on_wait(Some(on_wait));
             let commit = committing(&location).await.unwrap();
             let index = indexing(&location).await.unwrap();
-            let collect = collecting(&location, Duration::from_secs(5)).await.unwrap();
+            let collect = collecting(&location, "gc", Duration::from_secs(5)).await.unwrap();
             assert_eq!(*told.lock().unwrap(), Vec::<String>::new());
             let given_up = async |lock: &mut (dyn Future<Output = Result<Guard>> + Unpin)| {
                 assert!(tokio::time::timeout(UNTOLD + Duration::from_millis(200), lock).await.is_err());
@@ -174,10 +221,10 @@ mod tests {
             // Whoever gave up holds nothing.
             drop((committing(&location).await.unwrap(), indexing(&location).await.unwrap()));
             let import = (importing(&location).await.unwrap(), importing(&location).await.unwrap());
-            let busy = collecting(&location, Duration::from_millis(20)).await.unwrap_err();
+            let busy = collecting(&location, "gc", Duration::from_millis(20)).await.unwrap_err();
             assert!(matches!(busy, Error::Busy { .. }), "{busy}");
             drop(import);
-            collecting(&location, Duration::from_secs(5)).await.unwrap();
+            collecting(&location, "gc", Duration::from_secs(5)).await.unwrap();
             assert_eq!(told.lock().unwrap().len(), 3);
         }
     }

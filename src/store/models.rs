@@ -20,13 +20,13 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::UnknownModel`] when the latest version has no such model, and when the storage refuses.
 pub async fn remove(location: &Location, model: &str) -> Result<u64> {
-    let _guard = lock::committing(location).await?;
+    let guard = lock::changing(location).await?;
     let latest = Arc::new(writable(location).await?);
     if rows_of(location, &latest, &[model]).await?.is_empty() {
         return Err(unknown(latest, model).await?);
     }
     let made = Made { operation: "remove", message: None, tables: &Seen::nothing() };
-    replace(location, (model, Scope::Model), &[], made).await
+    replace((location, &guard), (model, Scope::Model), &[], made).await
 }
 
 /// Gives a model another name, as one new version, and returns the version.
@@ -36,7 +36,7 @@ pub async fn remove(location: &Location, model: &str) -> Result<u64> {
 /// [`Error::InvalidName`] when that is no name for a model, and when the storage refuses.
 pub async fn rename(location: &Location, model: &str, name: &str) -> Result<u64> {
     check_model_name(name)?;
-    let _guard = lock::committing(location).await?;
+    let guard = lock::changing(location).await?;
     let mut attempts = Attempts::begin();
     loop {
         let latest = Arc::new(writable(location).await?);
@@ -55,7 +55,7 @@ pub async fn rename(location: &Location, model: &str, name: &str) -> Result<u64>
         let operation = format!("rename {model} to {name}");
         let made = Made { operation: &operation, message: None, tables: &Seen::nothing() };
         let change = Change { model, records: &records, present: &renamed, made };
-        if let Some(version) = change.commit(location, Arc::unwrap_or_clone(latest), &mut attempts).await? {
+        if let Some(version) = change.commit((location, &guard), Arc::unwrap_or_clone(latest), &mut attempts).await? {
             return Ok(version);
         }
     }

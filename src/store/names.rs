@@ -11,8 +11,8 @@ use lance::table::format::Fragment;
 
 use super::scan::ROW_ADDRESS;
 
-/// Fragments read at once.
-const AT_ONCE: usize = 4;
+/// Fragments read at once: on an object store each waits for an answer.
+const AT_ONCE: usize = 32;
 
 /// The names of rows of one version, in a few large arrays: going through 100,000 of them takes less than a millisecond, and nothing
 /// has to be built first.

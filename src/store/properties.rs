@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+use futures::FutureExt;
+use futures::future::join_all;
 use lance::Dataset;
 
 use super::layout::{VERSIONS, manifest_names, version_of};
@@ -83,12 +85,15 @@ impl TableVersions {
     /// Returns whether every table has its version or a later one, as far as can be told without reading it: on the local file system
     /// by the names and the ends of manifests.
     pub async fn are_there(&self, location: &Location) -> bool {
+        let Some(store) = location.local() else {
+            // All at once: each waits for answers.
+            let opened = self.0.iter().map(async |(table, version)| {
+                location.open_table(table, None).await.is_ok_and(|latest| latest.version_id() >= *version)
+            });
+            return join_all(opened).boxed().await.into_iter().all(|there| there);
+        };
         for (table, version) in &self.0 {
-            let there = match location.local() {
-                Some(store) => is_on_disk((location, store), table, *version).await,
-                None => location.open_table(table, None).await.is_ok_and(|latest| latest.version_id() >= *version),
-            };
-            if !there {
+            if !is_on_disk((location, store), table, *version).await {
                 return false;
             }
         }

@@ -21,7 +21,7 @@ use super::index_check;
 use super::indexing;
 use super::layout::{VERSION_HINT, VERSIONS, version_of};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, Place};
+use super::location::Location;
 use super::lock;
 use super::lookup::indices_of;
 use super::metadata;
@@ -58,20 +58,13 @@ impl Store {
     /// Sets aside what stands in the way, completes what is still in the data files, and looks for what is still damaged.
     ///
     /// # Errors
-    /// When no version of the catalogue can be opened, an import is at work and does not finish in time, the storage refuses, or
-    /// has no locks.
+    /// When no version of the catalogue can be opened, an import is at work and does not finish in time, or the storage
+    /// refuses.
     pub(crate) async fn begin_repair(&self, seen: impl Fn(usize, usize) + Send + Sync + 'static) -> Result<Repairing> {
         let shared = self.shared();
         let location = &shared.location;
-        if matches!(location.place(), Place::Remote) {
-            return Err(Error::expected(
-                "store to repair",
-                location.uri(),
-                "a local one: on an object store an import at work cannot be seen",
-            ));
-        }
         let set_aside = {
-            let _guards = (lock::collecting(location, PATIENCE).await?, lock::committing(location).await?);
+            let _guards = (lock::collecting(location, "repair", PATIENCE).await?, lock::committing(location).await?);
             let mut files = roll_back(location).await?;
             files.extend(clear(shared).await?);
             mend_indices(location).await?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 
 use super::catalogue;
+use super::disk_cache::{DiskCache, DiskCacheOptions};
 use super::gc::{self, GcReport};
 use super::handle::LayerHandle;
 use super::heal;
@@ -35,7 +36,7 @@ const PREFETCHED_AT_ONCE: usize = 4;
 pub struct StoreOptions {
     /// Bytes of loaded layers to keep, shared by all handles.
     pub cache_bytes: u64,
-    /// What reads layers from files of the local file system. `None` asks the environment variable `LAYERSTORE_READER`,
+    /// What reads layers from files. `None` asks the environment variable `LAYERSTORE_READER`,
     /// `direct` or `lance`, and takes [`Reader::Direct`] where that is not set.
     pub reader: Option<Reader>,
     /// Whether every layer that is read is hashed and held against its artifact's name: stored bytes that have changed are an error,
@@ -43,6 +44,9 @@ pub struct StoreOptions {
     pub verify_loads: bool,
     /// How the storage of a store at `s3://` is reached, beside what the environment says: its endpoint, region and credentials.
     pub storage_options: StorageOptions,
+    /// Where the disk keeps copies of what loads read from an object store, so that the next load, also of another process, is local.
+    /// Stores on the local file system have none.
+    pub disk_cache: Option<DiskCacheOptions>,
     /// What is told when an operation has to wait for a lock that another process holds.
     pub on_wait: Option<OnWait>,
     /// What the tests replace.
@@ -57,6 +61,7 @@ impl Default for StoreOptions {
             reader: None,
             verify_loads: false,
             storage_options: StorageOptions::new(),
+            disk_cache: None,
             on_wait: None,
             hooks: Hooks::default(),
         }
@@ -123,7 +128,10 @@ impl Store {
 
     fn new(location: Location, catalogue: lance::Dataset, options: StoreOptions) -> Result<Self> {
         let reader = options.reader.map_or_else(Reader::from_environment, Ok)?;
-        let shared = Shared::new(location, catalogue, (options.cache_bytes, reader, options.verify_loads));
+        // On the local file system, copies of files would be as far away as the files.
+        let disk_cache = options.disk_cache.filter(|_| location.local().is_none()).map(DiskCache::open).transpose()?;
+        let limits = (options.cache_bytes, reader, options.verify_loads);
+        let shared = Shared::new(location, catalogue, limits, disk_cache);
         Ok(Store { shared: Arc::new(shared) })
     }
 
@@ -145,6 +153,12 @@ impl Store {
     pub async fn lancedb(&self) -> Result<lancedb::Connection> {
         let connect = lancedb::connect(self.uri()).session(self.shared.location.session().clone()).execute();
         connect.await.map_err(|e| Error::storage(format!("connecting to {}", self.uri()), e))
+    }
+
+    /// Returns the version that was the latest when the store was opened, or when it was last asked for by this handle or a copy of it.
+    /// Nothing is read for it.
+    pub fn seen(&self) -> Snapshot {
+        Snapshot::new(self.shared.clone(), self.shared.catalogue(), None)
     }
 
     /// Opens the latest version.
@@ -241,7 +255,7 @@ impl Store {
     }
 
     /// Keeps gc from what is in the store, until the lease is dropped: artifacts that are to be committed later, by an import of this
-    /// process or another one. On an object store it does nothing; gc goes by age there.
+    /// process or another one.
     ///
     /// # Errors
     /// When the store cannot be written.

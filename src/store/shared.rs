@@ -8,6 +8,7 @@ use moka::future::Cache;
 
 use super::catalogue::Catalogue;
 use super::data::Data;
+use super::disk_cache::DiskCache;
 use super::location::Location;
 use super::reader::Reader;
 use super::record::LayerRecord;
@@ -30,18 +31,20 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Returns a store that was opened at this version of its catalogue.
+    /// Returns a store that was opened at this version of its catalogue. Of what is read of files that are not on the local file system,
+    /// the disk keeps copies where a `disk_cache` is given.
     pub fn new(
         location: Location,
         catalogue: Dataset,
         (cache_bytes, reader, verify_loads): (u64, Reader, bool),
+        disk_cache: Option<DiskCache>,
     ) -> Self {
         // moka weighs in 32 bits: count KiB.
         let layers = Cache::builder()
             .max_capacity(cache_bytes >> 10)
             .weigher(|_, layer: &SharedLayer| u32::try_from(1 + (layer.memory_bytes() >> 10)).unwrap_or(u32::MAX))
             .build();
-        let data = Arc::new(Data::new(location.clone(), reader));
+        let data = Arc::new(Data::new(location.clone(), reader, disk_cache));
         Shared { location, data, layers, verify_loads, catalogue: Mutex::new(catalogue.into()) }
     }
 

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use lance::Dataset;
 use lance::dataset::CommitBuilder;
+use lance::dataset::transaction::Operation;
 use lance_io::object_store::ObjectStore;
-use lance_table::format::{IndexMetadata, Manifest, Transaction};
+use lance_table::format::{Fragment, IndexMetadata, Manifest, Transaction};
 use lance_table::io::commit::{
     CommitError, CommitHandler, ConditionalPutCommitHandler, ManifestLocation, ManifestNamingScheme, ManifestWriter,
 };
@@ -67,6 +68,21 @@ pub fn next_version(dataset: Arc<Dataset>) -> CommitBuilder<'static> {
         .with_skip_auto_cleanup(true)
         .with_commit_handler(Arc::new(Exactly(next)))
         .with_max_retries(1)
+}
+
+/// Returns what removes fragments of a table, puts others in the place of those of the same numbers, and adds new ones.
+pub fn replacing(removed: Vec<u64>, updated: Vec<Fragment>, new: Vec<Fragment>) -> Operation {
+    Operation::Update {
+        removed_fragment_ids: removed,
+        updated_fragments: updated,
+        new_fragments: new,
+        fields_modified: vec![],
+        compacted_sstables: vec![],
+        fields_for_preserving_frag_bitmap: vec![],
+        update_mode: None,
+        inserted_rows_filter: None,
+        updated_fragment_offsets: None,
+    }
 }
 
 /// Attempts at a commit, each after a longer pause, until it is time to say that others commit again and again.

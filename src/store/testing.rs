@@ -1,6 +1,7 @@
 //! What the tests replace of a store. No part of the public interface: it changes without notice.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use lance_io::object_store::WrappingObjectStore;
 use object_store::ObjectStore;
@@ -9,17 +10,22 @@ use object_store::list::PaginatedListStore;
 use super::format::{FORMATS, Formats};
 use super::limits::Limits;
 
+/// How long a process that gives no sign of life is taken for alive, on an object store.
+const LEASE_LIFE: Duration = Duration::from_secs(60);
+
 /// What is replaced of a store; nothing by default.
 #[derive(Clone)]
 pub struct Hooks {
     pub(super) storage: Option<Arc<dyn WrappingObjectStore>>,
     pub(super) formats: &'static Formats,
     pub(super) limits: Limits,
+    /// How long a process that gives no sign of life is taken for alive, on an object store.
+    pub(super) lease_life: Duration,
 }
 
 impl Default for Hooks {
     fn default() -> Self {
-        Hooks { storage: None, formats: &FORMATS, limits: Limits::DEFAULT }
+        Hooks { storage: None, formats: &FORMATS, limits: Limits::DEFAULT, lease_life: LEASE_LIFE }
     }
 }
 
@@ -34,6 +40,11 @@ impl Hooks {
     /// store's address. Paths are those of the whole file system.
     pub fn writing_to(files: Arc<dyn ObjectStore>) -> Self {
         Hooks { storage: Some(Arc::new(Replaced(files))), ..Hooks::default() }
+    }
+
+    /// Returns hooks by which a process that gives no sign of life is taken for dead after another time.
+    pub fn with_lease_life(lease_life: Duration) -> Self {
+        Hooks { lease_life, ..Hooks::default() }
     }
 }
 

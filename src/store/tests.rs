@@ -148,7 +148,7 @@ async fn check_readers(uri: &str, folder: &Path, version: u32) {
     let deep = store.verify_with(VerifyDepth::Deep, |_, _| ()).await.unwrap();
     assert_eq!((deep.corrupt, deep.damaged), (vec![], vec![]));
     let through_lance = Store::open_with(uri, reading(Reader::Lance)).await.unwrap();
-    let files = |reader| Arc::new(Files::new(store.shared().location.clone(), reader));
+    let files = |reader| Arc::new(Files::new(store.shared().location.clone(), reader, None));
     let (direct, lance) = (files(Reader::Direct), files(Reader::Lance));
     let (mut tables, mut methods) = (BTreeSet::new(), BTreeSet::new());
     for record in store.shared().data.records().await.unwrap() {
@@ -485,7 +485,7 @@ fn tensors_of_any_shape_come_back() {
                     let data = &store.shared().data;
                     let mut found = BTreeMap::new();
                     for record in data.records().await.unwrap() {
-                        let files = Files::new(store.shared().location.clone(), reader);
+                        let files = Files::new(store.shared().location.clone(), reader, None);
                         let direct = files.direct_rows(&file_rows(&record.locations)).unwrap();
                         assert_eq!(direct.is_some(), reader == Reader::Direct, "{:?}", record.locations);
                         found.insert(record.artifact, data.parts(&record).await.unwrap());
@@ -539,7 +539,7 @@ async fn claimed_rows_that_are_not_there_are_corrupt() {
     let folder = tempfile::tempdir().unwrap();
     let location = Location::new(&kept_store(folder.path()), &Hooks::default(), &StorageOptions::new()).unwrap();
     for reader in [Reader::Direct, Reader::Lance] {
-        let data = Arc::new(Data::new(location.clone(), reader));
+        let data = Arc::new(Data::new(location.clone(), reader, None));
         for record in data.records().await.unwrap() {
             let lie = |change: fn(&mut TableRows)| {
                 let mut lying = record.clone();

@@ -16,7 +16,7 @@ use lance::deps::datafusion::execution::SendableRecordBatchStream;
 use lance::index::DatasetIndexExt;
 use lance::table::format::Fragment;
 
-use super::append::{open_or_create, replacing, uncommitted};
+use super::append::{open_or_create, uncommitted};
 use super::format::{Format, with_foreign, without_missing};
 use super::indexing;
 use super::limits::Limits;
@@ -26,7 +26,7 @@ use super::lookup::{Indexed, indices_of};
 use super::properties::Properties;
 use super::scan::{ROW_ADDRESS, batch_rows, live_rows};
 use super::schema::ARTIFACTS;
-use super::strict::next_version;
+use super::strict::{next_version, replacing};
 use super::waiting::Waiting;
 use crate::error::Result;
 

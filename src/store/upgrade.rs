@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// When an import is at work and does not finish in time, or the storage refuses. Then some tables may have columns that
 /// the store's version does not know, which every reader passes over.
 pub async fn upgrade(location: &Location) -> Result<u32> {
-    let _guards = (lock::collecting(location, PATIENCE).await?, lock::committing(location).await?);
+    let _guards = (lock::collecting(location, "upgrade", PATIENCE).await?, lock::committing(location).await?);
     let formats = location.formats();
     let format = formats.newest();
     let catalogue = writable(location).await?;

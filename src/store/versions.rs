@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::catalogue::{open, versions, writable};
 use super::listing::names_in;
 use super::location::Location;
-use super::lock;
+use super::lock::{self, Guard};
 use super::properties::{MESSAGE, OPERATION, TableVersions, properties};
 use super::schema::LAYERS;
 use super::strict::{Attempts, is_conflict, next_version};
@@ -135,7 +135,7 @@ pub fn tag_file(location: &Location, name: &str) -> String {
 pub async fn create_snapshot(location: &Location, name: &str, at: Option<&str>) -> Result<SnapshotInfo> {
     check_snapshot_name(name)?;
     // gc must not remove the version between the look and the name.
-    let _guard = lock::committing(location).await?;
+    let guard = lock::changing(location).await?;
     let dataset = writable(location).await?;
     let (version, time) = match at {
         Some(at) => {
@@ -147,7 +147,18 @@ pub async fn create_snapshot(location: &Location, name: &str, at: Option<&str>) 
     };
     let action = format!("creating snapshot '{name}'");
     match dataset.tags().create(name, version).caught().await {
-        Ok(()) => Ok(SnapshotInfo { name: name.to_owned(), version, time }),
+        Ok(()) => {
+            // Whoever removes versions reads the names first, and says which go before they do: one sees the other.
+            let kept = async {
+                guard.confirm().await?;
+                guard.require_kept(version).await
+            };
+            if let Err(e) = kept.await {
+                dataset.tags().delete(name).during(format!("deleting snapshot '{name}'")).await?;
+                return Err(e);
+            }
+            Ok(SnapshotInfo { name: name.to_owned(), version, time })
+        }
         Err(lance::Error::RefConflict { .. }) => {
             let taken = tag(location, &dataset, name).await?;
             Err(Error::SnapshotExists { name: name.to_owned(), version: taken })
@@ -184,7 +195,7 @@ async fn time_of(dataset: &Dataset, name: &str, version: u64) -> Result<DateTime
 
 /// Takes a name away from its version, also a name whose file or version cannot be read.
 pub async fn delete_snapshot(location: &Location, name: &str) -> Result<DeletedSnapshot> {
-    let _guard = lock::committing(location).await?;
+    let _guard = lock::changing(location).await?;
     let dataset = writable(location).await?;
     let known = tag_names(location).await?;
     if !known.iter().any(|known| known == name) {
@@ -243,17 +254,21 @@ fn check_snapshot_name(name: &str) -> Result<()> {
 
 /// Makes the catalogue of an older version the latest, as a new version. The store's format stays what it is.
 pub async fn restore(location: &Location, name: &str) -> Result<SnapshotInfo> {
-    let _guard = lock::committing(location).await?;
+    let guard = lock::changing(location).await?;
     let mut attempts = Attempts::begin();
     loop {
-        if let Some(restored) = restore_once(location, name, &mut attempts).await? {
+        if let Some(restored) = restore_once((location, &guard), name, &mut attempts).await? {
             return Ok(restored);
         }
     }
 }
 
 /// Restores a version on the latest one; `None` where another commit came between.
-async fn restore_once(location: &Location, name: &str, attempts: &mut Attempts) -> Result<Option<SnapshotInfo>> {
+async fn restore_once(
+    (location, held): (&Location, &Guard),
+    name: &str,
+    attempts: &mut Attempts,
+) -> Result<Option<SnapshotInfo>> {
     let dataset = writable(location).await?;
     let format = location.format_of(&dataset)?;
     let version = resolve(location, &dataset, name).await?;
@@ -266,6 +281,8 @@ async fn restore_once(location: &Location, name: &str, attempts: &mut Attempts) 
     if version == dataset.version_id() {
         return Ok(Some(restored(&dataset)));
     }
+    held.confirm().await?;
+    held.require_kept(version).await?;
     let tables = TableVersions::said_by(&dataset).await;
     let transaction = TransactionBuilder::new(dataset.version_id(), Operation::Restore { version })
         .transaction_properties(properties(format!("restore {name}"), None, tables.as_ref()))

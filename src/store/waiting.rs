@@ -91,6 +91,15 @@ pub fn is_refused(e: &lance::Error) -> bool {
     any_cause(e, &refused) && !is_corrupt(e)
 }
 
+/// Returns whether an error says that a file is not there.
+pub fn is_gone(e: &lance::Error) -> bool {
+    let gone = |cause: &Cause| {
+        matches!(cause.downcast_ref(), Some(lance::Error::NotFound { .. }))
+            || matches!(cause.downcast_ref(), Some(object_store::Error::NotFound { .. }))
+    };
+    any_cause(e, &gone)
+}
+
 /// An error that another one passes on.
 type Cause = dyn std::error::Error + 'static;
 
@@ -186,6 +195,7 @@ mod tests {
         assert!(is_refused(&named(|path, source| E::PermissionDenied { path, source })));
         assert!(is_refused(&named(|path, source| E::Unauthenticated { path, source })));
         assert!(!is_refused(&named(|path, source| E::NotFound { path, source })));
+        assert!(is_gone(&named(|path, source| E::NotFound { path, source })) && !is_gone(&generic("S3", text())));
         assert!(!is_refused(&generic("LocalFileSystem", text())));
         assert!(!is_refused(&generic("N/A", text())));
         let denied = std::io::Error::from_raw_os_error(13);

@@ -383,7 +383,7 @@ impl Writer {
             .await
             .map_err(|e| Error::io(self.shared.location.uri(), e))?;
         let made = Made { operation, message, tables: &self.seen };
-        replace(&self.shared.location, (model, scope), &records, made).await
+        replace((&self.shared.location, &self.guard), (model, scope), &records, made).await
     }
 }
 

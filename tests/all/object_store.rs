@@ -1,96 +1,26 @@
 //! Stores on S3: a server in this process, which can be told to answer wrongly, late or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use chrono::Utc;
 use layerstore::formats::write_array;
-use layerstore::layer::{DType, DenseLayer, Layer};
-use layerstore::{
-    Error, ErrorBasis, ErrorKind, LayerRecord, Provenance, RowLocations, Source, StorageOptions, Store, StoreOptions,
-};
+use layerstore::layer::Layer;
+use layerstore::{DiskCacheOptions, Error, ErrorKind, Reader, Store, StoreOptions};
 use ndarray::Array2;
 use serde_json::Value;
 
-use crate::s3::{Act, Fault, KEY_ID, Kind, Nth, On, SECRET, Server};
+use crate::numbered::{layer, options, put, sound, troubles};
+use crate::s3::{Act, Fault, KEY_ID, Kind, Nth, On, SECRET, Server, round_trips};
 use crate::support::{CHECKPOINT, INPUTS, INT4, Place};
-
-/// How a store on the server is opened in this process.
-fn options(server: &Server) -> StoreOptions {
-    let storage_options = StorageOptions::new()
-        .with("endpoint", &server.endpoint)
-        .with("access_key_id", KEY_ID)
-        .with("secret_access_key", SECRET)
-        .with("region", "us-east-1");
-    StoreOptions { storage_options, ..StoreOptions::default() }
-}
-
-/// Faults of puts under a condition, each of which may meet any of them.
-fn troubles(seed: u64, on: Kind) -> Vec<Fault> {
-    let acts = [
-        Act::Answer(409),
-        Act::Answer(503),
-        Act::AnswerAfterApplying(503),
-        Act::DieAfter,
-        Act::DieBefore,
-        Act::LateAnswer(Duration::from_millis(30)),
-    ];
-    let fault = |(place, act): (usize, Act)| Fault {
-        on: On::Put(on.clone()),
-        nth: Nth::Chance(seed + place as u64, 0.06),
-        act,
-    };
-    acts.into_iter().enumerate().map(fault).collect()
-}
-
-/// A layer that no other number gives.
-fn layer(number: u32) -> DenseLayer {
-    let bytes: Vec<u8> = (0..16u32).flat_map(|i| (number.wrapping_mul(7919) + i).to_le_bytes()).collect();
-    DenseLayer::new(DType::U8, vec![8, 8], bytes.into(), None).unwrap()
-}
-
-fn record(model: &str, name: &str, layer: &DenseLayer) -> LayerRecord {
-    let parts = layer.to_parts();
-    LayerRecord {
-        model: model.into(),
-        layer: name.into(),
-        method: parts.method.clone(),
-        in_features: 8,
-        out_features: 8,
-        artifact: parts.id(),
-        relative_error: Some(0.0),
-        error_basis: ErrorBasis::Weights,
-        dense_bytes: 64,
-        stored_bytes: parts.stored_bytes(),
-        config: parts.config.clone(),
-        source: Source::default(),
-        created_at: Utc::now(),
-        locations: RowLocations::default(),
-    }
-}
-
-/// Puts one layer beside the others of a model, and returns the version.
-async fn put(store: &Store, model: &str, name: &str, number: u32) -> layerstore::Result<u64> {
-    let layer = layer(number);
-    let parts = layer.to_parts();
-    let mut writer = store.writer().await?;
-    let provenance = Provenance { recipe: parts.id().0, relative_error: Some(0.0), error_basis: ErrorBasis::Weights };
-    writer.add(&parts, provenance).await?;
-    writer.commit_layers(model, &[record(model, name, &layer)], None).await
-}
-
-async fn sound(store: &Store) {
-    let report = store.verify(|_, _| ()).await.unwrap();
-    assert!(report.is_sound(), "{report:?}");
-}
 
 /// Every verb of the command line that is not about local files, beside a store on disk.
 #[test]
 fn a_model_lies_on_s3_and_runs_from_there() {
     let server = Server::start();
     server.page(3);
-    let (here, there) = (Place::new(), Place::on_s3(&server));
+    let (here, there) = (Place::on_disk(), Place::on_s3(&server));
     for place in [&here, &there] {
         place.import("m", Some(INT4));
         place.import("dense", None);
@@ -142,8 +72,23 @@ fn a_model_lies_on_s3_and_runs_from_there() {
     there.json(&["copy", "m", &local]);
     let other = format!("{}-other", there.store());
     there.json(&["copy", "m", &other]);
-    there.fails(1, &["a local one"], &["gc", "--apply"]);
-    assert!(there.json(&["gc"])["artifacts"].as_u64().is_some());
+    // gc takes and keeps the same.
+    let counted = |report: Value| {
+        let mut report = plain(report);
+        // Of files that no version has, those on S3 stay for a week.
+        for key in ["removed_bytes", "reclaimable_bytes"] {
+            report.as_object_mut().map(|report| report.remove(key));
+        }
+        report
+    };
+    let bytes: usize = server.objects().values().map(|bytes| bytes.len()).sum();
+    for args in [&["gc", "--older-than", "0s"][..], &["gc", "--older-than", "0s", "--apply"], &["verify"], &["models"]]
+    {
+        assert_eq!(counted(here.json(args)), counted(there.json(args)), "{args:?}");
+    }
+    assert!(server.objects().values().map(|bytes| bytes.len()).sum::<usize>() < bytes);
+    there.fails(1, &["version 2"], &["restore", "2"]);
+    there.json(&["repair"]);
     // What was said to reach it is nowhere.
     let heads = String::from_utf8_lossy(&server.heads()).into_owned();
     assert!(heads.contains(KEY_ID) && !heads.contains(SECRET));
@@ -396,4 +341,64 @@ fn a_refusal_is_no_damage() {
         let handle = fresh.latest().await.unwrap().layer("m", "layer").await.unwrap();
         assert_eq!(handle.load().await.unwrap().to_parts().id(), layer(1).to_parts().id());
     });
+}
+
+/// Opening a store and loading its first layer waits for few answers, one after another; a second load of another process takes the bytes
+/// of the layer from the disk, unless they were damaged there.
+#[test]
+fn a_first_layer_takes_few_round_trips() {
+    let server = Server::start();
+    let uri = "s3://test/round-trips";
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let data = |server: &Server| {
+        server.log().iter().filter(|seen| seen.key.contains("/data/") && !seen.key.contains("/layers.lance/")).count()
+    };
+    let opened = |reader| {
+        let disk_cache = Some(DiskCacheOptions { directory: folder.path().join("copies"), bytes: 1 << 20 });
+        StoreOptions { disk_cache, reader: Some(reader), ..options(&server) }
+    };
+    runtime.block_on(async {
+        let store = Store::create_with(uri, options(&server)).await.unwrap();
+        for number in 0..12 {
+            put(&store, &format!("m{}", number % 3), &format!("layer.{number}"), number).await.unwrap();
+        }
+        for round in 0..3 {
+            server.latency(Duration::from_millis(20));
+            server.clear_log();
+            let store = Store::open_with(uri, opened(Reader::Direct)).await.unwrap();
+            let handle = store.seen().layer("m1", "layer.7").await.unwrap();
+            let before = server.log().len();
+            let loaded = handle.load().await.unwrap();
+            server.latency(Duration::ZERO);
+            assert_eq!(loaded.to_parts().id(), layer(7).to_parts().id());
+            let seen = server.log();
+            let requests: Vec<_> =
+                seen.iter().map(|seen| format!("{} {} {:?}", seen.method, seen.key, seen.range)).collect();
+            let (all, load) = (server.round_trips(), round_trips(&seen[before..]));
+            assert!(all <= 6 && load <= 1, "{all} {load}: {requests:#?}");
+            // The second round finds what the first has kept.
+            assert_eq!(data(&server) == 0, round == 1, "{requests:#?}");
+            if round == 1 {
+                for copy in copies(&folder.path().join("copies")) {
+                    let mut bytes = std::fs::read(&copy).unwrap();
+                    bytes[0] ^= 1;
+                    std::fs::write(&copy, bytes).unwrap();
+                }
+            }
+        }
+        // What is verified is read from the store itself.
+        server.clear_log();
+        sound(&Store::open_with(uri, opened(Reader::Direct)).await.unwrap()).await;
+        assert!(data(&server) > 0);
+        let lance = Store::open_with(uri, opened(Reader::Lance)).await.unwrap();
+        let handle = lance.seen().layer("m1", "layer.7").await.unwrap();
+        assert_eq!(handle.load().await.unwrap().to_parts().id(), layer(7).to_parts().id());
+    });
+}
+
+/// The files in the folders of a directory.
+fn copies(directory: &Path) -> Vec<PathBuf> {
+    let folders = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    folders.flat_map(|folder| std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path())).collect()
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use layerstore::{Error, ErrorKind};
@@ -13,6 +14,11 @@ pub const CHECKPOINT: &str = "tests/fixtures/small.safetensors";
 pub const INPUTS: &str = "tests/fixtures/small-calibration.safetensors";
 pub const INT4: &str = "tests/fixtures/int4.toml";
 pub const KEYS: &str = "tests/fixtures/keys.toml";
+
+/// The server that all stores of the tests lie on, where `LAYERSTORE_TESTS_ON_S3` says which port it is to listen on: `make test-s3`. The
+/// environment says to this process, too, how it is reached.
+static SERVER: LazyLock<Option<Server>> =
+    LazyLock::new(|| Some(Server::start_at(std::env::var("LAYERSTORE_TESTS_ON_S3").ok()?.parse().unwrap())));
 
 /// A temporary folder with a store address in it.
 pub struct Place {
@@ -29,7 +35,16 @@ pub struct Ran {
 }
 
 impl Place {
+    /// A place whose store lies in its folder, or on a server where the environment names a port for one.
     pub fn new() -> Self {
+        match &*SERVER {
+            Some(server) => Place::on_s3(server),
+            None => Place { folder: tempfile::tempdir().unwrap(), s3: None },
+        }
+    }
+
+    /// A place whose store lies in its folder: for tests that are about its files.
+    pub fn on_disk() -> Self {
         Place { folder: tempfile::tempdir().unwrap(), s3: None }
     }
 

@@ -5,7 +5,6 @@
 //! 50 µs a column whatever the column's size, and copies the bytes two or three times; here a column is one read. What
 //! is not laid out like this is left to the decoder, and so is all that a test compares with it.
 
-use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -26,7 +25,8 @@ use lance_encoding::format::metadata::{CompressiveEncoding, ConstantLayout, Full
 
 use super::aligned::AlignedBuffer;
 use super::page::{Page, contradiction};
-use super::pread::{append, read_exact_at, read_rows};
+use super::pread::{append, read_rows};
+use super::source::ReadAt;
 
 /// Consecutive rows of a column whose bytes lie plainly in the file.
 #[derive(Debug)]
@@ -130,11 +130,36 @@ impl PlainColumn {
         }
     }
 
+    /// Adds the bytes of the file that the rows are read from, as far as is known before any is read: where rows have any lengths, the
+    /// page says where they begin. Pages of up to `small` bytes are wanted whole then.
+    pub fn wanted(&self, small: u64, ranges: &mut Vec<Range<u64>>) {
+        for piece in &self.pieces {
+            match &piece.bytes {
+                PageBytes::Fixed(data) => {
+                    let Kind::Fixed(width) = self.kind else { continue };
+                    let at = |row: u64| data.start.saturating_add(row.saturating_mul(width as u64)).min(data.end);
+                    ranges.push(at(piece.rows.start)..at(piece.rows.end));
+                }
+                PageBytes::SameAt(data) => ranges.push(data.clone()),
+                PageBytes::Prefixed { data, index: (index, width), .. } => {
+                    let entry = |row: u64| index.start.saturating_add(row.saturating_mul(*width)).min(index.end);
+                    ranges.push(entry(piece.rows.start)..entry(piece.rows.end.saturating_add(1)));
+                    let rows = (index.end - index.start) / (*width).max(1);
+                    let is_whole = piece.rows.start == 0 && piece.rows.end.saturating_add(1) == rows;
+                    if is_whole || data.end.saturating_sub(data.start) <= small {
+                        ranges.push(data.clone());
+                    }
+                }
+                PageBytes::Same(_) => {}
+            }
+        }
+    }
+
     /// Reads the rows from a file of `size` bytes.
     ///
     /// # Errors
     /// When the file is shorter than its own description, or lengths in it do not add up.
-    pub fn read(&self, file: &File, size: u64) -> io::Result<ArrayRef> {
+    pub fn read(&self, file: &impl ReadAt, size: u64) -> io::Result<ArrayRef> {
         let ends = self.pieces.iter().filter_map(|piece| match &piece.bytes {
             PageBytes::Fixed(data) | PageBytes::SameAt(data) => Some(data.end),
             PageBytes::Prefixed { data, index: (index, _), .. } => Some(data.end.max(index.end)),
@@ -149,7 +174,7 @@ impl PlainColumn {
         }
     }
 
-    fn fixed(&self, file: &File, width: usize) -> io::Result<ArrayRef> {
+    fn fixed(&self, file: &impl ReadAt, width: usize) -> io::Result<ArrayRef> {
         let array: ArrayRef = match self.field.data_type() {
             DataType::UInt32 => Arc::new(UInt32Array::from(self.values::<u32>(file, width)?)),
             DataType::Float32 => Arc::new(Float32Array::from(self.values::<f32>(file, width)?)),
@@ -170,7 +195,7 @@ impl PlainColumn {
     }
 
     /// All rows' numbers, in one allocation.
-    fn values<T: Pod>(&self, file: &File, width: usize) -> io::Result<Vec<T>> {
+    fn values<T: Pod>(&self, file: &impl ReadAt, width: usize) -> io::Result<Vec<T>> {
         // Before memory is asked for: that the pages do hold so many rows.
         for piece in &self.pieces {
             if let PageBytes::Fixed(data) = &piece.bytes {
@@ -206,7 +231,7 @@ impl PlainColumn {
         Ok(values)
     }
 
-    fn variable(&self, file: &File) -> io::Result<ArrayRef> {
+    fn variable(&self, file: &impl ReadAt) -> io::Result<ArrayRef> {
         // Where each row begins in the column's bytes, and the last ends.
         let mut starts: Vec<usize> = vec![0];
         let mut runs = Vec::with_capacity(self.pieces.len());
@@ -258,9 +283,9 @@ impl PlainColumn {
     }
 
     /// The bytes of a value that Lance wrote by itself.
-    fn single(&self, file: &File, data: &Range<u64>) -> io::Result<Vec<u8>> {
+    fn single(&self, file: &impl ReadAt, data: &Range<u64>) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(data.end - data.start).map_err(io::Error::other)?];
-        read_exact_at(file, &mut bytes, data.start)?;
+        file.read_exact_at(&mut bytes, data.start)?;
         let kind = self.field.data_type();
         let value = lance_arrow::scalar::decode_scalar_from_value_buffer(kind, &bytes).map_err(io::Error::other)?;
         let value = match kind {
@@ -287,7 +312,7 @@ enum Run {
 /// Adds the starts of some rows of a page, as its index says, and returns where the first of them lies in the file. The index has an
 /// entry for each row of the page and one more, and ends within the file.
 fn add_starts(
-    file: &File,
+    file: &impl ReadAt,
     rows: &Range<u64>,
     (data, prefix, (index, width)): (&Range<u64>, usize, &(Range<u64>, u64)),
     starts: &mut Vec<usize>,
@@ -410,6 +435,8 @@ fn flat(encoding: &CompressiveEncoding, bits: u64) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     #[test]

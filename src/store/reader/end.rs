@@ -14,7 +14,7 @@ use lance_file::version::ConcreteFileVersion;
 use prost::Message;
 
 use super::page::{contradiction, range};
-use super::pread::read_exact_at;
+use super::source::ReadAt;
 
 /// Bytes read at a file's end at first: more than the descriptions of most files.
 const TAIL: u64 = 16 << 10;
@@ -194,7 +194,7 @@ impl End {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn read_tail(file: &File, size: u64) -> io::Result<Self> {
+    pub fn read_tail(file: &impl ReadAt, size: u64) -> io::Result<Self> {
         Self::read(file, size, size.saturating_sub(TAIL))
     }
 
@@ -202,7 +202,7 @@ impl End {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn read(file: &File, size: u64, start: u64) -> io::Result<Self> {
+    pub fn read(file: &impl ReadAt, size: u64, start: u64) -> io::Result<Self> {
         Ok(End { start, bytes: bytes_at(file, start..size.max(start))? })
     }
 
@@ -210,7 +210,7 @@ impl End {
     ///
     /// # Errors
     /// When the range leads out of the file, or the file cannot be read.
-    pub fn get(&self, file: &File, range: Range<u64>) -> io::Result<Bytes> {
+    pub fn get(&self, file: &impl ReadAt, range: Range<u64>) -> io::Result<Bytes> {
         let end = self.start + self.bytes.len() as u64;
         if range.start > range.end || range.end > end {
             return Err(contradiction("a description ends behind the file"));
@@ -223,9 +223,9 @@ impl End {
 }
 
 /// These bytes of a file, which must be within it: memory is asked for first.
-fn bytes_at(file: &File, range: Range<u64>) -> io::Result<Bytes> {
+fn bytes_at(file: &impl ReadAt, range: Range<u64>) -> io::Result<Bytes> {
     let mut bytes = vec![0; usize::try_from(range.end - range.start).map_err(io::Error::other)?];
-    read_exact_at(file, &mut bytes, range.start)?;
+    file.read_exact_at(&mut bytes, range.start)?;
     Ok(bytes.into())
 }
 

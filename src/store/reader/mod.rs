@@ -3,16 +3,19 @@
 //! A data file never changes once it is written, so where an artifact's rows are known to be, neither a manifest nor a
 //! query plan has to be made before they are read.
 //!
-//! There are two readers: Lance's, which reads every file wherever it lies, and one of our own for plainly laid out
-//! files of the local file system, which follows Lance's file format without its code. What the second does not read is
-//! left to the first, and [`Reader::Lance`] leaves everything to it.
+//! There are two readers: Lance's, which reads every file, and one of our own for plainly laid out files, which follows Lance's file
+//! format without its code: straight into place on the local file system, and by ranges that are asked for at once elsewhere. What the
+//! second does not read is left to the first, and [`Reader::Lance`] leaves everything to it.
 
 mod aligned;
 mod column;
 mod data_file;
 pub mod end;
+mod fetched;
 mod page;
-pub mod pread;
+mod pread;
+mod remote;
+pub mod source;
 #[cfg(test)]
 mod tests;
 
@@ -38,6 +41,9 @@ use tokio::sync::OnceCell;
 
 use self::data_file::DataFile;
 use self::end::require_rows;
+pub use self::remote::From;
+use self::remote::RemoteFiles;
+use super::disk_cache::DiskCache;
 use super::location::Location;
 use super::waiting::unfinished;
 use crate::error::{Error, Result};
@@ -95,10 +101,10 @@ const AHEAD: u32 = 2;
 /// The environment variable that chooses the reader where [`StoreOptions`](super::StoreOptions) leave it open.
 const READER_VARIABLE: &str = "LAYERSTORE_READER";
 
-/// What reads the rows of layers from files of the local file system.
+/// What reads the rows of layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reader {
-    /// Straight from the files into place, where they are laid out plainly, and through Lance elsewhere.
+    /// Straight from the files, where they are laid out plainly, and through Lance else.
     Direct,
     /// Through Lance.
     Lance,
@@ -159,12 +165,17 @@ pub struct Files {
     direct: Mutex<LruCache<FileName, Arc<DataFile>>>,
     storage: OnceCell<(Arc<ScanScheduler>, Path)>,
     through_lance: Cache<FileName, Arc<FileReader>>,
+    /// The files of a store that is not on the local file system, unless everything is read through Lance.
+    remote: Option<Arc<RemoteFiles>>,
 }
 
 impl Files {
-    /// Returns the files of a store, none of them open.
-    pub fn new(location: Location, reader: Reader) -> Self {
+    /// Returns the files of a store, none of them open. Of files that are not on the local file system, the disk keeps copies where a
+    /// `cache` is given.
+    pub fn new(location: Location, reader: Reader, cache: Option<DiskCache>) -> Self {
+        let is_remote = location.local().is_none() && reader == Reader::Direct;
         Files {
+            remote: is_remote.then(|| Arc::new(RemoteFiles::new(location.clone(), cache))),
             location,
             reader,
             direct: Mutex::new(LruCache::new(open_files())),
@@ -194,6 +205,25 @@ impl Files {
             batches.push(batch);
         }
         Ok(Some(batches))
+    }
+
+    /// Reads rows of files that are not on the local file system: a batch for each of `wanted`. `None` where [`Files::decoded_rows`] has
+    /// to read them.
+    ///
+    /// # Errors
+    /// When a file is not there any more, cannot be read, or contradicts itself.
+    pub async fn fetched_rows(&self, from: From, wanted: &[FileRows]) -> lance::Result<Option<Vec<RecordBatch>>> {
+        match &self.remote {
+            Some(remote) => remote.rows(from, wanted).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Reads the ends of files for [`Files::fetched_rows`].
+    pub async fn describe_ahead(&self, wanted: &BTreeSet<FileName>) {
+        if let Some(remote) = &self.remote {
+            remote.describe_ahead(wanted.iter().cloned()).await;
+        }
     }
 
     /// The store's directory, if files in it are read directly.
@@ -245,11 +275,17 @@ impl Files {
             let key = (table.to_owned(), name);
             self.open_files().pop(&key);
             self.through_lance.invalidate(&key).await;
+            if let Some(remote) = &self.remote {
+                remote.forget(&key);
+            }
         }
     }
 
     /// Returns whether files are open, or none is to be opened ahead.
     pub fn are_open(&self, wanted: &BTreeSet<FileName>) -> bool {
+        if let Some(remote) = &self.remote {
+            return remote.are_described(wanted);
+        }
         let open = self.open_files();
         self.direct_folder().is_none() || wanted.iter().all(|file| open.contains(file))
     }

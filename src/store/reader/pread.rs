@@ -1,13 +1,13 @@
-//! Reads at an offset of a file, straight into place: by several threads where there is much, and without clearing the
+//! Rows and numbers of a file, read straight into place: by several threads where there is much, and without clearing the
 //! memory first, which takes as long as reading it does.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::mem::MaybeUninit;
-use std::ops::Range;
 use std::sync::OnceLock;
 
 use bytemuck::Pod;
+
+use super::source::{ReadAt, lengths};
 
 /// Bytes read at a time where lengths between short rows have to be taken out. They lie on the stack, since new memory takes longer
 /// to get than to fill.
@@ -28,12 +28,12 @@ static CORES: OnceLock<usize> = OnceLock::new();
 ///
 /// # Errors
 /// When the file ends before them, or cannot be read.
-pub fn append<T: Pod>(file: &File, at: u64, count: usize, values: &mut Vec<T>) -> io::Result<()> {
+pub fn append<T: Pod>(file: &impl ReadAt, at: u64, count: usize, values: &mut Vec<T>) -> io::Result<()> {
     values.reserve_exact(count);
     let spare = bytes(&mut values.spare_capacity_mut()[..count]);
     let share = spare.len().div_ceil(threads_for(spare.len())).max(1);
     let shares = spare.chunks_mut(share).enumerate().collect::<Vec<_>>();
-    side_by_side(shares, |(i, into)| fill(file, into, at.saturating_add((i * share) as u64)))?;
+    side_by_side(shares, |(i, into)| file.fill(into, at.saturating_add((i * share) as u64)))?;
     // SAFETY: all `count` numbers behind the last one have been read, and any bytes are a `T`.
     unsafe { values.set_len(values.len() + count) };
     Ok(())
@@ -45,7 +45,7 @@ pub fn append<T: Pod>(file: &File, at: u64, count: usize, values: &mut Vec<T>) -
 /// # Errors
 /// As [`append`], and when a length is not that of its row.
 pub fn read_rows(
-    file: &File,
+    file: &impl ReadAt,
     at: u64,
     prefix: usize,
     starts: &[usize],
@@ -71,14 +71,9 @@ pub fn read_rows(
     })
 }
 
-/// The lengths of rows that begin, and end, at these places.
-fn lengths(starts: &[usize]) -> impl Iterator<Item = usize> {
-    starts.windows(2).map(|ends| ends[1] - ends[0])
-}
-
 /// Reads rows as [`read_rows`] does, on this thread.
 fn read_share(
-    file: &File,
+    file: &impl ReadAt,
     mut at: u64,
     prefix: usize,
     mut starts: &[usize],
@@ -104,15 +99,21 @@ fn read_share(
 }
 
 /// Reads long rows straight into place, and returns where the file goes on.
-fn read_long(file: &File, at: u64, prefix: usize, starts: &[usize], into: &mut [MaybeUninit<u8>]) -> io::Result<u64> {
+fn read_long(
+    file: &impl ReadAt,
+    at: u64,
+    prefix: usize,
+    starts: &[usize],
+    into: &mut [MaybeUninit<u8>],
+) -> io::Result<u64> {
     let mut between = vec![0; (starts.len() - 1) * prefix];
     let end = at + (between.len() + into.len()) as u64;
-    if !scatter(file, at, starts, &mut between, into)? {
+    if !file.scatter(at, starts, &mut between, into)? {
         let (mut at, mut left) = (at, into);
         for (length, before) in lengths(starts).zip(between.chunks_exact_mut(prefix)) {
             let (row, rest) = left.split_at_mut(length);
-            read_exact_at(file, before, at)?;
-            fill(file, row, at + prefix as u64)?;
+            file.read_exact_at(before, at)?;
+            file.fill(row, at + prefix as u64)?;
             (at, left) = (at + (prefix + length) as u64, rest);
         }
     }
@@ -121,11 +122,17 @@ fn read_long(file: &File, at: u64, prefix: usize, starts: &[usize], into: &mut [
 }
 
 /// Reads short rows together and copies each to its place, and returns where the file goes on.
-fn read_short(file: &File, at: u64, prefix: usize, starts: &[usize], into: &mut [MaybeUninit<u8>]) -> io::Result<u64> {
+fn read_short(
+    file: &impl ReadAt,
+    at: u64,
+    prefix: usize,
+    starts: &[usize],
+    into: &mut [MaybeUninit<u8>],
+) -> io::Result<u64> {
     let mut window = [0; WINDOW];
     let bytes = into.len() + (starts.len() - 1) * prefix;
     let window = window.get_mut(..bytes).ok_or_else(|| io::Error::other("short rows that are no window"))?;
-    read_exact_at(file, window, at)?;
+    file.read_exact_at(window, at)?;
     let (mut window, mut left) = (&*window, into);
     for length in lengths(starts) {
         let (before, others) = window.split_at(prefix);
@@ -171,101 +178,6 @@ fn side_by_side<S: Send>(shares: Vec<S>, read: impl Fn(S) -> io::Result<()> + Sy
 fn bytes<T: Pod>(numbers: &mut [MaybeUninit<T>]) -> &mut [MaybeUninit<u8>] {
     // SAFETY: the same memory; bytes that may be uninitialised are all that is said of it.
     unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
-}
-
-/// Reads rows into place, and what is in front of each, as many bytes each time, into `between`. Returns false where the system does
-/// not give all of it at once; the content of both is undefined then.
-#[cfg(unix)]
-fn scatter(
-    file: &File,
-    at: u64,
-    starts: &[usize],
-    between: &mut [u8],
-    into: &mut [MaybeUninit<u8>],
-) -> io::Result<bool> {
-    use std::os::fd::AsRawFd;
-    let place = |base: *mut u8, length: usize| libc::iovec { iov_base: base.cast(), iov_len: length };
-    let prefix = between.len() / (starts.len() - 1).max(1);
-    let (mut places, mut left) = (Vec::with_capacity(2 * starts.len()), &mut *into);
-    for (length, before) in lengths(starts).zip(between.chunks_exact_mut(prefix.max(1))) {
-        let (row, rest) = left.split_at_mut(length);
-        places.extend([place(before.as_mut_ptr(), prefix), place(row.as_mut_ptr().cast(), length)]);
-        left = rest;
-    }
-    let (Ok(count), Ok(offset)) = (libc::c_int::try_from(places.len()), libc::off_t::try_from(at)) else {
-        return Ok(false);
-    };
-    // SAFETY: every place is memory that is borrowed here for writing, and bytes need no value before.
-    let read = unsafe { libc::preadv(file.as_raw_fd(), places.as_ptr(), count, offset) };
-    match usize::try_from(read) {
-        Ok(read) => Ok(read == between.len() + into.len()),
-        Err(_) => match io::Error::last_os_error() {
-            e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
-            e => Err(e),
-        },
-    }
-}
-
-#[cfg(not(unix))]
-fn scatter(_: &File, _: u64, _: &[usize], _: &mut [u8], _: &mut [MaybeUninit<u8>]) -> io::Result<bool> {
-    Ok(false)
-}
-
-/// Reads all of `into`.
-#[cfg(unix)]
-fn fill(file: &File, into: &mut [MaybeUninit<u8>], at: u64) -> io::Result<()> {
-    let mut done = 0;
-    while done < into.len() {
-        match rustix::io::pread(file, &mut into[done..], at.saturating_add(done as u64)) {
-            Ok(([], _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok((read, _)) => done += read.len(),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(())
-}
-
-#[cfg(windows)]
-fn fill(file: &File, into: &mut [MaybeUninit<u8>], at: u64) -> io::Result<()> {
-    into.iter_mut().for_each(|byte| {
-        byte.write(0);
-    });
-    // SAFETY: every byte has just been written.
-    read_exact_at(file, unsafe { &mut *(std::ptr::from_mut(into) as *mut [u8]) }, at)
-}
-
-/// Reads all of `into` from `at` on.
-///
-/// # Errors
-/// As [`append`].
-pub fn read_exact_at(file: &File, into: &mut [u8], at: u64) -> io::Result<()> {
-    At { file, range: at..at.saturating_add(into.len() as u64) }.read_exact(into)
-}
-
-/// A range of a file, as a stream of its own.
-pub struct At<'a> {
-    /// The file.
-    pub file: &'a File,
-    /// The bytes that are left to read.
-    pub range: Range<u64>,
-}
-
-impl Read for At<'_> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX);
-        let some = into.len().min(left);
-        let read = read_at(self.file, &mut into[..some], self.range.start)?;
-        self.range.start += read as u64;
-        Ok(read)
-    }
-}
-
-fn read_at(file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
-    #[cfg(unix)]
-    return std::os::unix::fs::FileExt::read_at(file, into, at);
-    #[cfg(windows)]
-    return std::os::windows::fs::FileExt::seek_read(file, into, at);
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ fn reads_what_the_decoder_reads() {
     let folder = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let location = Location::new(folder.path().to_str().unwrap(), &Hooks::default(), &StorageOptions::new()).unwrap();
-    let files = Arc::new(Files::new(location.clone(), Reader::Direct));
+    let files = Arc::new(Files::new(location.clone(), Reader::Direct, None));
     let rows = 3000usize;
     let keys = {
         let names = FixedSizeBinary::new(rows);
@@ -160,7 +160,7 @@ fn reads_what_the_decoder_reads() {
             let mut flipped = bytes.clone();
             flipped[place] ^= 0x55;
             std::fs::write(&path, &flipped).unwrap();
-            let _ = Files::new(location.clone(), Reader::Direct).direct_rows(&run(0..3000));
+            let _ = Files::new(location.clone(), Reader::Direct, None).direct_rows(&run(0..3000));
         }
     }
 }

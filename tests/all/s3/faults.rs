@@ -53,6 +53,8 @@ pub enum On {
     List,
     /// What deletes objects, one or many, and what ends an upload without an object.
     Delete,
+    /// What changes objects or uploads: any `PUT`, `POST` or `DELETE`.
+    Change,
     /// Any request.
     Any,
 }
@@ -68,6 +70,7 @@ impl On {
             On::Get(kind) => (method == "GET" || method == "HEAD") && !key.is_empty() && kind.is(key),
             On::List => method == "GET" && key.is_empty(),
             On::Delete => method == "DELETE" || (method == "POST" && request.parameter("delete").is_some()),
+            On::Change => method != "GET" && method != "HEAD",
             On::Any => true,
         }
     }
@@ -139,24 +142,33 @@ pub struct Fault {
 
 /// The faults that are set, with how many requests each has seen.
 #[derive(Debug, Default)]
-pub struct Faults(Vec<(Fault, u64)>);
+pub struct Faults {
+    all: Vec<(Fault, u64)>,
+    met: u64,
+}
 
 impl Faults {
     /// Returns these faults, of which none has seen a request.
     pub fn new(faults: Vec<Fault>) -> Self {
-        Faults(faults.into_iter().map(|fault| (fault, 0)).collect())
+        Faults { all: faults.into_iter().map(|fault| (fault, 0)).collect(), met: 0 }
     }
 
     /// Returns what is to happen to a request: what the first fault says that meets it.
     pub fn meet(&mut self, request: &Request) -> Option<Act> {
         let mut act = None;
-        for (fault, seen) in &mut self.0 {
+        for (fault, seen) in &mut self.all {
             if fault.on.is(request) {
                 *seen += 1;
                 act = act.or_else(|| fault.nth.meets(*seen).then_some(fault.act));
             }
         }
+        self.met += u64::from(act.is_some());
         act
+    }
+
+    /// Returns how many requests one of them has met.
+    pub fn met(&self) -> u64 {
+        self.met
     }
 }
 
@@ -168,21 +180,31 @@ pub struct Gate(Arc<Hold>);
 #[derive(Debug)]
 pub struct Hold {
     on: On,
-    /// How many requests are held, and whether the gate is open.
-    state: Mutex<(usize, bool)>,
+    /// The one request that is held, from 1; all where it is `None`.
+    only: Option<usize>,
+    state: Mutex<Holding>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Holding {
+    /// How many requests are held.
+    held: usize,
+    /// How many came.
+    came: usize,
+    is_open: bool,
 }
 
 impl Gate {
     /// Returns a gate for such requests, and the server's side of it.
-    pub(super) fn new(on: On) -> (Self, Arc<Hold>) {
-        let hold = Arc::new(Hold { on, state: Mutex::default(), changed: Condvar::new() });
+    pub(super) fn new(on: On, only: Option<usize>) -> (Self, Arc<Hold>) {
+        let hold = Arc::new(Hold { on, only, state: Mutex::default(), changed: Condvar::new() });
         (Gate(hold.clone()), hold)
     }
 
     /// Returns how many requests are held.
     pub fn held(&self) -> usize {
-        self.0.state.lock().unwrap().0
+        self.0.state.lock().unwrap().held
     }
 
     /// Waits until so many requests are held.
@@ -192,8 +214,8 @@ impl Gate {
     pub fn wait_for(&self, count: usize) {
         let state = self.0.state.lock().unwrap();
         let most = Duration::from_secs(30);
-        let (state, waited) = self.0.changed.wait_timeout_while(state, most, |state| state.0 < count).unwrap();
-        assert!(!waited.timed_out(), "{} of {count} requests came: {:?}", state.0, self.0.on);
+        let (state, waited) = self.0.changed.wait_timeout_while(state, most, |state| state.held < count).unwrap();
+        assert!(!waited.timed_out(), "{} of {count} requests came: {:?}", state.held, self.0.on);
     }
 
     /// Lets the held requests go on, and all that come.
@@ -202,7 +224,7 @@ impl Gate {
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        self.0.state.lock().unwrap().1 = true;
+        self.0.state.lock().unwrap().is_open = true;
         self.0.changed.notify_all();
     }
 }
@@ -214,14 +236,18 @@ impl Hold {
             return;
         }
         let mut state = self.state.lock().unwrap();
-        state.0 += 1;
+        state.came += 1;
+        if self.only.is_some_and(|only| only != state.came) {
+            return;
+        }
+        state.held += 1;
         self.changed.notify_all();
-        let mut state = self.changed.wait_while(state, |state| !state.1).unwrap();
-        state.0 -= 1;
+        let mut state = self.changed.wait_while(state, |state| !state.is_open).unwrap();
+        state.held -= 1;
     }
 
     /// Returns whether the gate is open.
     pub fn is_open(&self) -> bool {
-        self.state.lock().unwrap().1
+        self.state.lock().unwrap().is_open
     }
 }

@@ -130,6 +130,11 @@ impl Server {
         *self.state.faults.lock().unwrap() = Faults::new(faults);
     }
 
+    /// Returns how many requests have met one of the faults that are set.
+    pub fn met(&self) -> u64 {
+        self.state.faults.lock().unwrap().met()
+    }
+
     /// Sets how long each request takes at least.
     pub fn latency(&self, each: Duration) {
         self.state.settings.lock().unwrap().latency = each;
@@ -142,7 +147,16 @@ impl Server {
 
     /// Holds such requests before they are carried out, until the gate is released or dropped.
     pub fn pause(&self, on: On) -> Gate {
-        let (gate, hold) = Gate::new(on);
+        self.hold(on, None)
+    }
+
+    /// Holds the one of such requests that has this number, from 1, until the gate is released or dropped.
+    pub fn pause_only(&self, on: On, number: usize) -> Gate {
+        self.hold(on, Some(number))
+    }
+
+    fn hold(&self, on: On, only: Option<usize>) -> Gate {
+        let (gate, hold) = Gate::new(on, only);
         let mut gates = self.state.gates.lock().unwrap();
         gates.retain(|hold| !hold.is_open());
         gates.push(hold);
