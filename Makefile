@@ -1,5 +1,6 @@
 # make demo       a language model into the store, compressed, run from there, and compared
 # make test       build, and run every test, those of the Python package with NumPy alone
+# make test-s3    the tests of stores, with the stores on an S3 server
 # make test-frameworks   the same for PyTorch, transformers, peft and llama.cpp
 # make wheel      the Python package as a wheel that needs no Rust
 # make power      losses of power, simulated from what the built binary does to files
@@ -16,7 +17,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # Lance's build needs protoc: the one on the path, else the one in the virtual environment.
 export PROTOC ?= $(or $(shell command -v protoc 2>/dev/null),$(abspath $(BIN)/protoc))
 
-.PHONY: demo demo-minilm compare test python test-frameworks wheel campaign power scale fuzz fuzz-core mutations lint bench check-kernels doc clean
+.PHONY: demo demo-minilm compare test test-s3 python test-frameworks wheel campaign power scale fuzz fuzz-core mutations lint bench check-kernels doc clean
 
 demo: $(VENV)/.ready
 	$(CARGO) build --lib --bins --examples
@@ -55,10 +56,18 @@ wheel: $(VENV)/.ready
 # Exports held to the programs that they are for, in an environment of its own: torch, transformers, peft, llama.cpp.
 FRAMEWORKS ?= $(VENV)-frameworks
 test-frameworks: python $(FRAMEWORKS)/.ready
-	KERAS_BACKEND=torch PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
+	$(CARGO) build --manifest-path fuzz/campaign/Cargo.toml --target-dir $(TARGET)/campaign --bin s3-server
+	LAYERSTORE_S3_SERVER=$(TARGET)/campaign/debug/s3-server KERAS_BACKEND=torch PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks
 	KERAS_BACKEND=jax PYTHONPATH=python $(FRAMEWORKS)/bin/python -m pytest -q tests/frameworks/test_keras.py
 	$(FRAMEWORKS)/bin/python tests/frameworks/formats.py $(TARGET)/debug
 	$(FRAMEWORKS)/bin/python tests/frameworks/models.py $(TARGET)/debug
+
+# The tests of stores once more, with all of them on the S3 server of the tests; those that are about local files are named in a list
+S3_PORT ?= 9321
+S3_TESTS = LAYERSTORE_TESTS_ON_S3=$(S3_PORT) AWS_ENDPOINT_URL=http://127.0.0.1:$(S3_PORT) AWS_REGION=us-east-1 \
+	AWS_ACCESS_KEY_ID=layerstore-test-key AWS_SECRET_ACCESS_KEY=layerstore-test-secret
+test-s3: $(VENV)/.ready
+	$(S3_TESTS) $(CARGO) test --test all -- --exact $$(grep -v '^\#' tests/all/on_disk.txt | sed 's/ .*//; s/^/--skip /')
 
 # Faults against the built binary, with other options or for longer: make campaign CAMPAIGN="--only kill --minutes 30"
 CAMPAIGN ?=

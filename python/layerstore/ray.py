@@ -41,6 +41,7 @@ def import_model(
     retries: int = 3,
     batch_bytes: int | None = None,
     message: str | None = None,
+    storage_options: Mapping[str, str] | None = None,
     progress: bool | Callable[[dict[str, Any]], None] = False,
 ) -> dict[str, Any]:
     """Puts the model at ``path`` into a store as model ``name``, its layers compressed by Ray's workers. The result is that of
@@ -49,7 +50,8 @@ def import_model(
     ``path``, ``store`` and ``statistics`` have to be the same files for every node. ``resources`` are what each worker takes, as Ray's actors have
     them: ``{"num_cpus": 4}``, ``{"resources": {"big": 1}}``; a worker computes with as many threads as it has processors. ``workers`` are as many
     as the cluster has room for, where it is not said. A worker that dies is started again, and its layers are given out again, ``retries``
-    times. ``progress=True`` shows a bar; a callable is told each step, with the worker's process.
+    times. ``storage_options`` are those of ``layerstore.open``, for every worker; without them the environment of its node says how a
+    store on S3 is reached. ``progress=True`` shows a bar; a callable is told each step, with the worker's process.
 
     Ctrl-C, and an error of any worker, ends all; nothing is committed then, and what was made is found by the next import. Raises what
     ``Store.import_model`` raises, and ``LayerstoreError`` for layers whose workers died again and again.
@@ -67,7 +69,8 @@ def import_model(
     taken = {"num_cpus": 1, **(resources or {})}
     work = {"rules": _absolute(rules), "calibration": _absolute(statistics)}
     tell = bar() if progress is True else progress or (lambda event: None)
-    opened = _native.create(uri)
+    options = dict(storage_options or {}) or None
+    opened = _native.create(uri, storage_options=options)
     with opened.lease():
         plan = opened.plan(path, check_values=False, **work)
         layers = sorted(plan["layers"], key=lambda layer: -layer["dense_bytes"])
@@ -78,7 +81,7 @@ def import_model(
         if count > 0:
             bytes_total = sum(layer["dense_bytes"] for layer in layers)
             tell({"event": "started", "layer": "", "done": 0, "total": len(layers), "bytes_done": 0, "bytes_total": bytes_total})
-            for done in _run((uri, path, work), batches, count, taken, retries):
+            for done in _run((uri, options, path, work), batches, count, taken, retries):
                 written += done["written_bytes"]
                 for layer in done["layers"]:
                     made[layer["layer"]] = layer
@@ -121,8 +124,8 @@ def _batches(layers: Sequence[Mapping[str, Any]], most: int) -> Iterator[list[st
 class _Worker:
     """Compresses layers into the store, in a process of Ray's."""
 
-    def __init__(self, uri: str, path: str, work: Mapping[str, Any]) -> None:
-        self.store, self.path, self.work = _native.open(uri), path, work
+    def __init__(self, uri: str, storage_options: dict[str, str] | None, path: str, work: Mapping[str, Any]) -> None:
+        self.store, self.path, self.work = _native.open(uri, storage_options=storage_options), path, work
 
     def compress(self, layers: list[str]) -> dict[str, Any]:
         report: dict[str, Any] = self.store.compress_layers(self.path, layers, **self.work)
@@ -130,7 +133,7 @@ class _Worker:
 
 
 def _run(
-    arguments: tuple[str, str, Mapping[str, Any]],
+    arguments: tuple[str, dict[str, str] | None, str, Mapping[str, Any]],
     batches: list[list[str]],
     count: int,
     taken: Mapping[str, Any],

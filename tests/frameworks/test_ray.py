@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +71,48 @@ def test_what_is_there_is_not_made_again(tmp_path, rules):
     layerstore.create(shared).import_model(MODEL, "a", rules=rules, calibration=CALIBRATION)
     again = lr.import_model(MODEL, "b", store=shared, rules=rules, statistics=CALIBRATION, workers=1)
     assert again["written_bytes"] == 0 and all(layer["reused"] for layer in again["layers"])
+
+
+@pytest.fixture
+def bucket():
+    """Storage options that lead to the S3 server of the tests."""
+    server = os.environ.get("LAYERSTORE_S3_SERVER")
+    if not server:
+        pytest.skip("LAYERSTORE_S3_SERVER names no server: make test-frameworks builds it")
+    with subprocess.Popen([server, "0"], stdout=subprocess.PIPE, text=True) as process:
+        said = dict(process.stdout.readline().strip().split("=", 1) for _ in range(4))
+        names = {"AWS_ENDPOINT_URL": "endpoint", "AWS_ACCESS_KEY_ID": "access_key_id", "AWS_SECRET_ACCESS_KEY": "secret_access_key"}
+        yield {names.get(name, "region"): value for name, value in said.items()}
+        process.kill()
+
+
+def test_a_killed_worker_changes_nothing_on_s3(tmp_path, rules, bucket):
+    alone = layerstore.create(tmp_path / "alone").import_model(MODEL, "m", rules=rules, calibration=CALIBRATION)
+    killed = []
+
+    def told(event):
+        if event["event"] == "done" and not killed:
+            killed.append(event["worker"])
+            os.kill(event["worker"], signal.SIGKILL)
+
+    together = lr.import_model(
+        MODEL,
+        "m",
+        store="s3://models/shared",
+        storage_options=bucket,
+        rules=rules,
+        statistics=CALIBRATION,
+        workers=2,
+        batch_bytes=1,
+        progress=told,
+    )
+    assert killed and artifacts(together) == artifacts(alone)
+    store = layerstore.open("s3://models/shared", storage_options=bucket, disk_cache=tmp_path / "copies")
+    assert len(store.log()) == 2 and store.verify()["sound"]
+    x = np.ones((1, 48), np.float32)
+    for _ in range(2):
+        here = layerstore.open(tmp_path / "alone").layer("m", "blocks.0.up")(x)
+        assert np.array_equal(store.layer("m", "blocks.0.up")(x), here)
 
 
 def test_errors_are_the_imports(tmp_path):

@@ -137,30 +137,30 @@ impl Program {
         std::mem::take(&mut *self.tally())
     }
 
-    /// Runs a command on `store`, from `folder`, and kills it as soon as `kill` says so, which is asked again and again with the
+    /// Runs a command on `store`, from `folder` and with more of an environment, and kills it as soon as `kill` says so, which is asked again and again with the
     /// time so far.
     ///
     /// # Errors
     /// When it panics, hangs, or ends in any other way than with 0, or 1 and a message.
     pub fn run(
         &self,
-        folder: &Path,
+        (folder, environment): (&Path, &[(&str, String)]),
         store: &Path,
         args: &[String],
         limits: Limits,
         kill: impl FnMut(Duration) -> bool,
     ) -> Result<Ran, Trouble> {
-        self.run_with(folder, store, args, limits, None, kill)
+        self.run_with((folder, environment), store, args, limits, None, kill)
     }
 
     /// Runs a command on `store`, from `folder`, which is recorded meanwhile.
     pub fn recorded(&self, folder: &Path, store: &Path, args: &[String], recorded: &Recorded) -> Result<Ran, Trouble> {
-        self.run_with(folder, store, args, Limits::default(), Some(recorded), |_| false)
+        self.run_with((folder, &[]), store, args, Limits::default(), Some(recorded), |_| false)
     }
 
     fn run_with(
         &self,
-        folder: &Path,
+        (folder, environment): (&Path, &[(&str, String)]),
         store: &Path,
         args: &[String],
         limits: Limits,
@@ -174,6 +174,7 @@ impl Program {
             command.envs(stop.map(|stop| ("LAYERSTORE_RECORD_STOP", stop.to_string())));
         }
         command.current_dir(folder).arg("--store").arg(store).args(["--quiet", "--format", "json"]).args(args);
+        command.envs(environment.iter().cloned());
         command.env_remove("LAYERSTORE_URI").env_remove("LAYERSTORE_READER");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let memory = self.memory;

@@ -67,7 +67,7 @@ const KERAS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/k
 
 /// Runs a command undisturbed, which has to succeed.
 pub fn undisturbed(program: &Program, folder: &Path, store: &Path, args: &[String]) -> Result<Ran, Trouble> {
-    let ran = program.run(folder, store, args, Limits::default(), |_| false)?;
+    let ran = program.run((folder, &[]), store, args, Limits::default(), |_| false)?;
     match ran.is_done() {
         true => Ok(ran),
         false => Err(Trouble::lost(ran.told())),

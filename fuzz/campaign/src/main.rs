@@ -1,5 +1,5 @@
 //! A campaign of faults against a built `layerstore`: kills, damaged bytes, full disks, read-only directories, many processes
-//! at once, and losses of power. After each, nothing that a command acknowledged is lost, and nothing panics, hangs or takes giant memory.
+//! at once, losses of power, and an object store that fails. After each, nothing that a command acknowledged is lost, and nothing panics, hangs or takes giant memory.
 //! `make campaign`; see CONTRIBUTING.md.
 
 mod check;
@@ -14,6 +14,11 @@ mod place;
 mod power;
 mod read_only;
 mod report;
+mod s3;
+// The server of the tests.
+#[allow(dead_code)]
+#[path = "../../../tests/all/s3/mod.rs"]
+mod server;
 mod step;
 mod store;
 
@@ -85,6 +90,8 @@ enum Kind {
     Crowd,
     /// Losses of power, simulated from what commands do to files
     Power,
+    /// Requests of a store on S3 that are refused, lost, answered late or not at all
+    S3,
 }
 
 impl Kind {
@@ -107,6 +114,7 @@ impl Kind {
             Kind::Crowd => crowd::round(place, options.imports),
             // All losses are made before the rounds.
             Kind::Power => Ok(()),
+            Kind::S3 => s3::round(place),
         }
     }
 }
@@ -157,6 +165,9 @@ fn campaign(options: &Options) -> Result<bool, Trouble> {
         let (kind, seed) = (kinds[at], options.seed.wrapping_add(report.lines[at].rounds));
         let on_disk = disk.as_ref().ok().filter(|_| kind == Kind::Full && full::on_small_disk(seed));
         let mut place = Place::new(&program, &inputs, on_disk.map_or(folder.path(), |disk| disk.path()), seed)?;
+        if kind == Kind::S3 {
+            s3::go_there(&mut place);
+        }
         let begin = Instant::now();
         let outcome = kind.round(&program, &mut place, options, &mut prepared);
         let tally = program.take_tally();

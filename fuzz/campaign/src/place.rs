@@ -162,6 +162,12 @@ impl<'a> Place<'a> {
             // Nothing was to be changed.
             Some(state) if latest == before && (done.is_none() || state == self.history.state()) => {}
             None if latest == before => {}
+            // On an object store gc makes versions that change nothing, and may remove those before.
+            None if *step == Step::Collect && self.store.is_elsewhere() && latest > before => {
+                let state = self.history.state();
+                (before + 1..=latest).for_each(|version| self.history.commit(version, state.clone()));
+                self.history.collecting();
+            }
             _ => return Err(Trouble::lost(format!("version {before} was the latest, then {latest}: {}", ran.told()))),
         }
         match step {

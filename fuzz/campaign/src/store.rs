@@ -17,13 +17,15 @@ pub struct Store<'a> {
     /// Of the commands that look at the store.
     pub limits: Limits,
     folder: TempDir,
+    /// Its address, if it does not lie in the folder, and what the environment says of it.
+    elsewhere: Option<(PathBuf, Vec<(&'static str, String)>)>,
 }
 
 impl<'a> Store<'a> {
     /// Makes a folder in `parent`; the store is made by the first command.
     pub fn new(program: &'a Program, parent: &Path) -> Result<Self, Trouble> {
         let folder = tempfile::Builder::new().prefix("round-").tempdir_in(parent)?;
-        Ok(Store { program, limits: Limits::default(), folder })
+        Ok(Store { program, limits: Limits::default(), folder, elsewhere: None })
     }
 
     pub fn folder(&self) -> &Path {
@@ -31,7 +33,24 @@ impl<'a> Store<'a> {
     }
 
     pub fn path(&self) -> PathBuf {
-        self.folder().join("store")
+        match &self.elsewhere {
+            Some((address, _)) => address.clone(),
+            None => self.folder().join("store"),
+        }
+    }
+
+    /// Lies at this address from now on.
+    pub fn lie_at(&mut self, address: String, environment: Vec<(&'static str, String)>) {
+        self.elsewhere = Some((address.into(), environment));
+    }
+
+    /// Returns whether it does not lie in the folder.
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere.is_some()
+    }
+
+    fn environment(&self) -> &[(&'static str, String)] {
+        self.elsewhere.as_ref().map_or(&[], |(_, environment)| environment)
     }
 
     /// Runs a command that only looks, or is not disturbed.
@@ -41,7 +60,7 @@ impl<'a> Store<'a> {
 
     /// Runs a command on another store.
     pub fn run_on(&self, store: &Path, args: &[String]) -> Result<Ran, Trouble> {
-        self.program.run(self.folder(), store, args, self.limits, |_| false)
+        self.program.run((self.folder(), self.environment()), store, args, self.limits, |_| false)
     }
 
     /// Runs a command under limits, and kills it when `kill` says so.
@@ -51,7 +70,7 @@ impl<'a> Store<'a> {
         limits: Limits,
         kill: impl FnMut(Duration) -> bool,
     ) -> Result<Ran, Trouble> {
-        self.program.run(self.folder(), &self.path(), args, limits, kill)
+        self.program.run((self.folder(), self.environment()), &self.path(), args, limits, kill)
     }
 
     /// What a command that has to succeed prints.

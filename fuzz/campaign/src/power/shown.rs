@@ -58,7 +58,7 @@ pub struct On<'a> {
 impl On<'_> {
     /// What a command prints; a refusal is a finding of this kind.
     pub fn json(self, wrong: Wrong, args: &[String]) -> Result<Value, Stop> {
-        let ran = self.program.run(self.folder, self.store, args, Limits::default(), |_| false)?;
+        let ran = self.program.run((self.folder, &[]), self.store, args, Limits::default(), |_| false)?;
         match ran.is_done() {
             true => serde_json::from_str(&ran.out).map_err(|e| Stop::found(wrong, format!("{e}: {}", ran.told()))),
             false => Err(Stop::found(wrong, ran.told())),
