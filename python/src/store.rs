@@ -64,7 +64,7 @@ fn options(
 /// `InvalidInputError` where there is no store.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords of Python")]
-#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, for_repair = false, storage_options = None, disk_cache = None, disk_cache_bytes = 10 << 30))]
+#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, for_repair = false, storage_options = None, disk_cache = None, disk_cache_bytes = 10737418240))]
 pub fn open(
     py: Python<'_>,
     uri: PathBuf,
@@ -89,7 +89,7 @@ pub fn open(
 /// Opens a store at a path or URI, or makes an empty one there.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keywords of Python")]
-#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, storage_options = None, disk_cache = None, disk_cache_bytes = 10 << 30))]
+#[pyo3(signature = (uri, *, cache_bytes = None, verify_loads = false, reader = None, storage_options = None, disk_cache = None, disk_cache_bytes = 10737418240))]
 pub fn create(
     py: Python<'_>,
     uri: PathBuf,

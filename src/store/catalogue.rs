@@ -14,10 +14,11 @@ use tokio::sync::OnceCell;
 
 use super::layout::{VERSIONS, version_of};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, Moves, Place};
+use super::location::{Location, Moves};
 use super::lock;
 use super::lookup::{BY_MODEL, Lookup};
 use super::names::Names;
+use super::place::Place;
 use super::schema::{self, LAYERS};
 use super::strict::is_conflict;
 use super::synced;

@@ -7,7 +7,8 @@ use lance_io::object_store::{ObjectStore as LanceStore, ObjectStoreParams};
 use object_store::ObjectStore;
 
 use super::layout::is_staged;
-use super::location::{Location, Place};
+use super::location::Location;
+use super::place::Place;
 use super::schema::Table;
 use super::waiting::Waiting;
 use crate::error::{Error, Result};

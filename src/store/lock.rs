@@ -15,8 +15,9 @@ use std::time::Duration;
 use tokio::sync::{OwnedMutexGuard, OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use super::lease::{self, Exclusive, Shared};
-use super::location::{Location, Place};
+use super::location::Location;
 use super::on_wait::OnWait;
+use super::place::Place;
 use crate::error::{Error, Result};
 
 const USE: &str = "layerstore.lock";

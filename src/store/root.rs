@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt};
 
 use super::catalogue;
 use super::disk_cache::{DiskCache, DiskCacheOptions};
-use super::gc::{self, GcReport};
+use super::gc;
 use super::handle::LayerHandle;
 use super::heal;
 use super::location::Location;
@@ -18,6 +18,7 @@ use super::reader::Reader;
 use super::s3::StorageOptions;
 use super::shared::Shared;
 use super::snapshot::Snapshot;
+use super::survey::GcReport;
 use super::testing::Hooks;
 use super::upgrade;
 use super::verify::{self, VerifyDepth, VerifyReport};

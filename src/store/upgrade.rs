@@ -8,7 +8,7 @@ use arrow::datatypes::{Schema, SchemaRef};
 use lance::Dataset;
 use lance::dataset::transaction::{Operation, TransactionBuilder};
 
-use super::catalogue::writable;
+use super::catalogue::{open, writable};
 use super::format::Format;
 use super::listing::data_tables;
 use super::location::Location;
@@ -28,9 +28,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// When an import is at work and does not finish in time, or the storage refuses. Then some tables may have columns that
 /// the store's version does not know, which every reader passes over.
 pub async fn upgrade(location: &Location) -> Result<u32> {
-    let _guards = (lock::collecting(location, "upgrade", PATIENCE).await?, lock::committing(location).await?);
     let formats = location.formats();
     let format = formats.newest();
+    if location.format_of(&open(location, None).await?)?.version == format.version {
+        return Ok(format.version);
+    }
+    let _guards = (lock::collecting(location, "upgrade", PATIENCE).await?, lock::committing(location).await?);
     let catalogue = writable(location).await?;
     if location.format_of(&catalogue)?.version == format.version {
         return Ok(format.version);

@@ -26,7 +26,8 @@ pub struct VersionInfo {
     pub version: u64,
     /// When it was committed.
     pub time: DateTime<Utc>,
-    /// What made it: `create`, `import`, `train`, `save`, `copy`, `remove`, `rename`, `restore` or `upgrade`, and of what.
+    /// What made it: `create`, `import`, `train`, `save`, `copy`, `remove`, `rename`, `restore` or `upgrade`, and of what; `gc` where rows
+    /// were joined, and that or `repair` for a version that changes nothing, on an object store.
     pub operation: String,
     /// The message that it was committed with.
     pub message: Option<String>,

@@ -402,3 +402,26 @@ fn copies(directory: &Path) -> Vec<PathBuf> {
     let folders = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     folders.flat_map(|folder| std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path())).collect()
 }
+
+/// Damage of objects is found and mended as that of files is: rows from the checkpoint, a lost list by the next import.
+#[test]
+fn damaged_objects_are_mended() {
+    let server = Server::start();
+    let place = Place::on_s3(&server);
+    place.import("m", Some(INT4));
+    let objects = server.objects();
+    let (key, bytes) = objects.iter().find(|(key, _)| key.contains("/weight_blocks.lance/data/")).unwrap();
+    let mut bytes = bytes.to_vec();
+    bytes[100] ^= 1;
+    server.set(key, Some(bytes));
+    let found = place.run(&["--format", "json", "verify"]);
+    assert!(found.code == 1 && found.out.contains("\"corrupt\""), "{} {}", found.out, found.err);
+    let mended = place.json(&["repair", "--from", CHECKPOINT, "--calibration", INPUTS]);
+    assert!(!mended["mended"].as_array().unwrap().is_empty(), "{mended}");
+    assert_eq!(place.json(&["verify", "--deep"])["corrupt"], Value::Array(vec![]));
+    let newest = server.objects().into_keys().find(|key| key.contains("/artifacts.lance/_versions/")).unwrap();
+    server.set(&newest, None);
+    place.import("again", None);
+    assert_eq!(place.json(&["verify", "--deep"])["corrupt"], Value::Array(vec![]));
+    assert_eq!(place.json(&["models"]).as_array().unwrap().len(), 2);
+}

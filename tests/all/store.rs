@@ -250,7 +250,7 @@ on_both! {
         assert_eq!(store.gc(Duration::ZERO, true).await.unwrap().artifacts, 0);
         let other = Store::open(&spot.uri).await.unwrap();
         assert_eq!(other.verify(|_, _| ()).await.unwrap().corrupt, []);
-        for name in ["keys", "4"] {
+        for name in ["keys", "latest"] {
             for handle in other.at(name).await.unwrap().handles("m").await.unwrap() {
                 handle.load().await.unwrap();
             }

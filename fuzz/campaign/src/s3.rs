@@ -68,7 +68,7 @@ fn faults(place: &mut Place) -> Vec<Fault> {
         Act::LateAnswer(Duration::from_millis(40)),
         Act::ApplyLater(Duration::from_millis(40)),
     ];
-    let count = rng.usize(1..4);
+    let count = rng.usize(2..6);
     let mut all: Vec<Fault> = (0..count)
         .map(|_| {
             let kind = match rng.u8(..6) {
@@ -81,7 +81,7 @@ fn faults(place: &mut Place) -> Vec<Fault> {
             };
             let nth = match rng.bool() {
                 true => Nth::Only(rng.u64(1..6)),
-                false => Nth::Chance(rng.u64(..), 0.1),
+                false => Nth::Chance(rng.u64(..), 0.3),
             };
             Fault { on: On::Put(kind), nth, act: acts[rng.usize(..acts.len())] }
         })
@@ -94,7 +94,7 @@ fn faults(place: &mut Place) -> Vec<Fault> {
             _ => Act::DieBefore,
         };
         let on = if rng.u8(..4) == 0 { On::List } else { On::Get(Kind::Any) };
-        all.push(Fault { on, nth: Nth::Chance(rng.u64(..), 0.1), act });
+        all.push(Fault { on, nth: Nth::Chance(rng.u64(..), 0.2), act });
     }
     if rng.u8(..4) == 0 {
         let act = if rng.bool() { Act::DieAfter } else { Act::Answer(503) };
