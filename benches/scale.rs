@@ -37,7 +37,7 @@ pub async fn scale(folder: &Path) -> Result<()> {
     // A store that is kept is measured again without being made.
     let kept = std::env::var("LAYERSTORE_SCALE_STORE").ok();
     let uri = kept.clone().unwrap_or_else(|| folder.join("many").display().to_string());
-    if !Path::new(&uri).exists() {
+    if !is_made(&uri, models).await {
         let started = Instant::now();
         make(&uri, models).await?;
         let each = started.elapsed().as_secs_f64() / models as f64;
@@ -104,9 +104,17 @@ async fn add(writer: &mut layerstore::Writer, number: usize) -> Result<ArtifactI
     Ok(writer.made_by(&provenance(number).recipe).await?.ok_or("the artifact is not there")?.clone())
 }
 
+/// Whether a store has so many models.
+async fn is_made(uri: &str, models: usize) -> bool {
+    let names = async { Store::open(uri).await?.latest().await?.models().await };
+    names.await.is_ok_and(|names| names.len() >= models)
+}
+
 async fn make(uri: &str, models: usize) -> Result<()> {
     let store = Store::create(uri).await?;
-    for first in (0..models).step_by(MODELS_AT_ONCE) {
+    // One that was begun is gone on with.
+    let begun = store.latest().await?.models().await?.len();
+    for first in (begun..models).step_by(MODELS_AT_ONCE) {
         let some = first..(first + MODELS_AT_ONCE).min(models);
         let mut writer = store.writer().await?;
         let mut made = vec![];

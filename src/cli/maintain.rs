@@ -10,7 +10,7 @@ use super::output::{bytes, table};
 use super::signals::cancel_on_interrupt;
 use super::{Context, RepairArgs, VerifyArgs};
 use crate::compress::{self, CalibrationFile, RepairOptions, RepairReport, RepairSource};
-use crate::error::{Result, counted};
+use crate::error::{Error, Result, counted};
 use crate::store::{CorruptArtifact, DamagedMetadata, Remedy, VerifyDepth, VerifyReport};
 
 pub async fn verify(context: &Context, args: VerifyArgs) -> Result<u8> {
@@ -140,7 +140,13 @@ fn repaired(report: &RepairReport) -> String {
 
 pub async fn gc(context: &Context, older_than: Duration, apply: bool) -> Result<u8> {
     context.refuse_at("gc")?;
-    let report = context.open().await?.gc(older_than, apply).await?;
+    let cancel = cancel_on_interrupt();
+    let store = context.open().await?;
+    // Given up in order, so that a lease is given back.
+    let report = tokio::select! {
+        report = store.gc(older_than, apply) => report?,
+        () = cancel.cancelled() => return Err(Error::Cancelled),
+    };
     context.output.result(&report, |report| {
         let found = format!(
             "{} and {} that nothing reaches, {}",

@@ -71,6 +71,9 @@ impl DiskCache {
     pub fn open(options: DiskCacheOptions) -> Result<Self> {
         let directory = &options.directory;
         let named = |e| Error::io(directory, e);
+        if fs::metadata(directory).is_ok_and(|there| !there.is_dir()) {
+            return Err(Error::expected("directory of copies", directory.display(), "a directory; it is a file"));
+        }
         make(directory).map_err(named)?;
         for entry in fs::read_dir(directory).map_err(named)? {
             let name = entry.map_err(named)?.file_name().to_string_lossy().into_owned();
@@ -179,7 +182,10 @@ impl Inner {
             }
             let files = if is_folder(&name) { fs::read_dir(folder.path()).ok() } else { None };
             for copy in files.into_iter().flatten().filter_map(|entry| entry.ok()) {
-                if let Ok(meta) = copy.metadata() {
+                if let Ok(meta) = copy.metadata()
+                    && meta.is_file()
+                    && is_copy(&copy.file_name().to_string_lossy())
+                {
                     copies.insert((meta.modified().unwrap_or(now), copy.path(), meta.len()));
                 }
             }
@@ -203,6 +209,13 @@ impl Inner {
 /// Whether a name is that of a folder of copies.
 fn is_folder(name: &str) -> bool {
     name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Whether a name is that of a copy in such a folder.
+fn is_copy(name: &str) -> bool {
+    name.split_once('.').is_some_and(|(hash, ending)| {
+        hash.len() == 2 * HASH - 2 && hash.bytes().all(|b| b.is_ascii_hexdigit()) && ending == ENDING
+    })
 }
 
 /// Makes a directory that others cannot read.
@@ -271,6 +284,12 @@ mod tests {
             std::thread::sleep(Duration::from_millis(2));
         }
         assert!(kept.get("39").await.is_some() && kept.get("0").await.is_none());
+        // What is not a copy is nobody's to remove, and does not count.
+        let other = files(folder.path())[0].with_file_name("1d8cd98f00b204e9800998ecf8427e");
+        fs::write(&other, vec![0; 50_000]).unwrap();
+        kept.put("40".into(), vec![vec![0; 900].into()]).await;
+        assert!(cache(folder.path(), 10_000).get("40").await.is_some() && other.exists());
+        fs::remove_file(other).unwrap();
         // More than all of it.
         kept.put("long".into(), vec![vec![0; 20_000].into()]).await;
         assert!(kept.get("long").await.is_none() && kept.get("39").await.is_some());

@@ -42,9 +42,8 @@ impl Flushing {
         lost: HashSet<ArtifactId>,
     ) -> Self {
         Flushing(tokio::spawn(async move {
-            let _guard = guard;
             let (records, mut versions) = write_rows(&shared, format, pending).await?;
-            let flushed = list(&shared, format, records, &lost).await?;
+            let flushed = list((&shared, &guard), format, records, &lost).await?;
             versions.extend(flushed.versions);
             Ok(Flushed { listed: flushed.listed, versions })
         }))
@@ -90,17 +89,20 @@ async fn write_rows(
     Ok((records, versions))
 }
 
-/// Lists artifacts whose rows are there and are what their names stand for. Those of `lost` are listed, with other locations.
+/// Lists artifacts whose rows are there and are what their names stand for, under the lock of imports, which is held. Those of `lost` are
+/// listed, with other locations.
 ///
 /// # Errors
 /// When the storage refuses.
 pub async fn list(
-    shared: &Shared,
+    (shared, held): (&Shared, &Guard),
     format: &Format,
     records: Vec<ArtifactRecord>,
     lost: &HashSet<ArtifactId>,
 ) -> Result<Flushed> {
     let location = &shared.location;
+    // Else the rows may have been collected since they were written.
+    held.confirm().await?;
     let (moved, new): (Vec<_>, Vec<_>) = records.into_iter().partition(|record| lost.contains(&record.artifact));
     let mut versions = vec![];
     if !new.is_empty() {

@@ -36,6 +36,9 @@ pub async fn collect(location: &Location, older_than: Duration, apply: bool) -> 
         true => Some((lock::collecting(location, "gc", PATIENCE).await?, lock::committing(location).await?)),
         false => None,
     };
+    if let Some((held, _)) = &guards {
+        held.fence(location).await?;
+    }
     // Versions that an earlier gc has begun to remove.
     let begun = match &guards {
         Some((Guard::Alone { lease }, _)) => lease.condemned().await,

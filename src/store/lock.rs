@@ -59,6 +59,17 @@ impl Guard {
         }
     }
 
+    /// Commits a version that changes nothing, where a lease is held: to be done before anything is removed.
+    ///
+    /// # Errors
+    /// When the storage refuses, or the latest version cannot be read.
+    pub async fn fence(&self, location: &Location) -> Result<()> {
+        match self {
+            Guard::Alone { lease } => lease.fence(location).await,
+            _ => Ok(()),
+        }
+    }
+
     /// Asks whether a version of the catalogue stays, since it is to be named or restored.
     ///
     /// # Errors
@@ -90,6 +101,10 @@ pub async fn importing(location: &Location) -> Result<Guard> {
             Place::Remote => Ok(Guard::Writer { lease: lease::shared(location).await? }),
         }
     };
+    // Who has a lease is told of where it is found.
+    if let Place::Remote = location.place() {
+        return lock.await;
+    }
     OnWait::told(location.on_wait(), waiting(location, USE, "gc, or an upgrade, is at work"), lock).await
 }
 
@@ -147,10 +162,10 @@ pub async fn collecting(location: &Location, what: &str, patience: Duration) -> 
             Place::Remote => Ok(Guard::Alone { lease: lease::exclusive(location, what, patience).await? }),
         }
     };
-    let told = OnWait::told(location.on_wait(), waiting(location, USE, "an import is at work"), lock);
     if let Place::Remote = location.place() {
-        return told.await;
+        return lock.await;
     }
+    let told = OnWait::told(location.on_wait(), waiting(location, USE, "an import is at work"), lock);
     tokio::time::timeout(patience, told).await.unwrap_or_else(|_| {
         Err(Error::Busy { what: location.uri().to_owned(), holder: "an import is writing to it".into() })
     })

@@ -16,6 +16,13 @@ impl OnWait {
         OnWait(Arc::new(tell))
     }
 
+    /// Tells a listener, if there is one.
+    pub(super) fn tell(listener: Option<&Self>, what: &str) {
+        if let Some(OnWait(tell)) = listener {
+            tell(what);
+        }
+    }
+
     /// Waits for a lock; tells where that takes a while.
     pub(super) async fn told<T>(
         listener: Option<&Self>,
@@ -26,9 +33,7 @@ impl OnWait {
         if let Ok(lock) = tokio::time::timeout(UNTOLD, lock.as_mut()).await {
             return lock;
         }
-        if let Some(OnWait(tell)) = listener {
-            tell(&what());
-        }
+        Self::tell(listener, &what());
         lock.await
     }
 }

@@ -41,6 +41,10 @@ pub fn bucket(uri: &str, options: &StorageOptions) -> Result<Bucket> {
 /// The place behind an address with a scheme.
 pub fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
     let not_a_store = |reason: String| Err(Error::NotAStore { path: format!("{scheme}://{rest}"), reason });
+    // Lance drops them.
+    if rest.chars().any(char::is_control) || rest.ends_with(char::is_whitespace) {
+        return not_a_store("expected an address without control characters, and no space at its end".into());
+    }
     match (scheme, OBJECT_STORES.iter().find(|(known, ..)| *known == scheme)) {
         // What stands before an @ may be a secret: the address is not repeated.
         ("s3", _) if rest.contains(['@', '?', '#', '\\']) => Err(Error::NotAStore {

@@ -64,8 +64,11 @@ impl Store {
         let shared = self.shared();
         let location = &shared.location;
         let set_aside = {
-            let _guards = (lock::collecting(location, "repair", PATIENCE).await?, lock::committing(location).await?);
+            let (held, _commit) =
+                (lock::collecting(location, "repair", PATIENCE).await?, lock::committing(location).await?);
+            // First, since nothing is committed on a version that cannot be read.
             let mut files = roll_back(location).await?;
+            held.fence(location).await?;
             files.extend(clear(shared).await?);
             mend_indices(location).await?;
             files

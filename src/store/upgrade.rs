@@ -33,7 +33,8 @@ pub async fn upgrade(location: &Location) -> Result<u32> {
     if location.format_of(&open(location, None).await?)?.version == format.version {
         return Ok(format.version);
     }
-    let _guards = (lock::collecting(location, "upgrade", PATIENCE).await?, lock::committing(location).await?);
+    let (held, _commit) = (lock::collecting(location, "upgrade", PATIENCE).await?, lock::committing(location).await?);
+    held.fence(location).await?;
     let catalogue = writable(location).await?;
     if location.format_of(&catalogue)?.version == format.version {
         return Ok(format.version);

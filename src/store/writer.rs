@@ -111,7 +111,7 @@ impl Writer {
     /// Lists artifacts whose rows are there and are what their names stand for.
     pub(super) async fn list(&mut self, records: Vec<ArtifactRecord>) -> Result<()> {
         let lost = self.lost_of(records.iter());
-        let flushed = flushing::list(&self.shared, self.format, records, &lost).await?;
+        let flushed = flushing::list((&self.shared, &self.guard), self.format, records, &lost).await?;
         self.note(flushed);
         Ok(())
     }

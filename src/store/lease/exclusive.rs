@@ -12,7 +12,7 @@ use super::keeper::on_keeper;
 use super::objects::{Holder, Objects, Seen, State};
 use super::renewed::{Renew, Renewed};
 use super::watch::Watch;
-use super::{LOOKS, SIGNS, objects_of, read};
+use super::{LOOKS, SIGNS, Told, objects_of, read};
 use crate::error::{Error, Result};
 use crate::store::listing::table_folders;
 use crate::store::location::Location;
@@ -39,7 +39,7 @@ struct Held {
     is_fenced: bool,
 }
 
-/// Takes the store for itself, after writers that have signed in have ended, and commits a version that changes nothing.
+/// Takes the store for itself, after writers that have signed in have ended. [`Exclusive::fence`] is to follow before anything is removed.
 ///
 /// # Errors
 /// [`Error::Busy`] when another holds the lease, or a writer goes on, longer than `patience`, and there was a sign of life of it; and
@@ -50,6 +50,7 @@ pub async fn exclusive(location: &Location, what: &str, patience: Duration) -> R
     let until = Instant::now() + patience;
     let busy = |holder: String| Error::Busy { what: location.uri().to_owned(), holder };
     let mut watch = Watch::new(life);
+    let mut told = Told::new(location);
     let mut taken = loop {
         let seen = read(&objects).await?;
         let state = seen.as_ref().map(|(state, _)| state);
@@ -59,6 +60,7 @@ pub async fn exclusive(location: &Location, what: &str, patience: Duration) -> R
             if Instant::now() > until && watch.has_moved("holder") {
                 return Err(busy(format!("another process has it for itself ({})", holder.what)));
             }
+            told.once(|| format!("{} is at work, or was killed within the last minute", holder.what));
             tokio::time::sleep(life / LOOKS).await;
             continue;
         }
@@ -79,16 +81,15 @@ pub async fn exclusive(location: &Location, what: &str, patience: Duration) -> R
         if Instant::now() > until && alive.iter().any(|writer| watch.has_moved(writer)) {
             return Err(busy("an import is writing to it".into()));
         }
+        told.once(|| "an import is at work, or was killed within the last minute".into());
         tokio::time::sleep(life / LOOKS).await;
     }
     taken
         .change(|state| {
-            state.epoch += 1;
+            state.epoch = state.epoch.wrapping_add(1);
             state.holder.iter_mut().for_each(|holder| holder.removes = true);
         })
         .await?;
-    // No writer of an earlier epoch commits behind it.
-    commit_unchanged(location, LAYERS, what).await?;
     Ok(taken)
 }
 
@@ -117,7 +118,11 @@ async fn alive(objects: &Arc<Objects>, watch: &mut Watch) -> Result<Vec<String>>
 /// When the storage refuses.
 pub async fn fence_all(location: &Location, what: &str) -> Result<()> {
     for table in table_folders(location).await? {
-        commit_unchanged(location, &table, what).await?;
+        match commit_unchanged(location, &table, what).await {
+            // Nobody opens it, and so nobody commits to it.
+            Ok(()) | Err(Error::Damaged { .. }) => {}
+            Err(e) => return Err(e),
+        }
     }
     Ok(())
 }
@@ -146,6 +151,15 @@ impl Exclusive {
     /// Notes that all tables were fenced since it was taken from a dead holder.
     pub(super) async fn fenced(&mut self) {
         self.held.lock().await.is_fenced = true;
+    }
+
+    /// Commits a version of the catalogue that changes nothing: no writer of an earlier epoch commits behind it.
+    ///
+    /// # Errors
+    /// When the storage refuses, or the latest version cannot be read.
+    pub async fn fence(&self, location: &Location) -> Result<()> {
+        let what = self.held.lock().await.state.holder.as_ref().map(|holder| holder.what.clone());
+        commit_unchanged(location, LAYERS, &what.unwrap_or_default()).await
     }
 
     /// Writes a change of the lease.

@@ -30,6 +30,7 @@ use self::keeper::on_keeper;
 use self::objects::{Objects, Seen};
 pub use self::shared::{Shared, shared};
 use super::location::Location;
+use super::on_wait::OnWait;
 use super::waiting::storage_error;
 use crate::error::Result;
 
@@ -38,6 +39,25 @@ const SIGNS: u32 = 4;
 
 /// Looks at others in that time.
 const LOOKS: u32 = 120;
+
+/// Whoever is told, once, what is waited for.
+struct Told<'a> {
+    location: &'a Location,
+    done: bool,
+}
+
+impl<'a> Told<'a> {
+    fn new(location: &'a Location) -> Self {
+        Told { location, done: false }
+    }
+
+    fn once(&mut self, holder: impl FnOnce() -> String) {
+        if !self.done {
+            self.done = true;
+            OnWait::tell(self.location.on_wait(), &format!("waiting for {}: {}", self.location.uri(), holder()));
+        }
+    }
+}
 
 /// Returns the objects of a store, which are reached by connections of their own: those of the thread that renews leases.
 async fn objects_of(location: &Location) -> Result<Arc<Objects>> {

@@ -148,9 +148,10 @@ impl Objects {
     /// When the storage refuses.
     pub async fn writers(&self) -> Result<BTreeMap<String, String>> {
         let listed = self.files.inner.list(Some(&self.root.clone().join(WRITERS)));
-        let named = listed.map_ok(|meta| {
-            let name = meta.location.filename().unwrap_or_default().trim_end_matches(".json").to_owned();
-            (name, format!("{:?} {}", meta.e_tag, meta.last_modified))
+        // What else lies there is nobody's.
+        let named = listed.try_filter_map(|meta| async move {
+            let name = meta.location.filename().and_then(|name| name.strip_suffix(".json")).map(str::to_owned);
+            Ok(name.map(|name| (name, format!("{:?} {}", meta.e_tag, meta.last_modified))))
         });
         named.try_collect().await.map_err(|e| self.refused("listing writers", e))
     }

@@ -9,7 +9,7 @@ use super::keeper::{keeper, on_keeper};
 use super::objects::{Objects, Seen};
 use super::renewed::{Renew, Renewed};
 use super::watch::Watch;
-use super::{LOOKS, SIGNS, objects_of, read};
+use super::{LOOKS, SIGNS, Told, objects_of, read};
 use crate::error::{Error, Result};
 use crate::store::location::Location;
 
@@ -36,10 +36,14 @@ pub async fn shared(location: &Location) -> Result<Shared> {
             on_keeper(async move {
                 // First the sign, then the look: whoever takes the store for itself does it the other way round, so one sees the other.
                 let signed = Signed::begin(objects.clone()).await?;
-                match objects.lease().await? {
-                    None => Ok(Some((signed, 0))),
-                    Some((state, _)) if state.holder.is_none() => Ok(Some((signed, state.epoch))),
-                    Some(_) => {
+                match objects.lease().await {
+                    Err(e) => {
+                        signed.end().await;
+                        Err(e)
+                    }
+                    Ok(None) => Ok(Some((signed, 0))),
+                    Ok(Some((state, _))) if state.holder.is_none() => Ok(Some((signed, state.epoch))),
+                    Ok(Some(_)) => {
                         signed.end().await;
                         Ok(None)
                     }
@@ -61,10 +65,13 @@ pub async fn shared(location: &Location) -> Result<Shared> {
 async fn free_or_dead(location: &Location, objects: &Arc<Objects>) -> Result<Seen> {
     let life = location.lease_life();
     let mut watch = Watch::new(life);
+    let mut told = Told::new(location);
     loop {
         let seen = read(objects).await?;
         match &seen {
             Some((state, _)) if state.holder.is_some() => {
+                let what = state.holder.as_ref().map_or("", |holder| &holder.what);
+                told.once(|| format!("{what} is at work, or was killed within the last minute"));
                 if watch.is_dead("holder", state.nonce()) {
                     return Ok(seen);
                 }

@@ -130,9 +130,10 @@ impl PlainColumn {
         }
     }
 
-    /// Adds the bytes of the file that the rows are read from, as far as is known before any is read: where rows have any lengths, the
-    /// page says where they begin. Pages of up to `small` bytes are wanted whole then.
-    pub fn wanted(&self, small: u64, ranges: &mut Vec<Range<u64>>) {
+    /// Adds the bytes of the file that the rows are read from, as far as is known before any is read. Where rows have any lengths, the page
+    /// says where they begin: then those bytes are wanted, and those where the rows are if all are about as long, with `margin` more
+    /// at both ends.
+    pub fn wanted(&self, margin: u64, ranges: &mut Vec<Range<u64>>) {
         for piece in &self.pieces {
             match &piece.bytes {
                 PageBytes::Fixed(data) => {
@@ -144,11 +145,12 @@ impl PlainColumn {
                 PageBytes::Prefixed { data, index: (index, width), .. } => {
                     let entry = |row: u64| index.start.saturating_add(row.saturating_mul(*width)).min(index.end);
                     ranges.push(entry(piece.rows.start)..entry(piece.rows.end.saturating_add(1)));
-                    let rows = (index.end - index.start) / (*width).max(1);
-                    let is_whole = piece.rows.start == 0 && piece.rows.end.saturating_add(1) == rows;
-                    if is_whole || data.end.saturating_sub(data.start) <= small {
-                        ranges.push(data.clone());
-                    }
+                    let rows = ((index.end - index.start) / (*width).max(1)).saturating_sub(1).max(1);
+                    let length = data.end.saturating_sub(data.start);
+                    let about = |row: u64| (u128::from(length) * u128::from(row.min(rows)) / u128::from(rows)) as u64;
+                    let start = about(piece.rows.start).saturating_sub(margin);
+                    let end = about(piece.rows.end).saturating_add(margin).min(length);
+                    ranges.push(data.start + start..data.start + end);
                 }
                 PageBytes::Same(_) => {}
             }

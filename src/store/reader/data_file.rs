@@ -120,9 +120,9 @@ impl Description {
     }
 
     /// Returns the bytes of the file that some rows are read from, as far as is known before any is read. `None` as [`Description::rows`].
-    pub fn wanted(&self, small: u64, rows: &Range<u64>) -> Option<Vec<Range<u64>>> {
+    pub fn wanted(&self, margin: u64, rows: &Range<u64>) -> Option<Vec<Range<u64>>> {
         let mut ranges = vec![];
-        self.find(rows)?.iter().for_each(|column| column.wanted(small, &mut ranges));
+        self.find(rows)?.iter().for_each(|column| column.wanted(margin, &mut ranges));
         Some(ranges)
     }
 

@@ -88,6 +88,13 @@ unsafe impl ReadAt for Fetched {
         })
     }
 
+    fn announce(&self, range: Range<u64>) -> io::Result<()> {
+        match self.lacking(range.clone()).is_empty() {
+            true => Ok(()),
+            false => Err(io::Error::other(Missing(range))),
+        }
+    }
+
     fn fill(&self, into: &mut [MaybeUninit<u8>], at: u64) -> io::Result<()> {
         let end = at.saturating_add(into.len() as u64);
         let mut done = 0;
@@ -166,6 +173,7 @@ mod tests {
             prop_assert_eq!(pieces.read_exact_at(&mut into, at).is_ok(), complete);
             let mut uninitialised = vec![MaybeUninit::uninit(); length];
             prop_assert_eq!(pieces.fill(&mut uninitialised, at).is_ok(), complete);
+            prop_assert_eq!(pieces.announce(at..at + length as u64).is_ok(), complete);
         }
     }
 }

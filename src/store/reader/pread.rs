@@ -53,6 +53,7 @@ pub fn read_rows(
 ) -> io::Result<()> {
     let Some((&first, others)) = starts.split_first() else { return Ok(()) };
     let (rows, threads) = (others.len(), threads_for(into.len()));
+    file.announce(at..at.saturating_add((into.len() + rows * prefix) as u64))?;
     // Each thread reads consecutive rows, of about as many bytes as the others'.
     let share = into.len().div_ceil(threads);
     let (mut shares, mut left, mut start) = (Vec::with_capacity(threads), into, 0);

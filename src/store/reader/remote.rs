@@ -30,8 +30,8 @@ const GAP: u64 = 128 << 10;
 /// The most bytes of one request, so that long ranges come by several connections.
 const PART: u64 = 8 << 20;
 
-/// Pages of rows of any lengths that are fetched whole, before it is known where in them the rows lie.
-const SMALL: u64 = 1 << 20;
+/// Bytes fetched beside those where rows of any lengths are taken to be, before it is known where they lie.
+const MARGIN: u64 = 256 << 10;
 
 /// Requests at a time of one load.
 const REQUESTS: usize = 16;
@@ -74,7 +74,7 @@ impl RemoteFiles {
         let Some(described) = described.into_iter().collect::<Option<Vec<_>>>() else { return Ok(None) };
         let mut ranges: BTreeMap<FileName, Vec<Range<u64>>> = BTreeMap::new();
         for (some, description) in wanted.iter().zip(&described) {
-            let Some(needed) = description.wanted(SMALL, &some.rows) else { return Ok(None) };
+            let Some(needed) = description.wanted(MARGIN, &some.rows) else { return Ok(None) };
             ranges.entry((some.table.clone(), some.file.clone())).or_default().extend(needed);
         }
         let mut fetched: BTreeMap<FileName, Fetched> =

@@ -22,6 +22,14 @@ pub unsafe trait ReadAt: Sync {
     /// As [`ReadAt::read_exact_at`].
     fn fill(&self, into: &mut [MaybeUninit<u8>], at: u64) -> io::Result<()>;
 
+    /// Says which bytes are going to be read, in pieces.
+    ///
+    /// # Errors
+    /// When not all of them are there.
+    fn announce(&self, _range: Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Reads rows into place, and what is in front of each, as many bytes each time, into `between`. Returns false where that cannot be
     /// done at once; the content of both is undefined then.
     ///

@@ -2,12 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Debug, Display, Formatter};
+use std::time::Duration;
 
 use object_store::RetryConfig;
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey as Key, S3ConditionalPut};
 use object_store::client::ClientConfigKey;
 
 use super::http::Connector;
+
+/// How long a request is repeated that nobody answers, or that is refused for now.
+const PATIENCE: Duration = Duration::from_secs(45);
 
 /// The options that there are.
 const KNOWN: &[&str] = &[
@@ -92,8 +96,9 @@ impl Display for StorageOptions {
 pub fn s3_and_once(bucket: &str, options: &StorageOptions) -> Result<(AmazonS3, AmazonS3), String> {
     let connector = Connector::default();
     let make = |retry| client(bucket, std::env::vars_os(), options, &connector, retry);
+    let repeating = RetryConfig { retry_timeout: PATIENCE, ..RetryConfig::default() };
     let once = RetryConfig { max_retries: 0, ..RetryConfig::default() };
-    Ok((make(RetryConfig::default())?, make(once)?))
+    Ok((make(repeating)?, make(once)?))
 }
 
 /// Returns a client of a bucket by an environment and options.
@@ -122,6 +127,10 @@ pub fn client<K: AsRef<std::ffi::OsStr>, V: AsRef<std::ffi::OsStr>>(
     }
     if !truth(&Key::SkipSignature) && !has_credentials(&settings) {
         return Err(no_credentials());
+    }
+    // They go into headers.
+    if let Some((key, _)) = settings.iter().find(|(_, value)| value.chars().any(char::is_control)) {
+        return Err(format!("{} holds a control character, as a line's end", key.as_ref()));
     }
     let plain = endpoint.starts_with("http://");
     let builder =
