@@ -43,7 +43,7 @@ pub struct GenerateArgs {
     seed: u64,
     /// What keys and values of the tokens so far are kept as: f16 takes half the memory of f32, int8 a quarter.
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = cache_type)]
-    cache: CacheType,
+    cache_type: CacheType,
     /// A .safetensors in which keys and values are kept: read where it is there, and as far as the prompt begins as the text in it does;
     /// written at the end. One of another model is refused.
     #[arg(long, value_name = "FILE", conflicts_with = "prompts")]
@@ -97,7 +97,7 @@ pub async fn generate(context: &Context, args: GenerateArgs) -> Result<u8> {
         max_tokens: args.max_tokens,
         sampling: Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed },
         accuracy: args.run.accuracy(),
-        cache: args.cache,
+        cache: args.cache_type,
         cancel,
     };
     let output = context.output;
@@ -144,7 +144,7 @@ fn begin(model: &LanguageModel, file: Option<&Path>, kind: CacheType) -> Result<
     match session.kind() == kind {
         true => Ok(session),
         false => {
-            let expected = format!("{kind}, as --cache says");
+            let expected = format!("{kind}, as --cache-type says");
             Err(Error::expected(format!("keys and values of {}", file.display()), session.kind(), expected))
         }
     }

@@ -136,7 +136,7 @@ pub struct BenchArgs {
     rounds: usize,
     /// What keys and values are kept as: f32, f16 or int8.
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
-    cache: CacheType,
+    cache_type: CacheType,
     #[command(flatten)]
     run: RunArgs,
 }
@@ -158,7 +158,7 @@ pub async fn bench(context: &Context, args: BenchArgs) -> Result<u8> {
     let snapshot = context.snapshot().await?;
     let cancel = cancel_on_interrupt();
     let model = cancel.unless(args.run.language_model(&snapshot, &args.model)).await?;
-    let BenchArgs { prompt, generated, rounds, cache, .. } = args;
+    let BenchArgs { prompt, generated, rounds, cache_type: cache, .. } = args;
     let options = SpeedOptions { prompt, generated, rounds, accuracy: args.run.accuracy(), cache, cancel };
     let speed = unwrap_join(tokio::task::spawn_blocking(move || model.speed(&options)).await)??;
     let (kernels, threads) = (layerstore_core::quant::instruction_set(), layerstore_core::linalg::threads());

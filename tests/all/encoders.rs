@@ -103,12 +103,12 @@ fn texts_are_embedded_by_the_command() {
         let all = [&["generate", "l", "--prompt", "abcd ef", "--max-tokens", "5"], more].concat();
         place.json(&all)["tokens"].clone()
     };
-    assert_eq!(generate(&["--cache", "f16"]), generate(&[]));
-    assert_eq!(generate(&["--cache", "int8"]), generate(&[]));
+    assert_eq!(generate(&["--cache-type", "f16"]), generate(&[]));
+    assert_eq!(generate(&["--cache-type", "int8"]), generate(&[]));
     let speed = place.json(&["bench", "l", "-p", "16", "-n", "8", "-r", "2"]);
     assert_eq!(speed["generated_tokens_per_second"].as_array().unwrap().len(), 2, "{speed}");
     assert!(speed["weight_bytes"].as_u64().unwrap() > 0 && speed["kernels"].is_string());
     place.fails(1, &["at most 64"], &["bench", "l", "-p", "65"]);
     place.fails(1, &["from 1 to"], &["bench", "l", "-r", "0"]);
-    place.fails(2, &["f32, f16 or int8"], &["generate", "l", "--prompt", "a", "--cache", "q4"]);
+    place.fails(2, &["f32, f16 or int8"], &["generate", "l", "--prompt", "a", "--cache-type", "q4"]);
 }

@@ -212,7 +212,7 @@ fn models_are_run_by_the_command() {
     let again = place.json(&cached);
     assert_eq!(again["tokens"], generated["tokens"]);
     assert_eq!(again["cached_tokens"].as_u64().unwrap() + 1, again["prompt_tokens"].as_u64().unwrap());
-    place.fails(1, &["f32", "f16, as --cache says"], &[&cached[..], &["--cache", "f16"]].concat());
+    place.fails(1, &["f32", "f16, as --cache-type says"], &[&cached[..], &["--cache-type", "f16"]].concat());
     place.fails(2, &["--prompt"], &["generate", "m"]);
     place.fails(2, &["--temperature"], &["generate", "m", "--prompt", "a", "--temperature=-1"]);
     place.fails(1, &["no model named 'n'"], &["generate", "n", "--prompt", "a"]);
