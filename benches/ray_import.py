@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """An import by one worker of Ray and by two, each of one thread.
 
-    PYTHONPATH=python python benches/ray.py [LAYERS]
+    PYTHONPATH=python python benches/ray_import.py [LAYERS]
 
 The layers are matrices of 1024 x 1024, quantised and corrected with rank 64. Needs Ray and safetensors. What Ray takes to start workers
 counts, as it does for everybody; its own processes run before.
