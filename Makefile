@@ -67,7 +67,7 @@ S3_PORT ?= 9321
 S3_TESTS = LAYERSTORE_TESTS_ON_S3=$(S3_PORT) AWS_ENDPOINT_URL=http://127.0.0.1:$(S3_PORT) AWS_REGION=us-east-1 \
 	AWS_ACCESS_KEY_ID=layerstore-test-key AWS_SECRET_ACCESS_KEY=layerstore-test-secret
 test-s3: $(VENV)/.ready
-	$(S3_TESTS) $(CARGO) test --test all -- --exact $$(grep -v '^\#' tests/all/on_disk.txt | sed 's/ .*//; s/^/--skip /')
+	$(S3_TESTS) $(CARGO) test --test all -- --exact $$(grep -v '^#' tests/all/on_disk.txt | sed 's/ .*//; s/^/--skip /')
 
 # Faults against the built binary, with other options or for longer: make campaign CAMPAIGN="--only kill --minutes 30"
 CAMPAIGN ?=
