@@ -1,5 +1,7 @@
 //! Arguments of the command line, parsed.
 
+use std::path::PathBuf;
+
 /// The address of a store, as an option or the environment gives it.
 pub fn address(given: &str) -> Result<String, &'static str> {
     match given {
@@ -13,6 +15,14 @@ pub fn storage_option(given: &str) -> Result<(String, String), &'static str> {
     match given.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("expected KEY=VALUE"),
+    }
+}
+
+/// A directory of copies.
+pub fn directory(given: &str) -> Result<PathBuf, &'static str> {
+    match given {
+        "" => Err("the directory is empty; expected one, or LAYERSTORE_CACHE not set"),
+        given => Ok(given.into()),
     }
 }
 

@@ -46,7 +46,7 @@ pub struct Cli {
     #[arg(long = "storage-option", global = true, value_name = "KEY=VALUE", value_parser = arguments::storage_option)]
     storage_options: Vec<(String, String)>,
     /// Keeps copies of layers that are read from an object store in this directory, so that they are read from it the next time.
-    #[arg(long, global = true, value_name = "DIR", env = "LAYERSTORE_CACHE")]
+    #[arg(long, global = true, value_name = "DIR", env = "LAYERSTORE_CACHE", value_parser = arguments::directory)]
     cache: Option<PathBuf>,
     /// How many bytes of copies are kept, as 500MB or 20GiB; those used longest ago are removed.
     #[arg(long, global = true, value_name = "BYTES", default_value = "10GiB", value_parser = arguments::size)]

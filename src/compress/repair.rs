@@ -133,11 +133,12 @@ impl RepairReport {
 /// Manifests of the list of artifacts and of data tables, and data files, that cannot be read are set aside. What the list or a table
 /// lacks is completed from the data files. An artifact that is still missing or not what was written is made again from a checkpoint
 /// that holds its tensors, with the settings that the catalogue has of it, or taken from another store; only what has the artifact's
-/// name is stored. The catalogue stays as it is: no version is made.
+/// name is stored. The catalogue stays as it is: no version is made, but for one that changes nothing on an object
+/// store.
 ///
 /// # Errors
-/// When the latest version of the catalogue cannot be read, an import is at work and does not finish in time, the storage refuses, the
-/// store lies on an object store, or the work is cancelled.
+/// When the latest version of the catalogue cannot be read, an import is at work and does not finish in time, the storage refuses, or
+/// the work is cancelled.
 pub async fn repair(store: &Store, options: RepairOptions) -> Result<RepairReport> {
     // Boxed, so that callers' futures do not nest as deep as the compiler's limit.
     Box::pin(mended(store, options)).await

@@ -112,21 +112,7 @@ impl Data {
         {
             return Ok(parts);
         }
-        let mut moves = Moves::of(&self.location);
-        loop {
-            let read = match self.record(layer.artifact).await {
-                // The list is older than the catalogue, which says which tables hold the rows, and how many.
-                Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => {
-                    self.parts(&layer.artifact_record()).await
-                }
-                Ok(record) => self.parts(&record).await,
-                Err(e) => Err(e),
-            };
-            match read {
-                Err(e) if may_have_moved(&e) && moves.again() => {}
-                read => return read,
-            }
-        }
+        self.by_list(layer, false).await
     }
 
     /// Reads the parts of a layer's artifact from where the list says that they are, and holds them against its name. Where it is not
@@ -135,16 +121,23 @@ impl Data {
     /// # Errors
     /// As [`Data::verified`].
     pub async fn verified_layer(self: &Arc<Self>, layer: &LayerRecord) -> Result<Parts> {
+        self.by_list(layer, true).await
+    }
+
+    /// Reads the parts of a layer's artifact from where the list says that they are, or else the catalogue, and holds them against its name
+    /// if they are to be `verified`: again, where gc has moved them meanwhile.
+    async fn by_list(self: &Arc<Self>, layer: &LayerRecord, verified: bool) -> Result<Parts> {
+        let read = async || {
+            let record = match self.record(layer.artifact).await {
+                // The list is older than the catalogue, which says which tables hold the rows, and how many.
+                Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => layer.artifact_record(),
+                record => record?,
+            };
+            if verified { self.verified(&record).await } else { self.parts(&record).await }
+        };
         let mut moves = Moves::of(&self.location);
         loop {
-            let read = match self.record(layer.artifact).await {
-                Err(Error::Corrupt { .. }) if !layer.locations.0.is_empty() => {
-                    self.verified(&layer.artifact_record()).await
-                }
-                Ok(record) => self.verified(&record).await,
-                Err(e) => Err(e),
-            };
-            match read {
+            match read().await {
                 Err(e) if may_have_moved(&e) && moves.again() => {}
                 read => return read,
             }

@@ -109,6 +109,11 @@ impl Inner {
     }
 
     fn read(&self, path: &Path) -> Option<Bytes> {
+        // What else lies there may have no end.
+        let there = fs::symlink_metadata(path).ok()?;
+        if !there.is_file() || there.len() > self.options.bytes {
+            return None;
+        }
         let mut bytes = vec![];
         let mut file = fs::File::open(path).ok()?;
         file.read_to_end(&mut bytes).ok()?;
@@ -293,6 +298,18 @@ mod tests {
         // More than all of it.
         kept.put("long".into(), vec![vec![0; 20_000].into()]).await;
         assert!(kept.get("long").await.is_none() && kept.get("39").await.is_some());
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn what_has_no_end_is_no_copy() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = cache(folder.path(), 1 << 20);
+        kept.put("a".into(), vec![Bytes::from_static(b"one")]).await;
+        let [path] = &files(folder.path())[..] else { panic!() };
+        fs::remove_file(path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+        assert_eq!(kept.get("a").await, None);
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub struct Stats {
     pub versions: u64,
     /// Snapshots: versions that have a name.
     pub snapshots: u64,
-    /// Of all files; `null` on an object store.
+    /// Of all files; `null` where they cannot be listed.
     pub bytes: Option<u64>,
     /// What the layers took in their checkpoints.
     pub dense_bytes: u64,

@@ -74,7 +74,10 @@ pub fn storage_error(action: impl Into<String>) -> impl FnOnce(lance::Error) -> 
 
 /// Whether an error says that a file is not what was written.
 fn is_corrupt(e: &lance::Error) -> bool {
-    any_cause(e, &|cause| matches!(cause.downcast_ref(), Some(lance::Error::CorruptFile { .. })))
+    // Lance read the file whole, and looked for bytes that it does not have.
+    let is_short =
+        |cause: &Cause| matches!(cause.downcast_ref(), Some(object_store::Error::Generic { store: "memory", .. }));
+    any_cause(e, &|cause| matches!(cause.downcast_ref(), Some(lance::Error::CorruptFile { .. })) || is_short(cause))
 }
 
 /// Returns whether the system, or an object store, refused to read a file that is there, as without permission, or did not answer: then
@@ -198,6 +201,7 @@ mod tests {
         assert!(is_gone(&named(|path, source| E::NotFound { path, source })) && !is_gone(&generic("S3", text())));
         assert!(!is_refused(&generic("LocalFileSystem", text())));
         assert!(!is_refused(&generic("N/A", text())));
+        assert!(is_corrupt(&generic("memory", text())) && !is_corrupt(&generic("S3", text())));
         let denied = std::io::Error::from_raw_os_error(13);
         assert!(is_refused(&generic("LocalFileSystem", Box::new(denied))));
         let corrupt = lance::Error::corrupt_file_named("of the table", "cut");

@@ -11,7 +11,8 @@
 //!   Was it raised after, then either its commit comes before the version that changes nothing, and is seen, or after it, and is refused:
 //!   each commit is of the next version and of no other.
 //! - A holder of the lease opens a table, then reads the lease, then commits the next version of the table. Whoever takes the lease over
-//!   commits a version of every table that changes nothing: a commit of the late holder comes before it, and is seen, or is refused.
+//!   commits a version of every table that changes nothing: rows that the late holder removes go before it, and that is seen, or it is
+//!   refused. Rows that it writes anew in other files stay what they are.
 //! - Versions that a late holder may still remove are named in the lease before it begins. Nobody names or restores one, and the next
 //!   holder removes them.
 //! - Files that it may still remove belong to versions of tables that were removed, or to no version for a week.

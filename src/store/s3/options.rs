@@ -128,6 +128,11 @@ pub fn client<K: AsRef<std::ffi::OsStr>, V: AsRef<std::ffi::OsStr>>(
     if !truth(&Key::SkipSignature) && !has_credentials(&settings) {
         return Err(no_credentials());
     }
+    if settings.contains_key(&Key::AccessKeyId) != settings.contains_key(&Key::SecretAccessKey) {
+        return Err("access_key_id and secret_access_key are taken together, from options or from the environment: one of them is \
+                    missing"
+            .into());
+    }
     // They go into headers.
     if let Some((key, _)) = settings.iter().find(|(_, value)| value.chars().any(char::is_control)) {
         return Err(format!("{} holds a control character, as a line's end", key.as_ref()));
