@@ -103,7 +103,9 @@ def run(command, kill_after=None):
     """Runs a command; returns its exit status, seconds, and what the kernel counted: peak MiB, bytes read and written."""
     started = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    # A file: nobody reads a pipe meanwhile, and a long report would fill it.
+    answer = tempfile.TemporaryFile()
+    process = subprocess.Popen(command, stdout=answer, stderr=subprocess.DEVNULL)
     counted, peak = {}, 0
     while process.poll() is None:
         try:
@@ -117,7 +119,8 @@ def run(command, kill_after=None):
         if kill_after is not None and time.monotonic() - started > kill_after:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.02)
-    output = process.stdout.read()
+    answer.seek(0)
+    output = answer.read()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "status": process.returncode,

@@ -70,6 +70,7 @@ fn findings(corrupt: &[CorruptArtifact], damaged: &[DamagedMetadata]) -> String 
             let version = d.version.map_or(String::new(), |v| format!(", version {v}"));
             let what = match &d.snapshot {
                 Some(name) => format!("snapshot '{name}'{version}"),
+                None if d.table.is_empty() => "the lease".into(),
                 None => format!("table '{}'{version}", d.table),
             };
             vec![what, d.reason.clone(), d.file.clone(), help(&d.help)]

@@ -14,15 +14,17 @@ use tokio::sync::OnceCell;
 
 use super::layout::{VERSIONS, version_of};
 use super::listing::{names_in, table_folders};
-use super::location::{Location, Moves};
+use super::location::Location;
 use super::lock;
 use super::lookup::{BY_MODEL, Lookup};
 use super::names::Names;
 use super::place::Place;
+use super::record::LayerRecord;
+use super::rows;
 use super::schema::{self, LAYERS};
 use super::strict::is_conflict;
 use super::synced;
-use super::waiting::{Waiting, is_gone, storage_error};
+use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 
 const READING: &str = "reading the catalogue";
@@ -34,8 +36,9 @@ const MODELS_KEPT: NonZeroUsize = NonZeroUsize::new(16).unwrap();
 #[derive(Debug, Clone)]
 pub struct Catalogue {
     dataset: Arc<Dataset>,
-    /// The index, and the names that it does not cover.
-    index: Arc<OnceCell<(Lookup, Names)>>,
+    index: Arc<OnceCell<Lookup>>,
+    /// Names that the index does not cover.
+    rest: Arc<OnceCell<Names>>,
     /// Names that it covers, by model.
     models: Arc<Mutex<LruCache<String, Arc<Names>>>>,
 }
@@ -43,7 +46,7 @@ pub struct Catalogue {
 impl From<Dataset> for Catalogue {
     fn from(dataset: Dataset) -> Self {
         let models = Arc::new(Mutex::new(LruCache::new(MODELS_KEPT)));
-        Catalogue { dataset: Arc::new(dataset), index: Arc::default(), models }
+        Catalogue { dataset: Arc::new(dataset), index: Arc::default(), rest: Arc::default(), models }
     }
 }
 
@@ -58,29 +61,27 @@ impl Catalogue {
     /// # Errors
     /// When the storage refuses, or the store has come to be of a format that this build does not know.
     pub async fn latest(self, location: &Location) -> Result<Self> {
-        let mut dataset = Dataset::clone(&self.dataset);
-        let mut moves = Moves::of(location);
-        loop {
-            match dataset.checkout_latest().caught().await {
-                Err(e) if is_gone(&e) && moves.again() => {}
-                opened => break opened.map_err(storage_error("opening the latest version"))?,
-            }
-        }
-        if dataset.version_id() == self.dataset.version_id() {
+        let opened = location.open_table(LAYERS, None).await;
+        let dataset = opened.map_err(storage_error("opening the latest version"))?;
+        let file = |dataset: &Dataset| dataset.manifest_location().e_tag.clone();
+        if dataset.version_id() == self.dataset.version_id() && file(&dataset) == file(&self.dataset) {
             return Ok(self);
         }
         Ok(check_format(location, dataset)?.into())
     }
 
-    /// Finds the row of a layer, and returns its address.
+    /// Finds the row of a layer.
     ///
     /// # Errors
     /// When the storage refuses.
-    pub async fn find(&self, model: &str, layer: &str) -> Result<Option<u64>> {
-        let (_, rest) = self.index().await?;
-        match rest.find(model, layer) {
-            Some(address) => Ok(Some(address)),
-            None => Ok(self.covered(model).await?.find(model, layer)),
+    pub async fn find(&self, location: &Location, model: &str, layer: &str) -> Result<Option<LayerRecord>> {
+        let found = match self.covered(location, model).await?.find(model, layer) {
+            Some(found) => Some(found),
+            None => self.rest().await?.find(model, layer),
+        };
+        match found {
+            Some(found) => rows::row(location, &self.dataset, found).await.map(Some),
+            None => Ok(None),
         }
     }
 
@@ -88,9 +89,8 @@ impl Catalogue {
     ///
     /// # Errors
     /// When the storage refuses.
-    pub async fn layers_of(&self, model: &str) -> Result<Vec<String>> {
-        let (_, rest) = self.index().await?;
-        let covered = self.covered(model).await?;
+    pub async fn layers_of(&self, location: &Location, model: &str) -> Result<Vec<String>> {
+        let (covered, rest) = (self.covered(location, model).await?, self.rest().await?);
         Ok(rest.layers_of(model).chain(covered.layers_of(model)).map(str::to_owned).collect())
     }
 
@@ -108,28 +108,31 @@ impl Catalogue {
     /// # Errors
     /// When the storage refuses.
     pub async fn look(&self) -> Result<()> {
-        self.index().await.map(drop)
+        self.rest().await.map(drop)
     }
 
-    async fn index(&self) -> Result<&(Lookup, Names)> {
-        let opened = async {
-            let lookup = Lookup::open(&self.dataset, BY_MODEL).await?;
-            let rest = Names::read(&self.dataset, lookup.rest()).await?;
-            Ok((lookup, rest))
-        };
+    async fn index(&self) -> Result<&Lookup> {
+        let opened = async { Lookup::open(&self.dataset, BY_MODEL).await };
         self.index.get_or_try_init(|| opened.boxed().during(READING)).await
     }
 
+    async fn rest(&self) -> Result<&Names> {
+        let lookup = self.index().await?;
+        let read = async { Names::read(&self.dataset, lookup.rest()).await };
+        self.rest.get_or_try_init(|| read.boxed().during(READING)).await
+    }
+
     /// The names of a model's rows that the index covers.
-    async fn covered(&self, model: &str) -> Result<Arc<Names>> {
+    async fn covered(&self, location: &Location, model: &str) -> Result<Arc<Names>> {
         let kept = || self.models.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(names) = kept().get(model) {
             return Ok(names.clone());
         }
-        let (lookup, _) = self.index().await?;
+        let lookup = self.index().await?;
         let read = async {
             let hits = lookup.hits(ScalarValue::from(model)).await?;
-            let mut names = Names::at(&self.dataset, &hits.addresses).await?;
+            let columns = location.formats().known_columns(LAYERS, &self.dataset);
+            let mut names = Names::at(&self.dataset, &hits.addresses, &columns).await?;
             names.extend(Names::read(&self.dataset, &hits.unread).await?);
             Ok(names)
         };
@@ -281,6 +284,16 @@ pub async fn create_table(location: &Location, table: &str, schema: SchemaRef) -
 pub async fn versions(dataset: &Dataset) -> Result<Vec<u64>> {
     let refs = dataset.version_refs().during("listing versions").await?;
     Ok(refs.into_iter().map(|r| r.version).collect())
+}
+
+/// Opens the latest version to write names of versions, found as readers find it.
+pub async fn nameable(location: &Location) -> Result<Dataset> {
+    if let Some(newest) = location.newest(LAYERS)
+        && let Ok(dataset) = location.open_for_write_at(LAYERS, Some(newest)).await
+    {
+        return check_format(location, dataset);
+    }
+    writable(location).await
 }
 
 /// Opens the latest version for writing, and checks that this build can write it.

@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use uuid::Uuid;
 
+use super::address::check_writable;
 use crate::error::{Error, Result};
 
 /// Bytes of a hash.
@@ -67,7 +68,7 @@ impl DiskCache {
     /// Opens a directory of copies, which is made where it is not there.
     ///
     /// # Errors
-    /// When it cannot be made, something else lies there, or it holds something that is no copy.
+    /// When it cannot be made or written to, something else lies there, or it holds something that is no copy.
     pub fn open(options: DiskCacheOptions) -> Result<Self> {
         let directory = &options.directory;
         let named = |e| Error::io(directory, e);
@@ -75,6 +76,7 @@ impl DiskCache {
             return Err(Error::expected("directory of copies", directory.display(), "a directory; it is a file"));
         }
         make(directory).map_err(named)?;
+        check_writable(directory)?;
         for entry in fs::read_dir(directory).map_err(named)? {
             let name = entry.map_err(named)?.file_name().to_string_lossy().into_owned();
             if !is_folder(&name) && !name.starts_with(STAGED) {

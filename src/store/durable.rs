@@ -6,7 +6,8 @@
 //! which ends the process. So the end of every data file is looked at before Lance reads the file, and a range that leads out of a
 //! file is an error before anything is read.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -168,13 +169,14 @@ fn manifests(files: LocalFileSystem, folder: Path) -> BoxStream<'static, object_
                 entries => entries.map_err(|e| failed(&at, e))?,
             };
             for entry in entries {
-                let name = entry.map_err(|e| failed(&at, e))?.file_name();
-                names.extend(name.into_string().ok().filter(|name| !is_staged(name)));
+                names.extend(entry.map_err(|e| failed(&at, e))?.file_name().into_string().ok().map(Reverse));
             }
-            names.sort_unstable();
             Ok::<_, object_store::Error>(names)
         };
         let names = tokio::task::spawn_blocking(read).await.map_err(object_store::Error::from).flatten()?;
+        // A heap gives the first without sorting all.
+        let mut names = BinaryHeap::from(names);
+        let names = std::iter::from_fn(move || names.pop()).map(|Reverse(name)| name).filter(|name| !is_staged(name));
         let found = stream::iter(names).then(move |name| {
             let (files, path) = (files.clone(), folder.clone().join(name));
             async move { files.head(&path).await }

@@ -112,11 +112,18 @@ async fn due(dataset: &Dataset, (table, indexed): (&str, Indexed), limits: &Limi
     if uncovered < most || last < limits.large_fragment && uncovered < 4 * most {
         return Ok(Due::Nothing);
     }
-    let small = segments.iter().rev().take_while(|segment| {
-        let covered = segment.fragment_bitmap.as_ref();
-        rows_of(dataset, |id| covered.is_some_and(|bitmap| bitmap.contains(id as u32))) < limits.segment
-    });
-    Ok(Due::Add(small.count()))
+    let mut sizes: Vec<u64> = segments
+        .iter()
+        .map(|segment| {
+            let covered = segment.fragment_bitmap.as_ref();
+            rows_of(dataset, |id| covered.is_some_and(|bitmap| bitmap.contains(id as u32)))
+        })
+        .collect();
+    let (mut merged, mut rows) = (0, uncovered);
+    while let Some(size) = sizes.pop().filter(|size| *size < limits.growth.saturating_mul(rows)) {
+        (merged, rows) = (merged + 1, rows + size);
+    }
+    Ok(Due::Add(merged))
 }
 
 /// Counts the rows of the fragments that a choice takes by their numbers.

@@ -12,7 +12,7 @@ use lance::table::format::Fragment;
 use super::location::Location;
 use super::lookup::{BY_ARTIFACT, BY_RECIPE, Indexed, Lookup};
 use super::record::{ArtifactRecord, read_artifacts};
-use super::scan::batch_rows;
+use super::scan::{batch_rows, rows_at};
 use super::schema::ARTIFACTS;
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
@@ -103,12 +103,9 @@ impl Listed {
         let lookup = if by == BY_ARTIFACT { &list.by_artifact } else { &list.by_recipe };
         let read = async {
             let hits = lookup.hits(ScalarValue::FixedSizeBinary(32, Some(hash.to_vec()))).await?;
-            let mut batches = vec![];
-            if !hits.addresses.is_empty() {
-                let columns = self.location.formats().known_columns(ARTIFACTS, &list.dataset);
-                let columns = list.dataset.schema().project(&columns)?;
-                batches.push(list.dataset.take_rows(&hits.addresses, columns).await?);
-            }
+            let columns = self.location.formats().known_columns(ARTIFACTS, &list.dataset);
+            let columns = list.dataset.schema().project(&columns)?;
+            let mut batches = rows_at(&list.dataset, &hits.addresses, &columns).await?;
             let more = if rest { lookup.rest() } else { &[] };
             let fragments = ordered([&hits.unread, more].concat());
             let filter = format!("{} = X'{}'", by.column, ArtifactId(hash));

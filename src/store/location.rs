@@ -15,8 +15,9 @@ use tokio::sync::Mutex;
 use super::address;
 use super::durable::Durable;
 use super::format::{Format, Formats};
-use super::layout::{VERSION_HINT, VERSIONS, version_of};
+use super::layout::{VERSIONS, version_of};
 use super::limits::Limits;
+use super::newest;
 use super::on_wait::OnWait;
 use super::place::{Place, S3, SCHEMES, bucket, elsewhere, local};
 use super::s3::StorageOptions;
@@ -74,10 +75,12 @@ impl Location {
     /// # Errors
     /// When nothing can lie at such an address, a file lies there, or the options are not of its storage.
     pub fn new(uri: &str, hooks: &Hooks, options: &StorageOptions) -> Result<Self> {
-        let (uri, place, link) = match uri.split_once(':') {
-            Some((scheme, _)) if scheme.eq_ignore_ascii_case("file") => local(uri, address::of_file_url(uri)?)?,
+        let scheme = uri.split_once(':').map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest));
+        let scheme = scheme.as_ref().map(|(scheme, rest)| (scheme.as_str(), *rest));
+        let (uri, place, link) = match scheme {
+            Some(("file", _)) => local(uri, address::of_file_url(uri)?)?,
             Some((scheme, rest)) if rest.starts_with("//") => {
-                (uri.trim_end_matches('/').to_owned(), elsewhere(scheme, &rest[2..])?, None)
+                (format!("{scheme}:{}", rest.trim_end_matches('/')), elsewhere(scheme, &rest[2..])?, None)
             }
             Some((scheme, rest)) if SCHEMES.contains(&scheme) => {
                 let reason =
@@ -214,12 +217,17 @@ impl Location {
     /// Returns the number of the last version of a table that was committed, as the hint beside its manifests says, on the local file
     /// system. The hint may be missing, or older than the latest version.
     pub fn last_committed(&self, table: &str) -> Option<u64> {
-        #[derive(serde::Deserialize)]
-        struct Hint {
-            version: u64,
-        }
-        let hint = self.local()?.join(format!("{table}.lance")).join(VERSIONS).join(VERSION_HINT);
-        serde_json::from_slice::<Hint>(&std::fs::read(hint).ok()?).ok().map(|hint| hint.version)
+        newest::hinted(&self.manifests(table)?)
+    }
+
+    /// Returns the folder of a table's manifests, on the local file system.
+    fn manifests(&self, table: &str) -> Option<PathBuf> {
+        Some(self.local()?.join(format!("{table}.lance")).join(VERSIONS))
+    }
+
+    /// Returns the number of a table's newest version, where that can be told without listing its manifests.
+    pub fn newest(&self, table: &str) -> Option<u64> {
+        newest::newest(&self.manifests(table)?)
     }
 
     fn store_params(&self) -> ObjectStoreParams {
@@ -229,12 +237,18 @@ impl Location {
     /// Opens a table for reading, at `version` or the latest.
     pub async fn open_table(&self, table: &str, version: Option<u64>) -> lance::Result<Dataset> {
         let mut moves = Moves::of(self);
+        let open = |version: Option<u64>| {
+            let builder = DatasetBuilder::from_uri(self.table_uri(table)).with_session(self.session.clone());
+            checked(at(builder, version).load())
+        };
+        if version.is_none()
+            && let Some(newest) = self.newest(table)
+            && let Ok(dataset) = open(Some(newest)).await
+        {
+            return Ok(dataset);
+        }
         loop {
-            let mut builder = DatasetBuilder::from_uri(self.table_uri(table)).with_session(self.session.clone());
-            if let Some(version) = version {
-                builder = builder.with_version(version);
-            }
-            match checked(builder.load()).await {
+            match open(version).await {
                 Err(e) if version.is_none() && is_gone(&e) && moves.again() => {}
                 opened => return opened.map_err(|e| self.named(table, version, e)),
             }
@@ -244,11 +258,16 @@ impl Location {
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to, and so is what is
     /// there already, which somebody may have begun who was killed.
     pub async fn open_for_write(&self, table: &str) -> lance::Result<Dataset> {
+        self.open_for_write_at(table, None).await
+    }
+
+    /// Opens a version for writing as [`Location::open_for_write`] does, or the latest.
+    pub async fn open_for_write_at(&self, table: &str, version: Option<u64>) -> lance::Result<Dataset> {
         synced::tables(self.local(), [table.to_owned()]).await.map_err(|e| lance::Error::io(e.to_string()))?;
         let builder = DatasetBuilder::from_uri(self.write_uri(table))
             .with_session(self.session.clone())
             .with_store_params(self.store_params());
-        checked(builder.load()).await.map_err(|e| self.named(table, None, e))
+        checked(at(builder, version).load()).await.map_err(|e| self.named(table, version, e))
     }
 
     /// The error of a table that could not be opened, with the name of the manifest where that can be read and is not what was
@@ -258,9 +277,7 @@ impl Location {
         if matches!(e, E::DatasetNotFound { .. } | E::VersionNotFound { .. } | E::NotSupported { .. }) {
             return e;
         }
-        let Some(folder) = self.local().map(|store| store.join(format!("{table}.lance")).join(VERSIONS)) else {
-            return e;
-        };
+        let Some(folder) = self.manifests(table) else { return e };
         let files = std::fs::read_dir(&folder)
             .into_iter()
             .flatten()
@@ -330,6 +347,14 @@ fn registry(uri: &str, options: &StorageOptions) -> Result<ObjectStoreRegistry> 
         registry.insert("s3", Arc::new(bucket(uri, options)?));
     }
     Ok(registry)
+}
+
+/// A table at a version, or the one that Lance finds to be the newest.
+fn at(builder: DatasetBuilder, version: Option<u64>) -> DatasetBuilder {
+    match version {
+        Some(version) => builder.with_version(version),
+        None => builder,
+    }
 }
 
 /// Opens a table, and looks at the types of its columns, which the manifest holds as text that Lance believes.
@@ -422,6 +447,9 @@ mod tests {
         let keys = keys();
         let on_s3 = |uri: &str, options: &StorageOptions| Location::new(uri, &Hooks::default(), options);
         assert!(matches!(on_s3("s3://bucket/models/", &keys).unwrap().place(), Place::Remote));
+        assert_eq!(on_s3("S3://bucket/Models//", &keys).unwrap().uri(), "s3://bucket/Models");
+        let escaped = on_s3("s3://bucket/my%20models", &keys).unwrap_err().to_string();
+        assert!(escaped.contains("'%'") && escaped.contains("without escapes"), "{escaped}");
         for bad in ["s3://id:hidden@bucket/a", "s3://bucket/a?key=hidden", "s3://bucket/a#hidden"] {
             let error = on_s3(bad, &keys).unwrap_err().to_string();
             assert!(!error.contains("hidden") && error.contains("s3://BUCKET/PREFIX"), "{error}");

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use futures::future::join_all;
 use lance::Dataset;
 use lance::dataset::fragment::FileFragment;
 use lance::deps::datafusion::scalar::ScalarValue;
@@ -81,12 +82,16 @@ impl Lookup {
     pub async fn open(dataset: &Arc<Dataset>, indexed: Indexed) -> lance::Result<Self> {
         let (mut segments, mut unreadable) = (vec![], 0);
         let mut covered: BTreeSet<u32> = BTreeSet::new();
-        for metadata in dataset.load_indices_by_name(indexed.index).await? {
-            let Some(fragments) = metadata.effective_fragment_bitmap(dataset.fragment_bitmap()) else { continue };
+        let parts = dataset.load_indices_by_name(indexed.index).await?;
+        let opened = parts.iter().filter_map(|metadata| {
+            let fragments: BTreeSet<u32> =
+                metadata.effective_fragment_bitmap(dataset.fragment_bitmap())?.iter().collect();
             let opened = dataset.open_scalar_index(indexed.column, &metadata.uuid, &NoOpMetricsCollector);
-            match opened.caught().await {
+            Some(async { (opened.caught().await, fragments) })
+        });
+        for (index, fragments) in join_all(opened).await {
+            match index {
                 Ok(index) => {
-                    let fragments: BTreeSet<u32> = fragments.iter().collect();
                     covered.extend(&fragments);
                     segments.push(Segment { index, fragments });
                 }
@@ -115,9 +120,12 @@ impl Lookup {
     pub async fn hits(&self, value: ScalarValue) -> lance::Result<Hits> {
         let query = SargableQuery::Equals(value);
         let mut hits = Hits::default();
-        for segment in &self.segments {
+        let searched = self.segments.iter().map(async |segment| {
             let searched = async { segment.index.search(&query, &NoOpMetricsCollector).await.map(addresses) };
-            match searched.caught().await {
+            (searched.caught().await, segment)
+        });
+        for (found, segment) in join_all(searched).await {
+            match found {
                 Ok(Some(addresses)) => {
                     let covered = |address: &u64| segment.fragments.contains(&((address >> 32) as u32));
                     hits.addresses.extend(addresses.into_iter().filter(covered));

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::catalogue;
 use super::layout::{VERSIONS, version_of};
+use super::lease;
 use super::listing::{names_in, table_folders};
 use super::location::Location;
 use super::remedy::Remedy;
@@ -18,7 +19,7 @@ use crate::error::{Error, Result};
 /// A file of a table, or of a snapshot's name, that is not what was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DamagedMetadata {
-    /// The table.
+    /// The table; empty where the file is of the whole store.
     pub table: String,
     /// The version of the table that the file stands for, where it stands for one; a data file stands for none.
     pub version: Option<u64>,
@@ -107,6 +108,16 @@ pub async fn damaged(location: &Location) -> Result<(Vec<DamagedMetadata>, BTree
             snapshot: Some(name),
             reason: found.1,
             help: vec![Remedy::DeleteSnapshot, Remedy::RestoreFile],
+        });
+    }
+    if let Err(Error::Damaged { message, .. }) = lease::look(location).await {
+        all.push(DamagedMetadata {
+            table: String::new(),
+            version: None,
+            snapshot: None,
+            file: format!("{}/{}", location.uri(), lease::LEASE),
+            reason: message,
+            help: vec![Remedy::DeleteFile],
         });
     }
     Ok((all, catalogues))

@@ -42,6 +42,7 @@ mod models;
 mod module;
 mod names;
 mod nearest;
+mod newest;
 mod on_disk;
 mod on_wait;
 mod place;

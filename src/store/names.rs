@@ -9,10 +9,13 @@ use lance::Dataset;
 use lance::dataset::fragment::{FileFragment, FragReadConfig};
 use lance::table::format::Fragment;
 
-use super::scan::ROW_ADDRESS;
+use super::scan::{FRAGMENTS_AT_ONCE, ROW_ADDRESS, rows_at};
 
-/// Fragments read at once: on an object store each waits for an answer.
-const AT_ONCE: usize = 32;
+/// The columns of a row's name.
+const NAMES: [&str; 2] = ["model", "layer"];
+
+/// So many rows at most are read with their names.
+const WHOLE_ROWS: usize = 512;
 
 /// The names of rows of one version, in a few large arrays: going through 100,000 of them takes less than a millisecond, and nothing
 /// has to be built first.
@@ -26,30 +29,44 @@ struct Piece {
     addresses: UInt64Array,
     models: StringArray,
     layers: StringArray,
+    /// The rows, where all that is read of them is at hand.
+    rows: Option<RecordBatch>,
+}
+
+/// A row that was found by its name.
+#[derive(Debug)]
+pub struct FoundRow {
+    /// Its address.
+    pub address: u64,
+    /// The row itself, with its address, where it was read with the names.
+    pub row: Option<RecordBatch>,
 }
 
 impl Names {
     /// Reads the names of all rows of fragments.
     pub async fn read(dataset: &Arc<Dataset>, fragments: &[Fragment]) -> lance::Result<Self> {
-        let columns = dataset.schema().project(&["model", "layer"])?;
+        let columns = dataset.schema().project(&NAMES)?;
         let fragments: Vec<FileFragment> =
             fragments.iter().map(|fragment| FileFragment::new(dataset.clone(), fragment.clone())).collect();
         let pieces = futures::stream::iter(fragments)
             .map(|fragment| read_fragment(fragment, &columns))
-            .buffered(AT_ONCE)
+            .buffered(FRAGMENTS_AT_ONCE)
             .try_collect::<Vec<_>>()
             .await?;
         Ok(Names { pieces: pieces.into_iter().flatten().collect() })
     }
 
-    /// Reads the names of rows at these addresses; deleted ones are left out.
-    pub async fn at(dataset: &Arc<Dataset>, addresses: &[u64]) -> lance::Result<Self> {
-        if addresses.is_empty() {
-            return Ok(Names::default());
-        }
-        let columns = dataset.schema().project(&["model", "layer"])?;
-        let batch = dataset.take_builder(addresses, columns)?.with_row_address(true).execute().await?;
-        Ok(Names { pieces: vec![piece(&batch)?] })
+    /// Reads the names of rows at these addresses, as [`rows_at`] does; and the rows themselves, all these columns of them, where they
+    /// are few: to read them together takes less time than to read a row after the names.
+    pub async fn at(dataset: &Arc<Dataset>, addresses: &[u64], all: &[String]) -> lance::Result<Self> {
+        let whole = addresses.len() <= WHOLE_ROWS;
+        let columns = if whole { dataset.schema().project(all)? } else { dataset.schema().project(&NAMES)? };
+        let batches = rows_at(dataset, addresses, &columns).await?;
+        let pieces = batches.into_iter().map(|batch| {
+            let piece = piece(&batch)?;
+            Ok(Piece { rows: whole.then_some(batch), ..piece })
+        });
+        Ok(Names { pieces: pieces.collect::<lance::Result<_>>()? })
     }
 
     /// Adds others.
@@ -57,12 +74,13 @@ impl Names {
         self.pieces.extend(others.pieces);
     }
 
-    /// Finds the row of a layer, and returns its address.
-    pub fn find(&self, model: &str, layer: &str) -> Option<u64> {
+    /// Finds the row of a layer.
+    pub fn find(&self, model: &str, layer: &str) -> Option<FoundRow> {
         self.pieces.iter().find_map(|piece| {
             let row =
                 (0..piece.layers.len()).find(|&i| piece.layers.value(i) == layer && piece.models.value(i) == model)?;
-            Some(piece.addresses.value(row))
+            let rows = piece.rows.as_ref();
+            Some(FoundRow { address: piece.addresses.value(row), row: rows.map(|rows| rows.slice(row, 1)) })
         })
     }
 
@@ -99,5 +117,5 @@ fn piece(batch: &RecordBatch) -> lance::Result<Piece> {
     };
     let addresses = batch.column_by_name(ROW_ADDRESS).and_then(|c| c.as_primitive_opt::<UInt64Type>()).cloned();
     let addresses = addresses.ok_or_else(|| lance::Error::internal("rows without addresses"))?;
-    Ok(Piece { addresses, models: text("model")?, layers: text("layer")? })
+    Ok(Piece { addresses, models: text("model")?, layers: text("layer")?, rows: None })
 }

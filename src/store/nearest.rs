@@ -144,8 +144,9 @@ impl Snapshot {
 
     async fn no_such_width(&self, width: usize) -> Result<Error> {
         let tables = data_tables(&self.shared().location).await?;
-        let mut widths: Vec<usize> =
-            tables.into_iter().filter_map(|(_, t)| if let Table::Keys(d) = t { Some(d) } else { None }).collect();
+        let widths = tables.into_iter().filter_map(|(_, t)| if let Table::Keys(d) = t { Some(d) } else { None });
+        // Of this one there is a folder, perhaps, and no version.
+        let mut widths: Vec<usize> = widths.filter(|of| *of != width).collect();
         widths.sort_unstable();
         let known = match widths.is_empty() {
             true => "no layer of the store keeps f32 keys".to_owned(),
@@ -180,12 +181,17 @@ impl Store {
         let location = &self.shared().location;
         let _guards = (lock::importing(location).await?, lock::indexing(location).await?);
         let mut reports = vec![];
-        for (name, table) in data_tables(location).await? {
+        'tables: for (name, table) in data_tables(location).await? {
             let Table::Keys(width) = table else { continue };
             let action = || format!("indexing table '{name}'");
             let mut attempt = 1;
             let (rows, partitions) = loop {
-                let mut dataset = location.open_for_write(&name).during(action()).await?;
+                let mut dataset = match location.open_for_write(&name).await {
+                    Ok(dataset) => dataset,
+                    // Whoever began it was killed before its first version.
+                    Err(lance::Error::DatasetNotFound { .. }) => continue 'tables,
+                    Err(e) => return Err(storage_error(action())(e)),
+                };
                 let rows = dataset.count_rows(None).during(action()).await?;
                 let partitions = (rows >= LEAST_ROWS).then_some((rows / PARTITION_ROWS).max(1));
                 let Some(some) = partitions else { break (rows, None) };

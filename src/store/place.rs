@@ -52,6 +52,10 @@ pub fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
             reason: "expected s3://BUCKET/PREFIX: credentials are given as storage options or in the environment"
                 .into(),
         }),
+        // Lance would decode it: two addresses would be of one store, and a key with a '%' of none.
+        ("s3" | "gs" | "az" | "abfss", _) if rest.contains('%') => {
+            not_a_store("found '%', expected the prefix as it is, without escapes".into())
+        }
         // Lance takes an address that is no URL for a path.
         ("s3" | "gs" | "az" | "memory", _) if !is_name(rest) => {
             not_a_store(format!("expected {scheme}://NAME, where NAME has letters, digits, '.', '-' and '_' alone"))

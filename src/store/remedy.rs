@@ -17,6 +17,8 @@ pub enum Remedy {
     Gc,
     /// [`Store::delete_snapshot`](crate::Store::delete_snapshot): the version that the snapshot named stays.
     DeleteSnapshot,
+    /// The file's deletion, while no writer is at work.
+    DeleteFile,
     /// A copy of the file, put in its place.
     RestoreFile,
     /// [`Store::restore`](crate::Store::restore) of an older version.
@@ -37,6 +39,7 @@ impl Remedy {
             Remedy::RepairFromStore => "layerstore repair --from a store that has it",
             Remedy::Gc => "layerstore gc --apply, once it is old enough",
             Remedy::DeleteSnapshot => "layerstore snapshot delete",
+            Remedy::DeleteFile => "the object's deletion, while no writer is at work",
             Remedy::RestoreFile => "a copy of the file, put in its place",
             Remedy::RestoreVersion => "layerstore restore of an older version",
             Remedy::RollBack => "layerstore repair, which goes back to the version before it",

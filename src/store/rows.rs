@@ -11,8 +11,9 @@ use lance::table::format::Fragment;
 
 use super::location::Location;
 use super::lookup::{BY_MODEL, Lookup};
+use super::names::FoundRow;
 use super::record::{LayerRecord, read_layers};
-use super::scan::{ROW_ADDRESS, batch_rows};
+use super::scan::{ROW_ADDRESS, batch_rows, rows_at};
 use super::schema::LAYERS;
 use super::waiting::Waiting;
 use crate::error::{Error, Result};
@@ -66,10 +67,13 @@ pub async fn rows_of(location: &Location, dataset: &Arc<Dataset>, models: &[&str
     Ok(by_name(rows))
 }
 
-/// Reads the row at an address.
-pub async fn row(location: &Location, dataset: &Arc<Dataset>, address: u64) -> Result<LayerRecord> {
-    let batches = taken(location, dataset, &[address]).boxed().during(READING).await?;
-    let mut rows = addressed(location, batches.into_iter().collect())?;
+/// Returns the row that was found, which is read unless it is at hand.
+pub async fn row(location: &Location, dataset: &Arc<Dataset>, found: FoundRow) -> Result<LayerRecord> {
+    let batches = match found.row {
+        Some(row) => vec![row],
+        None => taken(location, dataset, &[found.address]).boxed().during(READING).await?,
+    };
+    let mut rows = addressed(location, batches)?;
     rows.pop().map(|(_, record)| record).ok_or_else(|| Error::expected("rows of the catalogue", "none", "1"))
 }
 
@@ -96,13 +100,10 @@ async fn scanned(
     scan.try_into_stream().await?.try_collect().await
 }
 
-/// Reads the rows at addresses, with these; deleted ones are left out.
-async fn taken(location: &Location, dataset: &Arc<Dataset>, addresses: &[u64]) -> lance::Result<Option<RecordBatch>> {
-    if addresses.is_empty() {
-        return Ok(None);
-    }
+/// Reads the rows at addresses, as [`rows_at`] does.
+async fn taken(location: &Location, dataset: &Arc<Dataset>, addresses: &[u64]) -> lance::Result<Vec<RecordBatch>> {
     let columns = dataset.schema().project(&location.formats().known_columns(LAYERS, dataset))?;
-    dataset.take_builder(addresses, columns)?.with_row_address(true).execute().await.map(Some)
+    rows_at(dataset, addresses, &columns).await
 }
 
 fn addressed(location: &Location, batches: Vec<RecordBatch>) -> Result<Vec<AddressedRow>> {

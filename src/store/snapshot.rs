@@ -218,12 +218,12 @@ impl Snapshot {
     /// # Errors
     /// When there is no such model or layer: the message gives the closest names.
     pub async fn layer(&self, model: &str, layer: &str) -> Result<LayerHandle> {
-        if let Some(address) = self.catalogue.find(model, layer).await? {
-            let record = rows::row(&self.shared.location, self.catalogue.dataset(), address).await?;
+        let location = &self.shared.location;
+        if let Some(record) = self.catalogue.find(location, model, layer).await? {
             self.shared.data.open_ahead(std::slice::from_ref(&record)).await?;
             return Ok(self.handle(record));
         }
-        let layers = self.catalogue.layers_of(model).await?;
+        let layers = self.catalogue.layers_of(location, model).await?;
         if layers.is_empty() {
             return Err(self.unknown_model(model).await?);
         }

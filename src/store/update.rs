@@ -99,23 +99,26 @@ pub async fn join_all(dataset: Dataset, (limits, properties): (&Limits, Properti
     let deleted = |fragment: &Fragment| {
         fragment.physical_rows.unwrap_or_default() as u64 - live_rows(fragment).unwrap_or_default()
     };
+    let (small, most) = limits.gc_joins;
     let fragments = dataset.fragments().iter();
     let joined: Vec<Fragment> = fragments
-        .filter(|fragment| {
-            live_rows(fragment).is_some_and(|rows| rows < limits.segment || 10 * deleted(fragment) > rows)
-        })
+        .filter(|fragment| live_rows(fragment).is_some_and(|rows| rows < small || 10 * deleted(fragment) > rows))
         .cloned()
         .collect();
     let gone: u64 = joined.iter().map(deleted).sum();
     let total: u64 = dataset.fragments().iter().filter_map(live_rows).sum();
-    if joined.len() <= limits.fragments && gone < limits.large_fragment.max(total / 10) {
+    if joined.len() <= most && gone < limits.large_fragment.max(total / 10) {
         return Ok(false);
     }
     let dataset = Arc::new(dataset);
     let mut scan = dataset.scan();
     scan.with_fragments(joined.clone()).scan_in_order(true).batch_size(batch_rows(&dataset));
     let rows: SendableRecordBatchStream = scan.try_into_stream().await?.into();
-    let params = WriteParams { mode: WriteMode::Append, ..WriteParams::default() };
+    let params = WriteParams {
+        mode: WriteMode::Append,
+        max_rows_per_file: usize::try_from(small).unwrap_or(usize::MAX).max(1),
+        ..WriteParams::default()
+    };
     let transaction = InsertBuilder::new(dataset.clone()).with_params(&params).execute_uncommitted_stream(rows).await?;
     let Operation::Append { fragments } = transaction.operation else {
         return Err(lance::Error::internal("an append came to be something else"));

@@ -8,7 +8,7 @@ use lance::Dataset;
 use lance::dataset::transaction::{Operation, TransactionBuilder};
 use serde::Serialize;
 
-use super::catalogue::{open, versions, writable};
+use super::catalogue::{nameable, open, versions, writable};
 use super::listing::names_in;
 use super::location::Location;
 use super::lock::{self, Guard};
@@ -137,7 +137,7 @@ pub async fn create_snapshot(location: &Location, name: &str, at: Option<&str>) 
     check_snapshot_name(name)?;
     // gc must not remove the version between the look and the name.
     let guard = lock::changing(location).await?;
-    let dataset = writable(location).await?;
+    let dataset = nameable(location).await?;
     let (version, time) = match at {
         Some(at) => {
             let version = resolve(location, &dataset, at).await?;

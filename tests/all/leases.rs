@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use layerstore::layer::Layer;
 use layerstore::testing::Hooks;
-use layerstore::{Error, ErrorKind, Store, StoreOptions};
+use layerstore::{Error, ErrorKind, Remedy, Store, StoreOptions};
 
 use crate::numbered::{layer, options, put, sound, troubles};
 use crate::s3::{Gate, Kind, On, Server};
@@ -244,5 +244,12 @@ fn gc_tells_the_living_from_the_dead() {
         assert_error(&damaged, ErrorKind::Corrupt, &["layerstore.lease.json"]);
         assert!(matches!(store.gc(Duration::ZERO, true).await, Err(Error::Damaged { .. })));
         loads(&store, "latest", ("m", "layer", 3)).await;
+        let report = store.verify(|_, _| ()).await.unwrap();
+        let [found] = &report.damaged[..] else { panic!("{report:?}") };
+        assert!(found.file.ends_with("/living/layerstore.lease.json"), "{found:?}");
+        assert_eq!((found.reason.contains("no lease"), &found.help[..]), (true, &[Remedy::DeleteFile][..]));
+        server.set("test/living/layerstore.lease.json", None);
+        assert!(store.verify(|_, _| ()).await.unwrap().is_sound());
+        put(&store, "m", "layer", 4).await.unwrap();
     });
 }

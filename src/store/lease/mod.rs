@@ -28,10 +28,12 @@ use std::sync::Arc;
 
 pub use self::exclusive::{Exclusive, exclusive};
 use self::keeper::on_keeper;
+pub use self::objects::LEASE;
 use self::objects::{Objects, Seen};
 pub use self::shared::{Shared, shared};
 use super::location::Location;
 use super::on_wait::OnWait;
+use super::place::Place;
 use super::waiting::storage_error;
 use crate::error::Result;
 
@@ -65,6 +67,17 @@ async fn objects_of(location: &Location) -> Result<Arc<Objects>> {
     let own = location.own_files().await;
     let (files, root) = own.map_err(storage_error(format!("opening {}", location.uri())))?;
     Ok(Arc::new(Objects::new(files, root, location.uri().to_owned())))
+}
+
+/// Looks whether the lease of a store can be read. Stores that have locks have none.
+///
+/// # Errors
+/// When the storage refuses, and [`Error::Damaged`](crate::Error::Damaged) when the object holds something else.
+pub async fn look(location: &Location) -> Result<()> {
+    match location.place() {
+        Place::Local(_) | Place::Memory(_) => Ok(()),
+        Place::Remote => read(&objects_of(location).await?).await.map(drop),
+    }
 }
 
 /// Reads the lease.

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 
 /// The object that holds the lease. It is never deleted, since its epoch must not begin anew.
-const LEASE: &str = "layerstore.lease.json";
+pub const LEASE: &str = "layerstore.lease.json";
 
 /// The folder of the writers' signs of life.
 const WRITERS: &str = "layerstore.writers";
@@ -94,7 +94,7 @@ impl Objects {
         };
         let state = serde_json::from_slice(&bytes).map_err(|e| Error::Damaged {
             action: format!("reading the lease of {}", self.uri),
-            message: format!("object {LEASE} holds none: {e}; where no writer is at work, it can be deleted"),
+            message: format!("object {LEASE} holds no lease: {e}; while no writer is at work, it can be deleted"),
             source: None,
         })?;
         Ok(Some((state, version)))

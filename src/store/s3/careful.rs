@@ -22,6 +22,8 @@ use object_store::{
     PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
 };
 
+use super::http::Lacking;
+
 /// How long something is tried.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -230,10 +232,20 @@ impl Tries {
     }
 }
 
-/// Returns the error in the causes of another that says how HTTP failed.
-fn http_error(error: &Error) -> Option<&HttpError> {
+/// Returns the first of an error's causes that is of a type.
+fn cause<T: std::error::Error + 'static>(error: &Error) -> Option<&T> {
     let causes = std::iter::successors(std::error::Error::source(error), |e| e.source());
     causes.into_iter().find_map(|e| e.downcast_ref())
+}
+
+/// Returns the error in the causes of another that says how HTTP failed.
+fn http_error(error: &Error) -> Option<&HttpError> {
+    cause(error).filter(|_| !is_lacking(error))
+}
+
+/// Whether the server lacks what was asked for.
+fn is_lacking(error: &Error) -> bool {
+    cause::<Lacking>(error).is_some()
 }
 
 /// Whether a request was never sent.
@@ -248,7 +260,8 @@ fn was_cut(error: &Error) -> bool {
 
 /// Whether it helps nothing to try again.
 fn is_final(error: &Error) -> bool {
-    !matches!(error, Error::Generic { .. } | Error::Precondition { .. } | Error::AlreadyExists { .. })
+    is_lacking(error)
+        || !matches!(error, Error::Generic { .. } | Error::Precondition { .. } | Error::AlreadyExists { .. })
 }
 
 fn already_exists(path: &Path, source: Error) -> Error {

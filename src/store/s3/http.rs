@@ -100,7 +100,11 @@ impl HttpService for Service {
         *out.headers_mut() = parts.headers;
         let progress = Progress::default();
         *out.body_mut() = Some(reqwest::Body::wrap(Outgoing { body, piece: Bytes::new(), progress: progress.clone() }));
+        let method = out.method().clone();
         let answer = answered(client.execute(out), &progress, idle).await?;
+        if answer.status() == http::StatusCode::NOT_IMPLEMENTED {
+            return Err(HttpError::new(HttpErrorKind::Unknown, Lacking { method }));
+        }
         let (parts, body) = http::Response::<reqwest::Body>::from(answer).into_parts();
         let sleep = Box::pin(sleep_until(Instant::now()));
         Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(Incoming { body, idle, sleep, waits: false })))
@@ -135,6 +139,25 @@ impl std::fmt::Display for Idle {
 }
 
 impl std::error::Error for Idle {}
+
+/// The error of a request that the server says is for something that it does not have.
+#[derive(Debug)]
+pub struct Lacking {
+    method: http::Method,
+}
+
+impl std::fmt::Display for Lacking {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Lacking { method } = self;
+        write!(
+            f,
+            "the server answered a {method} with 501 Not Implemented: it lacks what a store needs, as are writes under a condition "
+        )?;
+        write!(f, "(If-None-Match, If-Match)")
+    }
+}
+
+impl std::error::Error for Lacking {}
 
 /// When a piece of a body last went out.
 #[derive(Debug, Clone)]

@@ -268,6 +268,25 @@ async fn lost_answers_of_creations() {
     }
 }
 
+/// What a server says that it does not have is not asked for again.
+#[tokio::test]
+async fn what_a_server_lacks_is_said_at_once() {
+    let server = Server::start();
+    let s3 = careful(&server).with_limit(ms(300_000));
+    let x = Path::from("x");
+    server.faults(vec![fault(On::Any, Nth::Every(1), Act::Answer(501))]);
+    let put = s3.put_opts(&x, "mine".into(), created()).await.unwrap_err();
+    let over = s3.put_opts(&x, "mine".into(), PutMode::Overwrite.into()).await.unwrap_err();
+    let listed = s3.list(None).try_collect::<Vec<_>>().await.unwrap_err();
+    for (error, method) in [(put, "PUT"), (over, "PUT"), (listed, "GET")] {
+        assert!(Unclear::of(&error).is_none(), "{error:?}");
+        let causes = std::iter::successors(std::error::Error::source(&error), |e| e.source());
+        let said: Vec<String> = causes.map(|e| e.to_string()).collect();
+        assert!(said.iter().any(|e| e.contains(&format!("answered a {method} with 501"))), "{said:?}");
+    }
+    assert_eq!(server.met(), 3);
+}
+
 /// A store that answers 409 to all creations holds nothing, and it is not said that it does.
 #[tokio::test]
 async fn nothing_is_said_that_is_not_known() {
