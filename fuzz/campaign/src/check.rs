@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::child::Trouble;
 use crate::history::{Content, Depth, History, State};
-use crate::inputs::{Inputs, args, rows};
+use crate::inputs::{Inputs, Rows, args, rows};
 use crate::store::Store;
 
 /// Versions that are looked at, at most, beside the latest one.
@@ -110,17 +110,16 @@ pub fn check_rows(store: &Store, inputs: &Inputs, version: u64, model: &str, con
     Err(Trouble::lost(format!("version {version}, model '{model}': {found:?}; expected, among others, {other:?}")))
 }
 
-/// Checks that a store at `path` holds this layer, with this method and artifact, and nothing else.
-pub fn check_copy(
-    store: &Store,
-    path: &Path,
-    model: &str,
-    layer: &str,
-    expected: Option<&(String, String)>,
-) -> Result<(), Trouble> {
+/// Checks that a store at `path` holds this layer of a model of these rows, and nothing else but the components of a module.
+pub fn check_copy(store: &Store, path: &Path, (model, of): (&str, &Rows), layer: &str) -> Result<(), Trouble> {
     let found = rows(&store.json_on(path, &args!["layers", model])?)?;
-    if found.len() != 1 || found.get(layer) != expected {
-        return Err(Trouble::lost(format!("a copy of '{layer}' holds {found:?}, expected {expected:?}")));
+    let components = format!("{layer}.");
+    let belongs = |name: &String| name == layer || name.starts_with(&components);
+    let same = found.iter().all(|(name, row)| belongs(name) && of.get(name) == Some(row));
+    let is_module = of.get(layer).is_some_and(|(method, _)| method == "module");
+    let expected = if is_module { of.keys().filter(|name| belongs(name)).count() } else { 1 };
+    if !same || found.len() != expected {
+        return Err(Trouble::lost(format!("a copy of '{layer}' holds {found:?}, expected {expected} of {of:?}")));
     }
     store.json_on(path, &args!["verify"]).map(drop)
 }

@@ -111,7 +111,7 @@ impl<'a> Place<'a> {
                 self.store.json(&step.args(self.inputs))?;
             }
             let rows = self.inputs.rows(self.history.state()[model]);
-            check_copy(&self.store, &self.store.folder().join("copied"), model, layer, rows.get(layer))?;
+            check_copy(&self.store, &self.store.folder().join("copied"), (model, &rows), layer)?;
         }
         self.settle(step, &ran)?;
         Ok(ran)
