@@ -10,6 +10,7 @@ the model, at the end, as one version.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def import_model(
     ``path``, ``store`` and ``statistics`` have to be the same files for every node. ``resources`` are what each worker takes, as Ray's actors have
     them: ``{"num_cpus": 4}``, ``{"resources": {"big": 1}}``; a worker computes with as many threads as it has processors. ``workers`` are as many
     as the cluster has room for, where it is not said. A worker that dies is started again, and its layers are given out again, ``retries``
-    times. ``storage_options`` are those of ``layerstore.open``, for every worker; without them the environment of its node says how a
+    times. Where no node of the cluster has such resources, a ``RuntimeWarning`` says so, and one that joins is waited for. ``storage_options`` are those of ``layerstore.open``, for every worker; without them the environment of its node says how a
     store on S3 is reached. ``progress=True`` shows a bar; a callable is told each step, with the worker's process.
 
     Ctrl-C, and an error of any worker, ends all; nothing is committed then, and what was made is found by the next import. Raises what
@@ -73,9 +74,13 @@ def import_model(
     opened = _native.create(uri, storage_options=options)
     with opened.lease():
         plan = opened.plan(path, check_values=False, **work)
+        # A file that is changed meanwhile would have the workers follow other rules.
+        work["rules"] = _text(work["rules"])
         layers = sorted(plan["layers"], key=lambda layer: -layer["dense_bytes"])
         batches = list(_batches(layers, batch_bytes or _BATCH_BYTES))
         count = min(workers or _room(taken), len(batches))
+        if count > 0:
+            _require(taken)
         made: dict[str, dict[str, Any]] = {}
         written = 0
         if count > 0:
@@ -96,8 +101,29 @@ def import_model(
 
 def _absolute(given: Any) -> Any:
     """A path for processes in other folders; anything else as it is."""
-    is_path = isinstance(given, os.PathLike) or (isinstance(given, str) and "\n" not in given and "[[" not in given)
-    return str(Path(given).expanduser().absolute()) if is_path else given
+    return str(Path(given).expanduser().absolute()) if _is_path(given) else given
+
+
+def _is_path(given: Any) -> bool:
+    return isinstance(given, os.PathLike) or (isinstance(given, str) and "\n" not in given and "[[" not in given)
+
+
+def _text(rules: Any) -> Any:
+    """What a file of rules says; anything else as it is."""
+    # Behind a line's end it is taken for no path.
+    return Path(rules).read_text(encoding="utf-8") + "\n" if _is_path(rules) else rules
+
+
+def _require(taken: Mapping[str, Any]) -> None:
+    """Warns where no node has what a worker takes."""
+    if not ray.is_initialized():
+        ray.init()
+    named = {"CPU": taken["num_cpus"], "GPU": taken.get("num_gpus"), "memory": taken.get("memory"), **(taken.get("resources") or {})}
+    wanted = {what: count for what, count in named.items() if count}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(what, 0) >= count for what, count in wanted.items()) for node in nodes):
+        told = ", ".join(f"{what} {count}" for what, count in wanted.items())
+        warnings.warn(f"no node of the cluster has what a worker takes ({told}): one that joins it is waited for", RuntimeWarning, stacklevel=3)
 
 
 def _room(taken: Mapping[str, Any]) -> int:

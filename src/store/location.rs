@@ -258,7 +258,9 @@ impl Location {
     /// Opens a table's latest version for writing: what is written through it is on disk before it is referred to, and so is what is
     /// there already, which somebody may have begun who was killed.
     pub async fn open_for_write(&self, table: &str) -> lance::Result<Dataset> {
-        self.open_for_write_at(table, None).await
+        // Lance goes by the hint beside the manifests where it writes, and would commit behind an older version than the newest.
+        let listed = self.manifests(table).and_then(|folder| newest::listed(&folder));
+        self.open_for_write_at(table, listed).await
     }
 
     /// Opens a version for writing as [`Location::open_for_write`] does, or the latest.

@@ -1,17 +1,20 @@
 //! A table's newest version, found without a listing of its manifests, of which there may be thousands.
 //!
 //! Behind each commit, Lance writes the number of the version into a file beside the manifests. The file may be missing, or older than the
-//! newest version, so the versions behind it are tried; and it may be damaged, or left behind by a writer that does not keep it up while
-//! another removed versions. Then its times do not fit, and the folder is to be listed.
+//! newest version, so the versions behind it are tried. It may also be damaged, come from a copy that was put over the store, or have been
+//! left behind by a writer that does not keep it up while another removed versions: then the times do not fit that the system has written
+//! down, one of which no program can set, and the folder is to be listed. Only readers go by it.
 
 use std::fs::{File, Metadata};
 use std::path::Path;
 use std::time::Duration;
+#[cfg(unix)]
+use std::time::SystemTime;
 
-use super::layout::{VERSION_HINT, manifest_names};
+use super::layout::{VERSION_HINT, manifest_names, version_of};
 
 /// How far apart the times of a commit's manifest, of the file with its number, and of the last change of the folder may be.
-const APART: Duration = Duration::from_secs(60);
+const APART: Duration = Duration::from_secs(5);
 
 /// So many versions behind the last one found are tried.
 const TRIED: u64 = 8;
@@ -35,7 +38,7 @@ pub fn newest(folder: &Path) -> Option<u64> {
     let hint = std::fs::metadata(folder.join(VERSION_HINT)).ok()?;
     let first = hinted(folder)?;
     let manifest = manifest(folder, first)?;
-    if !is_soon_after(&manifest, &hint)? || !is_soon_after(&hint, &changed)? {
+    if !is_soon_after(&manifest, &hint)? || !is_soon_after(&hint, &changed)? || was_set(&changed)? {
         return None;
     }
     let (mut newest, mut next) = (first, first.checked_add(1)?);
@@ -54,6 +57,28 @@ fn manifest(folder: &Path, version: u64) -> Option<Metadata> {
     std::fs::metadata(folder.join(name)).ok().filter(Metadata::is_file)
 }
 
+/// Returns the newest version of a folder of manifests by listing it.
+pub fn listed(folder: &Path) -> Option<u64> {
+    let names = std::fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    // Those with the highest bit are of no row of versions.
+    names.filter_map(|name| version_of(&name)).filter(|version| version >> 63 == 0).max()
+}
+
+/// Whether the time of a folder's last change is another than that of the change itself, as where a copy was given the times of what it
+/// is a copy of.
+#[cfg(unix)]
+fn was_set(changed: &Metadata) -> Option<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let set = Duration::new(u64::try_from(changed.ctime()).ok()?, u32::try_from(changed.ctime_nsec()).ok()?);
+    let said = changed.modified().ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    Some(set.abs_diff(said) > Duration::from_millis(100))
+}
+
+#[cfg(not(unix))]
+fn was_set(_: &Metadata) -> Option<bool> {
+    None
+}
+
 /// Whether something was last written at the same time as something else, or up to [`APART`] later.
 fn is_soon_after(earlier: &Metadata, later: &Metadata) -> Option<bool> {
     let between = later.modified().ok()?.duration_since(earlier.modified().ok()?);
@@ -62,8 +87,6 @@ fn is_soon_after(earlier: &Metadata, later: &Metadata) -> Option<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use super::*;
 
     fn write(folder: &Path, name: &str, text: &str) {
@@ -127,9 +150,9 @@ mod tests {
         hint(folder, 3);
         age(&folder.join(VERSION_HINT), 4990);
         assert_eq!(newest(folder), None);
-        // A folder that was last changed with it is that of its version.
-        std::fs::remove_file(manifest(90)).unwrap();
-        age(folder, 4980);
-        assert_eq!(newest(folder), Some(3));
+        // It came with a copy of an older store, whose times were put over those that are there.
+        age(folder, 4988);
+        assert_eq!((newest(folder), listed(folder)), (None, Some(90)));
+        assert_eq!(listed(&folder.join("none")), None);
     }
 }

@@ -49,7 +49,8 @@ pub fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
         // What stands before an @ may be a secret: the address is not repeated.
         ("s3", _) if rest.contains(['@', '?', '#', '\\']) => Err(Error::NotAStore {
             path: "s3://…".into(),
-            reason: "expected s3://BUCKET/PREFIX: credentials are given as storage options or in the environment"
+            reason: "found '@', '?', '#' or '\\', expected s3://BUCKET/PREFIX alone: credentials are given as storage options or in the \
+                     environment"
                 .into(),
         }),
         // Lance would decode it: two addresses would be of one store, and a key with a '%' of none.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use layerstore::formats::write_array;
+use layerstore::layer::Layer;
 use layerstore::{
     ErrorKind, ImportOptions, Remedy, RepairOptions, RepairSource, Store, StoreOptions, VerifyDepth, formats, import,
     repair,
@@ -11,6 +12,7 @@ use layerstore::{
 use ndarray::Array2;
 use serde_json::{Value, json};
 
+use crate::numbered;
 use crate::support::{CHECKPOINT, INPUTS, INT4, KEYS, Place, Ran, files, refused};
 
 /// Rules whose layers follow from the checkpoint alone.
@@ -481,4 +483,48 @@ fn unreadable_rows_are_findings() {
     );
     place.json(&["repair"]);
     sound(&place);
+}
+
+/// An older store's files that are put over a store hide no version that came later, and nothing is committed behind another version
+/// than the newest.
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread")]
+async fn older_files_hide_no_newer_version() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, before) = (folder.path().join("layers"), folder.path().join("before"));
+    let copy = |from: &Path, to: &Path| {
+        let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().unwrap();
+        assert!(copied.success());
+    };
+    let store = Store::create(path.to_str().unwrap()).await.unwrap();
+    for number in 0..3 {
+        numbered::put(&store, "m", "layer", number).await.unwrap();
+    }
+    store.create_snapshot("kept").await.unwrap();
+    copy(&path, &before);
+    for number in 3..15 {
+        numbered::put(&store, "m", "layer", number).await.unwrap();
+    }
+    // What lies between the version that is kept and the newest is not there any more.
+    store.gc(Duration::ZERO, true).await.unwrap();
+    let hint = path.join("layers.lance/_versions/latest_version_hint.json");
+    let mut number = 14;
+    for whole in [false, true] {
+        match whole {
+            false => std::fs::write(&hint, "{\"version\":4}").unwrap(),
+            true => copy(&before.join("."), &path),
+        }
+        for _ in 0..3 {
+            for store in [store.clone(), Store::open(path.to_str().unwrap()).await.unwrap()] {
+                let latest = store.latest().await.unwrap();
+                assert_eq!(latest.version(), u64::from(number) + 2);
+                let loaded = latest.layer("m", "layer").await.unwrap().load().await.unwrap();
+                assert_eq!(loaded.to_parts().id(), numbered::layer(number).to_parts().id());
+            }
+            number += 1;
+            let version = numbered::put(&store, "m", "layer", number).await.unwrap();
+            assert_eq!(version, u64::from(number) + 2);
+        }
+    }
+    assert_eq!(store.log().await.unwrap()[0].version, u64::from(number) + 2);
 }

@@ -37,6 +37,28 @@ def rules(request):
     return FIXTURES / f"{request.param}.toml"
 
 
+def test_rules_are_those_of_the_call(tmp_path):
+    rules = tmp_path / "rules.toml"
+    rules.write_text((FIXTURES / "int4.toml").read_text())
+    alone = layerstore.create(tmp_path / "alone").import_model(MODEL, "m", rules=rules)
+
+    def told(event):
+        if event["event"] == "started":
+            rules.write_text("[[rule]]\nlayers = 1\n")
+
+    together = lr.import_model(MODEL, "m", store=tmp_path / "shared", rules=rules, workers=1, progress=told)
+    assert artifacts(together) == artifacts(alone)
+
+
+def test_resources_that_no_node_has_are_told(tmp_path):
+    def told(event):
+        raise InterruptedError(event["event"])
+
+    for resources in ({"num_cpus": 100}, {"resources": {"big": 1}}):
+        with pytest.warns(RuntimeWarning, match="no node of the cluster has"), pytest.raises(InterruptedError):
+            lr.import_model(MODEL, "m", store=tmp_path / "shared", resources=resources, progress=told)
+
+
 def test_a_killed_worker_changes_nothing(tmp_path, rules):
     alone = layerstore.create(tmp_path / "alone").import_model(MODEL, "m", rules=rules, calibration=CALIBRATION)
     killed, seen = [], []

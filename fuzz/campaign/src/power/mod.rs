@@ -86,7 +86,14 @@ pub fn campaign(program: &Program, inputs: &Inputs, settings: &Settings) -> Resu
                 let check = Check { program, inputs, commands: &commands, recording: &recording };
                 lose(&check, &losses, settings, &mut counts)?;
             }
-            Err(trouble) if trouble.kind == TroubleKind::Campaign => return Err(trouble),
+            Err(trouble) if trouble.kind == TroubleKind::Campaign => {
+                let kept = settings.keep.join(format!("power-{}-recorded", settings.seed));
+                std::fs::create_dir_all(&kept)?;
+                copy(folder.path(), &kept)?;
+                let what =
+                    format!("after kills of {}: {}; {}", told_kills(&kills, &commands), trouble.what, kept.display());
+                return Err(Trouble { what, ..trouble });
+            }
             // The kills alone were too much.
             Err(trouble) => {
                 let kept = settings.keep.join(format!("power-{}-{}", settings.seed, counts.found.len()));
