@@ -40,13 +40,13 @@ def rules(request):
 def test_rules_are_those_of_the_call(tmp_path):
     rules = tmp_path / "rules.toml"
     rules.write_text((FIXTURES / "int4.toml").read_text())
-    alone = layerstore.create(tmp_path / "alone").import_model(MODEL, "m", rules=rules)
+    alone = layerstore.create(tmp_path / "alone").import_model(MODEL, "m", rules=rules, calibration=CALIBRATION)
 
     def told(event):
         if event["event"] == "started":
             rules.write_text("[[rule]]\nlayers = 1\n")
 
-    together = lr.import_model(MODEL, "m", store=tmp_path / "shared", rules=rules, workers=1, progress=told)
+    together = lr.import_model(MODEL, "m", store=tmp_path / "shared", rules=rules, statistics=CALIBRATION, workers=1, progress=told)
     assert artifacts(together) == artifacts(alone)
 
 
