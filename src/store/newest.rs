@@ -60,7 +60,7 @@ fn manifest(folder: &Path, version: u64) -> Option<Metadata> {
 /// Returns the newest version of a folder of manifests by listing it.
 pub fn listed(folder: &Path) -> Option<u64> {
     let names = std::fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    // Those with the highest bit are of no row of versions.
+    // Lance's detached versions, which follow no other, have the highest bit.
     names.filter_map(|name| version_of(&name)).filter(|version| version >> 63 == 0).max()
 }
 
