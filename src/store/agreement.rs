@@ -6,14 +6,16 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use arrow::array::{AsArray, RecordBatch};
+use arrow::array::AsArray;
 use futures::{FutureExt, TryStreamExt};
 use lance::Dataset;
 use lance::table::format::Fragment;
 
 use super::catalogue;
 use super::location::Location;
-use super::record::{LOCATIONS, LayerName, RowLocations, locations_of, named_layers};
+use super::record::{LayerName, locations_of, named_layers};
+use super::row_locations::{LOCATIONS, LocationsText, RowLocations};
+use super::scan::{batch_rows, for_each};
 use super::schema::{LAYERS, Table};
 use super::waiting::{Waiting, is_refused, reason, storage_error};
 use crate::error::{Error, Result};
@@ -27,7 +29,7 @@ pub struct Named {
     /// A layer that uses it there.
     pub layer: LayerName,
     /// Where that row of the catalogue says that its rows are.
-    pub locations: RowLocations,
+    pub locations: LocationsText,
 }
 
 impl std::fmt::Display for Named {
@@ -44,15 +46,6 @@ pub struct Names {
     read: HashSet<(String, Option<u64>)>,
 }
 
-/// What a version of the catalogue says that no version did which was asked before.
-#[derive(Debug, Default)]
-pub struct Added {
-    /// Which layers use which artifacts.
-    pub users: Vec<(ArtifactId, LayerName)>,
-    /// The fragments that these are of.
-    pub fragments: Vec<Fragment>,
-}
-
 impl Names {
     /// Returns the artifacts that these versions name. Versions are asked in this order, and the first that names an artifact is
     /// remembered.
@@ -62,16 +55,21 @@ impl Names {
     pub async fn of(location: &Location, versions: impl IntoIterator<Item = u64>) -> Result<Self> {
         let mut names = Names::default();
         for version in versions {
-            names.add(&catalogue::open(location, Some(version)).await?).await?;
+            names.add(&catalogue::open(location, Some(version)).await?, |_, _| ()).await?;
         }
         Ok(names)
     }
 
-    /// Adds the artifacts that a version names, and returns what no version that was added before has said.
+    /// Adds the artifacts that a version names, and tells `used` of the layers that use them where no version did which was added
+    /// before. Returns the fragments that say so.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub async fn add(&mut self, catalogue: &Dataset) -> Result<Added> {
+    pub async fn add(
+        &mut self,
+        catalogue: &Dataset,
+        mut used: impl FnMut(ArtifactId, LayerName) + Send,
+    ) -> Result<Vec<Fragment>> {
         let version = catalogue.version_id();
         let key = |fragment: &Fragment| {
             let file = fragment.files.first().map_or(String::new(), |file| file.path.clone());
@@ -80,25 +78,24 @@ impl Names {
         let fragments: Vec<Fragment> =
             catalogue.fragments().iter().filter(|fragment| !self.read.contains(&key(fragment))).cloned().collect();
         if fragments.is_empty() {
-            return Ok(Added::default());
+            return Ok(vec![]);
         }
-        let read = async {
-            let mut scan = catalogue.scan();
-            scan.project(&["artifact", "model", "layer", LOCATIONS])?.with_fragments(fragments.clone());
-            scan.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await
-        };
-        let batches = read.boxed().during(format!("reading version {version} of the catalogue")).await?;
-        let mut users = vec![];
-        for batch in batches {
+        let action = format!("reading version {version} of the catalogue");
+        let mut scan = catalogue.scan();
+        scan.project(&["artifact", "model", "layer", LOCATIONS]).map_err(storage_error(action.as_str()))?;
+        scan.with_fragments(fragments.clone()).batch_size(batch_rows(catalogue));
+        for_each(scan, action, |batch| {
             for (row, (artifact, layer)) in named_layers(&batch)?.into_iter().enumerate() {
                 if let Entry::Vacant(new) = self.named.entry(artifact) {
                     new.insert(Named { version, layer: layer.clone(), locations: locations_of(&batch, row)? });
                 }
-                users.push((artifact, layer));
+                used(artifact, layer);
             }
-        }
+            Ok(())
+        })
+        .await?;
         self.read.extend(fragments.iter().map(key));
-        Ok(Added { users, fragments })
+        Ok(fragments)
     }
 
     /// Adds what versions name, newest first; those that cannot be read, or are not there, are left out.
@@ -107,7 +104,7 @@ impl Names {
         versions.sort_unstable_by(|a, b| b.cmp(a));
         for version in versions {
             if let Ok(dataset) = catalogue::open(location, Some(version)).await {
-                let _ = self.add(&dataset).await;
+                let _ = self.add(&dataset, |_, _| ()).await;
             }
         }
     }

@@ -13,7 +13,7 @@ use super::batches::ArtifactRows;
 use super::catalogue::create_table;
 use super::format::{Format, without_missing};
 use super::location::Location;
-use super::record::RowRange;
+use super::row_locations::RowRange;
 use super::schema::Table;
 use super::strict::replacing;
 use super::waiting::{Waiting, storage_error};

@@ -14,7 +14,7 @@ use arrow::error::ArrowError;
 use bytes::Bytes;
 use ndarray::{Array2, s};
 
-use super::record::RowLocations;
+use super::row_locations::RowLocations;
 use super::schema::Table;
 use crate::error::{Error, Result};
 use crate::layer::parts::{Codebook, Codes, Factor, Keys, Tensor, WeightRows};
@@ -380,7 +380,7 @@ fn byte_rows(bytes: Buffer, rows: usize) -> std::result::Result<ArrayRef, ArrowE
 mod tests {
     use super::*;
     use crate::layer::parts::Side;
-    use crate::store::record::TableRows;
+    use crate::store::row_locations::TableRows;
     use crate::store::tables::{add_rows, all_of};
     use proptest::prelude::*;
     use serde_json::json;

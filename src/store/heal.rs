@@ -70,7 +70,7 @@ async fn complete(writer: &mut Writer, shared: &Arc<Shared>, (latest, thorough):
     }
     asked.remove(&latest.version_id());
     let mut names = Names::default();
-    names.add(latest).await?;
+    names.add(latest, |_, _| ()).await?;
     names.add_readable(location, asked.iter().copied()).await;
     let mut healed = Healed::default();
     let thorough = thorough || !writer.inventory().lost().is_empty();
@@ -88,7 +88,7 @@ async fn complete(writer: &mut Writer, shared: &Arc<Shared>, (latest, thorough):
         }
         let lost = writer.inventory().lost().get(artifact).cloned();
         let Some((record, parts)) = found(shared, lost.as_ref(), user, *artifact).await else {
-            writer.note_unlisted(*artifact, &user.locations);
+            writer.note_unlisted(*artifact, user.locations.locations());
             continue;
         };
         if lost.is_none() && tables.lack(*artifact, &record.locations, false).await?.is_none() {

@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use super::agreement::DataTables;
 use super::listed::Listed;
-use super::record::{ArtifactRecord, ErrorBasis, RowLocations};
+use super::record::{ArtifactRecord, ErrorBasis};
+use super::row_locations::RowLocations;
 use super::shared::Shared;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName};

@@ -85,6 +85,10 @@ pub async fn names_in(location: &Location, table: &str, folder: &[&str]) -> Resu
 /// # Errors
 /// When the storage refuses.
 pub async fn table_folders(location: &Location) -> Result<Vec<String>> {
+    // LanceDB makes the directory that it is to list.
+    if location.local().is_some_and(|store| !store.exists()) {
+        return Ok(vec![]);
+    }
     let refused = |e: lancedb::Error| Error::storage(format!("listing the tables of {}", location.uri()), e);
     let connection = lancedb::connect(location.uri()).session(location.session().clone()).execute().await;
     let connection = connection.map_err(refused)?;

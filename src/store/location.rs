@@ -426,6 +426,10 @@ mod tests {
             let error = Location::new(bad, &Hooks::default(), &keys()).unwrap_err();
             assert!(error.to_string().contains("space at its end"), "{bad}: {error}");
         }
+        for bad in ["s3://bucket//a", "s3://bucket/a//b//", "gs://bucket//a"] {
+            let error = Location::new(bad, &Hooks::default(), &keys()).unwrap_err();
+            assert!(error.to_string().contains("one '/' between"), "{bad}: {error}");
+        }
         for bad in ["s3://My Bucket/x", "memory://my name", "s3:///a"] {
             let error = Location::new(bad, &Hooks::default(), &keys()).unwrap_err();
             assert!(error.to_string().contains("letters, digits"), "{bad}: {error}");

@@ -20,8 +20,9 @@ use super::batches::ArtifactRows;
 use super::format::Format;
 use super::location::Location;
 use super::lock;
-use super::record::{ArtifactRecord, RowLocations, TableRows};
+use super::record::ArtifactRecord;
 use super::relist::relist;
+use super::row_locations::{RowLocations, TableRows};
 use super::schema::{ARTIFACTS, Table};
 use super::shared::Shared;
 use super::waiting::{Waiting, storage_error};
@@ -283,7 +284,8 @@ fn with_types_of(dataset: &Dataset, batch: RecordBatch) -> arrow::error::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::record::{ErrorBasis, RowRange};
+    use crate::store::record::ErrorBasis;
+    use crate::store::row_locations::RowRange;
 
     fn record(id: u8, table: &str, files: &[&str]) -> ArtifactRecord {
         let ranges = files.iter().map(|file| RowRange { file: (*file).into(), offset: 0, rows: 1 }).collect();

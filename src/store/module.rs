@@ -7,8 +7,9 @@ use layerstore_core::layer::registry;
 
 use super::change::{Scope, is_part};
 use super::handle::LayerHandle;
-use super::record::{ErrorBasis, LayerRecord, RowLocations, Source, SourceTensor};
+use super::record::{ErrorBasis, LayerRecord, Source, SourceTensor};
 use super::root::Store;
+use super::row_locations::RowLocations;
 use super::snapshot::Snapshot;
 use super::writer::{Provenance, check_layer_name, check_model_name};
 use crate::error::{Error, ErrorKind, Result};

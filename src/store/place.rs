@@ -57,6 +57,9 @@ pub fn elsewhere(scheme: &str, rest: &str) -> Result<Place> {
         ("s3" | "gs" | "az" | "abfss", _) if rest.contains('%') => {
             not_a_store("found '%', expected the prefix as it is, without escapes".into())
         }
+        ("s3" | "gs" | "az" | "abfss", _) if rest.trim_end_matches('/').contains("//") => {
+            not_a_store("found '//', expected one '/' between the parts of the prefix".into())
+        }
         // Lance takes an address that is no URL for a path.
         ("s3" | "gs" | "az" | "memory", _) if !is_name(rest) => {
             not_a_store(format!("expected {scheme}://NAME, where NAME has letters, digits, '.', '-' and '_' alone"))

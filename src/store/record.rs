@@ -13,12 +13,10 @@ use layerstore_core::layer::{bits_per_weight, registry};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::row_locations::{LOCATIONS, LocationsText, RowLocations};
 use super::schema;
 use crate::error::{Error, Result};
 use crate::layer::{ArtifactId, MethodName, StoredAs};
-
-/// The column of both tables that holds an artifact's [`RowLocations`], as JSON.
-pub const LOCATIONS: &str = "places";
 
 /// The entry of a layer's config that says what was adapted to the layer, in a list of texts.
 pub const ADAPTED: &str = "adapted";
@@ -167,45 +165,6 @@ pub(crate) fn weight_bits(
 ) -> Option<f64> {
     let bits = bits_per_weight(stored_bytes, out_features, in_features);
     bits.filter(|_| registry::is_linear(method))
-}
-
-/// Where an artifact's rows were written, table by table: a reader that finds them there needs no search, and no look at
-/// a table's versions.
-///
-/// gc may move rows, so a location is a hint: every row that is read there is held against the artifact's name, and rows
-/// that are not there any more are looked for.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct RowLocations(pub(super) BTreeMap<String, TableRows>);
-
-impl RowLocations {
-    /// Returns whether an artifact has as many rows in each table as another row says; of one that says nothing, it has.
-    pub(super) fn as_many_rows(&self, other: &RowLocations) -> bool {
-        other.0.is_empty()
-            || self.0.len() == other.0.len()
-                && self.0.iter().all(|(table, rows)| other.0.get(table).is_some_and(|o| o.rows == rows.rows))
-    }
-}
-
-/// The rows of one table that belong to an artifact.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct TableRows {
-    /// How many rows there are.
-    pub rows: u64,
-    /// Where they were written, in their order.
-    #[serde(rename = "runs")]
-    pub ranges: Vec<RowRange>,
-}
-
-/// Consecutive rows of one data file; deleted rows are counted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct RowRange {
-    /// The file's name in the table's folder of data files.
-    pub file: String,
-    /// The rows of the file that come before these.
-    pub offset: u64,
-    /// How many rows there are.
-    pub rows: u64,
 }
 
 /// One row of the table of artifacts: its data rows are all there.
@@ -375,6 +334,10 @@ impl<'a> Columns<'a> {
         serde_json::from_str(self.text(name, row)?).map_err(|e| self.wrong(name, e))
     }
 
+    fn locations(&self, row: usize) -> Result<LocationsText> {
+        LocationsText::read(self.text(LOCATIONS, row)?).map_err(|e| self.wrong(LOCATIONS, e))
+    }
+
     fn number(&self, name: &str, row: usize) -> Result<u64> {
         let array =
             self.column(name)?.as_primitive_opt::<UInt64Type>().ok_or_else(|| self.wrong(name, "another type"))?;
@@ -401,8 +364,7 @@ impl<'a> Columns<'a> {
         }
     }
 
-    fn time(&self, row: usize) -> Result<DateTime<Utc>> {
-        let name = "created_at";
+    fn time(&self, name: &str, row: usize) -> Result<DateTime<Utc>> {
         let array = self
             .column(name)?
             .as_primitive_opt::<TimestampMicrosecondType>()
@@ -429,7 +391,7 @@ pub fn read_layers(batch: &RecordBatch) -> Result<Vec<LayerRecord>> {
                 stored_bytes: r.number("stored_bytes", row)?,
                 config: r.parsed("config", row)?,
                 source: r.parsed("source", row)?,
-                created_at: r.time(row)?,
+                created_at: r.time("created_at", row)?,
                 locations: r.parsed(LOCATIONS, row)?,
             })
         })
@@ -447,8 +409,8 @@ pub fn named_layers(batch: &RecordBatch) -> Result<Vec<(ArtifactId, LayerName)>>
 }
 
 /// Reads where a row of the catalogue says that its artifact's rows are.
-pub fn locations_of(batch: &RecordBatch, row: usize) -> Result<RowLocations> {
-    Columns { table: schema::LAYERS, batch }.parsed(LOCATIONS, row)
+pub fn locations_of(batch: &RecordBatch, row: usize) -> Result<LocationsText> {
+    Columns { table: schema::LAYERS, batch }.locations(row)
 }
 
 /// Reads the rows of the table of artifacts in a batch.
@@ -465,10 +427,36 @@ pub fn read_artifacts(batch: &RecordBatch) -> Result<Vec<ArtifactRecord>> {
                 recipe: r.hash("recipe", row)?,
                 relative_error: r.error(row)?,
                 error_basis: r.basis(row)?,
-                created_at: r.time(row)?,
+                created_at: r.time("created_at", row)?,
             })
         })
         .collect()
+}
+
+/// Where the rows of an artifact are, as the table of artifacts says, and since when.
+#[derive(Debug, Clone)]
+pub struct Listing {
+    /// The artifact's name.
+    pub artifact: ArtifactId,
+    /// Where its rows are.
+    pub locations: LocationsText,
+    /// When it was written.
+    pub created_at: DateTime<Utc>,
+}
+
+impl Listing {
+    /// The columns that it is read from.
+    pub const COLUMNS: [&str; 3] = ["artifact", LOCATIONS, "created_at"];
+}
+
+/// Reads [`Listing::COLUMNS`] of the table of artifacts in a batch.
+pub fn read_listings(batch: &RecordBatch) -> Result<Vec<Listing>> {
+    let r = Columns { table: schema::ARTIFACTS, batch };
+    let listing = |row| {
+        let artifact = ArtifactId(r.hash("artifact", row)?);
+        Ok(Listing { artifact, locations: r.locations(row)?, created_at: r.time("created_at", row)? })
+    };
+    (0..batch.num_rows()).map(listing).collect()
 }
 
 #[cfg(test)]

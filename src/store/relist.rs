@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use arrow::array::{AsArray, RecordBatch, StringArray};
-use futures::{FutureExt, TryStreamExt};
+use futures::FutureExt;
 use lance::Dataset;
 use lance::dataset::{MergeInsertBuilder, WhenMatched, WhenNotMatched};
 
-use super::record::{LOCATIONS, RowLocations};
-use super::scan::batch_rows;
+use super::row_locations::{LOCATIONS, RowLocations};
+use super::scan::{batch_rows, for_each};
 use super::waiting::{Waiting, storage_error};
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
@@ -27,8 +27,7 @@ pub async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, RowLocations>
     let (mut batches, mut seen) = (vec![], HashSet::new());
     let mut all = dataset.scan();
     all.scan_in_order(true).batch_size(batch_rows(&dataset));
-    let rows = async { all.try_into_stream().await?.try_collect::<Vec<RecordBatch>>().await };
-    for batch in rows.boxed().during(action).await? {
+    for_each(all, action, |batch| {
         batches.extend(relocated(&batch, moved, &mut seen).ok_or_else(|| {
             Error::expected(
                 "columns 'artifact' and 'places' of the list of artifacts",
@@ -36,7 +35,9 @@ pub async fn relist(dataset: Dataset, moved: &BTreeMap<ArtifactId, RowLocations>
                 "hashes and texts",
             )
         })?);
-    }
+        Ok(())
+    })
+    .await?;
     if batches.is_empty() {
         return Ok(dataset);
     }

@@ -124,7 +124,7 @@ impl Repairing {
         let id = parts.id();
         self.writer.distrust(&id);
         if let Some(user) = self.names.get(&id) {
-            self.writer.note_unlisted(id, &user.locations);
+            self.writer.note_unlisted(id, user.locations.locations());
         }
         self.writer.add(parts, provenance).await?;
         self.added.insert(id);

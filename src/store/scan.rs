@@ -3,11 +3,15 @@
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use futures::{StreamExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use lance::Dataset;
 use lance::dataset::fragment::{FileFragment, FragReadConfig};
+use lance::dataset::scanner::Scanner;
 use lance::datatypes::Schema;
 use lance::table::format::Fragment;
+
+use super::waiting::Waiting;
+use crate::error::Result;
 
 /// Rows read at once, unless they are long: Lance's own default.
 const ROWS: u64 = 8192;
@@ -29,6 +33,28 @@ pub fn batch_rows(dataset: &Dataset) -> usize {
         bytes.checked_div(fragment.physical_rows? as u64)
     });
     (BYTES / longest.max().unwrap_or_default().max(1)).clamp(1, ROWS) as usize
+}
+
+/// Hands the batches of a scan on as they are read: a table may be larger than memory.
+///
+/// # Errors
+/// When the storage refuses `action`, and the first that `each` returns.
+pub async fn for_each(
+    scan: Scanner,
+    action: impl Into<String> + Send,
+    mut each: impl FnMut(RecordBatch) -> Result<()> + Send,
+) -> Result<()> {
+    let read = async {
+        let mut batches = scan.try_into_stream().await?;
+        while let Some(batch) = batches.try_next().await? {
+            if let Err(e) = each(batch) {
+                return Ok(Err(e));
+            }
+        }
+        Ok(Ok(()))
+    };
+    // Boxed: Lance's futures are large.
+    read.boxed().during(action).await?
 }
 
 /// Returns the rows of a fragment, without deleted ones, where its manifest tells.

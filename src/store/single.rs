@@ -4,8 +4,9 @@ use chrono::Utc;
 
 use super::change::{Scope, not_alone};
 use super::handle::LayerHandle;
-use super::record::{ErrorBasis, LayerRecord, RowLocations, Source};
+use super::record::{ErrorBasis, LayerRecord, Source};
 use super::root::{Store, StoreOptions};
+use super::row_locations::RowLocations;
 use super::writer::Provenance;
 use crate::error::{Error, Result};
 use crate::layer::{Layer, Parts, SharedLayer};

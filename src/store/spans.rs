@@ -4,12 +4,12 @@ use std::collections::HashMap;
 
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::UInt64Type;
-use futures::TryStreamExt;
 use lance::Dataset;
+use lance::dataset::scanner::Scanner;
 
-use super::record::TableRows;
-use super::scan::batch_rows;
-use super::waiting::Waiting;
+use super::row_locations::TableRows;
+use super::scan::{batch_rows, for_each};
+use super::waiting::storage_error;
 use crate::error::{Error, Result};
 use crate::layer::ArtifactId;
 
@@ -66,17 +66,15 @@ pub fn first_files(dataset: &Dataset) -> HashMap<u64, String> {
     dataset.fragments().iter().filter_map(|f| Some((f.id, f.files.first()?.path.clone()))).collect()
 }
 
-/// Reads columns of a table, in the table's order, with row addresses.
+/// Returns a scan of columns of a table, in the table's order, with row addresses.
 ///
 /// # Errors
-/// When the table cannot be read.
-pub async fn scan(dataset: &Dataset, columns: Option<&[String]>) -> lance::Result<Vec<RecordBatch>> {
+/// When the table has no such columns.
+pub fn scan(dataset: &Dataset, columns: &[&str]) -> Result<Scanner> {
     let mut scan = dataset.scan();
-    if let Some(columns) = columns {
-        scan.project(columns)?;
-    }
+    scan.project(columns).map_err(storage_error("choosing columns"))?;
     scan.with_row_address().scan_in_order(true).batch_size(batch_rows(dataset));
-    scan.try_into_stream().await?.try_collect().await
+    Ok(scan)
 }
 
 /// Returns the row addresses of a batch of [`scan`].
@@ -94,7 +92,7 @@ pub fn addresses(batch: &RecordBatch) -> Result<Vec<u64>> {
 /// When the table cannot be read.
 pub async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
     let mut spans: Vec<Span> = vec![];
-    for batch in scan(dataset, Some(&["artifact".into()])).during("reading the rows' artifacts").await? {
+    for_each(scan(dataset, &["artifact"])?, "reading the rows' artifacts", |batch| {
         let addresses = addresses(&batch)?;
         let names = batch
             .column(0)
@@ -114,14 +112,16 @@ pub async fn spans(dataset: &Dataset) -> Result<Vec<Span>> {
                 _ => spans.push(Span { artifact, start, rows: 1 }),
             }
         }
-    }
+        Ok(())
+    })
+    .await?;
     Ok(spans)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::record::RowRange;
+    use crate::store::row_locations::RowRange;
 
     #[test]
     fn parts_are_what_lies_in_ranges() {

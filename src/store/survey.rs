@@ -1,5 +1,6 @@
 //! What no snapshot and no recent version reaches, looked for.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use arrow::array::{AsArray, RecordBatch};
@@ -15,13 +16,14 @@ use super::catalogue;
 use super::listing::{data_tables, staged_files};
 use super::location::Location;
 use super::place::Place;
-use super::record::{ArtifactRecord, read_artifacts};
-use super::scan::batch_rows;
+use super::record::{Listing, read_listings};
+use super::row_locations::LocationsText;
+use super::scan::{batch_rows, for_each};
 use super::schema::{ARTIFACTS, Table};
 use super::spans::{Span, addresses, first_files, scan, spans};
 use super::versions::{self, VersionInfo};
 use super::waiting::{Waiting, storage_error};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layer::ArtifactId;
 
 /// What gc found, and what it did.
@@ -47,8 +49,8 @@ pub struct Survey {
     pub list: Option<Dataset>,
     /// Rows of that list: of artifacts that nothing reaches, and second copies.
     pub unlisted: Vec<Span>,
-    /// The records of the artifacts that stay.
-    pub kept: BTreeMap<ArtifactId, ArtifactRecord>,
+    /// Where the rows of the artifacts are that stay.
+    pub kept: BTreeMap<ArtifactId, LocationsText>,
     /// Rows to remove of each data table.
     pub garbage: Vec<(String, Vec<Span>)>,
     pub report: GcReport,
@@ -76,7 +78,7 @@ pub async fn survey(
     let (named, old_versions) = reachable(location, (cutoff, begun)).await?;
     let list = open(location, ARTIFACTS, write).await?;
     let sorted = async |broken: &HashSet<ArtifactId>| match &list {
-        Some(dataset) => sort_out(location, dataset, (&named, broken), cutoff).await,
+        Some(dataset) => sort_out(dataset, (&named, broken), cutoff).await,
         None => Ok((BTreeMap::new(), vec![])),
     };
     let (mut kept, mut unlisted) = sorted(&HashSet::new()).await?;
@@ -108,17 +110,17 @@ pub async fn survey(
 async fn require_agreement(
     location: &Location,
     named: &Names,
-    kept: &BTreeMap<ArtifactId, ArtifactRecord>,
+    kept: &BTreeMap<ArtifactId, LocationsText>,
 ) -> Result<HashSet<ArtifactId>> {
     let mut tables = DataTables::of(location);
     let mut wrong = vec![];
     for (artifact, user) in named.iter() {
-        let lack = match kept.get(artifact) {
+        let lack = match kept.get(artifact).map(LocationsText::locations) {
             None => Some("the table of artifacts does not list it".to_owned()),
-            Some(record) if !record.locations.as_many_rows(&user.locations) => {
+            Some(listed) if !listed.as_many_rows(&user.locations.locations()) => {
                 Some("the table of artifacts lists it with other numbers of rows".to_owned())
             }
-            Some(record) => tables.lack(*artifact, &record.locations, true).await?,
+            Some(listed) => tables.lack(*artifact, &listed, true).await?,
         };
         wrong.extend(lack.map(|lack| format!("artifact {artifact} of {user}: {lack}")));
     }
@@ -126,8 +128,8 @@ async fn require_agreement(
         return Err(disagreement(location, wrong.len(), first));
     }
     let mut broken = HashSet::new();
-    for (artifact, record) in kept.iter().filter(|(artifact, _)| !named.has(artifact)) {
-        if tables.lack(*artifact, &record.locations, true).await?.is_some() {
+    for (artifact, listed) in kept.iter().filter(|(artifact, _)| !named.has(artifact)) {
+        if tables.lack(*artifact, &listed.locations(), true).await?.is_some() {
             broken.insert(*artifact);
         }
     }
@@ -178,40 +180,37 @@ fn sort_versions(log: &[VersionInfo], tagged: &HashSet<u64>, cutoff: DateTime<Ut
 
 /// Splits the list of artifacts into one row for each that stays, and the rows that go: those of `broken` artifacts among them.
 async fn sort_out(
-    location: &Location,
     dataset: &Dataset,
     (reached, broken): (&Names, &HashSet<ArtifactId>),
     cutoff: DateTime<Utc>,
-) -> Result<(BTreeMap<ArtifactId, ArtifactRecord>, Vec<Span>)> {
+) -> Result<(BTreeMap<ArtifactId, LocationsText>, Vec<Span>)> {
     let mut kept = BTreeMap::new();
     let mut dead = vec![];
-    let action = "reading the table of artifacts";
-    let formats = location.formats();
-    let columns = formats.known_columns(ARTIFACTS, dataset);
-    for batch in scan(dataset, Some(&columns)).during(action).await? {
-        let addresses = addresses(&batch)?;
-        let batch = formats.completed(ARTIFACTS, batch).map_err(|e| Error::storage(action, e))?;
-        for (record, start) in read_artifacts(&batch)?.into_iter().zip(addresses) {
-            let stays = reached.has(&record.artifact) || record.created_at >= cutoff;
-            if stays && !broken.contains(&record.artifact) && !kept.contains_key(&record.artifact) {
-                kept.insert(record.artifact, record);
-            } else {
-                dead.push(Span { artifact: record.artifact, start, rows: 1 });
+    for_each(scan(dataset, &Listing::COLUMNS)?, "reading the table of artifacts", |batch| {
+        for (Listing { artifact, locations, created_at }, start) in
+            read_listings(&batch)?.into_iter().zip(addresses(&batch)?)
+        {
+            let stays = reached.has(&artifact) || created_at >= cutoff;
+            match kept.entry(artifact) {
+                Entry::Vacant(first) if stays && !broken.contains(&artifact) => drop(first.insert(locations)),
+                _ => dead.push(Span { artifact, start, rows: 1 }),
             }
         }
-    }
+        Ok(())
+    })
+    .await?;
     Ok((kept, dead))
 }
 
 /// Rows that no kept artifact needs: of others, and copies beside the one that the list leads to. Where the rows are not all where the
 /// list says, since a gc that ended early had moved them, the first of them are kept.
-async fn unneeded(dataset: &Dataset, table: &str, kept: &BTreeMap<ArtifactId, ArtifactRecord>) -> Result<Vec<Span>> {
+async fn unneeded(dataset: &Dataset, table: &str, kept: &BTreeMap<ArtifactId, LocationsText>) -> Result<Vec<Span>> {
     let files = first_files(dataset);
-    let listed = |id: &ArtifactId| kept.get(id).and_then(|record| record.locations.0.get(table));
+    let listed = |id: &ArtifactId| kept.get(id).and_then(|listed| listed.locations().0.remove(table));
     let spans = spans(dataset).await?;
     let mut there: HashMap<ArtifactId, u64> = HashMap::new();
     for span in &spans {
-        let parts = listed(&span.artifact).map(|rows| span.parts_in(&files, rows)).unwrap_or_default();
+        let parts = listed(&span.artifact).map(|rows| span.parts_in(&files, &rows)).unwrap_or_default();
         *there.entry(span.artifact).or_default() += parts.iter().map(|part| part.rows).sum::<u64>();
     }
     let mut seen: HashMap<ArtifactId, u64> = HashMap::new();
@@ -219,7 +218,7 @@ async fn unneeded(dataset: &Dataset, table: &str, kept: &BTreeMap<ArtifactId, Ar
     for span in spans {
         let needed = match listed(&span.artifact) {
             None => vec![],
-            Some(rows) if there.get(&span.artifact) == Some(&rows.rows) => span.parts_in(&files, rows),
+            Some(rows) if there.get(&span.artifact) == Some(&rows.rows) => span.parts_in(&files, &rows),
             Some(rows) => {
                 let seen = seen.entry(span.artifact).or_default();
                 let first = span.rows.min(rows.rows - *seen);

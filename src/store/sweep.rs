@@ -16,8 +16,8 @@ use super::listing::{names_in, staged_files};
 use super::location::Location;
 use super::lock::Guard;
 use super::properties::{TableVersions, properties};
-use super::record::{ArtifactRecord, RowRange, TableRows};
 use super::relist::relist;
+use super::row_locations::{LocationsText, RowRange, TableRows};
 use super::scan::batch_rows;
 use super::schema::{ARTIFACTS, LAYERS};
 use super::spans::{Span, first_files, spans};
@@ -60,7 +60,8 @@ pub async fn remove((location, held): (&Location, &mut Guard), survey: Survey) -
         } else {
             // Written again, since the table had lost them: where they were recorded to be is no file of the table.
             let files = data_files(&dataset);
-            let mut ranges = kept.values().filter_map(|r| r.locations.0.get(&table)).flat_map(|rows| &rows.ranges);
+            let mut ranges =
+                kept.values().filter_map(|listed| listed.locations().0.remove(&table)).flat_map(|rows| rows.ranges);
             if ranges.any(|range| !files.contains(&range.file)) {
                 moved.extend(relocate(&dataset, &table, &mut kept).await?);
             }
@@ -72,7 +73,8 @@ pub async fn remove((location, held): (&Location, &mut Guard), survey: Survey) -
     if let Some(dataset) = open(location, ARTIFACTS, true).await? {
         held.confirm().await?;
         let moved = kept.into_iter().filter(|(artifact, _)| moved.contains(artifact));
-        let dataset = relist(dataset, &moved.map(|(artifact, record)| (artifact, record.locations)).collect()).await?;
+        let dataset =
+            relist(dataset, &moved.map(|(artifact, listed)| (artifact, listed.locations())).collect()).await?;
         dataset.cleanup_with_policy(all_but_latest(location)).during("collecting the list of artifacts").await?;
     }
     join((location, held)).await?;
@@ -154,11 +156,11 @@ async fn compact(dataset: &mut Dataset) -> lance::Result<()> {
     Ok(())
 }
 
-/// Puts into the records where the rows of a table are now, and gives the artifacts whose rows are not where they were.
+/// Puts into the listings where the rows of a table are now, and gives the artifacts whose rows are not where they were.
 async fn relocate(
     dataset: &Dataset,
     table: &str,
-    kept: &mut BTreeMap<ArtifactId, ArtifactRecord>,
+    kept: &mut BTreeMap<ArtifactId, LocationsText>,
 ) -> Result<HashSet<ArtifactId>> {
     let files = first_files(dataset);
     let mut ranges: HashMap<ArtifactId, Vec<RowRange>> = HashMap::new();
@@ -169,10 +171,13 @@ async fn relocate(
     }
     let mut moved = HashSet::new();
     for (artifact, ranges) in ranges {
-        let Some(known) = kept.get_mut(&artifact).and_then(|r| r.locations.0.get_mut(table)) else { continue };
+        let Some(listed) = kept.get_mut(&artifact) else { continue };
+        let mut locations = listed.locations();
+        let Some(known) = locations.0.get_mut(table) else { continue };
         let now = TableRows { rows: known.rows, ranges };
         if *known != now {
             *known = now;
+            *listed = (&locations).into();
             moved.insert(artifact);
         }
     }

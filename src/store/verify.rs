@@ -14,8 +14,9 @@ use super::heal;
 use super::index_check;
 use super::location::Location;
 use super::metadata::{self, DamagedMetadata};
-use super::record::{ArtifactRecord, LayerName, LayerRecord, RowLocations};
+use super::record::{ArtifactRecord, LayerName, LayerRecord};
 use super::remedy::Remedy;
+use super::row_locations::RowLocations;
 use super::rows;
 use super::schema::{ARTIFACTS, LAYERS};
 use super::shared::Shared;
@@ -175,14 +176,15 @@ impl Named {
         for version in versions.into_iter().rev() {
             let read = async {
                 let dataset = catalogue::open(location, Some(version)).await?;
-                let added = self.names.add(&dataset).await?;
-                for (artifact, layer) in added.users {
-                    self.users.entry(artifact).or_default().insert(layer);
-                }
+                let users = &mut self.users;
+                let used = |artifact, layer| {
+                    users.entry(artifact).or_default().insert(layer);
+                };
+                let added = self.names.add(&dataset, used).await?;
                 // Whatever else a row holds.
                 match depth {
                     VerifyDepth::Quick => Ok(vec![]),
-                    _ => rows::rows_in(location, &dataset, &added.fragments).await,
+                    _ => rows::rows_in(location, &dataset, &added).await,
                 }
             };
             match read.await {
@@ -306,7 +308,7 @@ async fn count_all(
     let mut tables = DataTables::of(location);
     for (id, record) in listed {
         let lack = match names.get(id) {
-            Some(user) if !record.locations.as_many_rows(&user.locations) => {
+            Some(user) if !record.locations.as_many_rows(&user.locations.locations()) => {
                 Some(format!("{user} and the table of artifacts say other numbers of rows"))
             }
             _ => tables.lack(*id, &record.locations, true).await.unwrap_or_else(|e| Some(e.to_string())),

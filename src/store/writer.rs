@@ -15,7 +15,8 @@ use super::inventory::{ArtifactInfo, Inventory};
 use super::lock::{self, Guard};
 use super::mend::mend;
 use super::properties::TableVersions;
-use super::record::{ArtifactRecord, ErrorBasis, LayerRecord, RowLocations};
+use super::record::{ArtifactRecord, ErrorBasis, LayerRecord};
+use super::row_locations::RowLocations;
 use super::schema::{ARTIFACTS, WEIGHT_BLOCKS};
 use super::shared::Shared;
 use super::synced;
@@ -169,9 +170,9 @@ impl Writer {
     }
 
     /// Notes where a version says that an artifact is which is not listed, and whose rows there are not what was written.
-    pub(super) fn note_unlisted(&mut self, artifact: ArtifactId, locations: &RowLocations) {
+    pub(super) fn note_unlisted(&mut self, artifact: ArtifactId, locations: RowLocations) {
         if !locations.0.is_empty() {
-            self.unlisted.insert(artifact, locations.clone());
+            self.unlisted.insert(artifact, locations);
         }
     }
 

@@ -377,7 +377,10 @@ fn gc_keeps_what_is_reached() {
 #[test]
 fn wrong_use_and_unknown_names() {
     let place = Place::new();
-    place.fails(1, &["not a layer store", "does not exist"], &["models"]);
+    for reads in ["models", "log", "stats", "verify", "gc"] {
+        place.fails(1, &["not a layer store", "does not exist"], &[reads]);
+        assert!(!place.path("layers").exists(), "{reads} made the directory that it should have read");
+    }
     place.import("m", Some(KEYS));
     place.import("q", Some(INT4));
     write_array(&place.path("x.npy").display().to_string(), ndarray::Array2::zeros((2, 48)).view(), false).unwrap();
