@@ -71,3 +71,19 @@ impl From<&RowLocations> for LocationsText {
         LocationsText(serde_json::to_string(locations).expect("texts and numbers").into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_locations_as_they_were() {
+        let ranges = vec![RowRange { file: "a.lance".into(), offset: 3, rows: 2 }];
+        let locations = RowLocations([("weights".to_owned(), TableRows { rows: 2, ranges })].into());
+        let text = LocationsText::from(&locations);
+        assert_eq!(text.locations(), locations);
+        assert_eq!(LocationsText::read(&text.0).unwrap().locations(), locations);
+        assert!(LocationsText::read("{\"weights\":{\"rows\":2}}").is_err());
+        assert!(LocationsText::read("[]").is_err());
+    }
+}
