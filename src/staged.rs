@@ -44,23 +44,52 @@ pub(crate) fn write(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
 }
 
 /// Has files written in a folder beside their place, and moves it there when all are whole and on disk. Returns what `write` gives.
+/// An empty folder that is there is filled, and stays what it is: a mounted one, one that a link leads to, or that others may not read.
 ///
 /// # Errors
 /// That of `write`, or when something is there already, or the folder cannot be synced or moved: then nothing is there.
 pub(crate) fn write_folder<T>(path: &Path, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let staged = staged_folder(path)?;
+    let (staged, place) = staged_folder(path)?;
     let written = write(&staged.path)?;
-    let moved = sync_all(&staged.path, &staged.made).and_then(|()| {
-        // An empty folder gives way, and nothing else does.
-        match std::fs::remove_dir(path) {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
-            _ => {}
+    let moved = sync_all(&staged.path, &staged.made).and_then(|()| match &place {
+        FolderPlace::New(path) => {
+            std::fs::rename(&staged.path, path)?;
+            sync_folder(folder_of(path))
         }
-        std::fs::rename(&staged.path, path)?;
-        sync_folder(folder_of(path))
+        FolderPlace::Empty(folder) => fill(folder, &staged.path),
     });
     moved.map_err(|e| Error::io(path, e))?;
     Ok(written)
+}
+
+/// Where a folder is to go.
+enum FolderPlace {
+    /// A name that nothing has, behind all links.
+    New(PathBuf),
+    /// An empty folder.
+    Empty(PathBuf),
+}
+
+/// Moves all that is in one folder into another one of its file system; all or nothing, unless the process is killed meanwhile.
+fn fill(folder: &Path, from: &Path) -> std::io::Result<()> {
+    let names = std::fs::read_dir(from)?.map(|entry| entry.map(|entry| entry.file_name()));
+    let mut names = names.collect::<std::io::Result<Vec<_>>>()?;
+    names.sort();
+    for (count, name) in names.iter().enumerate() {
+        let to = folder.join(name);
+        // Not in the place of what somebody has put there meanwhile.
+        let moved = match std::fs::symlink_metadata(&to) {
+            Ok(_) => Err(ErrorKind::AlreadyExists.into()),
+            Err(_) => std::fs::rename(from.join(name), &to),
+        };
+        if let Err(e) = moved {
+            for name in &names[..count] {
+                let _ = std::fs::rename(folder.join(name), from.join(name));
+            }
+            return Err(e);
+        }
+    }
+    sync_folder(folder)
 }
 
 /// Tries whether [`write_folder`] could make a folder at a place. Nothing is left behind.
@@ -71,23 +100,30 @@ pub(crate) fn probe_folder(path: &Path) -> Result<()> {
     staged_folder(path).map(drop)
 }
 
-/// Makes an empty folder beside a place where there is none, or an empty one.
-fn staged_folder(path: &Path) -> Result<Staged> {
-    match std::fs::read_dir(path).map(|mut entries| entries.next().is_none()) {
-        Ok(true) => {}
+/// Makes an empty folder beside a place where there is none, or in an empty one.
+fn staged_folder(path: &Path) -> Result<(Staged, FolderPlace)> {
+    let place = match std::fs::read_dir(path).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => FolderPlace::Empty(std::fs::canonicalize(path).map_err(|e| Error::io(path, e))?),
         Ok(false) => {
             return Err(Error::file(path, "a folder is there that is not empty, expected nothing, or an empty one"));
         }
-        Err(e) if e.kind() == ErrorKind::NotFound && path.file_name().is_some() => {}
+        // Without the '/' that a folder's name may end with.
+        Err(e) if e.kind() == ErrorKind::NotFound && path.file_name().is_some() => {
+            FolderPlace::New(Place::of(&path.components().collect::<PathBuf>())?.path)
+        }
         Err(e) if e.kind() == ErrorKind::NotADirectory => {
             return Err(Error::file(path, "a file is there, expected nothing, or an empty folder"));
         }
         Err(e) => return Err(Error::io(path, e)),
-    }
-    let mut staged = Staged::create(&Place { path: path.to_owned(), there: None }, path)?;
+    };
+    let beside = match &place {
+        FolderPlace::New(path) => path.clone(),
+        FolderPlace::Empty(folder) => folder.join("folder"),
+    };
+    let mut staged = Staged::create(&Place { path: beside, there: None }, path)?;
     staged.path = staged.folder.join("folder");
     std::fs::create_dir(&staged.path).map_err(|e| Error::io(path, e))?;
-    Ok(staged)
+    Ok((staged, place))
 }
 
 /// Gives all files of a folder the mode of a new one, and syncs them and the folders themselves.
@@ -124,6 +160,9 @@ struct Place {
 
 impl Place {
     fn of(path: &Path) -> Result<Self> {
+        if path.as_os_str().as_encoded_bytes().ends_with(b"/") && !path.is_dir() {
+            return Err(Error::file(path, "the name ends with '/', as a folder's does; expected a file's name"));
+        }
         let mut place = path.to_owned();
         for _ in 0..=MOST_LINKS {
             match std::fs::symlink_metadata(&place) {
@@ -305,10 +344,46 @@ mod tests {
         assert_eq!(mode("a"), mode("inner/b"), "files are as the process makes them");
         let message = write_folder(&at, two).unwrap_err().to_string();
         assert!(message.contains("not empty"), "{message}");
+        let slash = format!("{}/", folder.path().join("slash").display());
+        write_folder(Path::new(&slash), two).unwrap();
+        assert_eq!(std::fs::read_to_string(folder.path().join("slash/inner/b")).unwrap(), "two");
+        std::fs::remove_dir_all(folder.path().join("slash")).unwrap();
+        let message = write(Path::new(&slash), put("text")).unwrap_err().to_string();
+        assert!(message.contains("ends with '/'"), "{message}");
         let message = probe_folder(&at.join("a")).unwrap_err().to_string();
         assert!(message.contains("a file is there"), "{message}");
         assert!(probe_folder(&folder.path().join("none/model")).is_err());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    /// What is there already stays the folder that it is.
+    #[cfg(unix)]
+    #[test]
+    fn empty_folders_are_filled() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir(at("private")).unwrap();
+        std::fs::set_permissions(at("private"), std::fs::Permissions::from_mode(0o700)).unwrap();
+        let before = std::fs::metadata(at("private")).unwrap();
+        symlink("private", at("link")).unwrap();
+        symlink("later", at("dangling")).unwrap();
+        let two = |staged: &Path| put("one")(&staged.join("a")).and_then(|()| put("two")(&staged.join("b")));
+        let failed = write_folder(&at("link"), |staged| two(staged).and(Err::<(), _>(Error::Cancelled)));
+        assert!(matches!(failed, Err(Error::Cancelled)));
+        assert_eq!(std::fs::read_dir(at("private")).unwrap().count(), 0);
+        write_folder(&at("link"), two).unwrap();
+        let after = std::fs::metadata(at("private")).unwrap();
+        assert_eq!((after.ino(), after.mode()), (before.ino(), before.mode()));
+        assert_eq!(std::fs::read_dir(at("private")).unwrap().count(), 2);
+        write_folder(&at("dangling"), two).unwrap();
+        assert!(at("dangling").is_symlink() && at("later/b").is_file());
+        // What somebody puts there meanwhile is not replaced, and what was moved before goes back.
+        std::fs::create_dir(at("shared")).unwrap();
+        let late = |staged: &Path| two(staged).and_then(|()| put("theirs")(&at("shared/b")));
+        assert!(write_folder(&at("shared"), late).is_err());
+        assert_eq!(std::fs::read_to_string(at("shared/b")).unwrap(), "theirs");
+        assert_eq!(std::fs::read_dir(at("shared")).unwrap().count(), 1);
     }
 
     #[test]

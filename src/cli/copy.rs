@@ -3,10 +3,10 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::Context;
 use super::escape;
 use super::output::bytes;
 use super::signals::cancel_on_interrupt;
+use super::{Context, refuse_memory};
 use crate::compress::{CopyReport, Selected};
 use crate::error::{Error, Result};
 use crate::store::{Store, check_place};
@@ -37,6 +37,7 @@ pub async fn copy(context: &Context, args: CopyArgs) -> Result<u8> {
             return Err(Error::Usage { option: "copy".into(), found, expected: "MODEL [LAYER] STORE".into() });
         }
     };
+    refuse_memory("copy", store)?;
     check_place(store, &context.options_of(store).storage_options)?;
     let snapshot = context.snapshot().await?;
     // What is not there to be copied is found before a store is made.

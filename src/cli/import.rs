@@ -11,7 +11,7 @@ use crate::compress::{
 };
 use crate::error::{Result, closest, counted};
 use crate::formats;
-use crate::store::{check_model_name, check_place};
+use crate::store::{Store, check_model_name, check_place};
 
 pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
     context.refuse_at("import")?;
@@ -34,6 +34,7 @@ pub async fn import(context: &Context, args: ImportArgs) -> Result<u8> {
         None => None,
     };
     if args.dry_run {
+        Store::check_create(&context.store, context.options()).await?;
         let promise = calibration_text.as_ref().map(|text| compress::promised(source.clone(), text)).transpose()?;
         let calibration = promise.or(calibration);
         let plan =

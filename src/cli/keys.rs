@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::output::table;
+use super::signals::cancel_on_interrupt;
 use super::{Context, NearestArgs, SharedArgs};
 use crate::compress::{self, SharedOptions};
 use crate::error::{Error, Result, counted};
@@ -80,7 +81,10 @@ pub async fn shared(context: &Context, args: SharedArgs) -> Result<u8> {
 pub async fn index(context: &Context) -> Result<u8> {
     context.refuse_at("index")?;
     let note = |name: &str, keys: usize| context.output.note(format!("{name}: {}", counted(keys, "key", "keys")));
-    let reports = context.open().await?.index_keys(note).await?;
+    let cancel = cancel_on_interrupt();
+    let store = context.open().await?;
+    // Given up in order, so that what Lance has sorted on the way is removed.
+    let reports = cancel.unless(store.index_keys(note)).await?;
     context.output.result(&reports, |reports| {
         if reports.is_empty() {
             return "no table of float keys, and so nothing to index".to_owned();

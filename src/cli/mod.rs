@@ -409,6 +409,7 @@ fn run_to_the_end(cli: Cli) -> u8 {
             return 1;
         }
     };
+    let is_one_change = cli.command.is_one_change();
     let listening = async {
         signals::listen();
         run(cli).await
@@ -416,7 +417,10 @@ fn run_to_the_end(cli: Cli) -> u8 {
     let done = runtime.block_on(listening);
     let cancelled = matches!(done, Err(Error::Cancelled));
     let code = done.unwrap_or_else(|e| {
-        say(&format!("error: {e}"));
+        match cancelled && !is_one_change {
+            true => say("error: cancelled"),
+            false => say(&format!("error: {e}")),
+        }
         // An option that a command has no use for is wrong usage, like those that the parser finds.
         if matches!(e, Error::Usage { .. }) { 2 } else { 1 }
     });
@@ -429,6 +433,7 @@ fn run_to_the_end(cli: Cli) -> u8 {
 
 async fn run(cli: Cli) -> Result<u8> {
     let output = Output::new(cli.format == Format::Json, cli.quiet);
+    refuse_memory("--store", &cli.store)?;
     let context = Context {
         store: cli.store,
         at: cli.at,
@@ -473,7 +478,24 @@ async fn run(cli: Cli) -> Result<u8> {
     }
 }
 
+/// Refuses a store in the memory of a process that ends with the command.
+fn refuse_memory(option: &str, store: &str) -> Result<()> {
+    match store.split_once("://") {
+        Some((scheme, _)) if scheme.eq_ignore_ascii_case("memory") => Err(Error::Usage {
+            option: option.into(),
+            found: store.to_owned(),
+            expected: "a directory or an object-store URI: a store in memory ends with the command".into(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 impl Command {
+    /// Whether all that the command changes of a store is committed at its end.
+    fn is_one_change(&self) -> bool {
+        matches!(self, Command::Import(_) | Command::Copy(_) | Command::Codebooks(_))
+    }
+
     /// Whether the command is to hold all that it loads against its name.
     fn verifies_loads(&self) -> bool {
         match self {

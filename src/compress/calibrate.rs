@@ -60,6 +60,10 @@ pub async fn calibrate(
     options: CalibrateOptions,
 ) -> Result<CalibrateReport> {
     let CalibrateOptions { tokens, sample, progress, cancel } = options;
+    if output.extension().is_none_or(|ending| ending != "safetensors") {
+        let found = format!("'{}'", output.display());
+        return Err(Error::expected("output of statistics", found, "a name ending in .safetensors"));
+    }
     staged::probe(output)?;
     let model = Arc::new(cancel.unless(StoredModel::new(snapshot, model)).await?);
     let text = CalibrationText { text: text.to_owned(), tokens, inputs: CalibrationInputs::Dense };

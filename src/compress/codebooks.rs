@@ -80,6 +80,9 @@ pub async fn train_codebooks(
     if training.batch == 0 {
         return Err(Error::expected("tokens of a step", 0, "at least 1"));
     }
+    if training.epochs == 0 && !training.anew && training.config.is_none() {
+        return Err(Error::expected("epochs", 0, "at least 1: codewords that are there would stay as they are"));
+    }
     let mut writer = cancel.unless(store.writer()).await?;
     let snapshot = store.latest().await?;
     let there = stored_block(&snapshot, model, layer).await?;

@@ -1,6 +1,7 @@
 //! The catalogue: which artifact is which model's which layer. The only source of truth, and the only commit point.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::RecordBatchIterator;
@@ -234,24 +235,39 @@ pub async fn open_or_create(location: &Location) -> Result<Dataset> {
     }
     if let Some(path) = location.local() {
         synced::create_all(path)?;
-        // A directory of somebody else's is not to be filled with tables.
-        let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, e))?;
-        let known = |name: &str| match name.strip_suffix(".lance") {
-            Some(table) => matches!(table, LAYERS | schema::ARTIFACTS) || schema::Table::named(table).is_some(),
-            None => name.starts_with("layerstore.") || name.starts_with('.'),
-        };
-        let foreign =
-            entries.filter_map(|e| e.ok()).map(|e| e.file_name().to_string_lossy().into_owned()).find(|n| !known(n));
-        if let Some(name) = foreign {
-            return Err(Error::NotAStore {
-                path: path.display().to_string(),
-                reason: format!("it holds '{name}' and no table named 'layers': give an empty or new directory"),
-            });
-        }
+        require_own(path)?;
     }
     let formats = location.formats();
     create_table(location, LAYERS, formats.catalogue(formats.newest().version)).await?;
     open(location, None).await
+}
+
+/// Looks whether [`open_or_create`] would refuse. Nothing is made.
+pub async fn could_create(location: &Location) -> Result<()> {
+    match open(location, None).await {
+        Err(Error::NotAStore { .. }) => match location.local() {
+            Some(path) if path.exists() => require_own(path),
+            _ => Ok(()),
+        },
+        opened => opened.map(drop),
+    }
+}
+
+/// Refuses a directory of somebody else's, which is not to be filled with tables.
+fn require_own(path: &Path) -> Result<()> {
+    let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, e))?;
+    let known = |name: &str| match name.strip_suffix(".lance") {
+        Some(table) => matches!(table, LAYERS | schema::ARTIFACTS) || schema::Table::named(table).is_some(),
+        None => name.starts_with("layerstore.") || name.starts_with('.'),
+    };
+    let mut names = entries.filter_map(|e| e.ok()).map(|e| e.file_name().to_string_lossy().into_owned());
+    match names.find(|name| !known(name)) {
+        None => Ok(()),
+        Some(name) => Err(Error::NotAStore {
+            path: path.display().to_string(),
+            reason: format!("it holds '{name}' and no table named 'layers': give an empty or new directory"),
+        }),
+    }
 }
 
 /// What is there of a store without a catalogue.

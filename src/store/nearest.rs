@@ -1,6 +1,7 @@
 //! Keys of all layers as one collection: the nearest to a direction, through Lance, with or without an index.
 
 use std::collections::{HashMap, HashSet};
+use std::io::ErrorKind;
 
 use arrow::array::{AsArray, Float32Array, RecordBatch};
 use arrow::datatypes::{Float32Type, UInt32Type};
@@ -196,6 +197,7 @@ impl Store {
                 let partitions = (rows >= LEAST_ROWS).then_some((rows / PARTITION_ROWS).max(1));
                 let Some(some) = partitions else { break (rows, None) };
                 if attempt == 1 {
+                    check_temporary()?;
                     progress(&name, rows);
                 }
                 let params = index_of(width, some);
@@ -214,6 +216,18 @@ impl Store {
             reports.push(KeyIndexReport { table: name, keys: rows as u64, partitions });
         }
         Ok(reports)
+    }
+}
+
+/// Tries whether Lance could put there what it sorts on the way.
+fn check_temporary() -> Result<()> {
+    let folder = std::env::temp_dir();
+    let probe = folder.join(format!(".layerstore.{}.probe", std::process::id()));
+    match std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)) {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => {
+            Err(Error::file(folder, format!("nothing can be made there, where temporary files go (TMPDIR): {e}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -127,6 +127,14 @@ impl Store {
         Self::new(location, catalogue, options)
     }
 
+    /// Looks whether [`Store::create_with`] would open or make a store. Nothing is made.
+    ///
+    /// # Errors
+    /// As [`Store::create_with`].
+    pub(crate) async fn check_create(uri: &str, options: StoreOptions) -> Result<()> {
+        catalogue::could_create(&Location::new(uri, &options.hooks, &options.storage_options)?).await
+    }
+
     fn new(location: Location, catalogue: lance::Dataset, options: StoreOptions) -> Result<Self> {
         let reader = options.reader.map_or_else(Reader::from_environment, Ok)?;
         // On the local file system, copies of files would be as far away as the files.

@@ -267,6 +267,7 @@ fn a_block_of_its_own_is_trained_from_queries_and_keys() {
     let x = array(&place, "x.npy", sample(9, 12, 3).view());
     assert_eq!(place.json(&["attend", "free", "attention", "--q", &x])["shape"], serde_json::json!([9, 12]));
     // Trained further, from where it was.
+    place.fails(1, &["epochs", "at least 1"], &[&train[..], &["--epochs", "0"]].concat());
     let further = place.json(&[&train[..], &["--epochs", "1"]].concat());
     assert!(
         further["queries"][0].as_f64().unwrap() < 1.05 * made["queries"][1].as_f64().unwrap(),

@@ -412,6 +412,28 @@ fn wrong_use_and_unknown_names() {
     place.fails(1, &["a number stands for a version"], &["snapshot", "create", "12"]);
     place.fails(1, &["not a valid model name"], &["import", CHECKPOINT, "--model", ""]);
     place.fails(1, &[".safetensors"], &["export", "m", "--output", "x.bin"]);
+    place.fails(2, &["a store in memory ends with the command"], &["copy", "m", "memory://x"]);
+}
+
+#[test]
+fn a_dry_run_is_refused_where_the_import_would_be() {
+    let place = Place::on_disk();
+    let import = ["import", CHECKPOINT, "--model", "m"];
+    let dry: Vec<&str> = import.into_iter().chain(["--dry-run"]).collect();
+    place.json(&dry);
+    assert!(!place.path("layers").exists());
+    place.import("m", None);
+    place.json(&dry);
+    std::fs::remove_dir_all(place.path("layers/layers.lance")).unwrap();
+    for args in [&import[..], &dry] {
+        place.fails(1, &["table 'artifacts'"], args);
+    }
+    std::fs::remove_dir_all(place.path("layers")).unwrap();
+    std::fs::create_dir(place.path("layers")).unwrap();
+    std::fs::write(place.path("layers/letter.txt"), "mine").unwrap();
+    for args in [&import[..], &dry] {
+        place.fails(1, &["letter.txt", "an empty or new directory"], args);
+    }
 }
 
 #[test]

@@ -140,6 +140,10 @@ fn keys_are_found_across_layers_with_and_without_an_index() {
     let among_all = among.as_array().unwrap();
     assert!(among_all.len() == 3 && among_all.iter().all(|n| n["layers"][0]["model"] == "svd"), "{among}");
 
+    // What is sorted on the way has to have a place, and the store is not blamed where it has none.
+    let no_place = place.command(&["index"]).env("TMPDIR", "/nowhere").output().unwrap();
+    let said = String::from_utf8(no_place.stderr).unwrap();
+    assert!(no_place.status.code() == Some(1) && said.contains("/nowhere: nothing can be made there"), "{said}");
     let made = place.json(&["index"]);
     assert_eq!(made[0], json!({"table": "keys_d48", "keys": 384, "partitions": 1}));
     assert_eq!(made[1], json!({"table": "keys_d96", "keys": 192, "partitions": null}));

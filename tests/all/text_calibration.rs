@@ -146,6 +146,9 @@ fn statistics_are_written_by_the_command() {
     place.import("plain", None);
     place.fails(1, &["config.json of the model"], &["calibrate", "plain", "--text", &file, "--output", &output]);
     place.fails(1, &["/nowhere/"], &["calibrate", "llama", "--text", &file, "--output", "/nowhere/s.safetensors"]);
+    let text = std::fs::read(&file).unwrap();
+    place.fails(1, &["ending in .safetensors"], &["calibrate", "llama", "--text", &file, "--output", &file]);
+    assert_eq!(std::fs::read(&file).unwrap(), text);
 }
 
 /// Attention by codes, its codebooks of the queries and keys that the model has for the text, runs in the model.
