@@ -30,6 +30,19 @@ pub(crate) fn abandon() {
     }
 }
 
+/// Makes a folder for temporary files in that of the system, which [`abandon`] removes with all that is in it.
+///
+/// # Errors
+/// When it cannot be made.
+pub(crate) fn temporary_folder() -> Result<PathBuf> {
+    let place = Place { path: std::env::temp_dir().join("files"), there: None };
+    let staged = Staged::create(&place, &place.path)?;
+    let folder = staged.folder.clone();
+    // Kept until the process ends.
+    std::mem::forget(staged);
+    Ok(folder)
+}
+
 /// Has a file written in a folder beside its place, and moves it there when it is whole and on disk. Returns its bytes. What was
 /// at its place is replaced: where that is a link, the file that it leads to; and the new file has the old one's mode.
 ///
@@ -317,6 +330,15 @@ mod tests {
         // A file that was not written is an error too.
         assert!(matches!(write(&path, |_| Ok(())), Err(Error::Io { .. })));
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "second");
+    }
+
+    #[test]
+    fn temporary_folders_are_known_to_whoever_ends_the_process() {
+        let folder = temporary_folder().unwrap();
+        assert!(folder.is_dir() && folder.starts_with(std::env::temp_dir()));
+        assert!(WRITING.lock().unwrap().as_ref().unwrap().contains(&folder));
+        remove(&folder);
+        assert!(!folder.exists());
     }
 
     #[test]

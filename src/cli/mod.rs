@@ -28,6 +28,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::output::{Output, say};
 use crate::error::{Error, Result};
+use crate::staged;
 use crate::store::{DiskCacheOptions, OnWait, Snapshot, StorageOptions, Store, StoreOptions};
 
 /// An embedded store for compressed neural-network layers.
@@ -402,6 +403,14 @@ pub fn main() -> u8 {
 
 /// Runs a command, prints its error, and returns the exit code.
 fn run_to_the_end(cli: Cli) -> u8 {
+    let is_one_change = cli.command.is_one_change();
+    // Lance sorts there, and may not come to remove it. Where no folder can be made, the command says so.
+    if matches!(cli.command, Command::Index)
+        && let Ok(folder) = staged::temporary_folder()
+    {
+        // SAFETY: no other thread has been started that could read it.
+        unsafe { std::env::set_var("TMPDIR", folder) };
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
@@ -409,7 +418,6 @@ fn run_to_the_end(cli: Cli) -> u8 {
             return 1;
         }
     };
-    let is_one_change = cli.command.is_one_change();
     let listening = async {
         signals::listen();
         run(cli).await
@@ -426,7 +434,7 @@ fn run_to_the_end(cli: Cli) -> u8 {
     });
     // Work that was cancelled may still be at its last layer: do not wait for that. What it had begun to write is removed meanwhile.
     runtime.shutdown_timeout(if cancelled { Duration::from_millis(200) } else { Duration::ZERO });
-    crate::staged::abandon();
+    staged::abandon();
     signals::end_as_asked();
     code
 }
