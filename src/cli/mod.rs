@@ -5,6 +5,7 @@ mod attention;
 mod calibrate;
 mod catalogue;
 mod compare;
+mod context;
 mod copy;
 mod embed;
 mod escape;
@@ -26,10 +27,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use self::context::{Context, refuse_memory};
 use self::output::{Output, say};
 use crate::error::{Error, Result};
 use crate::staged;
-use crate::store::{DiskCacheOptions, OnWait, Snapshot, StorageOptions, Store, StoreOptions};
+use crate::store::DiskCacheOptions;
 
 /// An embedded store for compressed neural-network layers.
 #[derive(Debug, Parser)]
@@ -486,18 +488,6 @@ async fn run(cli: Cli) -> Result<u8> {
     }
 }
 
-/// Refuses a store in the memory of a process that ends with the command.
-fn refuse_memory(option: &str, store: &str) -> Result<()> {
-    match store.split_once("://") {
-        Some((scheme, _)) if scheme.eq_ignore_ascii_case("memory") => Err(Error::Usage {
-            option: option.into(),
-            found: store.to_owned(),
-            expected: "a directory or an object-store URI: a store in memory ends with the command".into(),
-        }),
-        _ => Ok(()),
-    }
-}
-
 impl Command {
     /// Whether all that the command changes of a store is committed at its end.
     fn is_one_change(&self) -> bool {
@@ -511,97 +501,6 @@ impl Command {
             | Command::Show { verify, .. }
             | Command::Export(ExportArgs { verify, .. }) => *verify,
             _ => false,
-        }
-    }
-}
-
-/// The commands that --at is for.
-const READ_A_VERSION: [&str; 16] = [
-    "models",
-    "layers",
-    "show",
-    "compare",
-    "forward",
-    "generate",
-    "perplexity",
-    "attend",
-    "search",
-    "nearest",
-    "shared",
-    "copy",
-    "evaluate",
-    "export",
-    "stats",
-    "snapshot create",
-];
-
-/// What every command needs.
-struct Context {
-    store: String,
-    at: Option<String>,
-    verify_loads: bool,
-    storage_options: StorageOptions,
-    disk_cache: Option<DiskCacheOptions>,
-    output: Output,
-}
-
-impl Context {
-    async fn open(&self) -> Result<Store> {
-        Store::open_with(&self.store, self.options()).await
-    }
-
-    /// Opens the store, also where its latest version is damaged.
-    async fn open_for_repair(&self) -> Result<Store> {
-        Store::open_for_repair(&self.store, self.options()).await
-    }
-
-    /// Opens the store, or makes an empty one.
-    async fn create(&self) -> Result<Store> {
-        Store::create_with(&self.store, self.options()).await
-    }
-
-    fn options(&self) -> StoreOptions {
-        let output = self.output;
-        let on_wait = OnWait::new(move |what| output.note(format!("{what} (Ctrl-C gives up)")));
-        StoreOptions {
-            on_wait: Some(on_wait),
-            verify_loads: self.verify_loads,
-            storage_options: self.storage_options.clone(),
-            disk_cache: self.disk_cache.clone(),
-            ..StoreOptions::default()
-        }
-    }
-
-    /// How a store beside the one at `--store` is opened: storage options are for both, where both are on S3.
-    fn options_of(&self, store: &str) -> StoreOptions {
-        match store.starts_with("s3://") {
-            true => self.options(),
-            false => StoreOptions { storage_options: StorageOptions::new(), ..self.options() },
-        }
-    }
-
-    /// The version that a reading command reads.
-    async fn snapshot(&self) -> Result<Snapshot> {
-        self.snapshot_of(&self.open().await?).await
-    }
-
-    async fn snapshot_of(&self, store: &Store) -> Result<Snapshot> {
-        match &self.at {
-            Some(name) => store.at(name).await,
-            // The one that opening the store has just found.
-            None => Ok(store.seen()),
-        }
-    }
-
-    /// Refuses --at for a command that it means nothing to.
-    fn refuse_at(&self, command: &str) -> Result<()> {
-        match &self.at {
-            Some(at) => Err(Error::Usage {
-                option: "--at".into(),
-                found: format!("'{at}' with {command}"),
-                expected: format!("a command that reads a version ({})", READ_A_VERSION.join(", ")),
-            }),
-            None => Ok(()),
         }
     }
 }
