@@ -71,15 +71,18 @@ impl GroupNumbers<'_> {
         }
     }
 
-    /// Asks for the cache line of one, which need not be there.
+    /// Asks for the cache lines of `count` of them, which need not be there.
     #[inline(always)]
-    pub(super) unsafe fn prefetch<S: Simd>(&self, place: usize) {
-        // SAFETY: the caller has the instructions of `S`.
-        unsafe {
-            match self {
-                GroupNumbers::F32(all) => S::prefetch(all.as_ptr().wrapping_add(place).cast()),
-                GroupNumbers::F16(all) => S::prefetch(all.as_ptr().wrapping_add(place).cast()),
-            }
+    pub(super) unsafe fn prefetch<S: Simd>(&self, first: usize, count: usize) {
+        let (from, bytes): (*const u8, usize) = match self {
+            GroupNumbers::F32(all) => (all.as_ptr().wrapping_add(first).cast(), 4 * count),
+            GroupNumbers::F16(all) => (all.as_ptr().wrapping_add(first).cast(), 2 * count),
+        };
+        let mut place = 0;
+        while place < bytes {
+            // SAFETY: the caller has the instructions of `S`.
+            unsafe { S::prefetch(from.wrapping_add(place)) };
+            place += 64;
         }
     }
 
@@ -129,8 +132,8 @@ pub struct PackedRows<'a> {
     minimums: GroupNumbers<'a>,
 }
 
-/// How many rows before they are read rows are asked for.
-const AHEAD: usize = 4;
+/// Bytes of codes from those that are read to those that are asked for: what comes from memory meanwhile.
+const AHEAD: usize = 6144;
 
 impl<'a> PackedRows<'a> {
     /// Describes codes with their scales `[rows, groups]`, and what groups have beside. The groups are as many as there are scales
@@ -221,7 +224,7 @@ impl<'a> PackedRows<'a> {
         Rows {
             packed: self.codes,
             row_bytes: self.row_bytes(),
-            ahead: AHEAD * self.row_bytes(),
+            ahead: AHEAD.div_ceil(self.row_bytes().max(1)),
             block_bytes: self.block_bytes(&plan.layout),
             halves: plan.layout.halves,
             coding: Coding { bits: self.format.bits, flip, levels: self.format.levels },
@@ -242,7 +245,7 @@ pub struct Rows<'a> {
     pub packed: &'a [u8],
     /// Bytes of a row.
     pub row_bytes: usize,
-    /// Bytes from a row to those that are asked for while it is read: whole rows.
+    /// How many rows before they are read rows are asked for.
     pub ahead: usize,
     /// Bytes of a block of a row's codes.
     pub block_bytes: usize,

@@ -149,7 +149,7 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
                 scales: [S::zero(); R],
                 packed,
                 // Rows to come, which the processor does not guess in time; what is only prefetched need not be there.
-                ahead: packed.wrapping_add(m.ahead),
+                ahead: packed.wrapping_add(m.ahead * m.row_bytes),
                 row_bytes: m.row_bytes,
                 block_bytes: m.block_bytes,
                 floats: x.first::<f32>(v),
@@ -158,6 +158,11 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
                 byte_stride: x.stride::<i8>(),
                 places: m.blocks.places.as_ptr().cast(),
             };
+            if MODE != mode::WHOLE && V == 1 {
+                let first = (row + m.ahead) * m.groups;
+                m.scales.prefetch::<S>(first, R * m.groups);
+                m.minimums.prefetch::<S>(first, if m.minimums.is_empty() { 0 } else { R * m.groups });
+            }
             if MODE != mode::WHOLE && (!m.zeros.is_empty() || m.zero != 0.0) {
                 tile.subtract_zeros(m, x, row, v);
             }
@@ -171,7 +176,8 @@ impl<const H: usize, const LEVELS: bool, const MODE: u8> Tiles<'_, H, LEVELS, MO
                 if MODE != mode::WHOLE {
                     let groups = opaque(m.groups);
                     each!(r in R, {
-                        tile.scales[r] = m.scales.load::<S>(scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(window.first)), window.count);
+                        let from = scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(window.first));
+                        tile.scales[r] = m.scales.load::<S>(from, window.count);
                     });
                 }
                 let (full, mut block) = (window.bytes == m.block_bytes, 0);
@@ -230,8 +236,6 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                 each!(r in R, {
                     let from = scales.wrapping_add(r.wrapping_mul(groups).wrapping_add(group));
                     let scale = m.scales.load::<S>(from, count);
-                    // Those of the next rows.
-                    m.scales.prefetch::<S>(from.wrapping_add(R * groups));
                     let zero = if own { S::bytes_some(zeros.wrapping_add(r.wrapping_mul(groups).wrapping_add(group)), count) } else { same };
                     let both = S::mul(scale, zero);
                     each!(c in V, {
@@ -258,8 +262,6 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
                 each!(r in R, {
                     let from = minimums.wrapping_add(r.wrapping_mul(groups).wrapping_add(group));
                     let minimum = m.minimums.load::<S>(from, count);
-                    // Those of the next rows.
-                    m.minimums.prefetch::<S>(from.wrapping_add(R * groups));
                     each!(c in V, {
                         self.totals[r][c] = S::fma(minimum, S::load(sums.wrapping_add(c.wrapping_mul(stride).wrapping_add(group))), self.totals[r][c]);
                     });

@@ -7,7 +7,7 @@ use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
@@ -18,14 +18,15 @@ const LOOK_OUT: Duration = Duration::from_micros(200);
 /// Looks between two of which the processor is offered to other threads.
 const LOOKS: usize = 256;
 
-/// Calls `work` with each number below `parts` once, on this thread and on the team's others. Whichever is free takes the next
-/// number: what begins late is not waited for. Where the team is at other work, or is this thread's own, this thread does it all.
+/// Calls `work` with each number below `parts` once, on this thread and on the team's others. Each has a range of numbers that follow
+/// each other, so that what it reads does, too; whoever is through with its own takes half of what another has left: what begins late is
+/// not waited for. Where the team is at other work, or is this thread's own, this thread does it all.
 ///
 /// # Panics
 /// When `work` does.
 pub fn share(parts: usize, work: impl Fn(usize) + Sync) {
     let others = rayon::current_num_threads().min(parts).saturating_sub(1);
-    if others == 0 {
+    if others == 0 || u32::try_from(parts).is_err() {
         return (0..parts).for_each(work);
     }
     let team = Team::get();
@@ -42,10 +43,9 @@ pub fn threads() -> usize {
 
 /// Does each part of the work once, as [`share`] does.
 pub fn on_all_threads<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
-    let count = parts.len();
-    let parts = Mutex::new(parts.into_iter());
-    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
-    share(count, |_| next().into_iter().for_each(&work));
+    let parts: Vec<Mutex<Option<T>>> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
+    let part = |number: usize| parts[number].lock().unwrap_or_else(PoisonError::into_inner).take();
+    share(parts.len(), |number| part(number).into_iter().for_each(&work));
 }
 
 /// Calls `work` with each piece of `size` numbers, the last of which may be shorter, and its number, as [`share`] does.
@@ -70,7 +70,52 @@ pub fn share_chunks<T: Send>(all: &mut [T], size: usize, work: impl Fn(usize, &m
 struct Job {
     /// Lives as long as [`Team::run`], which does not return before all members have left.
     work: *const (dyn Fn(usize) + Sync),
-    parts: usize,
+    /// How many may be at it, the caller counted.
+    workers: usize,
+}
+
+/// Numbers of parts that a thread is to do: the first in the lower half, the one behind the last in the upper one. A line of the cache
+/// of its own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Range(AtomicU64);
+
+impl Range {
+    /// Replaces the range.
+    fn set(&self, first: u32, end: u32) {
+        self.0.store(u64::from(end) << 32 | u64::from(first), Ordering::Relaxed);
+    }
+
+    /// Takes what `cut` takes of a range that is not empty: it returns what is left and what is taken.
+    fn take(&self, cut: impl Fn(u32, u32) -> [(u32, u32); 2]) -> Option<(u32, u32)> {
+        let mut seen = self.0.load(Ordering::Relaxed);
+        loop {
+            let (first, end) = (seen as u32, (seen >> 32) as u32);
+            if first >= end {
+                return None;
+            }
+            let [left, taken] = cut(first, end);
+            let now = u64::from(left.1) << 32 | u64::from(left.0);
+            // Whoever changed it meanwhile has taken other parts: none is ever there twice, so that a range that looks the same is.
+            match self.0.compare_exchange_weak(seen, now, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(other) => seen = other,
+            }
+        }
+    }
+
+    /// Takes the first number.
+    fn first(&self) -> Option<usize> {
+        self.take(|first, end| [(first + 1, end), (first, first + 1)]).map(|(first, _)| first as usize)
+    }
+
+    /// Takes the second half, or the last number.
+    fn half(&self) -> Option<(u32, u32)> {
+        self.take(|first, end| {
+            let middle = end - (end - first).div_ceil(2);
+            [(first, middle), (middle, end)]
+        })
+    }
 }
 
 struct Team {
@@ -81,8 +126,8 @@ struct Team {
     /// The number of the job in the upper half, then [`OPEN`], then how many more may join and how many are at it, in
     /// [`COUNT`] each.
     state: AtomicU64,
-    /// The next part.
-    next: AtomicUsize,
+    /// Of the caller, and of each member that joins.
+    ranges: Vec<Range>,
     /// What a member's panic said.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     members: OnceLock<Vec<Member>>,
@@ -109,17 +154,18 @@ const COUNT: u64 = ROOM - 1;
 impl Team {
     fn get() -> &'static Team {
         static TEAM: LazyLock<&'static Team> = LazyLock::new(|| {
+            let others = thread::available_parallelism().map_or(1, |n| n.get()).max(rayon::current_num_threads()) - 1;
+            let others = others.min(COUNT as usize);
             let team: &'static Team = Box::leak(Box::new(Team {
                 taken: AtomicBool::new(false),
                 job: UnsafeCell::new(None),
                 state: AtomicU64::new(0),
-                next: AtomicUsize::new(0),
+                ranges: (0..=others).map(|_| Range::default()).collect(),
                 panic: Mutex::new(None),
                 members: OnceLock::new(),
             }));
-            let others = thread::available_parallelism().map_or(1, |n| n.get()).max(rayon::current_num_threads()) - 1;
             // A thread that cannot be had is done without.
-            let members = (0..others.min(COUNT as usize)).map_while(|number| {
+            let members = (0..others).map_while(|number| {
                 let asleep: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
                 let builder = thread::Builder::new().name(format!("layerstore-{number}"));
                 let spawned = builder.spawn(move || team.serve(asleep)).ok()?;
@@ -137,12 +183,16 @@ impl Team {
         // SAFETY: only the lifetime is another; `left` waits for all who use it, also while a panic unwinds.
         let work_forever: *const (dyn Fn(usize) + Sync) =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + 'a), _>(work) };
-        // SAFETY: this thread has taken the team, and nobody is at a job.
-        unsafe { *self.job.get() = Some(Job { work: work_forever, parts }) };
-        self.next.store(0, Ordering::Relaxed);
-        let number = (self.state.load(Ordering::Relaxed) >> 32).wrapping_add(1);
         let members = self.members.get().map_or(&[][..], Vec::as_slice);
-        let room = others.min(members.len()) as u64 * ROOM;
+        let others = others.min(members.len());
+        let workers = others + 1;
+        // SAFETY: this thread has taken the team, and nobody is at a job.
+        unsafe { *self.job.get() = Some(Job { work: work_forever, workers }) };
+        for (worker, range) in self.ranges[..workers].iter().enumerate() {
+            range.set((worker * parts / workers) as u32, ((worker + 1) * parts / workers) as u32);
+        }
+        let number = (self.state.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        let room = others as u64 * ROOM;
         self.state.store(number << 32 | OPEN | room, Ordering::SeqCst);
         let left = Left(self);
         for member in members.iter().take(others) {
@@ -150,20 +200,28 @@ impl Team {
                 member.thread.unpark();
             }
         }
-        self.take_parts(parts, work);
+        self.take_parts(0, workers, work);
         drop(left);
         self.taken.store(false, Ordering::Release);
     }
 
-    fn take_parts(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
+    /// Does the parts of a range, and then those that others have left.
+    fn take_parts(&self, own: usize, workers: usize, work: &(dyn Fn(usize) + Sync)) {
         let _sharing = Sharing::begin();
         loop {
-            let part = self.next.fetch_add(1, Ordering::Relaxed);
-            if part >= parts {
-                return;
+            while let Some(part) = self.ranges[own].first() {
+                work(part);
             }
-            work(part);
+            let Some((first, end)) = (1..workers).find_map(|step| self.ranges[(own + step) % workers].half()) else {
+                return;
+            };
+            self.ranges[own].set(first, end);
         }
+    }
+
+    /// Leaves no part to be begun.
+    fn clear(&self) {
+        self.ranges.iter().for_each(|range| range.set(0, 0));
     }
 
     /// What a member does all its life.
@@ -179,12 +237,14 @@ impl Team {
                 }
                 last = number;
                 // SAFETY: the job was written before the state was opened, and stays until this one has left.
-                if let Some(Job { work, parts }) = unsafe { &*self.job.get() } {
+                if let Some(Job { work, workers }) = unsafe { &*self.job.get() } {
                     // SAFETY: as above.
                     let work = unsafe { &**work };
-                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_parts(*parts, work))) {
+                    // As many as have joined so far, this one counted.
+                    let own = workers - ((state & (OPEN - 1)) / ROOM) as usize;
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_parts(own, *workers, work))) {
                         // The others need not go on.
-                        self.next.store(*parts, Ordering::Relaxed);
+                        self.clear();
                         *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
                     }
                 }
@@ -243,7 +303,7 @@ impl Drop for Left<'_> {
     fn drop(&mut self) {
         let team = self.0;
         if thread::panicking() {
-            team.next.store(usize::MAX / 2, Ordering::Relaxed);
+            team.clear();
         }
         team.state.fetch_and(!(OPEN | (OPEN - 1) & !COUNT), Ordering::AcqRel);
         let mut looks = 0usize;
@@ -268,6 +328,8 @@ impl Drop for Left<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     #[test]
