@@ -15,6 +15,9 @@ const TILE: usize = 32;
 /// Multiply-adds below which one thread does it all.
 const PARALLEL_FROM: usize = 1 << 16;
 
+/// The same for a single token, while the other threads look out for the next product.
+const PARALLEL_FROM_OF_ONE: usize = 1 << 14;
+
 /// Memory for one token's scores, used again and again.
 #[derive(Debug, Default)]
 pub(super) struct Scores {
@@ -25,7 +28,6 @@ pub(super) struct Scores {
 struct HeadScores {
     scores: Vec<f32>,
     weights: Vec<(u32, f32)>,
-    /// Of all queries of a head of keys `[group, head_dim]`.
     output: Vec<f32>,
 }
 
@@ -34,10 +36,10 @@ struct HeadScores {
 pub(super) fn attend(config: &DecoderConfig, q: &[f32], cache: &[HeadCache], scores: &mut Scores, output: &mut [f32]) {
     let width = config.heads * config.head_dim;
     let (tokens, length) = (q.len() / width, cache[0].keys.len());
-    let is_parallel = q.len() * length >= PARALLEL_FROM;
     if tokens == 1 {
-        return attend_one(config, q, cache, scores, output, is_parallel);
+        return attend_one(config, q, cache, scores, output, q.len() * length >= PARALLEL_FROM_OF_ONE);
     }
+    let is_parallel = q.len() * length >= PARALLEL_FROM;
     let work = |number: usize, output: &mut [f32]| {
         let first = number * TILE;
         let rows = output.len() / width;
@@ -171,28 +173,25 @@ fn attend_one(
     let group = heads / kv_heads;
     let keys = seen(config, cache[0].keys.len() - 1);
     let scale = 1.0 / (head_dim as f32).sqrt();
-    scores.heads.resize_with(kv_heads, HeadScores::default);
+    scores.heads.resize_with(heads, HeadScores::default);
     let work = |head: usize, own: &mut [HeadScores]| {
         let HeadScores { scores, weights, output } = &mut own[0];
-        let HeadCache { keys: all_keys, values } = &cache[head];
+        let HeadCache { keys: all_keys, values } = &cache[head / group];
         output.clear();
-        output.resize(group * head_dim, 0.0);
+        output.resize(head_dim, 0.0);
         scores.resize(keys.len(), 0.0);
-        let q = &q[head * group * head_dim..(head + 1) * group * head_dim];
-        for (q, output) in q.chunks_exact(head_dim).zip(output.chunks_exact_mut(head_dim)) {
-            all_keys.dots(keys.clone(), q, scores);
-            scores.iter_mut().for_each(|score| *score *= scale);
-            softmax(scores);
-            weights.clear();
-            weights.extend((0u32..).zip(scores.iter().copied()));
-            values.add_weighted(keys.start, weights, output);
-        }
+        all_keys.dots(keys.clone(), &q[head * head_dim..(head + 1) * head_dim], scores);
+        scores.iter_mut().for_each(|score| *score *= scale);
+        softmax(scores);
+        weights.clear();
+        weights.extend((0u32..).zip(scores.iter().copied()));
+        values.add_weighted(keys.start, weights, output);
     };
     match is_parallel {
         true => share_chunks(&mut scores.heads, 1, work),
         false => scores.heads.chunks_mut(1).enumerate().for_each(|(head, own)| work(head, own)),
     }
-    for (head, output) in scores.heads.iter().zip(output.chunks_exact_mut(group * head_dim)) {
+    for (head, output) in scores.heads.iter().zip(output.chunks_exact_mut(head_dim)) {
         output.copy_from_slice(&head.output);
     }
 }
