@@ -285,6 +285,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn splat_bytes(from: *const i8) -> __m256i {
+        unsafe { _mm256_set1_epi32(read(from.cast())) }
+    }
+
+    #[inline(always)]
     unsafe fn dot(codes: __m256i, x: __m256i, sum: __m256i, coding: Registers) -> __m256i {
         unsafe {
             let products = if coding.wide {

@@ -38,6 +38,17 @@ unsafe fn picked(bits: usize, place: usize) -> __m512i {
     unsafe { _mm512_set1_epi64(matrix as i64) }
 }
 
+/// The sum of the four quarters of a register.
+#[inline(always)]
+unsafe fn folded(value: __m512) -> __m128 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(value)));
+        let half = _mm256_add_ps(_mm512_castps512_ps256(value), upper);
+        _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+    }
+}
+
 /// The lowest `count` bits.
 #[inline(always)]
 fn first(count: usize) -> u64 {
@@ -173,7 +184,28 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn sum(value: __m512) -> f32 {
-        unsafe { _mm512_reduce_add_ps(value) }
+        unsafe {
+            // In the order of `sums`.
+            let two = _mm512_add_ps(value, _mm512_shuffle_ps::<0b01_00_11_10>(value, value));
+            let one = _mm512_add_ps(two, _mm512_shuffle_ps::<0b10_11_00_01>(two, two));
+            _mm_cvtss_f32(folded(one))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sums([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        unsafe {
+            let first = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let second = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let (first, second) = (_mm512_castps_pd(first), _mm512_castps_pd(second));
+            let all = _mm512_add_ps(
+                _mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)),
+            );
+            let mut sums = [0f32; 4];
+            write(sums.as_mut_ptr().cast(), folded(all));
+            sums
+        }
     }
 
     #[inline(always)]
@@ -285,6 +317,11 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_bytes(from: *const i8) -> __m512i {
         unsafe { read(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_bytes(from: *const i8) -> __m512i {
+        unsafe { _mm512_set1_epi32(read(from.cast())) }
     }
 
     #[inline(always)]

@@ -81,10 +81,7 @@ impl Inputs {
         assert_eq!(x.len(), batch * layout.columns, "whole rows of inputs");
         self.stride = (layout.block_count() * layout.block_codes() * size_of::<T>()).div_ceil(64);
         self.sum_stride = layout.groups().next_multiple_of(16);
-        // What rows are filled up with has to be 0, and the rest is written.
-        self.lines.clear();
         self.lines.resize(batch * self.stride, Line([0; 64]));
-        self.sums.clear();
         self.sums.resize(batch * self.sum_stride, 0.0);
         self.scales.resize(batch, 0.0);
         self.totals.resize(batch, 0);
@@ -103,6 +100,9 @@ impl Inputs {
             unsafe {
                 let target = std::slice::from_raw_parts_mut(place.lines.add(i * line), line);
                 let sums = std::slice::from_raw_parts_mut(place.sums.add(i * sum_stride), sum_stride);
+                // What rows are filled up with has to be 0, and the rest is written.
+                target.fill(Line([0; 64]));
+                sums.fill(0.0);
                 let bytes = std::slice::from_raw_parts_mut(place.whole.add(i * whole), whole);
                 let (scale, total) = fill(&x[i * row..(i + 1) * row], bytes, bytemuck::cast_slice_mut(target), sums);
                 *place.scales.add(i) = scale;

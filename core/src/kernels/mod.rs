@@ -7,7 +7,7 @@
 //! # One algorithm, a file per instruction set
 //!
 //! The stored rows are what the loops read: it is the inputs that are brought into the order in which a register's lanes meet
-//! the codes (`layout`, `inputs`). The loops (`tile`, `expand`) are written once, over the trait `simd::Simd`, and
+//! the codes (`layout`, `inputs`). The loops (`tile`, `many`, `expand`) are written once, over the trait `simd::Simd`, and
 //! are compiled for each of its implementations: `avx512`, `avx2`, `portable`. The reference is the dequantised matrix and a
 //! plain product; the tests hold every instruction set to it.
 //!
@@ -32,6 +32,7 @@ mod fused;
 mod inputs;
 mod isa;
 mod layout;
+mod many;
 mod packed;
 mod portable;
 mod products;

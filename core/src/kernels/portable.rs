@@ -238,6 +238,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn splat_bytes(from: *const i8) -> [u32; 8] {
+        lanes!(0u32, _i => u32::from_le(unsafe { read::<u32>(from.cast()) }))
+    }
+
+    #[inline(always)]
     unsafe fn dot(codes: [u32; 8], x: [u32; 8], sum: [u32; 8], _: Registers) -> [u32; 8] {
         lanes!(0u32, lane => {
             let (mut all, mut place) = (sum[lane] as i32, 0);

@@ -163,6 +163,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn fnma(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float;
     /// Returns the sum of the lanes.
     unsafe fn sum(value: Self::Float) -> f32;
+    /// Returns the sum of the lanes of each register, which is [`Simd::sum`] of each to the bit.
+    #[inline(always)]
+    unsafe fn sums(values: [Self::Float; 4]) -> [f32; 4] {
+        // SAFETY: the caller's promise.
+        unsafe { [Self::sum(values[0]), Self::sum(values[1]), Self::sum(values[2]), Self::sum(values[3])] }
+    }
     /// Returns a register whose lane i is lane `places[i]` of `value`.
     unsafe fn pick(value: Self::Float, places: *const u32) -> Self::Float;
 
@@ -195,6 +201,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn zeros() -> Self::Int;
     /// Loads four bytes a lane.
     unsafe fn load_bytes(from: *const i8) -> Self::Int;
+    /// Loads four bytes for all lanes.
+    unsafe fn splat_bytes(from: *const i8) -> Self::Int;
     /// Adds the four products in each lane of unsigned bytes with signed ones to `sum`.
     unsafe fn dot(codes: Self::Int, x: Self::Int, sum: Self::Int, coding: Self::Coding) -> Self::Int;
     /// Returns the sums in each lane of the products of all `H` registers of a block's codes with inputs that lie one register after

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::inputs::{Inputs, Kind};
 use super::layout::Window;
+use super::many::{MANY, Many, Spread};
 use super::packed::Rows;
 use super::simd::{Kernel, Simd, Unaligned, each, opaque};
 
@@ -57,6 +58,16 @@ unsafe fn of_kind<S: Simd, const H: usize, const LEVELS: bool>(
     let whole =
         !LEVELS && (plain || H == 1) && m.groups == 1 && m.minimums.is_empty() && m.blocks.places.len() <= WHOLE_BLOCKS;
     let (first, count) = (rows.start, rows.len());
+    if kind == Kind::Bytes && !whole && S::REGISTERS >= 32 && count >= Spread::rows::<S>() && x.rows() >= MANY {
+        let spread = &mut Spread::new::<S>(m);
+        // SAFETY: the caller's promise.
+        return unsafe {
+            match plain {
+                true => S::compiled(Many::<H, false, true> { m, x, first, count, out, stride, spread }),
+                false => S::compiled(Many::<H, LEVELS, false> { m, x, first, count, out, stride, spread }),
+            }
+        };
+    }
     // SAFETY: the caller's promise.
     unsafe {
         match kind {
@@ -442,8 +453,13 @@ impl<S: Simd, const R: usize, const V: usize> Tile<S, R, V> {
             let scales = x.scales().as_ptr().wrapping_add(v);
             each!(c in V, {
                 let scale = *scales.wrapping_add(c);
+                let mut totals = [S::zero(); 4];
                 each!(r in R, {
-                    *out.wrapping_add(c.wrapping_mul(stride).wrapping_add(r)) = S::sum(self.totals[r][c]) * scale * m.factor;
+                    totals[r] = self.totals[r][c];
+                });
+                let sums = if R == 4 { S::sums(totals) } else { [S::sum(totals[0]), S::sum(totals[1]), 0.0, 0.0] };
+                each!(r in R, {
+                    *out.wrapping_add(c.wrapping_mul(stride).wrapping_add(r)) = sums[r] * scale * m.factor;
                 });
             });
         }

@@ -39,4 +39,4 @@ pub(crate) use pages::large_zeros;
 pub(crate) use product::{add_gram, dot_f64, mirror, product_into};
 pub(crate) use statistics::with_floor;
 pub use threads::threads;
-pub(crate) use threads::{on_all_threads, share, share_chunks};
+pub(crate) use threads::{on_all_threads, share, share_chunks, share_rows};

@@ -66,6 +66,22 @@ pub fn share_chunks<T: Send>(all: &mut [T], size: usize, work: impl Fn(usize, &m
     });
 }
 
+/// Numbers from which on [`share_rows`] shares.
+const ROWS_SHARED_FROM: usize = 1 << 15;
+
+/// Calls `work` with rows of `width` numbers that follow each other, and the number of the first, on all threads where there are many
+/// numbers: for what is quickly done with each.
+///
+/// # Panics
+/// As [`share_chunks`].
+pub fn share_rows<T: Send>(all: &mut [T], width: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+    let rows = ROWS_SHARED_FROM.div_ceil(8 * width.max(1));
+    match all.len() >= ROWS_SHARED_FROM {
+        true => share_chunks(all, rows * width, |number, some| work(number * rows, some)),
+        false => work(0, all),
+    }
+}
+
 /// What is being done: parts of one caller's work.
 struct Job {
     /// Lives as long as [`Team::run`], which does not return before all members have left.

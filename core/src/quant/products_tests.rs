@@ -52,9 +52,11 @@ proptest! {
     #[test]
     fn as_the_dequantized_weight(
         format in formats(),
-        rows in 1usize..11,
+        (rows, batch) in prop_oneof![
+            3 => (1usize..11, prop::sample::select(vec![1usize, 2, 4, 5, 13])),
+            1 => (30usize..80, 24usize..32),
+        ],
         groups in 1usize..6,
-        batch in prop::sample::select(vec![1usize, 2, 4, 5, 13]),
         tail in 0usize..70,
         seed in any::<u64>(),
     ) {
@@ -319,7 +321,7 @@ fn of_files(seed: u64) -> Vec<PackedMatrix> {
 /// what is stored of them.
 #[test]
 fn formats_of_files_run() {
-    for packed in of_files(3) {
+    for packed in of_files(3).into_iter().chain(of_files(33)) {
         let format = packed.format();
         let again = PackedMatrix::from_fields(
             format,

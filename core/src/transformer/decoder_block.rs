@@ -10,6 +10,7 @@ use super::norm::Norm;
 use super::rotary::Angles;
 use crate::error::{Error, Result};
 use crate::layer::{Accuracy, SharedLayer, VqAttentionLayer};
+use crate::linalg::share_rows;
 use crate::quant::SharedInputs;
 
 /// The layers of a block, of any method.
@@ -226,14 +227,14 @@ impl RunningBlock {
         }
         see(BlockInput::AttentionOutput, attended, q_width)?;
         self.output.forward(attended, accuracy, &mut [added], inputs)?;
-        x.iter_mut().zip(&*added).for_each(|(x, more)| *x += more);
+        add(x, added);
         block.feed_forward_norm.write(x, normed);
         see(BlockInput::FeedForward, normed, block.up.in_features())?;
         self.gates.forward(normed, accuracy, &mut [gate, up], inputs)?;
-        config.activation.gate(gate, up);
+        share_rows(gate, 1, |first, some| config.activation.gate(some, &up[first..first + some.len()]));
         see(BlockInput::FeedForwardOutput, gate, block.down.in_features())?;
         self.down.forward(gate, accuracy, &mut [added], inputs)?;
-        x.iter_mut().zip(&*added).for_each(|(x, more)| *x += more);
+        add(x, added);
         Ok(())
     }
 }
@@ -258,14 +259,22 @@ impl Workspace {
 
 /// Norms and turns each head of each token.
 fn turn(config: &DecoderConfig, all: &mut [f32], heads: usize, norm: Option<&Norm>, angles: &[Angles]) {
-    for (row, angles) in all.chunks_exact_mut(heads * config.head_dim).zip(angles) {
-        for head in row.chunks_exact_mut(config.head_dim) {
-            if let Some(norm) = norm {
-                norm.apply(head);
+    let width = heads * config.head_dim;
+    share_rows(all, width, |first, rows| {
+        for (row, angles) in rows.chunks_exact_mut(width).zip(&angles[first..]) {
+            for head in row.chunks_exact_mut(config.head_dim) {
+                if let Some(norm) = norm {
+                    norm.apply(head);
+                }
+                angles.turn(head);
             }
-            angles.turn(head);
         }
-    }
+    });
+}
+
+/// Adds numbers to others.
+fn add(x: &mut [f32], more: &[f32]) {
+    share_rows(x, 1, |first, some| some.iter_mut().zip(&more[first..]).for_each(|(x, more)| *x += more));
 }
 
 /// Checks that a layer is linear and of this shape.

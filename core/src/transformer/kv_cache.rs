@@ -10,6 +10,10 @@ use serde::{Deserialize, Serialize};
 use crate::attention::CompressedCache;
 use crate::error::Error;
 use crate::kernels::{SparseRow, accumulate, dots, widen};
+use crate::linalg::share_chunks;
+
+/// Numbers of keys from which on all threads add to caches.
+const EXTENDED_BY_ALL_FROM: usize = 1 << 14;
 
 /// What keys and values are kept as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -177,11 +181,15 @@ impl HeadCache {
 
     /// Adds the keys and values `[tokens, kv heads · head_dim]` of tokens to those of all heads.
     pub(super) fn extend(heads: &mut [HeadCache], keys: &[f32], values: &[f32]) {
-        let count = heads.len();
-        for (number, head) in heads.iter_mut().enumerate() {
-            for (new, rows) in [keys, values].into_iter().zip(head.both_mut()) {
+        let (count, many) = (heads.len(), keys.len() >= EXTENDED_BY_ALL_FROM);
+        let extend = |number: usize, head: &mut [HeadCache]| {
+            for (new, rows) in [keys, values].into_iter().zip(head[0].both_mut()) {
                 new.chunks_exact(rows.width).skip(number).step_by(count).for_each(|row| rows.push(row));
             }
+        };
+        match many {
+            true => share_chunks(heads, 1, extend),
+            false => heads.chunks_mut(1).enumerate().for_each(|(number, head)| extend(number, head)),
         }
     }
 }

@@ -3,6 +3,7 @@
 use ndarray::{Array1, Array2, ArrayView2};
 
 use crate::error::{Error, Result};
+use crate::linalg::share_rows;
 
 /// A norm of rows of so many features as it has gains.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,9 +56,12 @@ impl Norm {
 
     /// Writes rows `[rows, features]`, one after another, normalised.
     pub(super) fn write(&self, x: &[f32], y: &mut Vec<f32>) {
-        y.clear();
-        y.extend_from_slice(x);
-        y.chunks_exact_mut(self.features().max(1)).for_each(|row| self.apply(row));
+        let features = self.features().max(1);
+        y.resize(x.len(), 0.0);
+        share_rows(y, features, |first, rows| {
+            rows.copy_from_slice(&x[first * features..first * features + rows.len()]);
+            rows.chunks_exact_mut(features).for_each(|row| self.apply(row));
+        });
     }
 
     /// Returns rows `[rows, features]`, normalised.
