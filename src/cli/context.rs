@@ -76,6 +76,12 @@ impl Context {
         self.snapshot_of(&self.open().await?).await
     }
 
+    /// The same, for a command that runs a whole model, beside whose weights there should be little else in memory.
+    pub async fn snapshot_to_run(&self) -> Result<Snapshot> {
+        give_memory_back();
+        self.snapshot().await
+    }
+
     /// That of a store that is open.
     pub async fn snapshot_of(&self, store: &Store) -> Result<Snapshot> {
         match &self.at {
@@ -108,4 +114,17 @@ pub fn refuse_memory(option: &str, store: &str) -> Result<()> {
         }),
         _ => Ok(()),
     }
+}
+
+/// Has glibc give back at once what a command needs for a while only, such as what Lance reads of a table: it would keep it for later,
+/// a tenth of a model's weights or more. Compressing, which needs much memory again and again, is slower so.
+fn give_memory_back() {
+    /// Bytes from which on a piece of memory is the kernel's again when it is freed.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    const FROM: i32 = 512 << 10;
+    // SAFETY: it sets a number of the allocator, under the allocator's own lock.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, FROM)
+    };
 }

@@ -60,7 +60,7 @@ pub async fn embed(context: &Context, args: EmbedArgs) -> Result<u8> {
     if lines.is_empty() {
         return Err(Error::expected(format!("texts of {}", args.input.display()), "none", "one text a line"));
     }
-    let snapshot = context.snapshot().await?;
+    let snapshot = context.snapshot_to_run().await?;
     let cancel = cancel_on_interrupt();
     let mut model = cancel.unless(snapshot.encoder(&args.model)).await?;
     if let Some(pooling) = args.pooling {

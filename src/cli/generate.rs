@@ -81,7 +81,7 @@ pub async fn generate(context: &Context, args: GenerateArgs) -> Result<u8> {
         (None, Some(file)) => lines(file)?,
         (None, None) => vec![],
     };
-    let snapshot = context.snapshot().await?;
+    let snapshot = context.snapshot_to_run().await?;
     let cancel = cancel_on_interrupt();
     let model = cancel.unless(args.run.language_model(&snapshot, &args.model)).await?;
     let tokens = |text: &String| match args.chat {

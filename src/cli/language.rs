@@ -79,7 +79,7 @@ struct Measured {
 
 pub async fn perplexity(context: &Context, args: PerplexityArgs) -> Result<u8> {
     let text = formats::read_text(&args.text)?;
-    let snapshot = context.snapshot().await?;
+    let snapshot = context.snapshot_to_run().await?;
     let cancel = cancel_on_interrupt();
     let model = cancel.unless(args.run.language_model(&snapshot, &args.model)).await?;
     let against = match &args.against {
@@ -155,7 +155,7 @@ struct Benched {
 }
 
 pub async fn bench(context: &Context, args: BenchArgs) -> Result<u8> {
-    let snapshot = context.snapshot().await?;
+    let snapshot = context.snapshot_to_run().await?;
     let cancel = cancel_on_interrupt();
     let model = cancel.unless(args.run.language_model(&snapshot, &args.model)).await?;
     let BenchArgs { prompt, generated, rounds, cache_type: cache, .. } = args;

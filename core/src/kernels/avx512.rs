@@ -320,6 +320,37 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn write_columns(from: *const u8, to: *mut u8, stride: usize) {
+        unsafe {
+            let mut fours = [[Self::zeros(); 4]; 4];
+            each!(a in 4, {
+                let mut rows = [Self::zeros(); 4];
+                each!(b in 4, {
+                    rows[b] = read(from.wrapping_add(64 * (4 * a + b)));
+                });
+                let (low, high) = (_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
+                let (low2, high2) = (_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
+                // In each quarter q the four rows' lane 4q, 4q + 1, 4q + 2, 4q + 3.
+                fours[a] = [
+                    _mm512_unpacklo_epi64(low, low2),
+                    _mm512_unpackhi_epi64(low, low2),
+                    _mm512_unpacklo_epi64(high, high2),
+                    _mm512_unpackhi_epi64(high, high2),
+                ];
+            });
+            each!(j in 4, {
+                let [a, b, c, d] = [fours[0][j], fours[1][j], fours[2][j], fours[3][j]];
+                let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+                let (even2, odd2) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+                write(to.wrapping_add(j * stride), _mm512_shuffle_i32x4::<0x88>(even, even2));
+                write(to.wrapping_add((4 + j) * stride), _mm512_shuffle_i32x4::<0x88>(odd, odd2));
+                write(to.wrapping_add((8 + j) * stride), _mm512_shuffle_i32x4::<0xdd>(even, even2));
+                write(to.wrapping_add((12 + j) * stride), _mm512_shuffle_i32x4::<0xdd>(odd, odd2));
+            });
+        }
+    }
+
+    #[inline(always)]
     unsafe fn splat_bytes(from: *const i8) -> __m512i {
         unsafe { _mm512_set1_epi32(read(from.cast())) }
     }

@@ -2,7 +2,7 @@
 
 use super::inputs::Inputs;
 use super::packed::Rows;
-use super::simd::{Kernel, Simd, each, opaque, read, write};
+use super::simd::{Kernel, Simd, each, read, write};
 
 /// Inputs from which on this is less work than looking at the codes again for each four of them.
 pub const MANY: usize = 24;
@@ -32,8 +32,10 @@ pub struct Spread {
     /// of all rows each.
     lines: Vec<Line>,
     segments: Vec<Segment>,
-    /// Codes of all parts of all lanes of a row.
+    /// Codes of all parts of all lanes of a row, a block's last ones too where they are not there.
     quads: usize,
+    /// Registers on their way.
+    tile: [[Line; 16]; 4],
 }
 
 impl Spread {
@@ -59,8 +61,10 @@ impl Spread {
                 block += 1;
             }
         }
-        let quads = segments.iter().map(|segment| segment.lanes * m.halves).sum();
-        Spread { lines: vec![Line([0; 64]); ROWS * (quads + 2 * m.groups)], segments, quads }
+        let quads = block * S::LANES * m.halves;
+        // Whole registers of lanes and of groups are written, whether they are all there or not.
+        let registers = quads + 2 * m.groups.next_multiple_of(S::LANES);
+        Spread { lines: vec![Line([0; 64]); ROWS * registers], segments, quads, tile: [[Line([0; 64]); 16]; 4] }
     }
 
     /// Returns how many rows are spread at a time.
@@ -114,73 +118,86 @@ impl<const H: usize, const LEVELS: bool, const PLAIN: bool> Many<'_, H, LEVELS, 
     /// Writes rows from this one on as products take them.
     #[inline(always)]
     unsafe fn spread<S: Simd>(&mut self, coding: S::Coding, first: usize) {
-        let (m, rows) = (self.m, Spread::rows::<S>());
-        let all = self.spread.lines.as_mut_ptr().cast::<u32>();
-        // SAFETY: the caller's promise: rows and their scales are as long as the blocks say, and there is room for them.
+        let mut part = 0;
+        while part < ROWS {
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.spread_codes::<S>(coding, first + part * S::LANES, part);
+                self.spread_scales::<S>(first + part * S::LANES, part);
+            }
+            part += 1;
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn spread_codes<S: Simd>(&mut self, coding: S::Coding, first: usize, part: usize) {
+        let (m, register) = (self.m, 4 * S::LANES);
+        let tile = self.spread.tile.as_mut_ptr().cast::<u8>();
+        // SAFETY: the caller's promise: rows are as long as the blocks say, and there is room for them.
         unsafe {
-            let mut r = 0;
-            while r < rows {
-                let mut to = all.wrapping_add(r);
-                let mut packed = m.packed.as_ptr().wrapping_add((first + r) * m.row_bytes);
-                let (windows, mut number) = (m.blocks.windows.as_ptr(), 0);
-                while number < m.blocks.windows.len() {
-                    let window = &*windows.wrapping_add(number);
-                    let (full, mut block) = (window.bytes == m.block_bytes, 0);
-                    let lanes = if full { S::LANES } else { (window.bytes * S::LANES).div_ceil(m.block_bytes) };
-                    while block < window.blocks {
+            let mut to = self.spread.lines.as_mut_ptr().cast::<u8>().wrapping_add(part * register);
+            let mut packed = m.packed.as_ptr().wrapping_add(first * m.row_bytes);
+            let (windows, mut number) = (m.blocks.windows.as_ptr(), 0);
+            while number < m.blocks.windows.len() {
+                let window = &*windows.wrapping_add(number);
+                let (full, mut block) = (window.bytes == m.block_bytes, 0);
+                while block < window.blocks {
+                    let mut r = 0;
+                    while r < S::LANES {
+                        let from = packed.wrapping_add(r * m.row_bytes);
                         let codes = if full {
-                            S::block::<H, true>(packed, window.bytes, coding)
+                            S::block::<H, true>(from, window.bytes, coding)
                         } else {
-                            S::block::<H, false>(packed, window.bytes, coding)
+                            S::block::<H, false>(from, window.bytes, coding)
                         };
-                        let mut bytes = [[0u32; 16]; 4];
                         each!(half in H, {
-                            write(bytes[half].as_mut_ptr().cast(), S::bytes::<H, LEVELS, PLAIN>(codes, half, coding));
+                            let place = tile.wrapping_add((half * S::LANES + r) * register);
+                            write(place, S::bytes::<H, LEVELS, PLAIN>(codes, half, coding));
                         });
-                        let mut lane = 0;
-                        while lane < lanes {
-                            each!(half in H, {
-                                *to = bytes[half][lane & 15];
-                                to = to.wrapping_add(rows);
-                            });
-                            lane += 1;
-                        }
-                        packed = packed.wrapping_add(m.block_bytes);
-                        block += 1;
+                        r += 1;
                     }
-                    number += 1;
+                    each!(half in H, {
+                        let from = tile.wrapping_add(half * S::LANES * register);
+                        S::write_columns(from, to.wrapping_add(half * ROWS * register), H * ROWS * register);
+                    });
+                    to = to.wrapping_add(S::LANES * H * ROWS * register);
+                    packed = packed.wrapping_add(m.block_bytes);
+                    block += 1;
                 }
-                self.spread_scales::<S>(all.wrapping_add(self.spread.quads * rows + r).cast(), first + r);
-                r += 1;
+                number += 1;
             }
         }
     }
 
-    /// Writes a row's scales, and what its groups add.
+    /// Writes rows' scales, and what their groups add.
     #[inline(always)]
-    unsafe fn spread_scales<S: Simd>(&self, to: *mut f32, row: usize) {
-        let (m, rows) = (self.m, Spread::rows::<S>());
-        // SAFETY: as for `spread`.
+    unsafe fn spread_scales<S: Simd>(&mut self, first: usize, part: usize) {
+        let (m, register) = (self.m, 4 * S::LANES);
+        let tile = self.spread.tile.as_mut_ptr().cast::<u8>();
+        // SAFETY: as for codes.
         unsafe {
-            let (mut to, mut group) = (to, 0);
+            let lines = self.spread.lines.as_mut_ptr().cast::<u8>();
+            let mut to = lines.wrapping_add((self.spread.quads * ROWS + part) * register);
+            let offsets = m.groups.next_multiple_of(S::LANES) * ROWS * register;
             let (same, own, least) = (S::splat(m.zero), !m.zeros.is_empty(), !m.minimums.is_empty());
+            let mut group = 0;
             while group < m.groups {
                 let left = m.groups - group;
                 let count = if left < S::LANES { left } else { S::LANES };
-                let from = row * opaque(m.groups) + group;
-                let zero = if own { S::bytes_some(m.zeros.as_ptr().wrapping_add(from), count) } else { same };
-                let minimum = if least { m.minimums.load::<S>(from, count) } else { S::zero() };
-                let scale = m.scales.load::<S>(from, count);
-                let (mut scales, mut offsets) = ([0f32; 16], [0f32; 16]);
-                S::store(scales.as_mut_ptr(), scale);
-                S::store(offsets.as_mut_ptr(), S::fnma(scale, zero, minimum));
-                let mut i = 0;
-                while i < count {
-                    *to = scales[i & 15];
-                    *to.wrapping_add(rows * m.groups) = offsets[i & 15];
-                    to = to.wrapping_add(rows);
-                    i += 1;
+                let mut r = 0;
+                while r < S::LANES {
+                    let from = (first + r) * m.groups + group;
+                    let zero = if own { S::bytes_some(m.zeros.as_ptr().wrapping_add(from), count) } else { same };
+                    let minimum = if least { m.minimums.load::<S>(from, count) } else { S::zero() };
+                    let scale = m.scales.load::<S>(from, count);
+                    write(tile.wrapping_add(r * register), scale);
+                    write(tile.wrapping_add((S::LANES + r) * register), S::fnma(scale, zero, minimum));
+                    r += 1;
                 }
+                S::write_columns(tile, to, ROWS * register);
+                let second = tile.wrapping_add(S::LANES * register);
+                S::write_columns(second, to.wrapping_add(offsets), ROWS * register);
+                to = to.wrapping_add(S::LANES * ROWS * register);
                 group += S::LANES;
             }
         }
@@ -199,7 +216,7 @@ impl<const H: usize, const LEVELS: bool, const PLAIN: bool> Many<'_, H, LEVELS, 
             let mut quads = spread.lines.as_ptr().cast::<u8>();
             let scales = quads.wrapping_add(spread.quads * ROWS * register);
             if self.has_offsets() {
-                let mut offsets = scales.wrapping_add(m.groups * ROWS * register);
+                let mut offsets = scales.wrapping_add(m.groups.next_multiple_of(S::LANES) * ROWS * register);
                 let (sums, stride) = (x.first_sum(v), x.sum_stride());
                 let mut group = 0;
                 while group < m.groups {

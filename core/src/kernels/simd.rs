@@ -201,6 +201,24 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn zeros() -> Self::Int;
     /// Loads four bytes a lane.
     unsafe fn load_bytes(from: *const i8) -> Self::Int;
+    /// Writes the lanes of [`Simd::LANES`] registers that lie side by side as registers, `stride` bytes apart: the first of all, the second of
+    /// all, and so on.
+    #[inline(always)]
+    unsafe fn write_columns(from: *const u8, to: *mut u8, stride: usize) {
+        let mut lane = 0;
+        while lane < Self::LANES {
+            let mut row = 0;
+            while row < Self::LANES {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let number = read::<u32>(from.wrapping_add(4 * (row * Self::LANES + lane)));
+                    write(to.wrapping_add(lane * stride + 4 * row), number);
+                }
+                row += 1;
+            }
+            lane += 1;
+        }
+    }
     /// Loads four bytes for all lanes.
     unsafe fn splat_bytes(from: *const i8) -> Self::Int;
     /// Adds the four products in each lane of unsigned bytes with signed ones to `sum`.

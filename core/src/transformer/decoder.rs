@@ -13,8 +13,14 @@ use crate::error::{Error, Result};
 use crate::layer::{Accuracy, Layer, SharedLayer};
 use crate::linalg::require_finite;
 
-/// Tokens that go through all blocks at a time.
+/// Tokens that go through all blocks at a time, at most.
 const CHUNK: usize = 512;
+
+/// Tokens from which on weights that are read for all of them take little time.
+const LEAST_CHUNK: usize = 128;
+
+/// Bytes of what is between layers that more than [`LEAST_CHUNK`] tokens may take.
+const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// A decoder with its embedding and head: from tokens to the logits of the next ones.
 #[derive(Debug)]
@@ -25,6 +31,8 @@ pub struct Decoder {
     norm: Norm,
     head: SharedLayer,
     running_head: Linears,
+    /// Tokens that go through all blocks at a time.
+    chunk: usize,
     /// The sizes of an exact block's cache.
     empty_block: BlockCache,
     /// Of passes that have ended, for those to come.
@@ -69,7 +77,21 @@ impl Decoder {
         check_shape("the head".into(), &head, embedding.out_features(), features)?;
         let running_head = Linears::new(&[&head]);
         let empty_block = KvCache::new(CacheType::F32, 1, config.kv_heads, config.head_dim).blocks.remove(0);
-        Ok(Decoder { config, embedding, blocks, norm, head, running_head, empty_block, workspaces: Mutex::default() })
+        let hidden = blocks.iter().map(|block| block.layers().up.out_features()).max().unwrap_or(0);
+        // Features, queries, keys, values and what attention gives; gates and what they are for, and inputs as they are laid out.
+        let bytes = size_of::<f32>() * (8 * features + 4 * hidden);
+        let chunk = (WORKSPACE_BYTES / bytes.max(1) / LEAST_CHUNK * LEAST_CHUNK).clamp(LEAST_CHUNK, CHUNK);
+        Ok(Decoder {
+            config,
+            embedding,
+            blocks,
+            norm,
+            head,
+            running_head,
+            chunk,
+            empty_block,
+            workspaces: Mutex::default(),
+        })
     }
 
     /// Returns the same decoder with other layers in place of its own, those that `change` gives for each.
@@ -218,7 +240,7 @@ impl Decoder {
         logits: &mut Vec<f32>,
     ) -> Result<()> {
         let all: usize = texts.iter().map(|text| text.tokens.len()).sum();
-        if all <= CHUNK {
+        if all <= self.chunk {
             let read = self.read_at_once(texts, wanted, accuracy, workspace, logits);
             if read.is_err() {
                 // Tokens that have not gone through all of it are not counted.
@@ -232,7 +254,7 @@ impl Decoder {
             for text in texts.iter_mut() {
                 text.cache.expect(text.cache.length_of(text.cache.len() + text.tokens.len()));
                 let mut left = text.tokens.len();
-                for tokens in text.tokens.chunks(CHUNK) {
+                for tokens in text.tokens.chunks(self.chunk) {
                     left -= tokens.len();
                     let part = &mut [Continuation { tokens, cache: &mut *text.cache }];
                     self.read_at_once(part, wanted, accuracy, workspace, &mut some)?;
