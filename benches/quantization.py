@@ -17,36 +17,24 @@ import sys
 import time
 from pathlib import Path
 
-LINEAR = r"model\.layers\..*_proj"
-EMBEDDING = {"layers": r"model\.embed_tokens|lm_head", "method": "low_rank"}
-
-
-def packed(kind, group, **more):
-    weight = {"type": kind, "group": group, "scales": "f16"}
-    return {"layers": LINEAR, "method": "low_rank", "weight": weight, "rounding": "gptq", **more}
-
-
-def embedding(kind, group):
-    """The table of tokens, which is the head, too."""
-    return EMBEDDING | {"weight": {"type": kind, "group": group, "scales": "f16"}}
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from compare_methods import packed, toml  # noqa: E402
 
 CORRECTION = {"scaling": "exact", "factors": "int8"}
-DOWN = {"layers": r"model\.layers\..*\.down_proj"}
+
+
+def embedding(kind):
+    """The table of tokens, and the head, which is the same."""
+    weight = {"type": kind, "group": 64, "scales": "f16"}
+    return [{"layers": r"model\.embed_tokens|lm_head", "method": "low_rank", "weight": weight}]
+
+
 RULES = {
-    "int3 g32 gptq, rank 16": [packed("int3", 32, rank=16, **CORRECTION)],
-    "int3 g32 gptq, rank 64; int5 embedding": [embedding("int5", 64), packed("int3", 32, rank=64, **CORRECTION)],
-    "int4 g32 gptq; int5 embedding": [embedding("int5", 64), packed("int4", 32)],
-    "int4 g32 gptq; int6 embedding": [embedding("int6", 64), packed("int4", 32)],
-    "int4 g32 gptq, rank 16; int6 embedding": [embedding("int6", 64), packed("int4", 32, rank=16, **CORRECTION)],
-    "int4 g32 gptq, int5 down; int6 embedding": [embedding("int6", 64), packed("int5", 32) | DOWN, packed("int4", 32)],
+    "int3 g32 gptq, rank 16": packed("int3", 32, rank=16, **CORRECTION),
+    "int3 g32 gptq, rank 64; int5 embedding": embedding("int5") + packed("int3", 32, rank=64, **CORRECTION),
+    "int4 g32 gptq; int5 embedding": embedding("int5") + packed("int4", 32),
+    "int4 g32 gptq; int6 embedding": embedding("int6") + packed("int4", 32),
 }
-
-
-def toml(value):
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + " }"
-    return f"'{value}'" if isinstance(value, str) else str(value).lower()
 
 
 def run(*command):

@@ -26,6 +26,7 @@ const LOOKS: usize = 256;
 /// When `work` does.
 pub fn share(parts: usize, work: impl Fn(usize) + Sync) {
     let others = rayon::current_num_threads().min(parts).saturating_sub(1);
+    // Numbers of parts are 32 bits in a range.
     if others == 0 || u32::try_from(parts).is_err() {
         return (0..parts).for_each(work);
     }
@@ -48,11 +49,15 @@ pub fn on_all_threads<T: Send>(parts: Vec<T>, work: impl Fn(T) + Sync) {
     share(parts.len(), |number| part(number).into_iter().for_each(&work));
 }
 
-/// Calls `work` with each piece of `size` numbers, the last of which may be shorter, and its number, as [`share`] does.
+/// Calls `work` with each piece of `size` numbers, the last of which may be shorter, and its number: as [`share`] does where it
+/// `is_much`, and else on this thread.
 ///
 /// # Panics
 /// As [`share`], and when `size` is 0.
-pub fn share_chunks<T: Send>(all: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+pub fn share_chunks<T: Send>(all: &mut [T], size: usize, is_much: bool, work: impl Fn(usize, &mut [T]) + Sync) {
+    if !is_much {
+        return all.chunks_mut(size).enumerate().for_each(|(number, piece)| work(number, piece));
+    }
     struct First<T>(*mut T);
     // SAFETY: each part uses a piece of its own.
     unsafe impl<T: Send> Sync for First<T> {}
@@ -76,10 +81,8 @@ const ROWS_SHARED_FROM: usize = 1 << 15;
 /// As [`share_chunks`].
 pub fn share_rows<T: Send>(all: &mut [T], width: usize, work: impl Fn(usize, &mut [T]) + Sync) {
     let rows = ROWS_SHARED_FROM.div_ceil(8 * width.max(1));
-    match all.len() >= ROWS_SHARED_FROM {
-        true => share_chunks(all, rows * width, |number, some| work(number * rows, some)),
-        false => work(0, all),
-    }
+    let is_much = all.len() >= ROWS_SHARED_FROM;
+    share_chunks(all, rows * width, is_much, |number, some| work(number * rows, some));
 }
 
 /// What is being done: parts of one caller's work.
@@ -94,9 +97,9 @@ struct Job {
 /// of its own.
 #[derive(Default)]
 #[repr(align(64))]
-struct Range(AtomicU64);
+struct PartRange(AtomicU64);
 
-impl Range {
+impl PartRange {
     /// Replaces the range.
     fn set(&self, first: u32, end: u32) {
         self.0.store(u64::from(end) << 32 | u64::from(first), Ordering::Relaxed);
@@ -143,7 +146,7 @@ struct Team {
     /// [`COUNT`] each.
     state: AtomicU64,
     /// Of the caller, and of each member that joins.
-    ranges: Vec<Range>,
+    ranges: Vec<PartRange>,
     /// What a member's panic said.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     members: OnceLock<Vec<Member>>,
@@ -176,7 +179,7 @@ impl Team {
                 taken: AtomicBool::new(false),
                 job: UnsafeCell::new(None),
                 state: AtomicU64::new(0),
-                ranges: (0..=others).map(|_| Range::default()).collect(),
+                ranges: (0..=others).map(|_| PartRange::default()).collect(),
                 panic: Mutex::new(None),
                 members: OnceLock::new(),
             }));

@@ -47,10 +47,7 @@ pub(super) fn attend(config: &DecoderConfig, q: &[f32], cache: &[HeadCache], sco
         let mut output = ArrayViewMut2::from_shape((rows, width), output).expect("whole rows");
         attend_tile(config, q, cache, length - tokens + first, &mut output);
     };
-    match is_parallel {
-        true => share_chunks(output, TILE * width, work),
-        false => output.chunks_mut(TILE * width).enumerate().for_each(|(number, output)| work(number, output)),
-    }
+    share_chunks(output, TILE * width, is_parallel, work);
 }
 
 /// Writes to `output` what all tokens of a text take from each other: queries, keys and values are `[tokens, features]`, whose columns
@@ -78,10 +75,7 @@ pub(super) fn attend_all(heads: usize, [q, k, v]: [&[f32]; 3], width: usize, out
             );
         }
     };
-    match q.len() * tokens >= PARALLEL_FROM {
-        true => share_chunks(output, TILE * width, work),
-        false => output.chunks_mut(TILE * width).enumerate().for_each(|(number, output)| work(number, output)),
-    }
+    share_chunks(output, TILE * width, q.len() * tokens >= PARALLEL_FROM, work);
 }
 
 /// Writes to `output` `[tokens, heads · head_dim]` what tokens take from each other, and from those of the cache before them, by a
@@ -187,10 +181,7 @@ fn attend_one(
         weights.extend((0u32..).zip(scores.iter().copied()));
         values.add_weighted(keys.start, weights, output);
     };
-    match is_parallel {
-        true => share_chunks(&mut scores.heads, 1, work),
-        false => scores.heads.chunks_mut(1).enumerate().for_each(|(head, own)| work(head, own)),
-    }
+    share_chunks(&mut scores.heads, 1, is_parallel, work);
     for (head, output) in scores.heads.iter().zip(output.chunks_exact_mut(head_dim)) {
         output.copy_from_slice(&head.output);
     }

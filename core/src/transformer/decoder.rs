@@ -251,7 +251,21 @@ impl Decoder {
         let befores: Vec<usize> = texts.iter().map(|text| text.cache.len()).collect();
         let mut some = vec![];
         let mut read = || {
-            for text in texts.iter_mut() {
+            let mut first = 0;
+            while first < texts.len() {
+                // As many as fit in one pass; what is longer than that goes by itself.
+                let (mut end, mut tokens) = (first, 0);
+                while end < texts.len() && tokens + texts[end].tokens.len() <= self.chunk {
+                    tokens += texts[end].tokens.len();
+                    end += 1;
+                }
+                if end > first {
+                    self.read_at_once(&mut texts[first..end], wanted, accuracy, workspace, &mut some)?;
+                    logits.extend_from_slice(&some);
+                    first = end;
+                    continue;
+                }
+                let text = &mut texts[first];
                 text.cache.expect(text.cache.length_of(text.cache.len() + text.tokens.len()));
                 let mut left = text.tokens.len();
                 for tokens in text.tokens.chunks(self.chunk) {
@@ -262,6 +276,7 @@ impl Decoder {
                         logits.extend_from_slice(&some);
                     }
                 }
+                first += 1;
             }
             Ok(())
         };

@@ -181,16 +181,12 @@ impl HeadCache {
 
     /// Adds the keys and values `[tokens, kv heads · head_dim]` of tokens to those of all heads.
     pub(super) fn extend(heads: &mut [HeadCache], keys: &[f32], values: &[f32]) {
-        let (count, many) = (heads.len(), keys.len() >= EXTENDED_BY_ALL_FROM);
-        let extend = |number: usize, head: &mut [HeadCache]| {
+        let count = heads.len();
+        share_chunks(heads, 1, keys.len() >= EXTENDED_BY_ALL_FROM, |number, head| {
             for (new, rows) in [keys, values].into_iter().zip(head[0].both_mut()) {
                 new.chunks_exact(rows.width).skip(number).step_by(count).for_each(|row| rows.push(row));
             }
-        };
-        match many {
-            true => share_chunks(heads, 1, extend),
-            false => heads.chunks_mut(1).enumerate().for_each(|(number, head)| extend(number, head)),
-        }
+        });
     }
 }
 

@@ -223,6 +223,31 @@ fn packed_layers_are_run_at_once() {
     }
 }
 
+/// More tokens than go through at once: texts by the dozen, one that is longer than a pass, and more behind it are each as by itself.
+#[test]
+fn many_texts_are_each_as_by_itself() {
+    let decoder = decoder(None);
+    let lengths: Vec<usize> = (0..150).map(|i| if i == 70 { 1100 } else { 1 + i * 7 % 9 }).collect();
+    let all: Vec<Vec<u32>> =
+        lengths.iter().enumerate().map(|(i, &n)| (0..n).map(|j| ((i * 3 + j * 5) % 30) as u32).collect()).collect();
+    for wanted in [Logits::Last, Logits::All] {
+        let mut caches: Vec<KvCache> = all.iter().map(|_| decoder.cache(CacheType::F32)).collect();
+        let mut texts: Vec<Continuation> =
+            all.iter().zip(&mut caches).map(|(tokens, cache)| Continuation { tokens, cache }).collect();
+        let mut found = vec![];
+        decoder.forward_into(&mut texts, wanted, Accuracy::Approximate, &mut found).unwrap();
+        let mut expected = vec![];
+        for tokens in &all {
+            let mut cache = decoder.cache(CacheType::F32);
+            expected.extend(decoder.forward(tokens, &mut cache, wanted, Accuracy::Approximate).unwrap());
+        }
+        assert_eq!(found.len(), expected.len(), "{wanted:?}");
+        let off = found.iter().zip(&expected).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(off < 1e-4, "{wanted:?}: {off}");
+        assert!(caches.iter().zip(&lengths).all(|(cache, &length)| cache.len() == length));
+    }
+}
+
 /// A layer that hides what it is made of.
 #[derive(Debug)]
 struct Alone(SharedLayer);
