@@ -44,9 +44,11 @@ pub async fn scale(folder: &Path) -> Result<()> {
         println!("{layers} layers in {models} models, a commit each: {:.0} ms a model", 1e3 * each);
     }
     let store = Store::open(&uri).await?;
-    if !store.snapshots().await?.iter().any(|snapshot| snapshot.name == SNAPSHOT) {
-        store.create_snapshot(SNAPSHOT).await?;
+    // A store that was made larger has that of the smaller one.
+    if store.snapshots().await?.iter().any(|snapshot| snapshot.name == SNAPSHOT) {
+        store.delete_snapshot(SNAPSHOT).await?;
     }
+    store.create_snapshot(SNAPSHOT).await?;
     drop(store);
     for (what, said) in [
         ("resolve", "open and resolve one layer"),

@@ -22,6 +22,17 @@ async fn opened(uri: &str, server: &Server) -> Store {
     Store::create_with(uri, StoreOptions { hooks, ..options(server) }).await.unwrap()
 }
 
+/// Does something again where the machine was so busy that this process was taken for dead meanwhile, as its user would.
+async fn again<T, F: Future<Output = layerstore::Result<T>>>(mut work: impl FnMut() -> F) -> T {
+    for _ in 0..20 {
+        match work().await {
+            Err(e) if e.kind() == ErrorKind::Conflict && e.to_string().contains("gave no sign of life") => {}
+            done => return done.unwrap(),
+        }
+    }
+    panic!("taken for dead again and again");
+}
+
 async fn loads(store: &Store, at: &str, (model, name, number): (&str, &str, u32)) {
     let at = store.at(at).await.unwrap();
     let loaded = at.layer(model, name).await.unwrap().load().await.unwrap();
@@ -69,7 +80,8 @@ fn gc_beside_writers_and_readers() {
                     let store = opened(uri, &server).await;
                     for i in 0..EACH {
                         // Each replaces the one before: gc has something to remove. Some come back that it may just remove.
-                        put(&store, &format!("m{writer}"), "layer", 100 * writer + i % 4).await.unwrap();
+                        let model = format!("m{writer}");
+                        again(|| put(&store, &model, "layer", 100 * writer + i % 4)).await;
                     }
                 })
             })
@@ -98,7 +110,7 @@ fn gc_beside_writers_and_readers() {
                 let store = opened(uri, &server).await;
                 let mut removed = 0;
                 loop {
-                    removed += store.gc(Duration::ZERO, true).await.unwrap().artifacts;
+                    removed += again(|| store.gc(Duration::ZERO, true)).await.artifacts;
                     if done.load(Ordering::Relaxed) {
                         return removed;
                     }
